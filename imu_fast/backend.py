@@ -1,0 +1,130 @@
+"""Which implementation of an operation runs: what is available here, and what was chosen.
+
+The order of authority is argument (``use_backend``) over environment (``IMU_FAST_BACKEND``) over
+automatic. A choice made by name that cannot run raises; the automatic one falls back and logs why,
+once. ``record_backends`` collects which backend ran each operation.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from imu_fast.errors import BackendUnavailableError, check_choice
+
+logger = logging.getLogger("imu_fast")
+
+CHOICES = ("auto", "reference", "torch", "triton")
+_ENVIRONMENT = "IMU_FAST_BACKEND"
+_choice: ContextVar[str | None] = ContextVar("imu_fast_backend", default=None)
+_record: ContextVar[dict[str, str] | None] = ContextVar("imu_fast_backend_record", default=None)
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """One backend: its name, whether it can run here, and the reason or version."""
+
+    name: str
+    available: bool
+    reason: str
+
+
+@lru_cache(maxsize=1)
+def _extension() -> BackendInfo:
+    try:
+        from imu_fast import _C
+    except ImportError as error:
+        return BackendInfo("extension", False, f"imu_fast._C does not load: {error}")
+    return BackendInfo("extension", True, f"compiled with {getattr(_C, '__compiler__', 'C++')}")
+
+
+@lru_cache(maxsize=1)
+def _triton() -> BackendInfo:
+    try:
+        import triton
+    except ImportError as error:
+        return BackendInfo("triton", False, f"triton does not import: {error}")
+    if not torch.cuda.is_available():
+        return BackendInfo("triton", False, f"triton {triton.__version__}, but no CUDA device")
+    return BackendInfo("triton", True, f"triton {triton.__version__}")
+
+
+def backends() -> dict[str, BackendInfo]:
+    """What can run here: ``reference``, ``torch``, ``triton`` and the compiled ``extension``."""
+    return {
+        "reference": BackendInfo("reference", True, "readable loops, float64; slow by design"),
+        "torch": BackendInfo("torch", True, f"torch {torch.__version__}"),
+        "triton": _triton(),
+        "extension": _extension(),
+    }
+
+
+def current_backend() -> str:
+    """The choice in force: one of ``auto``, ``reference``, ``torch``, ``triton``.
+
+    Raises:
+        InputError: the environment variable IMU_FAST_BACKEND names no backend.
+    """
+    chosen = _choice.get()
+    if chosen is not None:
+        return chosen
+    return check_choice(_ENVIRONMENT, os.environ.get(_ENVIRONMENT, "auto"), CHOICES)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the body with one backend: ``with imu_fast.use_backend("reference"): ...``.
+
+    Raises:
+        InputError: the name is unknown.
+        BackendUnavailableError: the backend cannot run here; the message says why.
+    """
+    check_choice("backend", name, CHOICES)
+    if name != "auto" and not (info := backends()[name]).available:
+        raise BackendUnavailableError(
+            f"backend={name!r} cannot run here: {info.reason}; use 'torch' or 'auto'"
+        )
+    token = _choice.set(name)
+    try:
+        yield
+    finally:
+        _choice.reset(token)
+
+
+@contextmanager
+def record_backends() -> Iterator[dict[str, str]]:
+    """Collect ``{operation: backend}`` for every operation run in the body."""
+    token = _record.set({})
+    try:
+        record = _record.get()
+        assert record is not None
+        yield record
+    finally:
+        _record.reset(token)
+
+
+def resolve(operation: str, implemented: tuple[str, ...]) -> str:
+    """The backend that runs ``operation``, out of those that implement it. Only ops/ calls this.
+
+    Raises:
+        BackendUnavailableError: a backend was chosen by name and does not implement the operation.
+    """
+    chosen = current_backend()
+    if chosen == "auto":
+        chosen = "torch"
+    elif chosen not in implemented:
+        raise BackendUnavailableError(
+            f"backend={chosen!r} does not implement {operation}; choose one of "
+            f"{', '.join(implemented)} or 'auto'"
+        )
+    record = _record.get()
+    if record is not None:
+        record[operation] = chosen
+    return chosen

@@ -1,0 +1,59 @@
+"""Curvatures ``M`` of SPEC section 2: one file each, all with ``fit(factors) -> .solve(v)``.
+
+Adding one: a class with :class:`Curvature`'s methods in a file of its own, and a line in ``_KNOWN``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from imu_fast.curvature.fisher_diag import FisherDiag
+from imu_fast.curvature.identity import Identity
+from imu_fast.errors import check_choice, check_positive
+from imu_fast.factors import GradientFactors
+
+
+class Curvature(Protocol):
+    """A fitted curvature.
+
+    Attributes:
+        residual: relative residual ``||M X - v|| / ||v||`` reached by the last solve; 0.0 where
+            the solve is elementwise.
+    """
+
+    residual: float
+
+    def solve(self, v: Tensor) -> Tensor:
+        """``X = M^-1 v``; v and X [C, D], or [m, C, D]."""
+        ...
+
+    def self_influence(self, factors: GradientFactors) -> Tensor:
+        """``g_i^T M^-1 g_i`` of every sample of ``factors``: [n]."""
+        ...
+
+
+_KNOWN: dict[str, Any] = {"fisher_diag": FisherDiag, "identity": Identity}
+
+
+def curvatures() -> list[str]:
+    """Names that ``curvature=`` accepts."""
+    return sorted(_KNOWN)
+
+
+def fit(name: str, factors: GradientFactors, damping: float, **options: Any) -> Curvature:
+    """Fit a curvature by name.
+
+    Args:
+        factors: the samples that define it.
+        damping: lam > 0.
+        options: of that curvature, such as ``damping_mode`` of ``fisher_diag``.
+
+    Raises:
+        InputError: unknown name or option, damping not positive and finite.
+    """
+    check_choice("curvature", name, curvatures())
+    check_positive("damping", damping)
+    fitted: Curvature = _KNOWN[name].fit(factors, float(damping), **options)
+    return fitted

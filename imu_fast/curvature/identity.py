@@ -1,0 +1,35 @@
+"""``M = I``: influence is the plain inner product of gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from imu_fast.errors import check_choice
+from imu_fast.factors import GradientFactors
+from imu_fast.ops.bilinear_scores import quadratic_scores
+
+
+class Identity:
+    """The identity; ``damping`` is checked like everywhere and has no effect (SPEC section 2)."""
+
+    residual = 0.0
+
+    @classmethod
+    def fit(
+        cls, factors: GradientFactors, damping: float, damping_mode: str = "add"
+    ) -> Identity:
+        """Nothing to fit; the options are those of ``fisher_diag`` so that names can be swapped."""
+        check_choice("damping_mode", damping_mode, ("add", "clamp"))
+        return cls()
+
+    def solve(self, v: Tensor) -> Tensor:
+        """``X = v``."""
+        return v
+
+    def self_influence(self, factors: GradientFactors) -> Tensor:
+        """``||g_i||^2``: [n]."""
+        ones = torch.ones_like(factors.delta[:1, :1]).expand(factors.num_classes, factors.width)
+        return quadratic_scores(
+            factors.delta, factors.act, ones, factors.offsets, factors.has_bias
+        )

@@ -1,0 +1,115 @@
+"""Exceptions, and the argument checks that every door of the package shares.
+
+Every message names the argument, the value it had and what to do about it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+class ImuFastError(Exception):
+    """Base of everything this package raises on purpose."""
+
+
+class InputError(ImuFastError, ValueError):
+    """An argument cannot be used; raised before any work is done."""
+
+
+class EmptySelectionError(InputError):
+    """No forget sample supports the forgetting objective (no negative influence)."""
+
+
+class NoHeadFoundError(InputError):
+    """The model has no linear layer that produces its logits."""
+
+
+class BackendUnavailableError(ImuFastError, RuntimeError):
+    """A backend was asked for by name and cannot run here."""
+
+
+class SingularMatrixError(ImuFastError, ArithmeticError):
+    """A matrix is not positive definite after damping.
+
+    Args:
+        message: what the user reads.
+        pivot: 1-based order of the leading minor that failed.
+        index: flat batch index of the matrix, None for a single one.
+        smallest_damping: smallest damping that makes it positive definite, if known.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        pivot: int,
+        index: int | None = None,
+        smallest_damping: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.pivot = pivot
+        self.index = index
+        self.smallest_damping = smallest_damping
+
+
+def check_positive(name: str, value: float, *, allow_zero: bool = False) -> float:
+    """Return ``value`` as a float, or raise InputError unless it is finite and > 0 (>= 0)."""
+    bound = ">= 0" if allow_zero else "> 0"
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise InputError(f"{name}={value!r} is not a number; pass a number {bound}") from None
+    if not math.isfinite(number) or number < 0 or (number == 0 and not allow_zero):
+        raise InputError(f"{name}={value!r} must be finite and {bound}")
+    return number
+
+
+def check_count(name: str, value: int, *, minimum: int = 1) -> int:
+    """Return ``value`` as an int, or raise InputError unless it is an integer >= ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise InputError(f"{name}={value!r} must be an integer >= {minimum}")
+    return value
+
+
+def check_fraction(name: str, value: float) -> float:
+    """Return ``value`` as a float, or raise InputError unless 0 < value <= 1."""
+    number = check_positive(name, value)
+    if number > 1:
+        raise InputError(f"{name}={value!r} must lie in (0, 1]; 1 keeps everything")
+    return number
+
+
+def check_choice(name: str, value: object, known: Iterable[str]) -> str:
+    """Return ``value``, or raise InputError that lists the known choices."""
+    choices = list(known)
+    if value not in choices:
+        raise InputError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")
+    return str(value)
+
+
+def check_finite_rows(name: str, tensor: Tensor, what: str = "sample") -> None:
+    """Raise InputError naming the first row of ``tensor`` [N, ...] that is not finite."""
+    # One reduction decides the common case: a sum is finite only if every entry is, or overflows,
+    # and only then is the row-wise test paid for.
+    if bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
+        return
+    bad = ~torch.isfinite(tensor.reshape(tensor.shape[0], -1)).all(dim=1)
+    rows = torch.nonzero(bad).flatten()
+    if rows.numel() == 0:
+        return
+    raise InputError(
+        f"{name} is not finite at {what} {int(rows[0])} ({rows.numel()} of {tensor.shape[0]} "
+        f"rows); remove these samples or repair the model (NaN weights, fp16 overflow)"
+    )
+
+
+def check_same_device(first: str, a: Tensor, second: str, b: Tensor) -> None:
+    """Raise InputError unless both tensors live on one device."""
+    if a.device != b.device:
+        raise InputError(
+            f"{second} is on {b.device} but {first} is on {a.device}; move one with .to()"
+        )

@@ -1,0 +1,300 @@
+"""GradientFactors: per-sample gradients of a linear layer, kept as factors (SPEC section 1)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from imu_fast.errors import InputError, check_count, check_finite_rows, check_same_device
+from imu_fast.ops.mean_gradient import mean_gradient
+from imu_fast.ops.softmax_residual import softmax_residual
+from imu_fast.ops.tokens import is_flat, sum_over_tokens
+
+IGNORE_INDEX = -100
+# Rows of logits that exist at once while the residual is computed.
+_CHUNK_TOKENS = 2048
+
+
+def check_labels(labels: Tensor, num_classes: int, ignore_index: int = IGNORE_INDEX) -> None:
+    """Raise InputError naming the first label outside [0, num_classes) and not ignore_index."""
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise InputError(f"labels have dtype {labels.dtype}; pass integer class indices")
+    bad = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
+    if bool(bad.any()):
+        first = int(torch.nonzero(bad.flatten())[0])
+        raise InputError(
+            f"labels[{first}]={int(labels.flatten()[first])} is outside [0, {num_classes}) and is "
+            f"not ignore_index={ignore_index}; the head has {num_classes} classes"
+        )
+
+
+@dataclass(frozen=True)
+class GradientFactors:
+    """The gradients ``g_i = sum_t delta[i,t] (x) [act[i,t], 1]`` of n samples, as factors.
+
+    Attributes:
+        delta: [N, C], the signal at the layer's output; float32 or float64.
+        act: [N, d], the layer's input; same dtype and device.
+        offsets: [n+1] int64 on the CPU; tokens ``offsets[i]:offsets[i+1]`` belong to sample i.
+        has_bias: whether the layer has a bias, so that D = d + 1.
+        labels: [N] int64, for a softmax head.
+        losses: [n], mean cross-entropy of each sample, for a softmax head.
+        name: the layer's name in the model.
+    """
+
+    delta: Tensor
+    act: Tensor
+    offsets: Tensor
+    has_bias: bool
+    labels: Tensor | None = None
+    losses: Tensor | None = None
+    name: str = "head"
+
+    def __post_init__(self) -> None:
+        delta, act, offsets = self.delta, self.act, self.offsets
+        if delta.dim() != 2 or act.dim() != 2 or delta.shape[0] != act.shape[0]:
+            raise InputError(
+                f"delta {tuple(delta.shape)} and act {tuple(act.shape)} must be [N, C] and [N, d] "
+                "with the same N"
+            )
+        check_same_device("delta", delta, "act", act)
+        if delta.dtype != act.dtype or delta.dtype not in (torch.float32, torch.float64):
+            raise InputError(
+                f"delta is {delta.dtype} and act is {act.dtype}; both must be float32 or float64"
+            )
+        starts_well = offsets.dim() == 1 and len(offsets) >= 1 and int(offsets[0]) == 0
+        if not starts_well or int(offsets[-1]) != len(delta) or bool((offsets.diff() < 0).any()):
+            raise InputError(
+                f"offsets must rise from 0 to N={len(delta)}, one more entry than samples; "
+                f"got shape {tuple(offsets.shape)}"
+            )
+        if len(offsets) < 2:
+            raise InputError("factors of an empty forget set; pass at least one sample")
+        object.__setattr__(self, "offsets", offsets.to("cpu", torch.int64))
+
+    @classmethod
+    def from_head(
+        cls,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        offsets: Tensor | None = None,
+        *,
+        ignore_index: int = IGNORE_INDEX,
+        chunk_size: int | None = None,
+        name: str = "head",
+    ) -> GradientFactors:
+        """Factors of a linear softmax head under mean cross-entropy: no backward pass.
+
+        Args:
+            features: [N, d], the head's input. Half precision is computed in float32.
+            weight: [C, d]. bias: [C] or None.
+            labels: [N] integers in [0, C), or ``ignore_index``: such tokens are dropped, and a
+                sample left without tokens has gradient zero and score zero.
+            offsets: [n+1], which tokens belong to which sample; None: one token per sample.
+            chunk_size: rows of logits computed at once; changes memory, not the result.
+
+        Raises:
+            InputError: empty input, shapes or devices that do not match, labels out of range,
+                non-finite features, weights or logits (says which sample).
+        """
+        if features.dim() != 2 or features.shape[0] == 0:
+            raise InputError(
+                f"features has shape {tuple(features.shape)}; pass [N, d] with N >= 1 samples"
+            )
+        if weight.dim() != 2 or weight.shape[1] != features.shape[1]:
+            raise InputError(
+                f"weight has shape {tuple(weight.shape)}, features {tuple(features.shape)}; "
+                "expected weight [C, d] with the features' d"
+            )
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise InputError(f"bias has shape {tuple(bias.shape)}; expected ({weight.shape[0]},)")
+        if labels.shape != features.shape[:1]:
+            raise InputError(
+                f"labels has shape {tuple(labels.shape)}; expected ({features.shape[0]},)"
+            )
+        for tensor, label in ((weight, "weight"), (labels, "labels"), (bias, "bias")):
+            if tensor is not None:
+                check_same_device("features", features, label, tensor)
+        check_labels(labels, weight.shape[0], ignore_index)
+        chunk = _CHUNK_TOKENS if chunk_size is None else check_count("chunk_size", chunk_size)
+
+        dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+        act = features.detach().to(dtype)
+        weight = weight.detach().to(dtype)
+        bias = None if bias is None else bias.detach().to(dtype)
+        check_finite_rows("features", act)
+        check_finite_rows("weight", weight, "class")
+        if bias is not None:
+            check_finite_rows("bias", bias, "class")
+        labels = labels.to(torch.int64)
+        if offsets is None:
+            offsets = torch.arange(len(labels) + 1)
+        offsets = offsets.to("cpu", torch.int64)
+        valid = labels != ignore_index
+        if not bool(valid.all()):
+            kept_before = torch.zeros(len(labels) + 1, dtype=torch.int64)
+            kept_before[1:] = valid.cpu().cumsum(0)
+            offsets = kept_before[offsets]
+            act, labels = act[valid], labels[valid]
+
+        counts = offsets.diff()
+        scale = None
+        if not bool((counts == 1).all()):
+            per_sample = 1.0 / counts.clamp_min(1)
+            scale = torch.repeat_interleave(per_sample, counts).to(act.device, dtype)
+        delta = act.new_empty(len(act), weight.shape[0])
+        token_losses = act.new_empty(len(act))
+        for start in range(0, len(act), chunk):
+            rows = slice(start, start + chunk)
+            logits = torch.nn.functional.linear(act[rows], weight, bias)
+            delta[rows], token_losses[rows] = softmax_residual(
+                logits, labels[rows], None if scale is None else scale[rows]
+            )
+        check_finite_rows("logits", delta)
+        losses = sum_over_tokens(token_losses, offsets)
+        return cls(delta, act, offsets, bias is not None, labels, losses, name)
+
+    @property
+    def n(self) -> int:
+        """Number of samples."""
+        return len(self.offsets) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """N, the number of packed tokens."""
+        return self.delta.shape[0]
+
+    @property
+    def num_classes(self) -> int:
+        """C, the width of the layer's output."""
+        return self.delta.shape[1]
+
+    @property
+    def feature_dim(self) -> int:
+        """d, the width of the layer's input."""
+        return self.act.shape[1]
+
+    @property
+    def width(self) -> int:
+        """D = d + 1 with a bias, d without."""
+        return self.act.shape[1] + self.has_bias
+
+    @property
+    def is_flat(self) -> bool:
+        """True if every sample has exactly one token."""
+        return is_flat(self.offsets)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by delta and act."""
+        return self.delta.nbytes + self.act.nbytes
+
+    @property
+    def empty_samples(self) -> Tensor:
+        """Indices of the samples without a valid token: their gradient and score are zero."""
+        return torch.nonzero(self.offsets.diff() == 0).flatten()
+
+    def mean_gradient(self) -> Tensor:
+        """``gbar = 1/n sum_i g_i``: [C, D]."""
+        return mean_gradient(self.delta, self.act, self.offsets, self.has_bias)
+
+    def select(self, indices: Tensor) -> GradientFactors:
+        """The factors of some samples, in the order given; indices [k] int64."""
+        indices = indices.to("cpu", torch.int64)
+        counts = self.offsets.diff()[indices]
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        starts = self.offsets[:-1][indices]
+        rows = torch.arange(int(offsets[-1])) + torch.repeat_interleave(
+            starts - offsets[:-1], counts
+        )
+        rows = rows.to(self.delta.device)
+        return replace(
+            self,
+            delta=self.delta[rows],
+            act=self.act[rows],
+            offsets=offsets,
+            labels=None if self.labels is None else self.labels[rows],
+            losses=None if self.losses is None else self.losses[indices.to(self.losses.device)],
+        )
+
+    def _slice(self, first: int, last: int) -> GradientFactors:
+        """Samples first:last as views."""
+        start, stop = int(self.offsets[first]), int(self.offsets[last])
+        return replace(
+            self,
+            delta=self.delta[start:stop],
+            act=self.act[start:stop],
+            offsets=self.offsets[first : last + 1] - start,
+            labels=None if self.labels is None else self.labels[start:stop],
+            losses=None if self.losses is None else self.losses[first:last],
+        )
+
+    def chunks(self, max_tokens: int) -> Iterator[GradientFactors]:
+        """Consecutive samples as views of at most ``max_tokens`` tokens (or one larger sample)."""
+        check_count("max_tokens", max_tokens)
+        first = 0
+        while first < self.n:
+            limit = int(self.offsets[first]) + max_tokens
+            last = int(torch.searchsorted(self.offsets, limit, right=True)) - 1
+            last = min(max(last, first + 1), self.n)
+            yield self._slice(first, last)
+            first = last
+
+    def shard(self, rank: int, world: int) -> GradientFactors:
+        """The consecutive share of samples of one of ``world`` processes, as views."""
+        check_count("world", world)
+        if not 0 <= rank < world or self.n < world:
+            raise InputError(f"rank={rank} of world={world} cannot share {self.n} samples")
+        return self._slice(self.n * rank // world, self.n * (rank + 1) // world)
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> GradientFactors:
+        """Move or cast delta, act and losses."""
+        return replace(
+            self,
+            delta=self.delta.to(device=device, dtype=dtype),
+            act=self.act.to(device=device, dtype=dtype),
+            labels=None if self.labels is None else self.labels.to(device=device),
+            losses=None if self.losses is None else self.losses.to(device=device, dtype=dtype),
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file; under a temporary name first, so it is whole or absent."""
+        from imu_fast.storage import save_tensors
+
+        tensors = {"delta": self.delta, "act": self.act, "offsets": self.offsets}
+        if self.labels is not None:
+            tensors["labels"] = self.labels
+        if self.losses is not None:
+            tensors["losses"] = self.losses
+        save_tensors(path, tensors, {"has_bias": str(int(self.has_bias)), "name": self.name})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> GradientFactors:
+        """Read what :meth:`save` wrote; on the CPU the tensors are memory-mapped.
+
+        Raises:
+            InputError: the file is missing or holds no factors.
+        """
+        from imu_fast.storage import load_tensors
+
+        tensors, metadata = load_tensors(path)
+        if not {"delta", "act", "offsets"} <= tensors.keys():
+            raise InputError(f"path={str(Path(path))!r} holds no gradient factors")
+        return cls(
+            tensors["delta"],
+            tensors["act"],
+            tensors["offsets"],
+            metadata.get("has_bias") == "1",
+            tensors.get("labels"),
+            tensors.get("losses"),
+            metadata.get("name", "head"),
+        )

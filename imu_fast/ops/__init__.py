@@ -1,0 +1,1 @@
+"""Operations on plain tensors; the only place that knows which backend runs."""

@@ -1,0 +1,68 @@
+"""Row-wise bilinear forms ``<g_i, X>`` from gradient factors, SPEC section 3."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from imu_fast import backend
+from imu_fast.ops.fisher_diagonal import CHUNK_TOKENS, gradient_tiles
+from imu_fast.ops.tokens import is_flat, sum_over_tokens
+
+
+def _token_scores(delta: Tensor, act: Tensor, x: Tensor, has_bias: bool) -> Tensor:
+    """``delta_t^T X a~_t`` per token: [N], by chunks of rows; x [C, D]."""
+    d = act.shape[1]
+    out = delta.new_empty(delta.shape[0])
+    for start in range(0, delta.shape[0], CHUNK_TOKENS):
+        rows = slice(start, start + CHUNK_TOKENS)
+        product = delta[rows] @ x
+        if has_bias:
+            out[rows] = (product[:, :d].mul_(act[rows])).sum(dim=1).add_(product[:, d])
+        else:
+            out[rows] = product.mul_(act[rows]).sum(dim=1)
+    return out
+
+
+def bilinear_scores(
+    delta: Tensor, act: Tensor, x: Tensor, offsets: Tensor, has_bias: bool
+) -> Tensor:
+    """``<g_i, X>`` for every sample, and for several X at once.
+
+    Args:
+        delta: [N, C]. act: [N, d]. offsets: [n+1]. has_bias: whether a~ has a trailing 1.
+        x: [C, D], or [m, C, D] for m of them.
+
+    Returns:
+        [n], or [n, m].
+    """
+    if backend.resolve("bilinear_scores", ("reference", "torch")) == "reference":
+        from imu_fast import reference
+
+        return reference.bilinear_scores(delta, act, x, offsets, has_bias).to(delta.dtype)
+    if x.dim() == 3:
+        out = delta.new_empty(len(offsets) - 1, x.shape[0])
+        for j, xj in enumerate(x):
+            out[:, j] = bilinear_scores(delta, act, xj, offsets, has_bias)
+        return out
+    per_token = _token_scores(delta, act, x, has_bias)
+    return per_token if is_flat(offsets) else sum_over_tokens(per_token, offsets)
+
+
+def quadratic_scores(
+    delta: Tensor, act: Tensor, x: Tensor, offsets: Tensor, has_bias: bool
+) -> Tensor:
+    """``sum_ck X[c,k] g_i[c,k]^2``: self-influence under a diagonal curvature, [n]; x [C, D]."""
+    if backend.resolve("quadratic_scores", ("reference", "torch")) == "reference":
+        from imu_fast import reference
+
+        return reference.quadratic_scores(delta, act, x, offsets, has_bias).to(delta.dtype)
+    n = len(offsets) - 1
+    out = delta.new_zeros(n)
+    if is_flat(offsets):
+        for start in range(0, n, CHUNK_TOKENS):
+            rows = slice(start, start + CHUNK_TOKENS)
+            out[rows] = _token_scores(delta[rows].square(), act[rows].square(), x, has_bias)
+        return out
+    for samples, slab, g in gradient_tiles(delta, act, offsets, has_bias):
+        out[samples] += (g.square_() * x[slab]).sum(dim=(1, 2))
+    return out

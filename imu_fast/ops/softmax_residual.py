@@ -1,0 +1,42 @@
+"""The signal of a softmax head: ``delta = c (softmax(z) - onehot(y))`` and the loss, one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from imu_fast import backend
+
+
+def softmax_residual(
+    logits: Tensor, labels: Tensor, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Residual and loss of the cross-entropy, SPEC section 1.
+
+    The label's entry is ``expm1(log p_y)``, not ``p_y - 1``: for a confident sample the latter
+    cancels and loses every digit of the gradient.
+
+    Args:
+        logits: [N, C], any floating dtype; half precision is computed in float32.
+        labels: [N] int64 in [0, C) (validated once, at capture).
+        scale: [N], the ``c_i`` of each token (``1/T_i``); None means 1.
+
+    Returns:
+        delta [N, C] in the logits' dtype (float32 for half precision) and loss [N], scaled.
+    """
+    if backend.resolve("softmax_residual", ("reference", "torch")) == "reference":
+        from imu_fast import reference
+
+        ones = logits.new_ones(logits.shape[0]) if scale is None else scale
+        delta, loss = reference.softmax_residual(logits, labels, ones)
+        return delta.to(logits.dtype), loss.to(logits.dtype)
+    compute = logits.dtype if logits.dtype == torch.float64 else torch.float32
+    log_p = torch.log_softmax(logits, dim=1, dtype=compute)
+    label_log_p = log_p.gather(1, labels[:, None])
+    loss = -label_log_p.squeeze(1)
+    delta = log_p.exp_().scatter_(1, labels[:, None], label_log_p.expm1_())
+    if scale is not None:
+        scale = scale.to(compute)
+        delta.mul_(scale[:, None])
+        loss = loss * scale
+    return delta, loss

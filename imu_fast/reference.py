@@ -1,0 +1,117 @@
+"""The formulas of SPEC.md, one short function each, in float64 with loops and autograd: the oracle.
+
+Nothing here is fast and nothing here is shared with the fast paths; every faster implementation is
+tested against these functions. Shapes: n samples, N packed tokens (N = n for images), C classes,
+d features, D = d + bias, and ``offsets [n+1]`` says which tokens belong to which sample.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def softmax_residual(logits: Tensor, labels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """``delta[i] = c_i (softmax(z_i) - onehot(y_i))`` and ``loss[i] = -c_i log softmax(z_i)[y_i]``.
+
+    Args:
+        logits: [N, C]. labels: [N] in [0, C). scale: [N], the ``c_i`` of SPEC section 1.
+    Returns:
+        delta [N, C] and loss [N], float64; delta by autograd of the loss.
+    """
+    delta, losses = [], []
+    for z, y, c in zip(logits.double(), labels, scale.double(), strict=True):
+        z = z.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = -c * torch.log_softmax(z, dim=0)[y]
+        delta.append(torch.autograd.grad(loss, z)[0])
+        losses.append(loss.detach())
+    if not losses:
+        return logits.double(), scale.double()
+    return torch.stack(delta), torch.stack(losses)
+
+
+def augment(act: Tensor, has_bias: bool) -> Tensor:
+    """``a~ = [act, 1]``: [N, d] to [N, D]."""
+    return torch.cat([act, torch.ones_like(act[:, :1])], dim=1) if has_bias else act
+
+
+def sample_gradients(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
+    """``g_i = sum_t delta[i,t] (x) a~[i,t]``, SPEC section 1: the matrix G as [n, C, D], float64."""
+    delta, act = delta.double(), augment(act.double(), has_bias)
+    gradients = []
+    for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        g = torch.zeros(delta.shape[1], act.shape[1], dtype=torch.float64, device=delta.device)
+        for t in range(start, stop):
+            g += torch.outer(delta[t], act[t])
+        gradients.append(g)
+    return torch.stack(gradients)
+
+
+def mean_gradient(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
+    """``gbar = 1/n sum_i g_i``: [C, D], float64."""
+    return sample_gradients(delta, act, offsets, has_bias).mean(dim=0)
+
+
+def fisher_diagonal(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
+    """``diag(F) = 1/n sum_i g_i * g_i``, SPEC section 2: [C, D], float64."""
+    g = sample_gradients(delta, act, offsets, has_bias)
+    return (g * g).mean(dim=0)
+
+
+def bilinear_scores(
+    delta: Tensor, act: Tensor, x: Tensor, offsets: Tensor, has_bias: bool
+) -> Tensor:
+    """``<g_i, X_j>``: x [C, D] gives [n], x [m, C, D] gives [n, m]; float64."""
+    g = sample_gradients(delta, act, offsets, has_bias)
+    if x.dim() == 2:
+        return torch.stack([(gi * x.double()).sum() for gi in g])
+    return torch.stack([torch.stack([(gi * xj).sum() for xj in x.double()]) for gi in g])
+
+
+def quadratic_scores(
+    delta: Tensor, act: Tensor, x: Tensor, offsets: Tensor, has_bias: bool
+) -> Tensor:
+    """``sum_ck X[c,k] g_i[c,k]^2``, the self-influence under a diagonal: [n], float64."""
+    g = sample_gradients(delta, act, offsets, has_bias)
+    return torch.stack([(gi * gi * x.double()).sum() for gi in g])
+
+
+def damped_diagonal(diagonal: Tensor, damping: float, mode: str) -> Tensor:
+    """``diag + lam`` (mode "add") or ``max(diag, lam)`` (mode "clamp"), SPEC section 2."""
+    return diagonal + damping if mode == "add" else diagonal.clamp_min(damping)
+
+
+def influence(
+    delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool, x: Tensor
+) -> Tensor:
+    """``influence_i = - g_i^T X`` with ``X = M^-1 v``, SPEC section 3: [n], float64."""
+    return -bilinear_scores(delta, act, x, offsets, has_bias)
+
+
+def influence_weights(
+    scores: Tensor, top_fraction: float, clip_quantile: float
+) -> tuple[list[int], list[float]]:
+    """SPEC section 4 by sorting Python numbers; ties keep the order of the samples."""
+    negative = [(-s, i) for i, s in enumerate(scores.double().tolist()) if s < 0]
+    keep = max(1, round(top_fraction * len(negative))) if negative else 0
+    chosen = sorted(sorted(negative, key=lambda pair: -pair[0])[:keep], key=lambda pair: pair[1])
+    weights = torch.tensor([value for value, _ in chosen], dtype=torch.float64).sqrt()
+    if len(chosen):
+        weights = weights.clamp_max(torch.quantile(weights, clip_quantile))
+    return [i for _, i in chosen], weights.tolist()
+
+
+def objective(logits: Tensor, labels: Tensor, name: str) -> Tensor:
+    """``f(l_i)``, what reweighted ascent increases, SPEC section 5: [B], differentiable.
+
+    ``ce``: the cross-entropy. ``log1mp``: ``log(1 - p_y)``. ``margin``: minus the hinge
+    ``max(0, z_y - max_{j != y} z_j)``.
+    """
+    if name == "ce":
+        return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    label = logits.gather(1, labels[:, None]).squeeze(1)
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    if name == "margin":
+        return -(label - others.amax(dim=1)).clamp_min(0)
+    return others.logsumexp(dim=1) - logits.logsumexp(dim=1)
