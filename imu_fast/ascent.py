@@ -346,9 +346,7 @@ class NetworkProblem:
                 if self.alpha:
                     penalty = [p.abs().sum() for p in self.parameters.values()]
                     loss = loss + self.alpha * torch.stack(penalty).sum()
-            gradients = torch.autograd.grad(
-                loss, list(self.parameters.values()), allow_unused=True
-            )
+            gradients = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
         for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
             parameter.grad = gradient
         self.optimizer.step()

@@ -82,9 +82,7 @@ def damped_diagonal(diagonal: Tensor, damping: float, mode: str) -> Tensor:
     return diagonal + damping if mode == "add" else diagonal.clamp_min(damping)
 
 
-def influence(
-    delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool, x: Tensor
-) -> Tensor:
+def influence(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool, x: Tensor) -> Tensor:
     """``influence_i = - g_i^T X`` with ``X = M^-1 v``, SPEC section 3: [n], float64."""
     return -bilinear_scores(delta, act, x, offsets, has_bias)
 

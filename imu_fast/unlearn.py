@@ -584,9 +584,7 @@ class _Run:
                 " stop earlier, or use a bounded objective ('margin')"
             )
 
-    def _save(
-        self, epochs: int, indices: Tensor, weights: Tensor, scores: Tensor | None
-    ) -> None:
+    def _save(self, epochs: int, indices: Tensor, weights: Tensor, scores: Tensor | None) -> None:
         assert self.checkpoint is not None
         tensors = {f"state.{k}": v for k, v in self.problem.state().items()}
         plain: dict[str, dict[str, Any]] = {}
@@ -619,8 +617,9 @@ class _Run:
             raise InputError(f"checkpoint={name!r} was not written by unlearn; choose another name")
         run = json.loads(metadata["imu_fast"])
         wanted = json.loads(json.dumps(_resumable(self.settings)))
-        changed = {k: (run["settings"].get(k), v) for k, v in wanted.items()
-                   if run["settings"].get(k) != v}
+        changed = {
+            k: (run["settings"].get(k), v) for k, v in wanted.items() if run["settings"].get(k) != v
+        }
         state = self.problem.state()
         shapes = {k: t.shape for k, t in state.items()}
         stored = {k[6:]: t.shape for k, t in tensors.items() if k.startswith("state.")}

@@ -25,9 +25,7 @@ class FisherDiag:
         self.diagonal = diagonal
 
     @classmethod
-    def fit(
-        cls, factors: GradientFactors, damping: float, damping_mode: str = "add"
-    ) -> FisherDiag:
+    def fit(cls, factors: GradientFactors, damping: float, damping_mode: str = "add") -> FisherDiag:
         """Fit on ``factors``; ``damping_mode`` is ``"add"`` or ``"clamp"``."""
         check_choice("damping_mode", damping_mode, DAMPING_MODES)
         diagonal = fisher_diagonal(factors.delta, factors.act, factors.offsets, factors.has_bias)

@@ -16,9 +16,7 @@ class Identity:
     residual = 0.0
 
     @classmethod
-    def fit(
-        cls, factors: GradientFactors, damping: float, damping_mode: str = "add"
-    ) -> Identity:
+    def fit(cls, factors: GradientFactors, damping: float, damping_mode: str = "add") -> Identity:
         """Nothing to fit; the options are those of ``fisher_diag`` so that names can be swapped."""
         check_choice("damping_mode", damping_mode, ("add", "clamp"))
         return cls()
@@ -30,6 +28,4 @@ class Identity:
     def self_influence(self, factors: GradientFactors) -> Tensor:
         """``||g_i||^2``: [n]."""
         ones = torch.ones_like(factors.delta[:1, :1]).expand(factors.num_classes, factors.width)
-        return quadratic_scores(
-            factors.delta, factors.act, ones, factors.offsets, factors.has_bias
-        )
+        return quadratic_scores(factors.delta, factors.act, ones, factors.offsets, factors.has_bias)

@@ -25,7 +25,9 @@ def sum_over_tokens(values: Tensor, offsets: Tensor) -> Tensor:
     return out.index_add_(0, sample_of_token(offsets, values.device), values)
 
 
-def groups_of_equal_length(offsets: Tensor, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def groups_of_equal_length(
+    offsets: Tensor, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Samples with the same number T > 0 of tokens: ``(samples [g], tokens [g, T])`` per length."""
     lengths, starts = offsets.diff().to(device), offsets[:-1].to(device)
     for length in lengths.unique().tolist():
