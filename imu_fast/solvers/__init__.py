@@ -1,0 +1,1 @@
+"""Damped linear solves."""

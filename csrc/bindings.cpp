@@ -1,0 +1,43 @@
+// imu_fast._C: raw pointers and shapes in, checked by imu_fast/solvers/cholesky.py beforehand.
+#include <pybind11/pybind11.h>
+
+#include "cholesky_cpu.h"
+
+namespace py = pybind11;
+using Address = std::uintptr_t;
+
+namespace {
+
+template <typename T>
+T* as(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <typename T>
+void factor(Address potrf, Address set_threads, Address a, int64_t batch, int n, double damping,
+            Address status, int threads) {
+  py::gil_scoped_release release;
+  imu_fast::damped_factor<T>(reinterpret_cast<imu_fast::Potrf<T>>(potrf),
+                             reinterpret_cast<imu_fast::SetThreads>(set_threads), as<T>(a), batch,
+                             n, static_cast<T>(damping), as<int>(status), threads);
+}
+
+template <typename T>
+void solve(Address potrs, Address set_threads, Address a, int64_t batch, int n, Address b, int m,
+           int threads) {
+  py::gil_scoped_release release;
+  imu_fast::factor_solve<T>(reinterpret_cast<imu_fast::Potrs<T>>(potrs),
+                            reinterpret_cast<imu_fast::SetThreads>(set_threads), as<const T>(a),
+                            batch, n, as<T>(b), m, threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Damped Cholesky on raw pointers; use imu_fast.solvers.cholesky.";
+  m.attr("__compiler__") = __VERSION__;
+  m.def("factor_f32", &factor<float>);
+  m.def("factor_f64", &factor<double>);
+  m.def("solve_f32", &solve<float>);
+  m.def("solve_f64", &solve<double>);
+}
