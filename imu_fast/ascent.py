@@ -21,6 +21,7 @@ from imu_fast.capture import (
     capture_features,
     logits_of,
     split_batch,
+    to_device,
 )
 from imu_fast.errors import InputError, check_positive
 from imu_fast.factors import IGNORE_INDEX, GradientFactors, check_labels
@@ -328,11 +329,8 @@ class NetworkProblem:
         self.optimizer = make_optimizer(list(self.parameters.values()))
 
     def _forward(self, batch: Any) -> tuple[Tensor, Tensor]:
-        args, kwargs, labels = split_batch(batch)
-        args = [a.to(self.device) if isinstance(a, Tensor) else a for a in args]
-        kwargs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+        args, kwargs, labels = to_device(split_batch(batch), self.device)
         logits = logits_of(self.model(*args, **kwargs))
-        labels = labels.to(self.device)
         check_labels(labels, logits.shape[-1], IGNORE_INDEX)
         return logits, labels
 

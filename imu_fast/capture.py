@@ -166,13 +166,17 @@ def _catching(modules: Mapping[str, nn.Linear]) -> Iterator[dict[str, list[tuple
         yield caught
 
 
-def _device_of(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter lives."""
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
 
 
-def _to_device(batch: Any, device: torch.device) -> tuple[list[Any], dict[str, Any], Tensor]:
-    args, kwargs, labels = split_batch(batch)
+def to_device(
+    parts: tuple[list[Any], dict[str, Any], Tensor], device: torch.device
+) -> tuple[list[Any], dict[str, Any], Tensor]:
+    """What :func:`split_batch` returned, with its tensors on ``device``."""
+    args, kwargs, labels = parts
     args = [a.to(device) if isinstance(a, Tensor) else a for a in args]
     kwargs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
     return args, kwargs, labels.to(device)
@@ -221,7 +225,7 @@ def capture_features(
         NoHeadFoundError: no linear layer, or not the given one, produces the logits.
     """
     _warn_if_shuffled(loader)
-    device = _device_of(model)
+    device = device_of(model)
     explicit = head if not (isinstance(head, str) and head == "head") else None
     modules = _linears(model) if explicit is None else dict([find_head(model, explicit)])
     if not modules:
@@ -233,7 +237,7 @@ def capture_features(
     with preserved(model), torch.no_grad():
         model.eval()
         for batch in tqdm(as_batches(loader), desc="capture", unit="batch", disable=not progress):
-            args, kwargs, labels = _to_device(batch, device)
+            args, kwargs, labels = to_device(split_batch(batch), device)
             with _catching(modules) as caught:
                 logits = logits_of(model(*args, **kwargs))
             found = None
@@ -288,14 +292,14 @@ def _capture_layers(
     model: nn.Module, loader: Any, modules: Mapping[str, nn.Linear], ignore_index: int, bar: bool
 ) -> list[GradientFactors]:
     """Factors of any linear layers: one batched forward and backward of the summed losses."""
-    device = _device_of(model)
+    device = device_of(model)
     parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in modules}
     with preserved(model):
         model.eval()
         for module in modules.values():
             module.weight.requires_grad_()
         for batch in tqdm(as_batches(loader), desc="capture", unit="batch", disable=not bar):
-            args, kwargs, labels = _to_device(batch, device)
+            args, kwargs, labels = to_device(split_batch(batch), device)
             with torch.enable_grad(), _catching(modules) as caught:
                 logits = logits_of(model(*args, **kwargs))
                 check_labels(labels, logits.shape[-1], ignore_index)

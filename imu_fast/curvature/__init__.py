@@ -1,6 +1,6 @@
 """Curvatures ``M`` of SPEC section 2: one file each, all with ``fit(factors) -> .solve(v)``.
 
-Adding one: a class with :class:`Curvature`'s methods in a file of its own, and a line in ``_KNOWN``.
+Adding one: a class with :class:`Curvature`'s methods in its own file, and a line in ``_KNOWN``.
 """
 
 from __future__ import annotations

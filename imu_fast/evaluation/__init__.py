@@ -1,0 +1,1 @@
+"""What unlearning did: utility, depth, membership; tables, plots and reports."""

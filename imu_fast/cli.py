@@ -1,0 +1,198 @@
+"""The command line: ``imu-fast demo | score | unlearn | doctor``."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from imu_fast.errors import ImuFastError, InputError
+
+app = typer.Typer(
+    help="Influence-guided machine unlearning: score, reweight, unlearn.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Arch = Annotated[
+    str, typer.Option(help="torchvision:NAME, timm:NAME, or MODULE:FUNCTION of your own.")
+]
+Weights = Annotated[Path, typer.Option(help="State dict: .safetensors, or a torch file.")]
+Data = Annotated[
+    Path, typer.Option(help="Forget set: a folder with a sub-folder per class, or .npz (x, y).")
+]
+ImageSize = Annotated[int, typer.Option(help="Pixels, for image folders.")]
+BatchSize = Annotated[int, typer.Option(help="Samples per batch.")]
+
+
+def _clean_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Our own errors as one line and exit code 2; any other is a bug and keeps its traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except ImuFastError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
+
+    return wrapped
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # Wide enough for the tables where the width is unknown (a pipe, a log file).
+    return Console() if sys.stdout.isatty() else Console(width=118)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from imu_fast import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print and exit.")
+    ] = False,
+) -> None:
+    """Influence-guided machine unlearning: score, reweight, unlearn."""
+
+
+@app.command()
+@_clean_errors
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for plots and results.json.")] = Path(
+        "imu-fast-demo"
+    ),
+    seed: Annotated[int, typer.Option(help="Of the split, the training and the runs.")] = 0,
+    quick: Annotated[bool, typer.Option(help="Fewer methods, shorter training.")] = False,
+) -> None:
+    """Unlearn real digits by IMU and its rivals, all at the same depth; table, plots, JSON."""
+    try:
+        import matplotlib  # noqa: F401
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"the demo needs {error.name}; pip install 'imu_fast[demo]'") from error
+    from imu_fast.evaluation.demo import run
+    from imu_fast.evaluation.report import demo_table
+
+    results = run(out, seed=seed, quick=quick)
+    console = _console()
+    console.print(demo_table(results))
+    console.print(f"{len(results['files'])} plots and results.json are in {out}/")
+
+
+@app.command()
+@_clean_errors
+def score(
+    arch: Arch,
+    weights: Weights,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Scores: .npz, .parquet or .csv.")] = Path("scores.csv"),
+    curvature: Annotated[str, typer.Option(help="identity or fisher_diag.")] = "fisher_diag",
+    damping: Annotated[float, typer.Option(help="> 0.")] = 1e-2,
+    image_size: ImageSize = 224,
+    batch_size: BatchSize = 64,
+) -> None:
+    """Score every sample of a forget set by its influence at the classifier."""
+    import torch
+
+    from imu_fast.checkpoints import build_model
+    from imu_fast.data.files import load_data
+    from imu_fast.influence import influence_scores
+    from imu_fast.scores_io import check_ending, save_scores
+    from imu_fast.weighting import influence_weights
+
+    check_ending(out)
+    loader, names = load_data(data, image_size=image_size, batch_size=batch_size)
+    model = build_model(arch, weights)
+    scores = influence_scores(
+        model, loader, curvature=curvature, damping=damping, progress=sys.stderr.isatty()
+    )
+    selected, kept = influence_weights(scores, on_empty="uniform")
+    weight = torch.zeros_like(scores).index_put_((selected,), kept)
+    save_scores(out, names, scores, weight)
+    typer.echo(f"{len(scores)} scores, {int((scores < 0).sum())} negative, written to {out}")
+
+
+@app.command()
+@_clean_errors
+def unlearn(
+    arch: Arch,
+    weights: Weights,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Unlearned weights, .safetensors.")] = Path(
+        "unlearned.safetensors"
+    ),
+    method: Annotated[str, typer.Option(help="imu, permuted or uniform.")] = "imu",
+    preset: Annotated[str | None, typer.Option(help="paper: as the authors' code.")] = None,
+    scope: Annotated[str | None, typer.Option(help="head, layers or all.")] = None,
+    objective: Annotated[str, typer.Option(help="ce, margin or log1mp.")] = "ce",
+    precondition: Annotated[str | None, typer.Option(help="features.")] = None,
+    lr: Annotated[float, typer.Option(help="Learning rate of SGD.")] = 0.01,
+    epochs: Annotated[int, typer.Option(help="Budget.")] = 10,
+    stop_accuracy: Annotated[
+        float | None, typer.Option(help="Stop at this forget accuracy, in [0, 1].")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the batch order.")] = 0,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Resume from, and save each epoch to, this file.")
+    ] = None,
+    image_size: ImageSize = 224,
+    batch_size: BatchSize = 64,
+) -> None:
+    """Make a checkpoint forget a set of samples."""
+    from imu_fast.ascent import StopRule
+    from imu_fast.checkpoints import build_model
+    from imu_fast.data.files import load_data
+    from imu_fast.storage import save_tensors
+    from imu_fast.unlearn import unlearn as run
+
+    if out.suffix != ".safetensors":
+        raise InputError(f"out={str(out)!r} must end in .safetensors")
+    stop = None if stop_accuracy is None else StopRule(forget_accuracy=stop_accuracy)
+    loader, _ = load_data(data, image_size=image_size, batch_size=batch_size)
+    model = build_model(arch, weights)
+    result = run(
+        model,
+        loader,
+        method=method,
+        preset=preset,
+        scope=scope,
+        objective=objective,
+        precondition=precondition,
+        lr=lr,
+        epochs=epochs,
+        batch_size=batch_size,
+        stop=stop,
+        seed=seed,
+        checkpoint=checkpoint,
+        progress=sys.stderr.isatty(),
+    )
+    save_tensors(out, model.state_dict(), {"format": "pt"})
+    first, last = result.trajectory[0], result.trajectory[-1]
+    typer.echo(
+        f"forget accuracy {first['forget_accuracy']:.3f} -> {last['forget_accuracy']:.3f} in "
+        f"{result.steps} steps ({result.stopped_by}); written to {out}"
+    )
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is available here, and how to get what is not."""
+    from imu_fast.doctor import diagnose
+    from imu_fast.evaluation.report import key_value_table
+
+    rows: list[tuple[str, ...]] = list(diagnose())
+    table = key_value_table("imu-fast doctor", rows, ("component", "here", "for"))
+    _console().print(table)

@@ -1,0 +1,187 @@
+"""The demo: IMU, its controls and its rivals on real digits, all stopped at the same depth."""
+
+from __future__ import annotations
+
+import copy
+import json
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+import imu_fast
+from imu_fast.ascent import StopRule
+from imu_fast.data import digits
+from imu_fast.evaluation import plots
+from imu_fast.evaluation.metrics import evaluate, membership_accuracy
+from imu_fast.storage import replacing
+from imu_fast.unlearn import DivergedError, UnlearnResult, unlearn
+
+METHODS: dict[str, dict[str, Any]] = {
+    "IMU (head)": {},
+    "permuted weights (head)": {"method": "permuted"},
+    "uniform ascent (head)": {"method": "uniform"},
+    "uniform ascent (network)": {"method": "uniform", "scope": "all"},
+    "preconditioned margin (head)": {
+        "method": "uniform",
+        "objective": "margin",
+        "precondition": "features",
+    },
+}
+LEARNING_RATES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 3e-4, 1e-4)
+RULE = "learning rate: the largest of the grid with which the depth takes 20 steps or more"
+_MIN_STEPS, _MAX_STEPS = 20, 2000
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; accuracies in [0, 1], ``member``: see membership_accuracy."""
+
+    task: str
+    method: str
+    forget: float
+    retain: float
+    test: float
+    member: float
+    lr: float | None = None
+    steps: int | None = None
+    seconds: float | None = None
+    stopped_by: str | None = None
+
+
+def small_network() -> nn.Module:
+    """A convolutional network with BatchNorm for 8x8 digits: 40,000 parameters."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32 * 16, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
+
+
+def train(samples: digits.Samples, seed: int, epochs: int) -> nn.Module:
+    """Train the small network; the same seed gives the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = small_network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+        x, y = samples
+        for _ in range(epochs):
+            for rows in torch.randperm(len(x)).split(64):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
+                optimizer.step()
+    return model.eval()
+
+
+def _row(task: digits.DigitsTask, name: str, model: nn.Module, seed: int, **extra: Any) -> Row:
+    forget, retain, test = (evaluate(model, s) for s in (task.forget, task.retain, task.test))
+    member = membership_accuracy(
+        retain["confidence"], test["confidence"], forget["confidence"], seed=seed
+    )
+    return Row(
+        task.name, name, forget["accuracy"], retain["accuracy"], test["accuracy"], member, **extra
+    )
+
+
+def forget_with(
+    model: nn.Module, task: digits.DigitsTask, options: dict[str, Any], seed: int
+) -> tuple[UnlearnResult, float]:
+    """Unlearn a copy of the model at the learning rate that the stated rule chooses."""
+    for lr in LEARNING_RATES:
+        try:
+            result = unlearn(
+                copy.deepcopy(model),
+                task.forget,
+                lr=lr,
+                epochs=_MAX_STEPS,
+                max_steps=_MAX_STEPS,
+                stop=StopRule(forget_accuracy=task.depth),
+                watch={"retain": task.retain},
+                record="step",
+                seed=seed,
+                **options,
+            )
+        except DivergedError:
+            continue
+        if result.steps >= _MIN_STEPS:
+            break
+    return result, lr
+
+
+def run(out: Path, *, seed: int = 0, quick: bool = False, progress: bool = True) -> dict[str, Any]:
+    """Run the demo; writes plots and ``results.json`` into ``out``, and returns what it wrote.
+
+    Args:
+        quick: two methods and a shorter training, for tests.
+    """
+    training, test = digits.load(seed)
+    epochs = 5 if quick else 20
+    methods = dict(list(METHODS.items())[:: 2 if quick else 1][: 2 if quick else None])
+    tasks = [digits.class_task(training, test, 3), digits.random_task(training, test, 50, seed)]
+    out.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    files: list[str] = []
+    total = 1 + len(tasks) * (1 + len(methods))
+    with tqdm(total=total, desc="demo", unit="run", disable=not progress) as bar:
+        model = train(training, seed, epochs)
+        bar.update()
+        for task in tasks:
+            rows.append(_row(task, "original", model, seed))
+            retrained = train(task.retain, seed + 1, epochs)
+            rows.append(_row(task, "retrained without", retrained, seed))
+            bar.update()
+            paths: dict[str, list[dict[str, float]]] = {}
+            for name, options in methods.items():
+                result, lr = forget_with(model, task, options, seed)
+                paths[name] = result.trajectory
+                rows.append(
+                    _row(
+                        task,
+                        name,
+                        result.model,
+                        seed,
+                        lr=lr,
+                        steps=result.steps,
+                        seconds=result.seconds,
+                        stopped_by=result.stopped_by,
+                    )
+                )
+                bar.update()
+            scores = imu_fast.influence_scores(model, task.forget)
+            stem = task.name.replace(" ", "-")
+            files += [
+                plots.trajectories(out / f"{stem}-trajectory.png", task.name, paths),
+                plots.histogram(out / f"{stem}-influence.png", task.name, scores),
+                plots.extremes(out / f"{stem}-images.png", task.name, *task.forget, scores),
+            ]
+    results = {
+        "rows": [asdict(row) for row in rows],
+        "depth": {task.name: task.depth for task in tasks},
+        "sizes": {task.name: len(task.forget[1]) for task in tasks},
+        "rule": RULE,
+        "settings": {name: options for name, options in methods.items()},
+        "seed": seed,
+        "quick": quick,
+        "versions": {
+            "imu_fast": imu_fast.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        },
+        "files": files,
+    }
+    with replacing(out / "results.json") as temporary:
+        temporary.write_text(json.dumps(results, indent=1) + "\n")
+    return results

@@ -1,0 +1,54 @@
+"""Tables for the terminal, drawn by rich."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+
+def _cell(value: Any, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def demo_table(results: dict[str, Any]) -> Table:
+    """The demo's one table, from what ``demo.run`` returned."""
+    depths = ", ".join(
+        f"{name} ({results['sizes'][name]} images) to forget accuracy {depth:g}"
+        for name, depth in results["depth"].items()
+    )
+    table = Table(
+        title="Unlearning digits, every method stopped at the same depth",
+        caption=f"{depths}; {results['rule']}. member: fraction of the forget set that a "
+        "membership attack calls training data. test: classes that are kept.",
+    )
+    table.add_column("task", no_wrap=True)
+    table.add_column("method", no_wrap=True)
+    for name in ("forget", "retain", "test", "member", "lr", "steps", "seconds"):
+        table.add_column(name, justify="right", no_wrap=True)
+    previous = None
+    for row in results["rows"]:
+        if previous not in (None, row["task"]):
+            table.add_section()
+        first = "" if row["task"] == previous else row["task"]
+        previous = row["task"]
+        accuracies = [_cell(row[k], ".3f") for k in ("forget", "retain", "test", "member")]
+        table.add_row(
+            first,
+            row["method"],
+            *accuracies,
+            _cell(row["lr"], "g"),
+            _cell(row["steps"], "d"),
+            _cell(row["seconds"], ".2f"),
+        )
+    return table
+
+
+def key_value_table(title: str, rows: list[tuple[str, ...]], columns: tuple[str, ...]) -> Table:
+    """A plain table of strings."""
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table

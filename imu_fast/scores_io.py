@@ -1,0 +1,50 @@
+"""Scores to ``.npz``, ``.parquet`` or ``.csv``, by the file's ending; whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from imu_fast.errors import InputError
+from imu_fast.storage import replacing
+
+ENDINGS = (".npz", ".parquet", ".csv")
+
+
+def check_ending(path: Path) -> None:
+    """Raise InputError unless scores can be written under this name."""
+    if path.suffix not in ENDINGS:
+        raise InputError(f"out={str(path)!r} must end in one of {', '.join(ENDINGS)}")
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError as error:
+            raise InputError("out=.parquet needs pyarrow: pip install pyarrow") from error
+
+
+def save_scores(path: Path, names: Sequence[str], influence: Tensor, weights: Tensor) -> None:
+    """Write one row per sample: name, influence, and weight (zero: not selected).
+
+    Args:
+        influence: [n]. weights: [n].
+    """
+    check_ending(path)
+    scores, weight = influence.cpu().numpy(), weights.cpu().numpy()
+    with replacing(path) as temporary:
+        if path.suffix == ".npz":
+            np.savez(temporary, sample=np.array(names), influence=scores, weight=weight)
+        elif path.suffix == ".parquet":
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            table = pa.table({"sample": list(names), "influence": scores, "weight": weight})
+            pq.write_table(table, temporary)
+        else:
+            with open(temporary, "w", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(["sample", "influence", "weight"])
+                writer.writerows(zip(names, scores.tolist(), weight.tolist(), strict=True))
