@@ -25,7 +25,7 @@ def diagnose() -> list[tuple[str, str, str]]:
     """One row per component: name, what is there, what it is for or how to get it."""
     from imu_fast.solvers.cholesky import find_lapack
 
-    rows = [("torch", torch.__version__, "the vectorised path; always there")]
+    rows = [("torch", str(torch.__version__), "the vectorised path; always there")]
     if torch.cuda.is_available():
         rows.append(("CUDA", torch.cuda.get_device_name(), "GPU"))
     else:

@@ -33,6 +33,19 @@ def check_labels(labels: Tensor, num_classes: int, ignore_index: int = IGNORE_IN
         )
 
 
+def check_offsets(offsets: Tensor, num_tokens: int) -> None:
+    """Raise InputError unless offsets [n+1] cut ``num_tokens`` tokens into n >= 1 samples."""
+    if offsets.dim() != 1 or len(offsets) < 2:
+        raise InputError(
+            f"offsets has shape {tuple(offsets.shape)}: an empty forget set; pass [n+1] with n >= 1"
+        )
+    ends = (int(offsets[0]), int(offsets[-1]))
+    if ends != (0, num_tokens) or bool((offsets.diff() < 0).any()):
+        raise InputError(
+            f"offsets must rise from 0 to N={num_tokens}; they go from {ends[0]} to {ends[1]}"
+        )
+
+
 @dataclass(frozen=True)
 class GradientFactors:
     """The gradients ``g_i = sum_t delta[i,t] (x) [act[i,t], 1]`` of n samples, as factors.
@@ -67,14 +80,7 @@ class GradientFactors:
             raise InputError(
                 f"delta is {delta.dtype} and act is {act.dtype}; both must be float32 or float64"
             )
-        starts_well = offsets.dim() == 1 and len(offsets) >= 1 and int(offsets[0]) == 0
-        if not starts_well or int(offsets[-1]) != len(delta) or bool((offsets.diff() < 0).any()):
-            raise InputError(
-                f"offsets must rise from 0 to N={len(delta)}, one more entry than samples; "
-                f"got shape {tuple(offsets.shape)}"
-            )
-        if len(offsets) < 2:
-            raise InputError("factors of an empty forget set; pass at least one sample")
+        check_offsets(offsets, len(delta))
         object.__setattr__(self, "offsets", offsets.to("cpu", torch.int64))
 
     @classmethod
@@ -137,6 +143,7 @@ class GradientFactors:
         if offsets is None:
             offsets = torch.arange(len(labels) + 1)
         offsets = offsets.to("cpu", torch.int64)
+        check_offsets(offsets, len(labels))
         valid = labels != ignore_index
         if not bool(valid.all()):
             kept_before = torch.zeros(len(labels) + 1, dtype=torch.int64)
@@ -147,7 +154,7 @@ class GradientFactors:
         counts = offsets.diff()
         scale = None
         if not bool((counts == 1).all()):
-            per_sample = 1.0 / counts.clamp_min(1)
+            per_sample = 1.0 / counts.clamp_min(1).double()
             scale = torch.repeat_interleave(per_sample, counts).to(act.device, dtype)
         delta = act.new_empty(len(act), weight.shape[0])
         token_losses = act.new_empty(len(act))

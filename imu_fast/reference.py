@@ -37,7 +37,7 @@ def augment(act: Tensor, has_bias: bool) -> Tensor:
 
 
 def sample_gradients(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
-    """``g_i = sum_t delta[i,t] (x) a~[i,t]``, SPEC section 1: the matrix G as [n, C, D], float64."""
+    """``g_i = sum_t delta[i,t] (x) a~[i,t]``, SPEC section 1: G as [n, C, D], float64."""
     delta, act = delta.double(), augment(act.double(), has_bias)
     gradients = []
     for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):

@@ -333,7 +333,7 @@ def test_preset_paper_behaves_as_the_authors_code(first_row_is_mean):
 
 def test_preset_paper_without_fc_layers_says_what_to_do(trained):
     model, x, y = trained
-    with pytest.raises(InputError, match="fc.*layers="):
+    with pytest.raises(InputError, match=r"fc.*layers="):
         imu.unlearn(model, (x, y), preset="paper")
 
 
@@ -353,7 +353,7 @@ def test_resumed_run_equals_an_uninterrupted_one(trained, tmp_path, scope):
     assert result.steps == expected.steps
     assert [p.name for p in tmp_path.iterdir()] == ["run.safetensors"]
 
-    with pytest.raises(InputError, match="belongs to another run.*lr.*resume=False"):
+    with pytest.raises(InputError, match=r"belongs to another run.*lr.*resume=False"):
         imu.unlearn(copy.deepcopy(model), (x, y), checkpoint=path, lr=0.5, **options)
 
 
@@ -365,11 +365,7 @@ def test_divergence_is_an_error_and_the_model_is_kept(trained):
     assert_same_state(model, before)
 
 
-def test_nothing_negative(trained):
-    model, x, y = trained
-    with torch.no_grad():
-        model[-1].weight.zero_()
-        model[-1].bias.zero_()
+def test_nothing_negative():
     # Two samples with opposite gradients: the mean is zero, and so is every score.
     features = torch.ones(2, CLASSES, dtype=torch.float64)
     head = nn.Sequential(nn.Linear(CLASSES, 2)).double()
@@ -428,7 +424,7 @@ def test_bad_data(trained):
     bad[3] = torch.nan
     with pytest.raises(InputError, match="sample 3"):
         imu.unlearn(model, (bad, y))
-    with pytest.raises(InputError, match="torch.nn.Module"):
+    with pytest.raises(InputError, match=r"torch\.nn\.Module"):
         imu.unlearn("model", (x, y))
     with pytest.raises(InputError, match="sample 2 has 0 valid labels"):
         imu.unlearn(model, (x, torch.where(torch.arange(N) == 2, -100, y)))

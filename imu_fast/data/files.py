@@ -55,9 +55,7 @@ def _image_folder(path: Path, image_size: int, batch_size: int) -> tuple[DataLoa
     try:
         dataset = ImageFolder(str(path), transforms.Compose(steps))
     except FileNotFoundError as error:
-        raise InputError(
-            f"data={str(path)!r}: {error}; one sub-folder of images per class"
-        ) from error
+        raise InputError(f"data={str(path)!r}: {error}; make a sub-folder per class") from error
     names = [str(Path(name).relative_to(path)) for name, _ in dataset.samples]
     return DataLoader(dataset, batch_size=batch_size), names
 

@@ -45,11 +45,11 @@ def histogram(path: Path, title: str, scores: Tensor) -> str:
     """How influence is spread over the forget set."""
     figure = _figure(figsize=(6.4, 3.6))
     axes = figure.subplots()
-    axes.hist(scores.cpu().numpy(), bins=30, color="#4477aa", edgecolor="white")
+    axes.hist(scores.cpu().numpy(), bins=30, log=True, color="#4477aa", edgecolor="white")
     axes.axvline(0, color="black", linewidth=1)
     negative = int((scores < 0).sum())
     axes.set_xlabel("influence (negative: supports forgetting)")
-    axes.set_ylabel("forget samples")
+    axes.set_ylabel("forget samples (log scale)")
     axes.set_title(f"Forgetting {title}: {negative} of {len(scores)} samples have influence < 0")
     return _save(figure, path)
 

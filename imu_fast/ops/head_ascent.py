@@ -7,6 +7,7 @@ from torch import Tensor
 
 from imu_fast import backend
 from imu_fast.ops.mean_gradient import gradient_sum
+from imu_fast.ops.softmax_residual import softmax_residual
 
 OBJECTIVES = ("ce", "margin", "log1mp")
 
@@ -34,9 +35,7 @@ def objective_residual(logits: Tensor, labels: Tensor, name: str) -> Tensor:
     """
     column = labels[:, None]
     if name == "ce":
-        log_p = torch.log_softmax(logits, dim=1)
-        label = log_p.gather(1, column).expm1_()
-        return log_p.exp_().scatter_(1, column, label)
+        return softmax_residual(logits, labels)[0]
     others = logits.scatter(1, column, -torch.inf)
     if name == "margin":
         best, runner_up = others.max(dim=1, keepdim=True)

@@ -13,8 +13,8 @@ def softmax_residual(
 ) -> tuple[Tensor, Tensor]:
     """Residual and loss of the cross-entropy, SPEC section 1.
 
-    The label's entry is ``expm1(log p_y)``, not ``p_y - 1``: for a confident sample the latter
-    cancels and loses every digit of the gradient.
+    The label's entry is minus the sum of the other probabilities, not ``p_y - 1``: for a confident
+    sample the latter cancels and loses every digit of the gradient. The same sum gives the loss.
 
     Args:
         logits: [N, C], any floating dtype; half precision is computed in float32.
@@ -32,9 +32,11 @@ def softmax_residual(
         return delta.to(logits.dtype), loss.to(logits.dtype)
     compute = logits.dtype if logits.dtype == torch.float64 else torch.float32
     log_p = torch.log_softmax(logits, dim=1, dtype=compute)
-    label_log_p = log_p.gather(1, labels[:, None])
-    loss = -label_log_p.squeeze(1)
-    delta = log_p.exp_().scatter_(1, labels[:, None], label_log_p.expm1_())
+    loss = -log_p.gather(1, labels[:, None]).squeeze(1)
+    delta = log_p.exp_().scatter_(1, labels[:, None], 0.0)
+    others = delta.sum(dim=1)
+    delta.scatter_(1, labels[:, None], -others[:, None])
+    loss = torch.where(others < 0.5, -torch.log1p(-others), loss)
     if scale is not None:
         scale = scale.to(compute)
         delta.mul_(scale[:, None])

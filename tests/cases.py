@@ -1,0 +1,95 @@
+"""Problems that every operation is tested on, and the tolerance that each may use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of one problem; ``why`` is what the sizes are there for."""
+
+    why: str
+    lengths: tuple[int, ...]
+    classes: int
+    features: int
+    has_bias: bool = True
+    scale: float = 1.0
+    duplicated: bool = False
+
+    def make(self, dtype: torch.dtype) -> Problem:
+        """Random data of these sizes."""
+        generator = torch.Generator().manual_seed(len(self.why))
+        tokens, wide = sum(self.lengths), torch.float64
+        act = torch.randn(tokens, self.features, generator=generator, dtype=wide)
+        if self.duplicated:
+            act = act[:1].expand(tokens, -1).clone()
+        weight = torch.randn(self.classes, self.features, generator=generator, dtype=wide)
+        weight *= self.scale
+        bias = torch.randn(self.classes, generator=generator, dtype=wide)
+        labels = torch.randint(self.classes, (tokens,), generator=generator)
+        counts = torch.tensor(self.lengths)
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        return Problem(
+            act.to(dtype),
+            weight.to(dtype),
+            bias.to(dtype) if self.has_bias else None,
+            labels,
+            offsets,
+            torch.repeat_interleave(1.0 / counts.clamp_min(1).double(), counts).to(dtype),
+        )
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Tensors of a case: act [N, d], weight [C, d], bias [C], labels [N], offsets, scale [N]."""
+
+    act: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    offsets: Tensor
+    scale: Tensor
+
+    @property
+    def has_bias(self) -> bool:
+        return self.bias is not None
+
+    @property
+    def logits(self) -> Tensor:
+        return torch.nn.functional.linear(self.act, self.weight, self.bias)
+
+
+FLAT = (1,)
+CASES = [
+    Case("one of everything", (1,), 2, 1),
+    Case("odd and prime", FLAT * 13, 7, 5),
+    Case("no bias", FLAT * 13, 7, 5, has_bias=False),
+    Case("one class: softmax is constant", FLAT * 6, 1, 4),
+    Case("more samples than a chunk of rows", FLAT * 1031, 3, 2),
+    Case("saturated softmax", FLAT * 17, 5, 9, scale=100.0),
+    Case("duplicated rows", FLAT * 8, 4, 6, duplicated=True),
+    Case("ragged tokens", (3, 1, 7, 2, 3), 6, 5),
+    Case("ragged, an empty sample first, middle and last", (0, 2, 0, 3, 0), 6, 5),
+    Case("ragged without bias", (2, 5, 1), 11, 3, has_bias=False),
+    Case("one sample of many tokens", (129,), 4, 3),
+]
+IDS = [case.why for case in CASES]
+
+
+def assert_close(actual: Tensor, truth: Tensor, length: int, scale: float | None = None) -> None:
+    """Compare with a float64 truth.
+
+    A sum of ``length`` products in a dtype of unit roundoff u has error at most about
+    ``length * u`` times the largest sum of magnitudes; half a dozen roundings of the factors come
+    on top. ``scale``: that magnitude, where cancellation makes the truth smaller than its terms.
+    """
+    scale = float(truth.abs().max()) if scale is None else scale
+    eps = torch.finfo(actual.dtype).eps
+    bound = (length + 8) * eps * max(scale, torch.finfo(actual.dtype).tiny)
+    error = float((actual.double() - truth.double()).abs().max()) if truth.numel() else 0.0
+    assert actual.shape == truth.shape
+    assert error <= bound, f"error {error:.3g} > {bound:.3g}"

@@ -1,0 +1,38 @@
+"""Fixtures that every test has."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _memory_is_full_of_nan():
+    """Make every ``torch.empty`` NaN, so that reading unwritten memory fails a comparison."""
+    fill, mode = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(mode)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Real data, or a skip that says why: IMU_FAST_DATA, else beside the repository."""
+    root = Path(__file__).resolve().parents[1]
+    path = Path(os.environ.get("IMU_FAST_DATA", root.parent / "shared" / "data"))
+    if not (path / "cifar10_jpeg.npz").is_file():
+        pytest.skip(f"no cifar10_jpeg.npz in {path}; set IMU_FAST_DATA")
+    return path
