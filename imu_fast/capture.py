@@ -17,6 +17,8 @@ from imu_fast.factors import IGNORE_INDEX, GradientFactors, check_labels
 
 logger = logging.getLogger("imu_fast")
 _TENSOR_BATCH = 256
+# The name of a model that is itself the linear layer.
+WHOLE_MODEL = "(model)"
 _HEAD_NAMES = ("fc", "classifier", "head", "heads", "score")
 
 
@@ -104,7 +106,7 @@ def preserved(model: nn.Module, *, buffers: bool = True) -> Iterator[None]:
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Linear]:
-    return {k or "(model)": m for k, m in model.named_modules() if isinstance(m, nn.Linear)}
+    return {k or WHOLE_MODEL: m for k, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 
 def _no_head(model: nn.Module, reason: str) -> NoHeadFoundError:

@@ -30,7 +30,7 @@ from imu_fast.ascent import (
     invert_second_moment,
 )
 from imu_fast.backend import record_backends
-from imu_fast.capture import find_head, linear_layers_matching, preserved
+from imu_fast.capture import WHOLE_MODEL, find_head, linear_layers_matching, preserved
 from imu_fast.curvature import curvatures
 from imu_fast.errors import (
     EmptySelectionError,
@@ -365,6 +365,8 @@ def _trained_layers(
                     f"layers has {given!r}, which is no module of the model; its linear layers "
                     f"are {[k for k, m in modules.items() if isinstance(m, nn.Linear)]}"
                 )
+    if WHOLE_MODEL in prefixes:
+        return parameters, scored
     return [p for p in parameters if any(p.startswith(f"{x}.") for x in prefixes)], scored
 
 

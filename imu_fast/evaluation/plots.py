@@ -62,7 +62,7 @@ def extremes(path: Path, title: str, x: Tensor, y: Tensor, scores: Tensor, count
     grid = figure.subplots(2, count, squeeze=False)
     for axes_row, rows in zip(grid, (order[:count], order[-count:]), strict=True):
         for axes, i in zip(axes_row, rows.tolist(), strict=True):
-            axes.imshow(x[i, 0], cmap="gray_r", vmin=0, vmax=1)
+            axes.imshow(x[i, 0].cpu().numpy(), cmap="gray_r", vmin=0, vmax=1)
             axes.set_title(f"'{int(y[i])}'  {float(scores[i]):.2g}", fontsize=8)
             axes.set_xticks([])
             axes.set_yticks([])

@@ -1,0 +1,233 @@
+"""Every command as a user types it, what it writes, and the errors a tired user gets."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import imu_fast as imu
+from imu_fast.cli import app
+from imu_fast.errors import InputError
+from imu_fast.scores_io import save_scores
+from imu_fast.storage import load_tensors, replacing
+
+runner = CliRunner()
+
+
+def run(*arguments, code=0):
+    result = runner.invoke(app, [str(a) for a in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return " ".join(result.output.split())
+
+
+def toy_model():
+    """What --arch test_toy:toy_model would name in a user's own module."""
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    module = tmp_path / "toy_arch.py"
+    module.write_text(
+        "from torch import nn\n"
+        "def make():\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    torch.save(toy_model().state_dict(), tmp_path / "weights.pt")
+    x, y = torch.randn(20, 3, 2, 2), torch.arange(20) % 3
+    np.savez(tmp_path / "forget.npz", x=x.numpy(), y=y.numpy())
+    options = ["--arch", "toy_arch:make", "--weights", tmp_path / "weights.pt"]
+    return tmp_path, [*options, "--data", tmp_path / "forget.npz"], (x, y)
+
+
+@pytest.mark.parametrize("ending", ["npz", "parquet", "csv"])
+def test_score_writes_what_the_library_computes(toy, ending):
+    folder, options, data = toy
+    out = folder / "out" / f"scores.{ending}"
+    assert "20 scores" in run("score", *options, "--out", out)
+    truth = imu.influence_scores(toy_model(), data).numpy()
+    if ending == "npz":
+        read = np.load(out)["influence"]
+    elif ending == "parquet":
+        pq = pytest.importorskip("pyarrow.parquet")
+        read = pq.read_table(out)["influence"].to_numpy()
+    else:
+        lines = out.read_text().splitlines()
+        assert lines[0] == "sample,influence,weight"
+        read = np.array([float(line.split(",")[1]) for line in lines[1:]])
+    np.testing.assert_allclose(read, truth, rtol=1e-6)
+    assert [p.name for p in out.parent.iterdir()] == [out.name]
+
+
+def test_unlearn_writes_weights_that_forget(toy):
+    folder, options, data = toy
+    out = folder / "unlearned.safetensors"
+    text = run("unlearn", *options, "--out", out, "--stop-accuracy", 0.0, "--epochs", 500)
+    assert "forget_accuracy" in text
+    model = toy_model()
+    model.load_state_dict(load_tensors(out)[0])
+    assert imu.evaluate(model, data)["accuracy"] == 0.0
+
+
+def test_image_folder_and_torchvision_model(tmp_path):
+    models = pytest.importorskip("torchvision").models
+    image = pytest.importorskip("PIL.Image")
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(2):
+            pixels = np.random.default_rng(i).integers(0, 255, (40, 36, 3), dtype=np.uint8)
+            image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.png")
+    weights = tmp_path / "resnet.safetensors"
+    from imu_fast.storage import save_tensors
+
+    save_tensors(weights, models.resnet18(num_classes=2).state_dict(), {})
+    out = tmp_path / "scores.csv"
+    run(
+        "score",
+        "--arch",
+        "torchvision:resnet18",
+        "--weights",
+        weights,
+        "--data",
+        tmp_path / "images",
+        "--image-size",
+        32,
+        "--out",
+        out,
+    )
+    assert [line.split(",")[0] for line in out.read_text().splitlines()[1:]] == [
+        "cat/0.png",
+        "cat/1.png",
+        "dog/0.png",
+        "dog/1.png",
+    ]
+
+
+def test_doctor_and_version_and_help():
+    text = run("doctor")
+    assert "torch" in text and "imu_fast._C" in text and "LAPACK" in text
+    assert run("--version") == imu.__version__
+    for command in ("demo", "score", "unlearn", "doctor"):
+        assert command in run("--help")
+        run(command, "--help")
+
+
+def test_quick_demo(tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "demo"
+    text = run("demo", "--out", out, "--quick")
+    results = json.loads((out / "results.json").read_text())
+    assert {row["method"] for row in results["rows"]} == {
+        "original",
+        "retrained without",
+        "IMU (head)",
+        "uniform ascent (head)",
+    }
+    for row in results["rows"]:
+        assert f"{row['retain']:.3f}" in text
+        if row["steps"] is not None:
+            assert row["stopped_by"] == "forget_accuracy"
+            assert row["forget"] <= results["depth"][row["task"]]
+    assert len(results["files"]) == 6
+    for name in results["files"]:
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert results["versions"]["torch"] == torch.__version__
+    again = tmp_path / "again"
+    run("demo", "--out", again, "--quick")
+    keep = ("task", "method", "forget", "retain", "test", "member", "lr", "steps")
+    repeated = json.loads((again / "results.json").read_text())
+    assert [[r[k] for k in keep] for r in results["rows"]] == [
+        [r[k] for k in keep] for r in repeated["rows"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--out", "scores.txt"], "must end in one of .npz, .parquet, .csv"),
+        (["--data", "nowhere"], "data='nowhere' is neither a folder"),
+        (["--weights", "none.pt"], "weights='none.pt' does not exist"),
+        (["--arch", "resnet18"], "write torchvision:NAME"),
+        (["--arch", "timm:no_such_model"], "cannot be built"),
+        (["--arch", "no_such_module:f"], "cannot be built"),
+        (["--arch", "torchvision:resnet18"], "do not fit"),
+        (["--curvature", "hessian"], "curvature='hessian' is unknown"),
+        (["--damping", "0"], "damping=0.0 must be finite and > 0"),
+        (["--batch-size", "0"], "batch_size=0"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(toy, monkeypatch, change, message):
+    folder, options, _ = toy
+    monkeypatch.chdir(folder)
+    before = sorted(p.name for p in folder.iterdir() if p.name != "__pycache__")
+    text = run("score", *options, *change, code=2)
+    assert "error: " in text and message in text
+    assert "Traceback" not in text
+    assert sorted(p.name for p in folder.iterdir() if p.name != "__pycache__") == before
+
+
+def test_bad_files(toy):
+    folder, options, _ = toy
+    rest = options[:4]
+    np.savez(folder / "a.npz", images=np.zeros((2, 3)))
+    assert "it needs x" in run("score", *rest, "--data", folder / "a.npz", code=2)
+    np.savez(folder / "a.npz", x=np.zeros((2, 3)), y=np.zeros(3))
+    assert "x has 2 samples and y 3" in run("score", *rest, "--data", folder / "a.npz", code=2)
+    np.savez(folder / "a.npz", x=np.zeros((2, 3), dtype=np.uint8), y=np.zeros(2))
+    assert "float32" in run("score", *rest, "--data", folder / "a.npz", code=2)
+    (folder / "empty").mkdir()
+    assert "sub-folder per class" in run("score", *rest, "--data", folder / "empty", code=2)
+    torch.save(toy_model(), folder / "whole.pt")
+    whole = [*options, "--weights", folder / "whole.pt"]
+    assert "save model.state_dict()" in run("score", *whole, code=2)
+    torch.save([1, 2], folder / "list.pt")
+    assert "no state dict" in run("score", *options, "--weights", folder / "list.pt", code=2)
+    torch.save({"a": torch.zeros(2)}, folder / "flat.pt")
+    assert "no linear layer" in run("score", *options, "--weights", folder / "flat.pt", code=2)
+    assert ".safetensors" in run("unlearn", *options, "--out", folder / "a.pt", code=2)
+
+
+def test_files_are_whole_or_absent(tmp_path):
+    path = tmp_path / "scores.csv"
+    path.write_text("old")
+    with pytest.raises(ValueError, match="zip"):
+        save_scores(path, ["a"], torch.zeros(2), torch.zeros(2))
+    assert path.read_text() == "old"
+    with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["scores.csv"]
+    with pytest.raises(InputError, match="must end"):
+        save_scores(tmp_path / "scores.xls", ["a"], torch.zeros(1), torch.zeros(1))
+
+
+def test_membership_attack_on_what_it_can_and_cannot_tell():
+    pytest.importorskip("sklearn")
+    from imu_fast.evaluation.metrics import membership_accuracy
+
+    high, low = 0.9 + 0.1 * torch.rand(200), 0.3 * torch.rand(200)
+    assert membership_accuracy(high, low, 0.9 + 0.1 * torch.rand(50)) == 1.0
+    assert membership_accuracy(high, low, 0.3 * torch.rand(50)) == 0.0
+
+
+def test_evaluate():
+    model, (x, y) = toy_model().train(), (torch.randn(9, 12), torch.arange(9) % 3)
+    found = imu.evaluate(model, (x, y))
+    logits = model(x).detach()
+    assert found["n"] == 9 and model.training
+    assert found["loss"] == pytest.approx(float(nn.functional.cross_entropy(logits, y)))
+    assert found["accuracy"] == pytest.approx(float((logits.argmax(1) == y).double().mean()))
+    torch.testing.assert_close(found["confidence"], logits.softmax(1)[range(9), y])
+    with pytest.raises(InputError, match="loader is empty"):
+        imu.evaluate(model, [])
