@@ -53,7 +53,8 @@ def pytest_terminal_summary(terminalreporter, config):
         ours = [e for e in members if e["extra_info"].get("role") == "imu_fast"]
         for mine in ours:
             for other in members:
-                if other is mine:
+                role = other["extra_info"]["role"]
+                if role == "imu_fast" or role not in mine["extra_info"].get("against", [role]):
                     continue
                 ratio = per_sample(mine) / per_sample(other)
                 rows.append(

@@ -116,7 +116,9 @@ def influence_scores(
     scores: Tensor | None = None
     first = 0.0
     for layer, v in zip(all_layers, vectors, strict=True):
-        x = curvature_module.fit(curvature, layer, damping, **options).solve(v)
+        fitted = curvature_module.fit(curvature, layer, damping, **options)
+        # In place where v is ours: fresh memory of size C x D costs as much as the division.
+        x = fitted.solve(v, out=None if target is not None else v)
         part = bilinear_scores(layer.delta, layer.act, x, layer.offsets, layer.has_bias).neg_()
         scores = part if scores is None else scores + part
         if first_row_is_mean:

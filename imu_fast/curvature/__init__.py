@@ -25,8 +25,8 @@ class Curvature(Protocol):
 
     residual: float
 
-    def solve(self, v: Tensor) -> Tensor:
-        """``X = M^-1 v``; v and X [C, D], or [m, C, D]."""
+    def solve(self, v: Tensor, out: Tensor | None = None) -> Tensor:
+        """``X = M^-1 v``; v and X [C, D], or [m, C, D]. ``out`` may be v itself, to save memory."""
         ...
 
     def self_influence(self, factors: GradientFactors) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from imu_fast.errors import check_choice
@@ -33,9 +34,9 @@ class FisherDiag:
             return cls(diagonal.add_(damping))
         return cls(diagonal.clamp_min_(damping))
 
-    def solve(self, v: Tensor) -> Tensor:
+    def solve(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         """``X = v / diagonal``; v [C, D] or [m, C, D]."""
-        return v / self.diagonal
+        return torch.div(v, self.diagonal, out=out)
 
     def self_influence(self, factors: GradientFactors) -> Tensor:
         """``sum_ck g_i[c,k]^2 / diagonal[c,k]``: [n]."""

@@ -21,9 +21,9 @@ class Identity:
         check_choice("damping_mode", damping_mode, ("add", "clamp"))
         return cls()
 
-    def solve(self, v: Tensor) -> Tensor:
+    def solve(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         """``X = v``."""
-        return v
+        return v if out is None or out is v else out.copy_(v)
 
     def self_influence(self, factors: GradientFactors) -> Tensor:
         """``||g_i||^2``: [n]."""

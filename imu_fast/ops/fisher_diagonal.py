@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from imu_fast import backend
-from imu_fast.ops.mean_gradient import gradient_sum
+from imu_fast.ops.mean_gradient import add_gradients
 from imu_fast.ops.tokens import groups_of_equal_length, is_flat
 
 # Squares live only for one chunk: large enough for a full-speed GEMM, small enough to stay in a
@@ -55,12 +55,15 @@ def fisher_diagonal(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool)
 
         return reference.fisher_diagonal(delta, act, offsets, has_bias).to(delta.dtype)
     n = len(offsets) - 1
-    total = delta.new_zeros(delta.shape[1], act.shape[1] + has_bias)
+    shape = (delta.shape[1], act.shape[1] + has_bias)
     if is_flat(offsets):
+        total = delta.new_empty(shape)
         for start in range(0, n, CHUNK_TOKENS):
-            rows = slice(start, start + CHUNK_TOKENS)
-            total += gradient_sum(delta[rows].square(), act[rows].square(), has_bias)
-    else:
-        for _, slab, g in gradient_tiles(delta, act, offsets, has_bias):
-            total[slab] += g.square_().sum(dim=0)
+            d2 = delta[start : start + CHUNK_TOKENS].square()
+            a2 = act[start : start + CHUNK_TOKENS].square()
+            add_gradients(total, d2, a2, has_bias, beta=float(start > 0), alpha=1 / n)
+        return total
+    total = delta.new_zeros(shape)
+    for _, slab, g in gradient_tiles(delta, act, offsets, has_bias):
+        total[slab] += g.square_().sum(dim=0)
     return total.div_(n)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from imu_fast import backend
-from imu_fast.ops.mean_gradient import gradient_sum
+from imu_fast.ops.mean_gradient import add_gradients
 from imu_fast.ops.softmax_residual import softmax_residual
 
 OBJECTIVES = ("ce", "margin", "log1mp")
@@ -77,4 +77,5 @@ def head_ascent_gradient(
         return torch.autograd.grad(loss, t)[0], loss.detach()
     loss = -(share * objective(logits, labels, name)).sum()
     residual = objective_residual(logits, labels, name).mul_(-share[:, None])
-    return gradient_sum(residual, features, has_bias), loss
+    gradient = torch.empty_like(theta)
+    return add_gradients(gradient, residual, features, has_bias, beta=0.0, alpha=1.0), loss

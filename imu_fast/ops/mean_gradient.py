@@ -7,12 +7,19 @@ from torch import Tensor
 from imu_fast import backend
 
 
-def gradient_sum(delta: Tensor, act: Tensor, has_bias: bool) -> Tensor:
-    """``sum_t delta_t (x) a~_t``: [N, C], [N, d] to [C, D]; the bias column without storing a~."""
-    out = delta.new_empty(delta.shape[1], act.shape[1] + has_bias)
+def add_gradients(
+    out: Tensor, delta: Tensor, act: Tensor, has_bias: bool, *, beta: float, alpha: float
+) -> Tensor:
+    """``out = beta out + alpha sum_t delta_t (x) a~_t``, in place: [N, C], [N, d] into [C, D].
+
+    One matrix product straight into ``out``; the bias column without storing a~. With ``beta=0``
+    what ``out`` held is not read.
+    """
+    d = act.shape[1]
+    out[:, :d].addmm_(delta.t(), act, beta=beta, alpha=alpha)
     if has_bias:
-        out[:, -1] = delta.sum(dim=0)
-    out[:, : act.shape[1]] = delta.t() @ act
+        column = delta.sum(dim=0).mul_(alpha)
+        out[:, d] = column if beta == 0 else out[:, d] * beta + column
     return out
 
 
@@ -26,4 +33,5 @@ def mean_gradient(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -
         from imu_fast import reference
 
         return reference.mean_gradient(delta, act, offsets, has_bias).to(delta.dtype)
-    return gradient_sum(delta, act, has_bias) / (len(offsets) - 1)
+    out = delta.new_empty(delta.shape[1], act.shape[1] + has_bias)
+    return add_gradients(out, delta, act, has_bias, beta=0.0, alpha=1 / (len(offsets) - 1))
