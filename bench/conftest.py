@@ -23,6 +23,8 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
     import imu_fast
 
+    for private in ("node", "release"):
+        machine_info.pop(private, None)
     machine_info["imu_fast"] = {
         "imu_fast": imu_fast.__version__,
         "torch": torch.__version__,

@@ -151,7 +151,7 @@ def unlearn(
             scored and trained, the whole model in training mode (so BatchNorm's running statistics
             drift and dropout is active), ``alpha=0.2``, ``top_fraction=0.1``. Arguments given
             explicitly win. The default keeps BatchNorm and dropout in evaluation mode, because
-            drift on forget data costs as much utility as the ascent itself.
+            running statistics of forget data alone change every prediction.
         scope: ``"head"`` (default): the classifier, on features captured once. ``"layers"``: the
             modules named by ``layers`` (default: the head). ``"all"``: every parameter.
         lr, momentum, weight_decay: of SGD; ``optimizer`` replaces it with any torch optimizer: a

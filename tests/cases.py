@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
+
+from imu_fast import reference
 
 
 @dataclass(frozen=True)
@@ -93,3 +96,15 @@ def assert_close(actual: Tensor, truth: Tensor, length: int, scale: float | None
     error = float((actual.double() - truth.double()).abs().max()) if truth.numel() else 0.0
     assert actual.shape == truth.shape
     assert error <= bound, f"error {error:.3g} > {bound:.3g}"
+
+
+DTYPES = [torch.float64, torch.float32]
+every_case = pytest.mark.parametrize("case", CASES, ids=IDS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def factors_of(case: Case, dtype: torch.dtype):
+    """delta in ``dtype``, made in float64 so that only the operation under test rounds."""
+    p = case.make(torch.float64)
+    delta, _ = reference.softmax_residual(p.logits, p.labels, p.scale)
+    return delta.to(dtype), p.act.to(dtype), p.offsets, p.has_bias

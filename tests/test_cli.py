@@ -233,3 +233,25 @@ def test_evaluate():
     torch.testing.assert_close(found["confidence"], logits.softmax(1)[range(9), y])
     with pytest.raises(InputError, match="loader is empty"):
         imu.evaluate(model, [])
+
+
+def test_real_photographs_from_an_image_folder(tmp_path, data_dir):
+    """CIFAR-10's JPEG files, as a user would have them on disk, through the command line."""
+    models = pytest.importorskip("torchvision").models
+    from imu_fast.storage import save_tensors
+
+    with np.load(data_dir / "cifar10_jpeg.npz") as file:
+        content, offsets = file["test_bytes"], file["test_offsets"]
+        labels, classes = file["test_labels"], file["classes"]
+    for label in (0, 3):
+        folder = tmp_path / "images" / str(classes[label])
+        folder.mkdir(parents=True)
+        for i in np.flatnonzero(labels == label)[:6]:
+            (folder / f"{i}.jpg").write_bytes(content[offsets[i] : offsets[i + 1]].tobytes())
+    weights = tmp_path / "resnet.safetensors"
+    torch.manual_seed(0)
+    save_tensors(weights, models.resnet18(num_classes=2).state_dict(), {})
+    out = tmp_path / "scores.npz"
+    where = ["--weights", weights, "--data", tmp_path / "images", "--image-size", 32]
+    assert "12 scores" in run("score", "--arch", "torchvision:resnet18", *where, "--out", out)
+    assert np.isfinite(np.load(out)["influence"]).all()

@@ -1,0 +1,34 @@
+"""The Fisher diagonal against reference.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import Case, assert_close, every_case, every_dtype, factors_of
+
+from imu_fast import reference
+from imu_fast.ops.bilinear_scores import quadratic_scores
+from imu_fast.ops.fisher_diagonal import fisher_diagonal
+
+
+@every_case
+@every_dtype
+def test_fisher_diagonal(case, dtype):
+    f = factors_of(case, dtype)
+    size = float((f[0].abs().max() * f[1].abs().max()) ** 2) * max(case.lengths)
+    assert_close(fisher_diagonal(*f), reference.fisher_diagonal(*f), len(f[0]), max(size, 1e-30))
+
+
+@pytest.mark.parametrize("tile", [1, 7, 64])
+def test_fisher_diagonal_of_tokens_does_not_depend_on_the_tile(monkeypatch, tile):
+    import sys
+
+    module = sys.modules["imu_fast.ops.fisher_diagonal"]
+    f = factors_of(Case("ragged tokens", (3, 1, 7, 2, 3, 3), 6, 5), torch.float64)
+    expected = reference.fisher_diagonal(*f)
+    monkeypatch.setattr(module, "TILE_ELEMENTS", tile)
+    torch.testing.assert_close(fisher_diagonal(*f), expected)
+    x = torch.rand_like(expected)
+    torch.testing.assert_close(
+        quadratic_scores(*f[:2], x, *f[2:]), reference.quadratic_scores(*f[:2], x, *f[2:])
+    )

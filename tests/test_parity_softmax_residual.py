@@ -1,0 +1,43 @@
+"""The softmax residual and loss against reference.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import assert_close, every_case, every_dtype
+
+from imu_fast import reference
+from imu_fast.ops.softmax_residual import softmax_residual
+
+
+@every_case
+@every_dtype
+def test_softmax_residual(case, dtype):
+    p = case.make(dtype)
+    logits = p.logits
+    delta, loss = softmax_residual(logits, p.labels, p.scale)
+    true_delta, true_loss = reference.softmax_residual(logits, p.labels, p.scale)
+    # exp amplifies an absolute error of a logit into a relative one: eps times the logits' size.
+    size = float(logits.abs().max()) if len(logits) else 0.0
+    assert_close(delta, true_delta, case.classes + int(size))
+    assert_close(loss, true_loss, case.classes + int(size))
+    assert delta.dtype == loss.dtype == dtype
+
+
+def test_residual_of_the_label_keeps_its_digits():
+    """p_y - 1 of a confident sample: computing p_y first would give zero in float32."""
+    logits = torch.tensor([[20.0, 0.0]])
+    delta, _ = softmax_residual(logits, torch.tensor([0]))
+    truth, _ = reference.softmax_residual(logits, torch.tensor([0]), torch.ones(1))
+    torch.testing.assert_close(delta.double(), truth, rtol=1e-5, atol=0)
+    assert float(delta[0, 0]) < 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_computed_in_float32(dtype):
+    logits = torch.randn(5, 7).to(dtype)
+    delta, loss = softmax_residual(logits, torch.arange(5))
+    expected = softmax_residual(logits.float(), torch.arange(5))
+    assert delta.dtype == torch.float32
+    assert torch.equal(delta, expected[0])
+    assert torch.equal(loss, expected[1])
