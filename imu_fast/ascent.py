@@ -32,12 +32,29 @@ OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
 _EVALUATION_ROWS = 4096
 
 
+def _indices_of(loader: Any) -> Sequence[int] | None:
+    """Which samples of its dataset a DataLoader draws, ascending; None: not to be read by index."""
+    data = torch.utils.data
+    if not isinstance(loader, data.DataLoader) or isinstance(loader.dataset, data.IterableDataset):
+        return None
+    if loader.batch_sampler is None:  # batch_size=None: the dataset's items are batches
+        return None
+    if loader.batch_size is None:  # the user's own batch_sampler
+        return sorted({i for batch in loader.batch_sampler for i in batch})
+    everything = range(len(loader.dataset))  # type: ignore[arg-type]
+    if isinstance(loader.sampler, data.SequentialSampler):
+        return everything
+    drawn = sorted(set(loader.sampler))
+    return everything if len(drawn) == len(everything) else drawn
+
+
 class ForgetSet:
     """The forget samples by index, in one fixed order whatever the loader's shuffling.
 
     Args:
-        loader: a DataLoader over a map-style dataset (read by index with its ``collate_fn``), a
-            tuple of tensors, or any re-iterable of batches (kept in memory: forget sets are small).
+        loader: a DataLoader over a map-style dataset (read by index with its ``collate_fn``; only
+            the samples that its sampler draws, in ascending order), a tuple of tensors, or any
+            iterable of batches (kept in memory: forget sets are small).
         batch_size: samples per batch of :meth:`batches`.
 
     Raises:
@@ -46,11 +63,12 @@ class ForgetSet:
 
     def __init__(self, loader: Any, batch_size: int) -> None:
         self.batch_size = batch_size
-        dataset = getattr(loader, "dataset", None)
         self._get: Callable[[list[int]], Any]
-        if dataset is not None and hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
-            self.n = len(dataset)
-            self._get = lambda rows: loader.collate_fn([dataset[i] for i in rows])
+        drawn = _indices_of(loader)
+        if drawn is not None:
+            dataset = loader.dataset
+            self.n = len(drawn)
+            self._get = lambda rows: loader.collate_fn([dataset[drawn[i]] for i in rows])
         else:
             batches = list(as_batches(loader))
             if batches and isinstance(batches[0], Mapping):
@@ -270,10 +288,16 @@ class HeadProblem:
 
     def finish(self) -> None:
         d = self.head.in_features
+        before = [p.detach().clone() for p in self.head.parameters()]
         with torch.no_grad():
-            self.head.weight.copy_(self.theta[:, :d])
-            if self.has_bias:
-                self.head.bias.copy_(self.theta[:, d])
+            try:
+                self.head.weight.copy_(self.theta[:, :d])
+                if self.has_bias:
+                    self.head.bias.copy_(self.theta[:, d])
+            except BaseException:  # Ctrl-C between the two
+                for parameter, old in zip(self.head.parameters(), before, strict=True):
+                    parameter.copy_(old)
+                raise
 
 
 @contextmanager

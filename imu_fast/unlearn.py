@@ -240,10 +240,10 @@ def unlearn(
         torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay
     )
     target = model if inplace else copy.deepcopy(model)
-    with record_backends() as used, _rolled_back(target), preserved(target, buffers=False):
+    with record_backends() as used, _rolled_back(target, names), preserved(target, buffers=False):
         problem: Problem
         if settings["scope"] == "head":
-            head = find_head(target, layers)[1] if layers is not None else "head"
+            head = "head" if layers is None else find_head(model, layers)[0]
             sets = head_sets(target, head, loaders, progress)
             linear, features = sets["forget"].head, sets["forget"].features
             matrix = None
@@ -347,9 +347,9 @@ def _trained_layers(
                 "preset='paper' trains the linear layers whose name contains 'fc', and this model "
                 "has none; name the layers with layers=[...]"
             )
-    if settings["preset"] == "paper" and layers is not None:
-        scored = layers
     parameters = [name for name, _ in model.named_parameters()]
+    if settings["scope"] == "head":
+        return [], scored
     if settings["scope"] == "all":
         return parameters, scored
     modules = dict(model.named_modules())
@@ -365,21 +365,27 @@ def _trained_layers(
                     f"layers has {given!r}, which is no module of the model; its linear layers "
                     f"are {[k for k, m in modules.items() if isinstance(m, nn.Linear)]}"
                 )
+    if settings["preset"] == "paper":
+        scored = prefixes
     if WHOLE_MODEL in prefixes:
         return parameters, scored
     return [p for p in parameters if any(p.startswith(f"{x}.") for x in prefixes)], scored
 
 
 @contextmanager
-def _rolled_back(model: nn.Module) -> Iterator[None]:
-    """On any exception, Ctrl-C included, put every parameter and buffer back as it was.
+def _rolled_back(model: nn.Module, trained: list[str]) -> Iterator[None]:
+    """On any exception, Ctrl-C included, put the trained parameters and all buffers back.
 
-    On success nothing is undone, the drift of BatchNorm that ``batchnorm="train"`` asked for
-    included; ``preserved`` restores modes, flags and hooks either way.
+    Without trained parameters (the head is written last, at once) nothing needs to be kept. On
+    success nothing is undone, the drift of BatchNorm that ``batchnorm="train"`` asked for included;
+    ``preserved`` restores modes, flags and hooks either way.
     """
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    parameters = dict(model.named_parameters())
+    tensors: dict[str, Tensor] = {name: parameters[name] for name in trained}
+    if trained:
+        tensors |= dict(model.named_buffers())
     before = {name: t.detach().clone() for name, t in tensors.items()}
-    gradients = {name: p.grad for name, p in model.named_parameters()}
+    gradients = {name: p.grad for name, p in parameters.items()}
     try:
         yield
     except BaseException:
@@ -388,7 +394,7 @@ def _rolled_back(model: nn.Module) -> Iterator[None]:
                 tensor.copy_(before[name])
         raise
     finally:
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters.items():
             parameter.grad = gradients[name]
 
 

@@ -235,6 +235,46 @@ def test_shuffling_loaders_do_not_misalign_the_scores(trained):
     torch.testing.assert_close(a.scores, b.scores, rtol=1e-12, atol=1e-14)
 
 
+def test_only_the_samples_that_the_sampler_draws_are_forgotten(trained):
+    """A DataLoader over the whole training set with a sampler for the forget set is common."""
+    model, x, y = trained
+    data, subset = TensorDataset(x, y), [30, 2, 17, 5, 11]
+    chosen = sorted(subset)
+    expected = imu.unlearn(copy.deepcopy(model), (x[chosen], y[chosen]), epochs=1).scores
+    random = torch.utils.data.SubsetRandomSampler(subset)
+    batches = torch.utils.data.BatchSampler(random, batch_size=2, drop_last=False)
+    for loader in (
+        DataLoader(data, batch_size=2, sampler=random),
+        DataLoader(data, batch_sampler=batches),
+        DataLoader(torch.utils.data.Subset(data, chosen), batch_size=2, shuffle=True),
+        DataLoader([(x[chosen], y[chosen])], batch_size=None),
+    ):
+        scores = imu.unlearn(copy.deepcopy(model), loader, epochs=1).scores
+        torch.testing.assert_close(scores, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_layers_given_as_modules_also_of_a_copy(trained):
+    model, x, y = trained
+    before = state(model)
+    for scope in ("head", "layers"):
+        named = imu.unlearn(model, (x, y), scope=scope, layers="7", epochs=1, inplace=False)
+        given = imu.unlearn(model, (x, y), scope=scope, layers=model[7], epochs=1, inplace=False)
+        assert torch.equal(named.model[7].weight, given.model[7].weight)
+        assert not torch.equal(given.model[7].weight, before["7.weight"])
+    paper = imu.unlearn(model, (x, y), preset="paper", layers=[model[7]], lr=1e-3, inplace=False)
+    assert paper.settings["top_fraction"] == 0.1
+    assert_same_state(model, before)
+
+
+def test_a_model_that_is_itself_the_head():
+    head = nn.Linear(6, 3).double()
+    x, y = torch.randn(9, 6).double(), torch.arange(9) % 3
+    other = copy.deepcopy(head)
+    imu.unlearn(head, (x, y), epochs=2)
+    imu.unlearn(other, (x, y), epochs=2, scope="layers")
+    torch.testing.assert_close(head.weight, other.weight)
+
+
 def test_permuted_is_the_same_weights_elsewhere(trained):
     model, x, y = trained
     a = imu.unlearn(copy.deepcopy(model), (x, y), epochs=1)
