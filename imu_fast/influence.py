@@ -119,6 +119,7 @@ def influence_scores(
         fitted = curvature_module.fit(curvature, layer, damping, **options)
         # In place where v is ours: fresh memory of size C x D costs as much as the division.
         x = fitted.solve(v, out=None if target is not None else v)
+        x = x.to(layer.delta)
         part = bilinear_scores(layer.delta, layer.act, x, layer.offsets, layer.has_bias).neg_()
         scores = part if scores is None else scores + part
         if first_row_is_mean:
@@ -187,7 +188,7 @@ def pairwise_influence(
             columns = range(start, min(start + per_chunk, query.n))
             # A query's own gradient: the mean over a set of one.
             h = [query.select(torch.tensor([j])).mean_gradient() for j in columns]
-            x = fitted.solve(torch.stack(h))
+            x = fitted.solve(torch.stack(h)).to(layer.delta)
             out[:, columns.start : columns.stop] -= bilinear_scores(
                 layer.delta, layer.act, x, layer.offsets, layer.has_bias
             )

@@ -113,3 +113,26 @@ def objective(logits: Tensor, labels: Tensor, name: str) -> Tensor:
     if name == "margin":
         return -(label - others.amax(dim=1)).clamp_min(0)
     return others.logsumexp(dim=1) - logits.logsumexp(dim=1)
+
+
+def ggn_product(
+    p: Tensor, scale: Tensor, act: Tensor, v: Tensor, n: int, damping: float, has_bias: bool
+) -> Tensor:
+    """``1/n sum_t c_t (diag(p_t) - p_t p_t^T) V a~_t a~_t^T + lam V``: [C, D], float64."""
+    out = damping * v.double()
+    for pt, c, a in zip(p.double(), scale.double(), augment(act.double(), has_bias), strict=True):
+        jacobian = torch.diag(pt) - torch.outer(pt, pt)
+        out = out + c / n * jacobian @ v.double() @ torch.outer(a, a)
+    return out
+
+
+def ggn_matrix(
+    p: Tensor, scale: Tensor, act: Tensor, n: int, damping: float, has_bias: bool
+) -> Tensor:
+    """The damped GGN as a dense matrix, SPEC section 2: [P, P], float64; P = C D."""
+    columns = p.shape[1] * (act.shape[1] + has_bias)
+    out = damping * torch.eye(columns, dtype=torch.float64)
+    for pt, c, a in zip(p.double(), scale.double(), augment(act.double(), has_bias), strict=True):
+        jacobian = torch.diag(pt) - torch.outer(pt, pt)
+        out += c / n * torch.kron(jacobian, torch.outer(a, a))
+    return out

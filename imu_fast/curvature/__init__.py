@@ -5,11 +5,13 @@ Adding one: a class with :class:`Curvature`'s methods in its own file, and a lin
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from imu_fast.curvature.fisher_diag import FisherDiag
+from imu_fast.curvature.ggn import GGN
 from imu_fast.curvature.identity import Identity
 from imu_fast.errors import check_choice, check_positive
 from imu_fast.factors import GradientFactors
@@ -34,7 +36,7 @@ class Curvature(Protocol):
         ...
 
 
-_KNOWN: dict[str, Any] = {"fisher_diag": FisherDiag, "identity": Identity}
+_KNOWN: dict[str, Any] = {"fisher_diag": FisherDiag, "ggn": GGN, "identity": Identity}
 
 
 def curvatures() -> list[str]:
@@ -55,5 +57,9 @@ def fit(name: str, factors: GradientFactors, damping: float, **options: Any) -> 
     """
     check_choice("curvature", name, curvatures())
     check_positive("damping", damping)
-    fitted: Curvature = _KNOWN[name].fit(factors, float(damping), **options)
+    fit_one = _KNOWN[name].fit
+    known = [k for k in inspect.signature(fit_one).parameters if k not in ("factors", "damping")]
+    for option in options:
+        check_choice(f"options of curvature={name!r}", option, known)
+    fitted: Curvature = fit_one(factors, float(damping), **options)
     return fitted

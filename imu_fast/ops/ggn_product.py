@@ -1,0 +1,44 @@
+"""The GGN-vector product of a softmax head, streamed over tokens (SPEC section 2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from imu_fast import backend
+from imu_fast.ops.mean_gradient import add_gradients
+
+# [chunk, C] arrays live for one chunk; at C = 1,000 in float32 four of them are 8 MB.
+CHUNK_TOKENS = 512
+
+
+def ggn_product(
+    p: Tensor, scale: Tensor, act: Tensor, v: Tensor, n: int, damping: float, has_bias: bool
+) -> Tensor:
+    """``HV = 1/n sum_t c_t (diag(p_t) - p_t p_t^T) V a~_t a~_t^T + lam V``.
+
+    With ``u = a~ V^T`` and ``s = c (p u - p (p.u))`` it is ``s^T a~ / n + lam V``; u and s exist
+    for one chunk of tokens at a time. Computed in v's dtype, p and act converted chunk by chunk.
+
+    Args:
+        p: [N, C], softmax probabilities. scale: [N], the ``c_t``. act: [N, d].
+        v: [C, D]. n: number of samples. damping: lam.
+
+    Returns:
+        [C, D] in v's dtype.
+    """
+    if backend.resolve("ggn_product", ("reference", "torch")) == "reference":
+        from imu_fast import reference
+
+        return reference.ggn_product(p, scale, act, v, n, damping, has_bias).to(v.dtype)
+    d = act.shape[1]
+    weight, bias = v[:, :d], v[:, d] if has_bias else None
+    out = v * damping
+    for start in range(0, len(act), CHUNK_TOKENS):
+        rows = slice(start, start + CHUNK_TOKENS)
+        a, q = act[rows].to(v.dtype), p[rows].to(v.dtype)
+        s = torch.nn.functional.linear(a, weight, bias).mul_(q)
+        s.addcmul_(q, s.sum(dim=1, keepdim=True), value=-1.0)
+        s.mul_(scale[rows, None].to(v.dtype))
+        add_gradients(out, s, a, has_bias, beta=1.0, alpha=1 / n)
+    return out

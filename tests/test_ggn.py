@@ -1,0 +1,104 @@
+"""The exact curvature against a dense float64 solve, and its certificate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import CASES, IDS
+
+import imu_fast as imu
+from imu_fast import curvature, reference
+from imu_fast.curvature.ggn import choose_solver, probabilities
+from imu_fast.errors import InputError
+from imu_fast.solvers.conjugate_gradient import refine
+
+
+def dense(factors, damping):
+    p, scale = probabilities(factors)
+    return reference.ggn_matrix(p, scale, factors.act, factors.n, damping, factors.has_bias)
+
+
+def make(case, dtype):
+    p = case.make(dtype)
+    return imu.GradientFactors.from_head(p.act, p.weight, p.bias, p.labels, p.offsets)
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+@pytest.mark.parametrize("damping", [1e-1, 1e-4])
+@pytest.mark.parametrize("solver", ["primal", "cg"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_exact_on_every_case(case, damping, solver, dtype):
+    factors = make(case, dtype)
+    matrix = dense(factors, damping)
+    v = torch.randn(case.classes, factors.width, dtype=dtype)
+    fitted = curvature.fit("ggn", factors, damping, solver=solver, tolerance=1e-9)
+    x = fitted.solve(v)
+    true = float((matrix @ x.flatten() - v.double().flatten()).norm() / v.double().norm())
+    assert fitted.residual <= 1e-9
+    # The certificate may be off by the rounding of a float64 product, no more.
+    assert true <= 2 * fitted.residual + 1e-12
+    truth = torch.linalg.solve(matrix, v.double().flatten()).view_as(x)
+    condition = float(torch.linalg.cond(matrix))
+    assert float((x - truth).norm() / truth.norm()) <= 2e-9 * condition
+
+
+def test_scores_self_influence_and_pairs():
+    factors = make(CASES[1], torch.float64)
+    g = reference.sample_gradients(factors.delta, factors.act, factors.offsets, True).flatten(1)
+    inverse = torch.linalg.inv(dense(factors, 0.1))
+    options = dict(curvature="ggn", damping=0.1, tolerance=1e-11)
+    close = dict(rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(
+        imu.influence_scores(factors, **options), -(g @ inverse @ g.mean(0)), **close
+    )
+    torch.testing.assert_close(
+        imu.self_influence(factors, **options), ((g @ inverse) * g).sum(1), **close
+    )
+    torch.testing.assert_close(
+        imu.pairwise_influence(factors, factors, **options), -(g @ inverse @ g.T), **close
+    )
+
+
+def test_a_zero_right_hand_side_and_a_missed_tolerance(caplog):
+    factors = make(CASES[1], torch.float32)
+    fitted = curvature.fit("ggn", factors, 0.1)
+    assert not fitted.solve(torch.zeros(7, 6)).any()
+    assert fitted.residual == 0.0
+    fitted = curvature.fit("ggn", factors, 1e-6, tolerance=1e-30)
+    fitted.solve(torch.randn(7, 6))
+    assert fitted.residual > 1e-30
+    assert "above the tolerance" in caplog.text
+
+
+def test_refinement_stops_where_nothing_is_gained():
+    v = torch.ones(3)
+    useless = refine(lambda x: x, lambda r: (torch.zeros_like(r), 1), v, tolerance=1e-6)
+    assert (useless.residual, useless.iterations) == (1.0, 1)
+    worse = refine(lambda x: x, lambda r: (5 * r, 1), v, tolerance=1e-6)
+    assert worse.residual == 1.0 and not worse.x.any()
+
+
+def test_cost_model():
+    assert choose_solver(tokens=1000, classes=2, width=5) == "primal"
+    assert choose_solver(tokens=2000, classes=100, width=513) == "cg"
+    # One product of order P against N P^2 for the matrix: many solves repay it.
+    assert choose_solver(tokens=100, classes=10, width=65) == "cg"
+    assert choose_solver(tokens=100, classes=10, width=65, solves=1000) == "primal"
+
+
+def test_bad_options():
+    factors = make(CASES[1], torch.float32)
+    with pytest.raises(InputError, match="solver='lu'"):
+        curvature.fit("ggn", factors, 0.1, solver="lu")
+    with pytest.raises(InputError, match="tolerance=0"):
+        curvature.fit("ggn", factors, 0.1, tolerance=0)
+    with pytest.raises(InputError, match="solver, tolerance"):
+        curvature.fit("ggn", factors, 0.1, damping_mode="add")
+    other = imu.GradientFactors(factors.delta, factors.act, factors.offsets, True)
+    with pytest.raises(InputError, match="not of a softmax head"):
+        imu.influence_scores(other, curvature="ggn")
+    wide = imu.GradientFactors.from_head(
+        torch.randn(2, 900), torch.randn(10, 900), None, torch.tensor([0, 1])
+    )
+    with pytest.raises(InputError, match="P=9000.*use 'cg'"):
+        curvature.fit("ggn", wide, 0.1, solver="primal")
