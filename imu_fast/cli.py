@@ -99,7 +99,9 @@ def score(
     weights: Weights,
     data: Data,
     out: Annotated[Path, typer.Option(help="Scores: .npz, .parquet or .csv.")] = Path("scores.csv"),
-    curvature: Annotated[str, typer.Option(help="identity, fisher_diag or ggn.")] = "fisher_diag",
+    curvature: Annotated[
+        str, typer.Option(help="identity, fisher_diag, fisher or ggn.")
+    ] = "fisher_diag",
     damping: Annotated[float, typer.Option(help="> 0.")] = 1e-2,
     image_size: ImageSize = 224,
     batch_size: BatchSize = 64,

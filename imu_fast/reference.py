@@ -136,3 +136,9 @@ def ggn_matrix(
         jacobian = torch.diag(pt) - torch.outer(pt, pt)
         out += c / n * torch.kron(jacobian, torch.outer(a, a))
     return out
+
+
+def gram(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
+    """``K[i,j] = <g_i, g_j>``, SPEC section 2: [n, n], float64."""
+    g = sample_gradients(delta, act, offsets, has_bias).flatten(1)
+    return g @ g.T

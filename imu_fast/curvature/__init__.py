@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from imu_fast.curvature.fisher import Fisher
 from imu_fast.curvature.fisher_diag import FisherDiag
 from imu_fast.curvature.ggn import GGN
 from imu_fast.curvature.identity import Identity
@@ -36,7 +37,12 @@ class Curvature(Protocol):
         ...
 
 
-_KNOWN: dict[str, Any] = {"fisher_diag": FisherDiag, "ggn": GGN, "identity": Identity}
+_KNOWN: dict[str, Any] = {
+    "fisher": Fisher,
+    "fisher_diag": FisherDiag,
+    "ggn": GGN,
+    "identity": Identity,
+}
 
 
 def curvatures() -> list[str]:
