@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from imu_fast.errors import BackendUnavailableError, check_choice
 
@@ -51,9 +52,17 @@ def _triton() -> BackendInfo:
         import triton
     except ImportError as error:
         return BackendInfo("triton", False, f"triton does not import: {error}")
+    version = f"triton {triton.__version__}"
+    if interpreted():
+        return BackendInfo("triton", True, f"{version}, interpreted on the CPU (for tests; slow)")
     if not torch.cuda.is_available():
-        return BackendInfo("triton", False, f"triton {triton.__version__}, but no CUDA device")
-    return BackendInfo("triton", True, f"triton {triton.__version__}")
+        return BackendInfo("triton", False, f"{version}, but no CUDA device")
+    return BackendInfo("triton", True, version)
+
+
+def interpreted() -> bool:
+    """True where TRITON_INTERPRET=1 runs the kernels on CPU tensors, as the tests do."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def backends() -> dict[str, BackendInfo]:
@@ -110,21 +119,50 @@ def record_backends() -> Iterator[dict[str, str]]:
         _record.reset(token)
 
 
-def resolve(operation: str, implemented: tuple[str, ...]) -> str:
+def resolve(
+    operation: str,
+    implemented: tuple[str, ...],
+    tensor: Tensor | None = None,
+    unsupported: str = "",
+) -> str:
     """The backend that runs ``operation``, out of those that implement it. Only ops/ calls this.
 
+    Args:
+        implemented: names of backends.
+        tensor: the main operand; its device decides what "auto" means.
+        unsupported: why the kernel cannot take these operands (a dtype, a size); "" where it can.
+
     Raises:
-        BackendUnavailableError: a backend was chosen by name and does not implement the operation.
+        BackendUnavailableError: a backend was chosen by name and does not implement the operation,
+            or cannot take these operands.
     """
     chosen = current_backend()
     if chosen == "auto":
         chosen = "torch"
+        if tensor is not None and tensor.is_cuda and "triton" in implemented:
+            reason = unsupported or ("" if (info := _triton()).available else info.reason)
+            if reason:
+                _warn_once(operation, reason)
+            else:
+                chosen = "triton"
     elif chosen not in implemented:
         raise BackendUnavailableError(
             f"backend={chosen!r} does not implement {operation}; choose one of "
             f"{', '.join(implemented)} or 'auto'"
         )
+    elif chosen == "triton":
+        if tensor is not None and not tensor.is_cuda and not interpreted():
+            unsupported = f"its input is on {tensor.device}, not on a CUDA device"
+        if unsupported:
+            raise BackendUnavailableError(
+                f"backend='triton' cannot run {operation}: {unsupported}; use 'torch' or 'auto'"
+            )
     record = _record.get()
     if record is not None:
         record[operation] = chosen
     return chosen
+
+
+@lru_cache(maxsize=None)
+def _warn_once(operation: str, reason: str) -> None:
+    logger.warning("%s runs in PyTorch, not in its Triton kernel: %s", operation, reason)
