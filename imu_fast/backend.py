@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -163,6 +163,6 @@ def resolve(
     return chosen
 
 
-@lru_cache(maxsize=None)
+@cache
 def _warn_once(operation: str, reason: str) -> None:
     logger.warning("%s runs in PyTorch, not in its Triton kernel: %s", operation, reason)
