@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from imu_fast import curvature as curvature_module
+from imu_fast.curvature.by_solves import gradient_slabs
 from imu_fast.errors import InputError
 from imu_fast.factors import GradientFactors
 from imu_fast.ops.bilinear_scores import bilinear_scores
@@ -17,8 +18,6 @@ from imu_fast.ops.bilinear_scores import bilinear_scores
 logger = logging.getLogger("imu_fast")
 
 Factors = GradientFactors | Sequence[GradientFactors]
-# Elements of the [m, C, D] solutions that exist at once in pairwise_influence.
-_PAIRWISE_ELEMENTS = 1 << 24
 
 
 def _as_layers(value: Any, name: str) -> list[GradientFactors]:
@@ -183,13 +182,9 @@ def pairwise_influence(
     out = all_layers[0].delta.new_zeros(all_layers[0].n, all_queries[0].n)
     for layer, query in zip(all_layers, all_queries, strict=True):
         fitted = curvature_module.fit(curvature, layer, damping, **options)
-        per_chunk = max(1, _PAIRWISE_ELEMENTS // (layer.num_classes * layer.width))
-        for start in range(0, query.n, per_chunk):
-            columns = range(start, min(start + per_chunk, query.n))
-            # A query's own gradient: the mean over a set of one.
-            h = [query.select(torch.tensor([j])).mean_gradient() for j in columns]
-            x = fitted.solve(torch.stack(h)).to(layer.delta)
-            out[:, columns.start : columns.stop] -= bilinear_scores(
+        for columns, h in gradient_slabs(query):
+            x = fitted.solve(h).to(layer.delta)
+            out[:, columns] -= bilinear_scores(
                 layer.delta, layer.act, x, layer.offsets, layer.has_bias
             )
     return out

@@ -142,3 +142,46 @@ def gram(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
     """``K[i,j] = <g_i, g_j>``, SPEC section 2: [n, n], float64."""
     g = sample_gradients(delta, act, offsets, has_bias).flatten(1)
     return g @ g.T
+
+
+def ggn_block_matrix(
+    p: Tensor, scale: Tensor, act: Tensor, n: int, damping: float, has_bias: bool
+) -> Tensor:
+    """``ggn``'s diagonal class blocks, SPEC section 2, the rest zero: [P, P], float64."""
+    full = ggn_matrix(p, scale, act, n, damping, has_bias)
+    width = act.shape[1] + has_bias
+    mask = torch.block_diag(*[torch.ones(width, width, dtype=torch.float64)] * p.shape[1])
+    return full * mask
+
+
+def kronecker_factors(
+    p: Tensor, scale: Tensor, act: Tensor, n: int, has_bias: bool
+) -> tuple[Tensor, Tensor]:
+    """``mean(diag(p) - p p^T)`` and ``mean(a~ a~^T)``, tokens weighted by ``c_t/n``; float64.
+
+    The first carries the weights' sum (less than one if a sample has no token).
+    """
+    b = torch.zeros(p.shape[1], p.shape[1], dtype=torch.float64)
+    a = torch.zeros(act.shape[1] + has_bias, act.shape[1] + has_bias, dtype=torch.float64)
+    for pt, c, at in zip(p.double(), scale.double(), augment(act.double(), has_bias), strict=True):
+        b += c / n * (torch.diag(pt) - torch.outer(pt, pt))
+        a += c * torch.outer(at, at)
+    return b, a / scale.double().sum()
+
+
+def kfac_matrix(
+    p: Tensor, scale: Tensor, act: Tensor, n: int, damping: float, has_bias: bool
+) -> Tensor:
+    """``mean(diag(p)-pp^T) (x) mean(a~ a~^T) + lam I``, SPEC section 2: [P, P], float64."""
+    b, a = kronecker_factors(p, scale, act, n, has_bias)
+    return torch.kron(b, a) + damping * torch.eye(len(b) * len(a), dtype=torch.float64)
+
+
+def ekfac_matrix(
+    p: Tensor, scale: Tensor, act: Tensor, n: int, damping: float, has_bias: bool
+) -> Tensor:
+    """K-FAC's eigenbasis Q with the diagonal of ``Q^T ggn Q`` in it: [P, P], float64."""
+    b, a = kronecker_factors(p, scale, act, n, has_bias)
+    q = torch.kron(torch.linalg.eigh(b)[1], torch.linalg.eigh(a)[1])
+    full = ggn_matrix(p, scale, act, n, damping, has_bias)
+    return q @ torch.diag((q.T @ full @ q).diagonal()) @ q.T

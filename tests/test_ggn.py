@@ -8,7 +8,8 @@ from cases import CASES, IDS
 
 import imu_fast as imu
 from imu_fast import curvature, reference
-from imu_fast.curvature.ggn import choose_solver, probabilities
+from imu_fast.curvature.ggn import choose_solver
+from imu_fast.curvature.probabilities import probabilities
 from imu_fast.errors import InputError
 from imu_fast.solvers.conjugate_gradient import refine
 
@@ -25,7 +26,7 @@ def make(case, dtype):
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 @pytest.mark.parametrize("damping", [1e-1, 1e-4])
-@pytest.mark.parametrize("solver", ["primal", "cg"])
+@pytest.mark.parametrize("solver", ["primal", "dual", "cg"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_exact_on_every_case(case, damping, solver, dtype):
     factors = make(case, dtype)
@@ -71,10 +72,10 @@ def test_a_zero_right_hand_side_and_a_missed_tolerance(caplog):
 
 
 def test_refinement_stops_where_nothing_is_gained():
-    v = torch.ones(3)
-    useless = refine(lambda x: x, lambda r: (torch.zeros_like(r), 1), v, tolerance=1e-6)
+    v = torch.ones(1, 3)
+    useless = refine(lambda x: x, [lambda r: (torch.zeros_like(r), 1)], v, tolerance=1e-6)
     assert (useless.residual, useless.iterations) == (1.0, 1)
-    worse = refine(lambda x: x, lambda r: (5 * r, 1), v, tolerance=1e-6)
+    worse = refine(lambda x: x, [lambda r: (5 * r, 1)], v, tolerance=1e-6)
     assert worse.residual == 1.0 and not worse.x.any()
 
 
@@ -82,8 +83,10 @@ def test_cost_model():
     assert choose_solver(tokens=1000, classes=2, width=5) == "primal"
     assert choose_solver(tokens=2000, classes=100, width=513) == "cg"
     # One product of order P against N P^2 for the matrix: many solves repay it.
-    assert choose_solver(tokens=100, classes=10, width=65) == "cg"
-    assert choose_solver(tokens=100, classes=10, width=65, solves=1000) == "primal"
+    assert choose_solver(tokens=400, classes=10, width=65) == "cg"
+    assert choose_solver(tokens=400, classes=10, width=65, solves=1000) == "primal"
+    # Few tokens of many features: N C is far below C D.
+    assert choose_solver(tokens=20, classes=10, width=2049) == "dual"
 
 
 def test_bad_options():
@@ -92,7 +95,7 @@ def test_bad_options():
         curvature.fit("ggn", factors, 0.1, solver="lu")
     with pytest.raises(InputError, match="tolerance=0"):
         curvature.fit("ggn", factors, 0.1, tolerance=0)
-    with pytest.raises(InputError, match="solver, tolerance"):
+    with pytest.raises(InputError, match="solver, tolerance, preconditioner"):
         curvature.fit("ggn", factors, 0.1, damping_mode="add")
     other = imu.GradientFactors(factors.delta, factors.act, factors.offsets, True)
     with pytest.raises(InputError, match="not of a softmax head"):
@@ -100,5 +103,5 @@ def test_bad_options():
     wide = imu.GradientFactors.from_head(
         torch.randn(2, 900), torch.randn(10, 900), None, torch.tensor([0, 1])
     )
-    with pytest.raises(InputError, match="P=9000.*use 'cg'"):
+    with pytest.raises(InputError, match="order 9000.*use 'cg'"):
         curvature.fit("ggn", wide, 0.1, solver="primal")

@@ -270,7 +270,7 @@ def test_bad_arguments():
         with pytest.raises(InputError, match="damping="):
             imu.influence_scores(f, damping=damping)
     with pytest.raises(
-        InputError, match=r"curvature='hessian' is unknown.*fisher, fisher_diag, ggn, identity"
+        InputError, match=r"curvature='hessian' is unknown.*ggn_block, identity, kfac"
     ):
         imu.influence_scores(f, curvature="hessian")
     with pytest.raises(InputError, match="damping_mode='max'"):

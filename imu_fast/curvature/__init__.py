@@ -13,7 +13,9 @@ from torch import Tensor
 from imu_fast.curvature.fisher import Fisher
 from imu_fast.curvature.fisher_diag import FisherDiag
 from imu_fast.curvature.ggn import GGN
+from imu_fast.curvature.ggn_block import GGNBlock
 from imu_fast.curvature.identity import Identity
+from imu_fast.curvature.kfac import EKFAC, KFAC
 from imu_fast.errors import check_choice, check_positive
 from imu_fast.factors import GradientFactors
 
@@ -38,10 +40,13 @@ class Curvature(Protocol):
 
 
 _KNOWN: dict[str, Any] = {
+    "ekfac": EKFAC,
     "fisher": Fisher,
     "fisher_diag": FisherDiag,
     "ggn": GGN,
+    "ggn_block": GGNBlock,
     "identity": Identity,
+    "kfac": KFAC,
 }
 
 

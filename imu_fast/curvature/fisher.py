@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from imu_fast.curvature.by_solves import self_influence
 from imu_fast.errors import InputError, check_positive
 from imu_fast.factors import GradientFactors
 from imu_fast.ops.bilinear_scores import bilinear_scores
@@ -52,41 +53,34 @@ class Fisher:
         return cls(factors, damping, tolerance)
 
     def _forward(self, v: Tensor) -> Tensor:
-        """``G v``: [n]."""
+        """``G v``: [n, m] for v [m, C, D]."""
         f = self.factors
         return bilinear_scores(f.delta, f.act, v, f.offsets, f.has_bias)
 
-    def _adjoint(self, alpha: Tensor, out: Tensor, scale: float) -> Tensor:
-        """``out + scale G^T alpha``, in place: [C, D]."""
+    def _add_adjoint(self, out: Tensor, alpha: Tensor, scale: float) -> Tensor:
+        """``out + scale G^T alpha``, in place: out [m, C, D], alpha [n, m]."""
         f = self.factors
-        weighted = f.delta * alpha[self._token_sample, None]
-        return add_gradients(out, weighted, f.act, f.has_bias, beta=1.0, alpha=scale)
+        for one, column in zip(out, alpha.t(), strict=True):
+            weighted = f.delta * column[self._token_sample, None]
+            add_gradients(one, weighted, f.act, f.has_bias, beta=1.0, alpha=scale)
+        return out
 
     def product(self, v: Tensor) -> Tensor:
-        """``M v``: [C, D] float64."""
-        return self._adjoint(self._forward(v), v * self.damping, 1 / self.factors.n)
+        """``M v``: [m, C, D] float64."""
+        return self._add_adjoint(v * self.damping, self._forward(v), 1 / self.factors.n)
 
     def _approximate(self, r: Tensor) -> tuple[Tensor, int]:
-        v = r.double()
-        alpha = self._cholesky.solve(self._forward(v))
-        return self._adjoint(alpha, v.clone(), -1 / self.factors.n) / self.damping, 0
+        alpha = self._cholesky.solve(self._forward(r))
+        return self._add_adjoint(r.clone(), alpha, -1 / self.factors.n) / self.damping, 0
 
     def solve(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         """``X = M^-1 v``; v [C, D] or [m, C, D]. X is float64 (``out`` is not used)."""
-        solutions = [
-            refine(self.product, self._approximate, one, tolerance=self.tolerance)
-            for one in (v if v.dim() == 3 else v[None])
-        ]
-        self.residual = max(s.residual for s in solutions)
-        x = torch.stack([s.x for s in solutions])
-        return x if v.dim() == 3 else x[0]
+        many = v if v.dim() == 3 else v[None]
+        solution = refine(self.product, [self._approximate], many, tolerance=self.tolerance)
+        self.residual = solution.residual
+        return solution.x if v.dim() == 3 else solution.x[0]
 
     def self_influence(self, factors: GradientFactors) -> Tensor:
-        """``g_i^T M^-1 g_i``: [n]; one pair of triangular solves for each sample."""
-        values, worst = [], 0.0
-        for i in range(factors.n):
-            g = factors.select(torch.tensor([i])).mean_gradient().double()
-            values.append((self.solve(g) * g).sum())
-            worst = max(worst, self.residual)
-        self.residual = worst
-        return torch.stack(values).to(factors.delta)
+        """``g_i^T M^-1 g_i``: [n]; many right-hand sides at once."""
+        values, self.residual = self_influence(self, factors)
+        return values

@@ -7,16 +7,22 @@ import logging
 import torch
 from torch import Tensor
 
+from imu_fast.curvature.by_solves import self_influence
+from imu_fast.curvature.kfac import KFAC
+from imu_fast.curvature.nystrom import NystromPreconditioner
+from imu_fast.curvature.probabilities import augmented, probabilities
 from imu_fast.errors import InputError, check_choice, check_positive
 from imu_fast.factors import GradientFactors
 from imu_fast.ops.ggn_product import ggn_product
+from imu_fast.ops.mean_gradient import add_gradients
 from imu_fast.solvers.cholesky import DampedCholesky, damped_cholesky
-from imu_fast.solvers.conjugate_gradient import Solution, conjugate_gradient, refine
+from imu_fast.solvers.conjugate_gradient import Approximate, Operator, conjugate_gradient, refine
 
 logger = logging.getLogger("imu_fast")
 
-SOLVERS = ("auto", "primal", "cg")
-# Beyond this order the dense matrix is not an option: 8,192^2 float32 is 268 MB.
+SOLVERS = ("auto", "primal", "dual", "cg")
+PRECONDITIONERS = ("none", "kfac", "nystrom")
+# Beyond this order the dense matrix is not an option: 8,192^2 float64 is 537 MB.
 MAX_DENSE_ORDER = 8192
 # What conjugate gradient is assumed to take: measured 2 to 117 on heads of 51,300 parameters.
 ASSUMED_ITERATIONS = 60
@@ -24,53 +30,57 @@ ASSUMED_ITERATIONS = 60
 _INNER_TOLERANCE = 1e-3
 
 
-def probabilities(factors: GradientFactors) -> tuple[Tensor, Tensor]:
-    """Softmax probabilities [N, C] and ``c_t`` [N], out of ``delta = c (p - onehot(y))``.
+def solver_costs(tokens: int, classes: int, width: int, solves: int = 1) -> dict[str, float]:
+    """FLOPs of each exact solver, with P = C D; what cannot be held (MAX_DENSE_ORDER) is left out.
 
-    Raises:
-        InputError: the factors are not of a softmax head.
+    ``primal``: building takes ``N P^2`` (half the class pairs, two operations each), factoring
+    ``P^3 / 3`` and each solve ``2 P^2``. ``dual``: with Q = N C, building takes ``2 C Q^2``,
+    factoring ``Q^3 / 3`` and each solve ``2 Q^2`` and two products of ``2 N P``. ``cg``: each
+    solve takes ``ASSUMED_ITERATIONS`` products of ``4 N P``.
     """
-    if factors.labels is None:
-        raise InputError(
-            f"factors of layer {factors.name!r} are not of a softmax head, which the GGN and its "
-            "relatives need; capture layers='head', or use 'fisher_diag'"
-        )
-    counts = factors.offsets.diff()
-    per_token = torch.repeat_interleave(1 / counts.clamp_min(1).double(), counts)
-    scale = per_token.to(factors.delta)
-    p = factors.delta / scale[:, None]
-    return p.index_put_(
-        (torch.arange(len(p), device=p.device), factors.labels), p.new_ones(()), accumulate=True
-    ), scale
+    p, q = classes * width, tokens * classes
+    costs = {"cg": float(solves * ASSUMED_ITERATIONS * 4 * tokens * p)}
+    if p <= MAX_DENSE_ORDER:
+        costs["primal"] = tokens * p**2 + p**3 / 3 + solves * 2 * p**2
+    if q <= MAX_DENSE_ORDER:
+        costs["dual"] = 2 * classes * q**2 + q**3 / 3 + solves * (2 * q**2 + 4 * tokens * p)
+    return costs
 
 
 def choose_solver(tokens: int, classes: int, width: int, solves: int = 1) -> str:
-    """The cheaper of the two exact solvers, by FLOPs.
+    """The cheapest of :func:`solver_costs`."""
+    costs = solver_costs(tokens, classes, width, solves)
+    return min(costs, key=lambda name: costs[name])
 
-    ``primal``: building takes ``N C^2 D^2`` (half the class pairs, two operations each), factoring
-    ``P^3 / 3`` and each solve ``2 P^2``, with P = C D at most ``MAX_DENSE_ORDER``. ``cg``: each
-    solve takes ``ASSUMED_ITERATIONS`` products of ``4 N C D``.
+
+def ggn_matrix(p: Tensor, weight: Tensor, a: Tensor) -> Tensor:
+    """The undamped GGN as a dense matrix [P, P], block by block of class pairs.
+
+    Args:
+        p: [N, C]. weight: [N], ``c_t / n``. a: [N, D], augmented.
     """
-    order = classes * width
-    if order > MAX_DENSE_ORDER:
-        return "cg"
-    primal = tokens * order**2 + order**3 / 3 + solves * 2 * order**2
-    cg = solves * ASSUMED_ITERATIONS * 4 * tokens * order
-    return "primal" if primal <= cg else "cg"
-
-
-def ggn_matrix(p: Tensor, scale: Tensor, act: Tensor, n: int, has_bias: bool) -> Tensor:
-    """The undamped GGN as a dense matrix [P, P], block by block of class pairs."""
-    classes = p.shape[1]
-    a = torch.cat([act, torch.ones_like(act[:, :1])], dim=1) if has_bias else act
-    width = a.shape[1]
-    out = act.new_empty(classes, width, classes, width)
+    classes, width = p.shape[1], a.shape[1]
+    out = a.new_empty(classes, width, classes, width)
     for c in range(classes):
-        weighted = a * (scale * p[:, c] / n)[:, None]
+        weighted = a * (weight * p[:, c])[:, None]
         for e in range(c + 1):
             block = (weighted * (float(c == e) - p[:, e])[:, None]).t() @ a
             out[c, :, e], out[e, :, c] = block, block.t()
     return out.view(classes * width, classes * width)
+
+
+def ggn_dual(p: Tensor, weight: Tensor, a: Tensor) -> Tensor:
+    """``J J^T`` [N C, N C], where ``GGN = J^T J`` and token t's rows of J are ``S_t^T (x) a~_t``.
+
+    ``S_t = sqrt(c_t/n) (diag(sqrt p) - p sqrt(p)^T)``, so the dual is the elementwise product of
+    the Gram matrix of the S_t and that of the a~_t. Arguments as :func:`ggn_matrix`.
+    """
+    tokens, classes = p.shape
+    root = p.sqrt()
+    s = torch.diag_embed(root) - p[:, :, None] * root[:, None, :]
+    columns = (s * weight.sqrt()[:, None, None]).transpose(0, 1).reshape(classes, -1)
+    dual = (columns.t() @ columns).view(tokens, classes, tokens, classes)
+    return dual.mul_((a @ a.t())[:, None, :, None]).view(tokens * classes, tokens * classes)
 
 
 class GGN:
@@ -80,17 +90,27 @@ class GGN:
         residual: relative residual of the last solve, recomputed in float64 (the largest of
             several right-hand sides).
         iterations: conjugate-gradient iterations of the last solve.
-        solver: "primal" or "cg".
+        solver: "primal", "dual" or "cg".
     """
 
     def __init__(
-        self, factors: GradientFactors, damping: float, solver: str, tolerance: float
+        self,
+        factors: GradientFactors,
+        damping: float,
+        solver: str,
+        tolerance: float,
+        preconditioner: str,
     ) -> None:
         self.p, self.scale = probabilities(factors)
+        # Conjugate gradient reads them at every product.
+        self._p32 = self.p.float() if solver == "cg" else self.p
+        self._factors = factors
         self.act, self.n, self.has_bias = factors.act, factors.n, factors.has_bias
         self.damping, self.solver, self.tolerance = damping, solver, tolerance
+        self.preconditioner = preconditioner
         self.residual, self.iterations = 0.0, 0
-        self._factor: DampedCholesky | None = None
+        self._cholesky: DampedCholesky | None = None
+        self._precondition: Operator | None = None
 
     @classmethod
     def fit(
@@ -99,58 +119,108 @@ class GGN:
         damping: float,
         solver: str = "auto",
         tolerance: float = 1e-6,
+        preconditioner: str = "none",
     ) -> GGN:
         """Fit on a softmax head's factors.
 
         Args:
-            solver: ``"primal"`` (damped Cholesky of size P), ``"cg"``, or the cheaper one.
+            solver: ``"primal"`` (damped Cholesky of size C D), ``"dual"`` (of size N C),
+                ``"cg"``, or the cheapest by :func:`solver_costs`.
             tolerance: on the true relative residual.
+            preconditioner: of conjugate gradient: ``"none"``, ``"kfac"`` or ``"nystrom"``. None is
+                the default because none paid where it was measured (bench/preconditioners.py).
 
         Raises:
-            InputError: not a softmax head; a bad option; ``"primal"`` beyond MAX_DENSE_ORDER.
+            InputError: not a softmax head; a bad option; a dense solver beyond MAX_DENSE_ORDER.
         """
         check_choice("solver", solver, SOLVERS)
+        check_choice("preconditioner", preconditioner, PRECONDITIONERS)
         check_positive("tolerance", tolerance)
-        order = factors.num_classes * factors.width
-        if solver == "primal" and order > MAX_DENSE_ORDER:
+        sizes = (factors.num_tokens, factors.num_classes, factors.width)
+        if solver == "auto":
+            solver = choose_solver(*sizes)
+        if solver not in solver_costs(*sizes):
+            order = factors.num_classes * (sizes[2] if solver == "primal" else sizes[0])
             raise InputError(
-                f"solver='primal' with P={order} parameters needs a [P, P] matrix; use 'cg' beyond "
+                f"solver={solver!r} needs a dense matrix of order {order}; use 'cg' beyond "
                 f"{MAX_DENSE_ORDER}"
             )
-        if solver == "auto":
-            solver = choose_solver(factors.num_tokens, factors.num_classes, factors.width)
-        return cls(factors, damping, solver, tolerance)
+        return cls(factors, damping, solver, tolerance, preconditioner)
 
     def product(self, v: Tensor) -> Tensor:
         """``M v``: [C, D] in v's dtype."""
-        return ggn_product(self.p, self.scale, self.act, v, self.n, self.damping, self.has_bias)
+        p = self._p32 if v.dtype == torch.float32 else self.p
+        return ggn_product(p, self.scale, self.act, v, self.n, self.damping, self.has_bias)
 
-    def _approximate(self, r: Tensor) -> tuple[Tensor, int]:
+    def _products(self, v: Tensor) -> Tensor:
+        return torch.stack([self.product(one) for one in v])
+
+    def _conjugate_gradient(self, r: Tensor) -> tuple[Tensor, int]:
+        """About ``M^-1 r`` for the k rows of r [k, C, D], in r's dtype."""
+        # In exact arithmetic P iterations suffice; rounding may ask for a few times more.
+        limit = 4 * r[0].numel() + 10
+        found = [
+            conjugate_gradient(
+                self.product,
+                one,
+                tolerance=_INNER_TOLERANCE,
+                max_iterations=limit,
+                precondition=self._preconditioner(),
+            )
+            for one in r
+        ]
+        return torch.stack([x for x, _ in found]), sum(count for _, count in found)
+
+    def _approximates(self) -> list[Approximate]:
         if self.solver == "cg":
-            # In exact arithmetic P iterations suffice; rounding may ask for a few times more.
-            limit = 4 * r.numel() + 10
-            return conjugate_gradient(
-                self.product, r, tolerance=_INNER_TOLERANCE, max_iterations=limit
-            )
-        if self._factor is None:
-            # In float64: a float32 factor fails where the condition number passes 1e7.
-            matrix = ggn_matrix(
-                self.p.double(), self.scale.double(), self.act.double(), self.n, self.has_bias
-            )
-            self._factor = damped_cholesky(matrix, self.damping)
-        return self._factor.solve(r.double().flatten()).view_as(r), 0
+            # Float32 loses its last digit where the condition number passes 1e7.
+            return [lambda r: self._conjugate_gradient(r.float()), self._conjugate_gradient]
+        return [lambda r: (self._primal(r) if self.solver == "primal" else self._dual(r), 0)]
 
-    def _solve_one(self, v: Tensor) -> Solution:
-        return refine(self.product, self._approximate, v, tolerance=self.tolerance)
+    def _preconditioner(self) -> Operator | None:
+        if self._precondition is None and self.preconditioner == "kfac":
+            kfac = KFAC.fit(self._factors, self.damping).float()
+            self._precondition = lambda r: kfac.apply_inverse(r.float()).to(r)
+        elif self._precondition is None and self.preconditioner == "nystrom":
+            shape = (self.p.shape[1], self._factors.width)
+            self._precondition = NystromPreconditioner.fit(
+                lambda v: self.product(v) - self.damping * v, shape, self.damping, self.act
+            )
+        return self._precondition
+
+    def _dense(self) -> tuple[Tensor, Tensor, Tensor]:
+        # In float64: a float32 factor fails where the condition number passes 1e7.
+        return self.p, self.scale / self.n, augmented(self.act, self.has_bias)
+
+    def _primal(self, r: Tensor) -> Tensor:
+        if self._cholesky is None:
+            self._cholesky = damped_cholesky(ggn_matrix(*self._dense()), self.damping)
+        return self._cholesky.solve(r.flatten(1).t().contiguous()).t().reshape(r.shape)
+
+    def _dual(self, r: Tensor) -> Tensor:
+        """Woodbury: ``(r - J^T (J J^T + lam I)^-1 J r) / lam``."""
+        p, weight, a = self._dense()
+        if self._cholesky is None:
+            self._cholesky = damped_cholesky(ggn_dual(p, weight, a), self.damping)
+        root, tokens = p.sqrt() * weight.sqrt()[:, None], p.shape[0]
+        u = torch.einsum("td,kcd->ktc", a, r)
+        jr = root * (u - (u * p).sum(dim=-1, keepdim=True))
+        alpha = self._cholesky.solve(jr.flatten(1).t().contiguous()).t().reshape(-1, *p.shape)
+        s = root * alpha
+        s = s - p * s.sum(dim=-1, keepdim=True)
+        out = r.clone()
+        for one, signal in zip(out, s.reshape(-1, tokens, p.shape[1]), strict=True):
+            add_gradients(one, signal, a, False, beta=1.0, alpha=-1.0)
+        return out / self.damping
 
     def solve(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         """``X = M^-1 v``; v [C, D] or [m, C, D]. X is float64 (``out`` is not used).
 
         A residual above the tolerance is logged, and always to be read in ``residual``.
         """
-        solutions = [self._solve_one(one) for one in (v if v.dim() == 3 else v[None])]
-        self.residual = max(s.residual for s in solutions)
-        self.iterations = sum(s.iterations for s in solutions)
+        many = v if v.dim() == 3 else v[None]
+        solution = refine(self._products, self._approximates(), many, tolerance=self.tolerance)
+        self.residual, self.iterations = solution.residual, solution.iterations
         if self.residual > self.tolerance:
             logger.warning(
                 "ggn: relative residual %.2g is above the tolerance %.2g at damping %g",
@@ -158,16 +228,9 @@ class GGN:
                 self.tolerance,
                 self.damping,
             )
-        x = torch.stack([s.x for s in solutions])
-        return x if v.dim() == 3 else x[0]
+        return solution.x if v.dim() == 3 else solution.x[0]
 
     def self_influence(self, factors: GradientFactors) -> Tensor:
-        """``g_i^T M^-1 g_i``: [n]; one solve per sample."""
-        out = factors.delta.new_empty(factors.n)
-        worst = 0.0
-        for i in range(factors.n):
-            g = factors.select(torch.tensor([i])).mean_gradient()
-            out[i] = (self.solve(g) * g).sum()
-            worst = max(worst, self.residual)
-        self.residual = worst
-        return out
+        """``g_i^T M^-1 g_i``: [n]; one solve per sample, many at once where the factor is dense."""
+        values, self.residual = self_influence(self, factors)
+        return values

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 Operator = Callable[[Tensor], Tensor]
+Approximate = Callable[[Tensor], tuple[Tensor, int]]
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,9 @@ class Solution:
     """A solution and its certificate.
 
     Attributes:
-        x: the solution, float64.
-        residual: ``||M x - v|| / ||v||``, recomputed from x in float64, never from a recurrence.
+        x: [m, ...], the solutions, float64.
+        residual: the largest ``||M x - v|| / ||v||`` of the m, recomputed from x in float64, never
+            from a recurrence.
         iterations: of the inner solver, over all refinement rounds; 0 for a direct one.
     """
 
@@ -27,25 +29,32 @@ class Solution:
 
 
 def conjugate_gradient(
-    apply: Operator, v: Tensor, *, tolerance: float, max_iterations: int
+    apply: Operator,
+    v: Tensor,
+    *,
+    tolerance: float,
+    max_iterations: int,
+    precondition: Operator | None = None,
 ) -> tuple[Tensor, int]:
     """Solve ``M x = v`` for symmetric positive definite M, in v's dtype (Hestenes, Stiefel 1952).
 
     Args:
         apply: ``x -> M x``. v: any shape. tolerance: on the recurrence's relative residual.
+        precondition: ``r -> about M^-1 r``, symmetric positive definite.
 
     Returns:
-        x, and the number of products with M. Scalars are accumulated in float64.
+        x, and the number of products with M.
     """
 
     def dot(a: Tensor, b: Tensor) -> float:
         return float(torch.dot(a.flatten(), b.flatten()))
 
-    x, r, p = torch.zeros_like(v), v.clone(), v.clone()
-    rho = dot(r, r)
-    goal = tolerance**2 * rho
+    x, r = torch.zeros_like(v), v.clone()
+    z = r if precondition is None else precondition(r)
+    p, rho, size = z.clone(), dot(r, z), dot(r, r)
+    goal = tolerance**2 * size
     for iteration in range(max_iterations):
-        if rho <= goal:
+        if size <= goal:
             return x, iteration
         mp = apply(p)
         curvature = dot(p, mp)
@@ -54,15 +63,17 @@ def conjugate_gradient(
         step = rho / curvature
         x.add_(p, alpha=step)
         r.sub_(mp, alpha=step)
-        rho_next = dot(r, r)
-        p.mul_(rho_next / rho).add_(r)
+        z = r if precondition is None else precondition(r)
+        rho_next = dot(r, z)
+        size = rho_next if precondition is None else dot(r, r)
+        p.mul_(rho_next / rho).add_(z)
         rho = rho_next
     return x, max_iterations
 
 
 def refine(
     apply64: Operator,
-    approximate: Callable[[Tensor], tuple[Tensor, int]],
+    approximates: Sequence[Approximate],
     v: Tensor,
     *,
     tolerance: float,
@@ -71,30 +82,33 @@ def refine(
     """Iterative refinement (Wilkinson 1963): solve in low precision, correct in float64.
 
     Args:
-        apply64: ``x -> M x`` in float64.
-        approximate: ``r -> (about M^-1 r, iterations)``; r float32.
-        v: right-hand side. tolerance: on the true relative residual.
+        apply64: ``x -> M x`` in float64, row by row of [k, ...].
+        approximates: of rising precision, each ``r -> (about M^-1 r, iterations)`` for r [k, ...]
+            float64 with rows of unit norm; the next takes over the rows where one stalls.
+        v: [m, ...], m right-hand sides. tolerance: on the true relative residual of each.
 
-    Stops at the tolerance, or when a round no longer halves the residual.
+    A row stops at the tolerance; it has stalled when a round no longer halves its residual.
     """
     v = v.double()
-    size = float(v.norm())
-    x, residual, total = torch.zeros_like(v), v, 0
-    if size == 0:
-        return Solution(x, 0.0, 0)
-    relative = 1.0
-    for _ in range(max_rounds):
-        # Scaled to unit norm: a small residual must not underflow in float32.
-        norm = float(residual.norm())
-        correction, iterations = approximate((residual / norm).float())
-        total += iterations
-        candidate = x + correction.double() * norm
-        new_residual = v - apply64(candidate)
-        new_relative = float(new_residual.norm()) / size
-        if not new_relative < relative:
-            break
-        stalled = new_relative > relative / 2
-        x, residual, relative = candidate, new_residual, new_relative
-        if relative <= tolerance or stalled:
-            break
-    return Solution(x, relative, total)
+    norms = v.flatten(1).norm(dim=1)
+    x, residual, total = torch.zeros_like(v), v.clone(), 0
+    relative = (norms > 0).double()
+    column = (-1,) + (1,) * (v.dim() - 1)
+    for approximate in approximates:
+        active = torch.nonzero(relative > tolerance).flatten()
+        for _ in range(max_rounds):
+            if not len(active):
+                break
+            # Scaled to unit norm: a small residual must not underflow in a float32 solver.
+            scale = residual[active].flatten(1).norm(dim=1).view(column)
+            correction, iterations = approximate(residual[active] / scale)
+            total += iterations
+            candidate = x[active] + correction.double() * scale
+            new_residual = v[active] - apply64(candidate)
+            new = new_residual.flatten(1).norm(dim=1) / norms[active]
+            better, old = new < relative[active], relative[active]
+            rows = active[better]
+            x[rows], residual[rows] = candidate[better], new_residual[better]
+            relative[rows] = new[better]
+            active = active[better & (new > tolerance) & (new <= old / 2)]
+    return Solution(x, float(relative.max()), total)

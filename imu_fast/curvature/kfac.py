@@ -1,0 +1,116 @@
+"""K-FAC and EK-FAC of a softmax head: a Kronecker eigenbasis, diagonal in it (SPEC section 2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from imu_fast.curvature.probabilities import augmented, probabilities
+from imu_fast.factors import GradientFactors
+from imu_fast.ops.bilinear_scores import quadratic_scores
+
+
+class KroneckerEigenbasis:
+    """``(Q_B (x) Q_A) diag(eigenvalues + lam) (Q_B (x) Q_A)^T``, in float64.
+
+    Attributes:
+        basis_out: Q_B [C, C]. basis_in: Q_A [D, D].
+        damped: [C, D], eigenvalues + lam.
+        residual: ``||M X - v|| / ||v||`` of the last solve, recomputed (the largest of several).
+    """
+
+    def __init__(self, basis_out: Tensor, basis_in: Tensor, damped: Tensor) -> None:
+        self.basis_out, self.basis_in, self.damped = basis_out, basis_in, damped
+        self.residual = 0.0
+
+    def product(self, v: Tensor) -> Tensor:
+        """``M v``; v [..., C, D] float64."""
+        rotated = self.basis_out.T @ v @ self.basis_in
+        return self.basis_out @ (rotated * self.damped) @ self.basis_in.T
+
+    def float(self) -> KroneckerEigenbasis:
+        """The same in float32, for preconditioning."""
+        return KroneckerEigenbasis(
+            self.basis_out.float(), self.basis_in.float(), self.damped.float()
+        )
+
+    def apply_inverse(self, v: Tensor) -> Tensor:
+        """``M^-1 v`` in the bases' dtype; v [..., C, D]."""
+        rotated = self.basis_out.T @ v @ self.basis_in
+        return self.basis_out @ (rotated / self.damped) @ self.basis_in.T
+
+    def solve(self, v: Tensor, out: Tensor | None = None) -> Tensor:
+        """``X = M^-1 v``; v [C, D] or [m, C, D]. X is float64 (``out`` is not used)."""
+        v = v.double()
+        x = self.apply_inverse(v)
+        error = (self.product(x) - v).flatten(-2).norm(dim=-1)
+        size = v.flatten(-2).norm(dim=-1)
+        self.residual = float((error / size.where(size > 0, 1.0)).max())
+        return x
+
+    def self_influence(self, factors: GradientFactors) -> Tensor:
+        """``g_i^T M^-1 g_i``: [n]; in the eigenbasis the inverse is a diagonal."""
+        delta = factors.delta.double() @ self.basis_out
+        act = augmented(factors.act, factors.has_bias) @ self.basis_in
+        values = quadratic_scores(delta, act, self.damped.reciprocal(), factors.offsets, False)
+        return values.to(factors.delta)
+
+
+def kronecker_factors(p: Tensor, weight: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """``B = mean(diag(p) - p p^T)`` [C, C] and ``A = mean(a~ a~^T)`` [D, D], tokens by ``weight``.
+
+    weight [N] is ``c_t / n``. B carries the total weight, so that ``B (x) A`` is the GGN where p
+    is the same for every token, samples without tokens included.
+    """
+    weighted = p * weight[:, None]
+    b = torch.diag(weighted.sum(dim=0)) - weighted.T @ p
+    return b, (a * weight[:, None]).T @ a / weight.sum().clamp_min(torch.finfo(a.dtype).tiny)
+
+
+def _eigenbasis(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    values_b, basis_b = torch.linalg.eigh(b)
+    values_a, basis_a = torch.linalg.eigh(a)
+    # Rounding leaves eigenvalues of -1e-17 where the factor is singular.
+    return values_b.clamp_min(0), basis_b, values_a.clamp_min(0), basis_a
+
+
+class KFAC(KroneckerEigenbasis):
+    """``mean(diag(p) - p p^T) (x) mean(a~ a~^T) + lam I`` (Martens and Grosse 2015)."""
+
+    @classmethod
+    def fit(cls, factors: GradientFactors, damping: float) -> KFAC:
+        """Fit on a softmax head's factors: two eigendecompositions, ``O(C^3 + D^3)``.
+
+        Raises:
+            InputError: not a softmax head.
+        """
+        p, scale = probabilities(factors)
+        a = augmented(factors.act, factors.has_bias)
+        b, a = kronecker_factors(p, scale / factors.n, a)
+        values_b, basis_b, values_a, basis_a = _eigenbasis(b, a)
+        return cls(basis_b, basis_a, torch.outer(values_b, values_a) + damping)
+
+
+class EKFAC(KroneckerEigenbasis):
+    """K-FAC's eigenbasis with the GGN's own diagonal in it (George et al. 2018).
+
+    ``eigenvalue[i,j] = 1/n sum_t c_t (Q_B^T (diag(p) - p p^T) Q_B)[i,i] (Q_A^T a~)[j]^2``: of all
+    diagonals in this basis the nearest to the GGN. The expectation over the model's labels is
+    exact, not sampled.
+    """
+
+    @classmethod
+    def fit(cls, factors: GradientFactors, damping: float) -> EKFAC:
+        """Fit on a softmax head's factors: K-FAC, and two products of ``N C^2`` and ``N D^2``.
+
+        Raises:
+            InputError: not a softmax head.
+        """
+        p, scale = probabilities(factors)
+        weight = scale / factors.n
+        a = augmented(factors.act, factors.has_bias)
+        _, basis_b, _, basis_a = _eigenbasis(*kronecker_factors(p, weight, a))
+        variance = p @ basis_b.square() - (p @ basis_b).square()
+        second = (a @ basis_a).square()
+        values = (variance * weight[:, None]).T @ second
+        return cls(basis_b, basis_a, values.clamp_min(0) + damping)
