@@ -8,7 +8,7 @@ from cases import CASES, IDS
 
 import imu_fast as imu
 from imu_fast import curvature, reference
-from imu_fast.curvature.ggn import choose_solver
+from imu_fast.curvature.ggn import choose_preconditioner, choose_solver
 from imu_fast.curvature.probabilities import probabilities
 from imu_fast.errors import InputError
 from imu_fast.solvers.conjugate_gradient import refine
@@ -87,6 +87,13 @@ def test_cost_model():
     assert choose_solver(tokens=400, classes=10, width=65, solves=1000) == "primal"
     # Few tokens of many features: N C is far below C D.
     assert choose_solver(tokens=20, classes=10, width=2049) == "dual"
+
+
+def test_preconditioner_by_cost():
+    assert choose_preconditioner(tokens=2000, classes=100, width=513) == "kfac"
+    # Applying it would cost more than the product; its eigenvalues more than the solve.
+    assert choose_preconditioner(tokens=200, classes=100, width=513) == "none"
+    assert choose_preconditioner(tokens=5000, classes=2, width=4096) == "none"
 
 
 def test_bad_options():

@@ -21,10 +21,10 @@ from imu_fast.solvers.conjugate_gradient import Approximate, Operator, conjugate
 logger = logging.getLogger("imu_fast")
 
 SOLVERS = ("auto", "primal", "dual", "cg")
-PRECONDITIONERS = ("none", "kfac", "nystrom")
+PRECONDITIONERS = ("auto", "none", "kfac", "nystrom")
 # Beyond this order the dense matrix is not an option: 8,192^2 float64 is 537 MB.
 MAX_DENSE_ORDER = 8192
-# What conjugate gradient is assumed to take: measured 2 to 117 on heads of 51,300 parameters.
+# What conjugate gradient is assumed to take: measured 10 to 330 on heads of 51,300 parameters.
 ASSUMED_ITERATIONS = 60
 # The inner solve in float32: deeper digits come cheaper from the next refinement round.
 _INNER_TOLERANCE = 1e-3
@@ -51,6 +51,18 @@ def choose_solver(tokens: int, classes: int, width: int, solves: int = 1) -> str
     """The cheapest of :func:`solver_costs`."""
     costs = solver_costs(tokens, classes, width, solves)
     return min(costs, key=lambda name: costs[name])
+
+
+def choose_preconditioner(tokens: int, classes: int, width: int) -> str:
+    """``"kfac"`` where it costs little beside the products it saves, else ``"none"``.
+
+    Applying it takes ``4 (C + D) C D`` FLOPs against a product's ``4 N C D``; its two
+    eigendecompositions about ``10 (C^3 + D^3)`` in float64, which must not exceed
+    ``ASSUMED_ITERATIONS`` products. What it saves is measured in bench/preconditioners.py.
+    """
+    product = 4 * tokens * classes * width
+    affordable = 10 * (classes**3 + width**3) <= ASSUMED_ITERATIONS * product
+    return "kfac" if classes + width <= tokens and affordable else "none"
 
 
 def ggn_matrix(p: Tensor, weight: Tensor, a: Tensor) -> Tensor:
@@ -90,7 +102,7 @@ class GGN:
         residual: relative residual of the last solve, recomputed in float64 (the largest of
             several right-hand sides).
         iterations: conjugate-gradient iterations of the last solve.
-        solver: "primal", "dual" or "cg".
+        solver: "primal", "dual" or "cg". preconditioner: "none", "kfac" or "nystrom".
     """
 
     def __init__(
@@ -119,7 +131,7 @@ class GGN:
         damping: float,
         solver: str = "auto",
         tolerance: float = 1e-6,
-        preconditioner: str = "none",
+        preconditioner: str = "auto",
     ) -> GGN:
         """Fit on a softmax head's factors.
 
@@ -127,8 +139,8 @@ class GGN:
             solver: ``"primal"`` (damped Cholesky of size C D), ``"dual"`` (of size N C),
                 ``"cg"``, or the cheapest by :func:`solver_costs`.
             tolerance: on the true relative residual.
-            preconditioner: of conjugate gradient: ``"none"``, ``"kfac"`` or ``"nystrom"``. None is
-                the default because none paid where it was measured (bench/preconditioners.py).
+            preconditioner: of conjugate gradient: ``"none"``, ``"kfac"``, ``"nystrom"`` (a
+                randomised sketch of rank 32), or by :func:`choose_preconditioner`.
 
         Raises:
             InputError: not a softmax head; a bad option; a dense solver beyond MAX_DENSE_ORDER.
@@ -139,6 +151,8 @@ class GGN:
         sizes = (factors.num_tokens, factors.num_classes, factors.width)
         if solver == "auto":
             solver = choose_solver(*sizes)
+        if preconditioner == "auto":
+            preconditioner = choose_preconditioner(*sizes)
         if solver not in solver_costs(*sizes):
             order = factors.num_classes * (sizes[2] if solver == "primal" else sizes[0])
             raise InputError(
