@@ -11,7 +11,7 @@ from imu_fast.curvature.by_solves import self_influence
 from imu_fast.curvature.kfac import KFAC
 from imu_fast.curvature.nystrom import NystromPreconditioner
 from imu_fast.curvature.probabilities import augmented, probabilities
-from imu_fast.errors import InputError, check_choice, check_positive
+from imu_fast.errors import InputError, SingularMatrixError, check_choice, check_positive
 from imu_fast.factors import GradientFactors
 from imu_fast.ops.ggn_product import ggn_product
 from imu_fast.ops.mean_gradient import add_gradients
@@ -26,6 +26,8 @@ PRECONDITIONERS = ("auto", "none", "kfac", "nystrom")
 MAX_DENSE_ORDER = 8192
 # What conjugate gradient is assumed to take: measured 10 to 330 on heads of 51,300 parameters.
 ASSUMED_ITERATIONS = 60
+# Elements of the [tokens, C D] rows that exist at once while the dense matrix is summed.
+_CHUNK_ELEMENTS = 1 << 22
 # The inner solve in float32: deeper digits come cheaper from the next refinement round.
 _INNER_TOLERANCE = 1e-3
 
@@ -33,15 +35,15 @@ _INNER_TOLERANCE = 1e-3
 def solver_costs(tokens: int, classes: int, width: int, solves: int = 1) -> dict[str, float]:
     """FLOPs of each exact solver, with P = C D; what cannot be held (MAX_DENSE_ORDER) is left out.
 
-    ``primal``: building takes ``N P^2`` (half the class pairs, two operations each), factoring
-    ``P^3 / 3`` and each solve ``2 P^2``. ``dual``: with Q = N C, building takes ``2 C Q^2``,
-    factoring ``Q^3 / 3`` and each solve ``2 Q^2`` and two products of ``2 N P``. ``cg``: each
-    solve takes ``ASSUMED_ITERATIONS`` products of ``4 N P``.
+    ``primal``: building takes ``2 N P^2``, factoring ``P^3 / 3`` and each solve ``2 P^2``.
+    ``dual``: with Q = N C, building takes ``2 C Q^2``, factoring ``Q^3 / 3`` and each solve
+    ``2 Q^2`` and two products of ``2 N P``. ``cg``: each solve takes ``ASSUMED_ITERATIONS``
+    products of ``4 N P``.
     """
     p, q = classes * width, tokens * classes
     costs = {"cg": float(solves * ASSUMED_ITERATIONS * 4 * tokens * p)}
     if p <= MAX_DENSE_ORDER:
-        costs["primal"] = tokens * p**2 + p**3 / 3 + solves * 2 * p**2
+        costs["primal"] = 2 * tokens * p**2 + p**3 / 3 + solves * 2 * p**2
     if q <= MAX_DENSE_ORDER:
         costs["dual"] = 2 * classes * q**2 + q**3 / 3 + solves * (2 * q**2 + 4 * tokens * p)
     return costs
@@ -66,19 +68,23 @@ def choose_preconditioner(tokens: int, classes: int, width: int) -> str:
 
 
 def ggn_matrix(p: Tensor, weight: Tensor, a: Tensor) -> Tensor:
-    """The undamped GGN as a dense matrix [P, P], block by block of class pairs.
+    """The undamped GGN as a dense matrix [P, P]: class blocks minus one Gram matrix of p (x) a~.
 
     Args:
         p: [N, C]. weight: [N], ``c_t / n``. a: [N, D], augmented.
     """
     classes, width = p.shape[1], a.shape[1]
-    out = a.new_empty(classes, width, classes, width)
-    for c in range(classes):
-        weighted = a * (weight * p[:, c])[:, None]
-        for e in range(c + 1):
-            block = (weighted * (float(c == e) - p[:, e])[:, None]).t() @ a
-            out[c, :, e], out[e, :, c] = block, block.t()
-    return out.view(classes * width, classes * width)
+    out = a.new_zeros(classes * width, classes * width)
+    step = max(1, _CHUNK_ELEMENTS // (classes * width))
+    for start in range(0, len(a), step):
+        rows = slice(start, start + step)
+        q, w, b = p[rows], weight[rows, None], a[rows]
+        y = ((q * w.sqrt())[:, :, None] * b[:, None, :]).view(len(b), -1)
+        out.addmm_(y.t(), y, alpha=-1.0)
+        for c, scaled in enumerate((q * w).t()):
+            block = slice(c * width, (c + 1) * width)
+            out[block, block].addmm_((b * scaled[:, None]).t(), b)
+    return out
 
 
 def ggn_dual(p: Tensor, weight: Tensor, a: Tensor) -> Tensor:
@@ -102,7 +108,9 @@ class GGN:
         residual: relative residual of the last solve, recomputed in float64 (the largest of
             several right-hand sides).
         iterations: conjugate-gradient iterations of the last solve.
-        solver: "primal", "dual" or "cg". preconditioner: "none", "kfac" or "nystrom".
+        solver: "primal", "dual" or "cg"; where it is "auto" each call of ``solve`` takes the
+            cheapest for its number of right-hand sides.
+        preconditioner: "none", "kfac" or "nystrom".
     """
 
     def __init__(
@@ -115,13 +123,13 @@ class GGN:
     ) -> None:
         self.p, self.scale = probabilities(factors)
         # Conjugate gradient reads them at every product.
-        self._p32 = self.p.float() if solver == "cg" else self.p
+        self._p32 = self.p.float() if solver in ("auto", "cg") else self.p
         self._factors = factors
         self.act, self.n, self.has_bias = factors.act, factors.n, factors.has_bias
         self.damping, self.solver, self.tolerance = damping, solver, tolerance
         self.preconditioner = preconditioner
         self.residual, self.iterations = 0.0, 0
-        self._cholesky: DampedCholesky | None = None
+        self._choleskys: dict[tuple[str, torch.dtype], DampedCholesky] = {}
         self._precondition: Operator | None = None
 
     @classmethod
@@ -149,11 +157,9 @@ class GGN:
         check_choice("preconditioner", preconditioner, PRECONDITIONERS)
         check_positive("tolerance", tolerance)
         sizes = (factors.num_tokens, factors.num_classes, factors.width)
-        if solver == "auto":
-            solver = choose_solver(*sizes)
         if preconditioner == "auto":
             preconditioner = choose_preconditioner(*sizes)
-        if solver not in solver_costs(*sizes):
+        if solver != "auto" and solver not in solver_costs(*sizes):
             order = factors.num_classes * (sizes[2] if solver == "primal" else sizes[0])
             raise InputError(
                 f"solver={solver!r} needs a dense matrix of order {order}; use 'cg' beyond "
@@ -185,11 +191,24 @@ class GGN:
         ]
         return torch.stack([x for x, _ in found]), sum(count for _, count in found)
 
-    def _approximates(self) -> list[Approximate]:
-        if self.solver == "cg":
-            # Float32 loses its last digit where the condition number passes 1e7.
+    def _approximates(self, solver: str) -> list[Approximate]:
+        """In float32 where it can serve, then in float64, which takes over where that stalls."""
+        if solver == "cg":
             return [lambda r: self._conjugate_gradient(r.float()), self._conjugate_gradient]
-        return [lambda r: (self._primal(r) if self.solver == "primal" else self._dual(r), 0)]
+        direct = self._primal if solver == "primal" else self._dual
+        wide: list[Approximate] = [lambda r: (direct(r), 0)]
+        # ||M|| is at most half the largest ||a~||^2: beyond 1/eps a float32 factor is noise.
+        norm = 0.5 * (float(self.act.square().sum(dim=1).max()) + 1) if len(self.act) else 0.0
+        if self.damping < 16 * torch.finfo(torch.float32).eps * norm:
+            return wide
+
+        def narrow(r: Tensor) -> tuple[Tensor, int]:
+            try:
+                return direct(r.float()), 0
+            except SingularMatrixError:
+                return torch.zeros_like(r), 0
+
+        return [narrow, *wide]
 
     def _preconditioner(self) -> Operator | None:
         if self._precondition is None and self.preconditioner == "kfac":
@@ -202,30 +221,41 @@ class GGN:
             )
         return self._precondition
 
-    def _dense(self) -> tuple[Tensor, Tensor, Tensor]:
-        # In float64: a float32 factor fails where the condition number passes 1e7.
-        return self.p, self.scale / self.n, augmented(self.act, self.has_bias)
+    def _dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        a = augmented(self.act, self.has_bias)
+        return self.p.to(dtype), (self.scale / self.n).to(dtype), a.to(dtype)
+
+    def _factor(self, solver: str, dtype: torch.dtype) -> DampedCholesky:
+        if (solver, dtype) not in self._choleskys:
+            matrix = (ggn_matrix if solver == "primal" else ggn_dual)(*self._dense(dtype))
+            self._choleskys[solver, dtype] = damped_cholesky(matrix, self.damping)
+        return self._choleskys[solver, dtype]
 
     def _primal(self, r: Tensor) -> Tensor:
-        if self._cholesky is None:
-            self._cholesky = damped_cholesky(ggn_matrix(*self._dense()), self.damping)
-        return self._cholesky.solve(r.flatten(1).t().contiguous()).t().reshape(r.shape)
+        x = self._factor("primal", r.dtype).solve(r.flatten(1).t().contiguous())
+        return x.t().reshape(r.shape)
 
     def _dual(self, r: Tensor) -> Tensor:
         """Woodbury: ``(r - J^T (J J^T + lam I)^-1 J r) / lam``."""
-        p, weight, a = self._dense()
-        if self._cholesky is None:
-            self._cholesky = damped_cholesky(ggn_dual(p, weight, a), self.damping)
+        p, weight, a = self._dense(r.dtype)
         root, tokens = p.sqrt() * weight.sqrt()[:, None], p.shape[0]
         u = torch.einsum("td,kcd->ktc", a, r)
         jr = root * (u - (u * p).sum(dim=-1, keepdim=True))
-        alpha = self._cholesky.solve(jr.flatten(1).t().contiguous()).t().reshape(-1, *p.shape)
-        s = root * alpha
+        alpha = self._factor("dual", r.dtype).solve(jr.flatten(1).t().contiguous())
+        s = root * alpha.t().reshape(-1, *p.shape)
+        # S alpha = sqrt(p) alpha - p (sqrt(p) . alpha); root carries sqrt(c/n) already.
         s = s - p * s.sum(dim=-1, keepdim=True)
         out = r.clone()
         for one, signal in zip(out, s.reshape(-1, tokens, p.shape[1]), strict=True):
             add_gradients(one, signal, a, False, beta=1.0, alpha=-1.0)
         return out / self.damping
+
+    def _choose(self, solves: int) -> str:
+        if self.solver != "auto":
+            return self.solver
+        if self._choleskys:  # a factor that is there makes every solve cheap
+            return next(iter(self._choleskys))[0]
+        return choose_solver(len(self.act), self.p.shape[1], self._factors.width, solves)
 
     def solve(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         """``X = M^-1 v``; v [C, D] or [m, C, D]. X is float64 (``out`` is not used).
@@ -233,7 +263,8 @@ class GGN:
         A residual above the tolerance is logged, and always to be read in ``residual``.
         """
         many = v if v.dim() == 3 else v[None]
-        solution = refine(self._products, self._approximates(), many, tolerance=self.tolerance)
+        approximates = self._approximates(self._choose(len(many)))
+        solution = refine(self._products, approximates, many, tolerance=self.tolerance)
         self.residual, self.iterations = solution.residual, solution.iterations
         if self.residual > self.tolerance:
             logger.warning(

@@ -1,0 +1,130 @@
+"""Influence of n samples on m queries at a linear softmax head, by public libraries.
+
+Each function takes a trained ``nn.Linear``, training samples, queries and the damping, and returns
+scores [n, m], in that library's own sign and scale. Libraries that are not installed are skipped.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+Samples = tuple[Tensor, Tensor]
+
+
+def closed_form(head: nn.Linear, train: Samples, queries: Samples, damping: float) -> Tensor:
+    """The plain float32 closed form: dense Hessian class pair by class pair, Cholesky, one GEMM."""
+
+    def gradients(samples: Samples) -> tuple[Tensor, Tensor, Tensor]:
+        x, y = samples
+        a = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        p = torch.softmax(head(x), dim=1)
+        delta = p - nn.functional.one_hot(y, p.shape[1])
+        return p, a, (delta[:, :, None] * a[:, None, :]).flatten(1)
+
+    with torch.no_grad():
+        p, a, g = gradients(train)
+        classes, width = p.shape[1], a.shape[1]
+        hessian = torch.empty(classes, width, classes, width)
+        for c in range(classes):
+            for e in range(classes):
+                weight = p[:, c] * (float(c == e) - p[:, e]) / len(a)
+                hessian[c, :, e] = (a * weight[:, None]).T @ a
+        hessian = hessian.view(classes * width, -1)
+        hessian.diagonal().add_(damping)
+        factor = torch.linalg.cholesky(hessian)
+        return g @ torch.cholesky_solve(gradients(queries)[2].T, factor)
+
+
+def _dattri(kind: str, head: nn.Linear, train: Samples, queries: Samples, **options) -> Tensor:
+    from dattri.algorithm import influence_function
+    from dattri.task import AttributionTask
+
+    def loss(parameters, batch):
+        x, y = batch
+        logits = torch.func.functional_call(head, parameters, (x,))
+        return nn.functional.cross_entropy(logits, y.long())
+
+    task = AttributionTask(loss_func=loss, model=head, checkpoints=head.state_dict())
+    attributor = getattr(influence_function, f"IFAttributor{kind}")(task, **options)
+    loaders = [
+        DataLoader(TensorDataset(*s), batch_size=len(s[0]), shuffle=False) for s in (train, queries)
+    ]
+    attributor.cache(loaders[0])
+    return attributor.attribute(*loaders).detach()
+
+
+def dattri_explicit(head: nn.Linear, train: Samples, queries: Samples, damping: float) -> Tensor:
+    """dattri's IFAttributorExplicit: the Hessian by automatic differentiation, solved densely."""
+    return _dattri("Explicit", head, train, queries, regularization=damping)
+
+
+def dattri_cg(head: nn.Linear, train: Samples, queries: Samples, damping: float) -> Tensor:
+    """dattri's IFAttributorCG, with as many iterations as its residual of 1e-6 needs here."""
+    return _dattri("CG", head, train, queries, regularization=damping, max_iter=100, tol=1e-6)
+
+
+def _pydvl(kind: str, head: nn.Linear, train: Samples, queries: Samples, **options) -> Tensor:
+    from pydvl.influence import InfluenceMode
+    from pydvl.influence import torch as pydvl_torch
+
+    influence = getattr(pydvl_torch, f"{kind}Influence")
+    model = influence(copy.deepcopy(head), nn.functional.cross_entropy, **options)
+    model = model.fit(DataLoader(TensorDataset(*train), batch_size=len(train[0])))
+    return model.influences(*queries, *train, mode=InfluenceMode.Up).detach().T
+
+
+def pydvl_direct(head: nn.Linear, train: Samples, queries: Samples, damping: float) -> Tensor:
+    """pyDVL's DirectInfluence."""
+    return _pydvl("Direct", head, train, queries, regularization=damping)
+
+
+def pydvl_cg(head: nn.Linear, train: Samples, queries: Samples, damping: float) -> Tensor:
+    """pyDVL's CgInfluence, to a relative residual of 1e-6."""
+    return _pydvl("Cg", head, train, queries, regularization=damping, rtol=1e-6)
+
+
+def captum_tracin(head: nn.Linear, train: Samples, queries: Samples, damping: float) -> Tensor:
+    """captum's TracInCPFast at one checkpoint: inner products of gradients, no curvature."""
+    from captum.influence import TracInCPFast
+
+    model = nn.Sequential(nn.Identity(), copy.deepcopy(head))
+    tracin = TracInCPFast(
+        model,
+        model[1],
+        TensorDataset(*train),
+        [model.state_dict()],
+        checkpoints_load_func=lambda m, state: m.load_state_dict(state) and 1.0,
+        loss_fn=nn.CrossEntropyLoss(reduction="sum"),
+        batch_size=len(train[0]),
+    )
+    return tracin.influence(queries).detach().T
+
+
+def vmap_grad(head: nn.Linear, train: Samples, queries: Samples, damping: float) -> Tensor:
+    """Per-sample gradients by ``torch.func.vmap(grad)``, and their inner products."""
+    parameters = {k: v.detach() for k, v in head.named_parameters()}
+
+    def loss(theta: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        logits = torch.func.functional_call(head, theta, (x[None],))
+        return nn.functional.cross_entropy(logits, y[None])
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
+    g, h = (
+        torch.cat([v.flatten(1) for v in per_sample(parameters, *s).values()], dim=1)
+        for s in (train, queries)
+    )
+    return g @ h.T
+
+
+EXACT = {
+    "closed form": closed_form,
+    "dattri Explicit": dattri_explicit,
+    "dattri CG": dattri_cg,
+    "pyDVL Direct": pydvl_direct,
+    "pyDVL Cg": pydvl_cg,
+}
+GRADIENT_PRODUCTS = {"captum TracInCPFast": captum_tracin, "vmap(grad)": vmap_grad}
