@@ -1,0 +1,106 @@
+"""The kernels on CPU tensors against reference.py; test_kernels_interpreted.py runs this file.
+
+Half-precision operands are compared with the reference of the same rounded numbers, so what is left
+is the kernel's float32 accumulation and, where it says so, one rounding of a product to the
+operands' type.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from cases import CASES, IDS, Case, assert_close, factors_of
+
+from imu_fast import reference
+from imu_fast.backend import record_backends, use_backend
+from imu_fast.ops.softmax_residual import softmax_residual
+
+# Beside the shared cases: larger than a tile of every configuration on every axis.
+LARGE = Case("larger than a tile on every axis", (1,) * 150, 140, 139)
+RAGGED = Case("ragged, larger than a tile on every axis", (70, 1, 0, 33), 75, 67)
+ALL = [*CASES, LARGE, RAGGED]
+every_case = pytest.mark.parametrize("case", ALL, ids=[*IDS, LARGE.why, RAGGED.why])
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _triton():
+    with use_backend("triton"), record_backends() as used:
+        yield
+        assert set(used.values()) <= {"triton"}
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Set a kernel's configurations so that the shared cases' small shapes cross its tiles."""
+
+    def shrink(kernel: str) -> None:
+        module = importlib.import_module(f"imu_fast.kernels.{kernel}")
+        for key, entry in module.CONFIGS.items():
+            small = {k: 16 if k.startswith("BLOCK_") else v for k, v in entry.items()}
+            monkeypatch.setitem(module.CONFIGS, key, small)
+
+    return shrink
+
+
+def rounded(dtype: torch.dtype, terms: float) -> float:
+    """How many float32 roundings one rounding to ``dtype`` is worth, for assert_close's length."""
+    return terms + torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
+
+
+def strided(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers, neither contiguous nor starting at the first element."""
+    padded = tensor.new_full((2 * tensor.shape[0] + 1, tensor.shape[1] + 3), torch.nan)
+    view = padded[1::2, 2:-1]
+    view.copy_(tensor)
+    return view
+
+
+@every_case
+@every_dtype
+def test_softmax_residual(case, dtype):
+    p = case.make(torch.float64)
+    logits = strided(p.logits.to(dtype))
+    scale = p.scale.float()
+    delta, loss = softmax_residual(logits, p.labels, scale)
+    true_delta, true_loss = reference.softmax_residual(logits, p.labels, scale)
+    size = float(logits.abs().max())
+    assert_close(delta, true_delta, case.classes + int(size))
+    assert_close(loss, true_loss, case.classes + int(size))
+    assert delta.dtype == loss.dtype == torch.float32
+
+
+def test_softmax_residual_over_300_000_classes():
+    logits, labels = 5 * torch.randn(2, 300_000), torch.tensor([7, 299_999])
+    delta, loss = softmax_residual(logits, labels)
+    true_delta, true_loss = reference.softmax_residual(logits, labels, torch.ones(2))
+    assert_close(delta, true_delta, 300_000)
+    assert_close(loss, true_loss, 100)
+    others = delta.clone()
+    others[torch.arange(2), labels] = 0
+    torch.testing.assert_close(others.sum(1), -delta[torch.arange(2), labels])
+
+
+def test_residual_of_the_label_keeps_its_digits():
+    logits = torch.tensor([[20.0, 0.0], [0.4, 0.0], [-1.0, 3.0], [80.0, 0.0]])
+    labels = torch.zeros(4, dtype=torch.int64)
+    delta, loss = softmax_residual(logits, labels)
+    e = torch.exp(-logits.double().diff(dim=1).flatten().neg())
+    torch.testing.assert_close(delta[:, 0].double(), -e / (1 + e), rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss.double(), torch.log1p(e), rtol=1e-5, atol=0)
+
+
+def test_ignored_labels_get_zero():
+    delta, loss = softmax_residual(torch.randn(3, 5), torch.tensor([1, -100, 2]))
+    assert not delta[1].any() and loss[1] == 0 and delta[0].any()
+
+
+def test_results_repeat_bit_for_bit():
+    case = RAGGED
+    first = softmax_residual(case.make(torch.float32).logits, case.make(torch.float32).labels)
+    again = softmax_residual(case.make(torch.float32).logits, case.make(torch.float32).labels)
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert factors_of(case, torch.float32)[0].shape[1] == case.classes
