@@ -15,6 +15,8 @@ from cases import CASES, IDS, Case, assert_close, factors_of
 
 from imu_fast import reference
 from imu_fast.backend import record_backends, use_backend
+from imu_fast.ops.bilinear_scores import bilinear_scores, quadratic_scores
+from imu_fast.ops.fisher_diagonal import fisher_diagonal
 from imu_fast.ops.softmax_residual import softmax_residual
 
 # Beside the shared cases: larger than a tile of every configuration on every axis.
@@ -22,6 +24,7 @@ LARGE = Case("larger than a tile on every axis", (1,) * 150, 140, 139)
 RAGGED = Case("ragged, larger than a tile on every axis", (70, 1, 0, 33), 75, 67)
 ALL = [*CASES, LARGE, RAGGED]
 every_case = pytest.mark.parametrize("case", ALL, ids=[*IDS, LARGE.why, RAGGED.why])
+large_cases = pytest.mark.parametrize("case", [LARGE, RAGGED], ids=[LARGE.why, RAGGED.why])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -33,15 +36,25 @@ def _triton():
         assert set(used.values()) <= {"triton"}
 
 
+@pytest.fixture(params=["highest", "high"])
+def precision(request):
+    """float32 as it is, then with TF32 allowed, which has tiles of its own."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Set a kernel's configurations so that the shared cases' small shapes cross its tiles."""
 
     def shrink(kernel: str) -> None:
         module = importlib.import_module(f"imu_fast.kernels.{kernel}")
-        for key, entry in module.CONFIGS.items():
-            small = {k: 16 if k.startswith("BLOCK_") else v for k, v in entry.items()}
-            monkeypatch.setitem(module.CONFIGS, key, small)
+        for configs in (module.CONFIGS, getattr(module, "TOKEN_CONFIGS", {})):
+            for key, entry in configs.items():
+                small = {k: 16 if k.startswith("BLOCK_") else v for k, v in entry.items()}
+                monkeypatch.setitem(configs, key, small)
 
     return shrink
 
@@ -96,6 +109,72 @@ def test_residual_of_the_label_keeps_its_digits():
 def test_ignored_labels_get_zero():
     delta, loss = softmax_residual(torch.randn(3, 5), torch.tensor([1, -100, 2]))
     assert not delta[1].any() and loss[1] == 0 and delta[0].any()
+
+
+@every_case
+@every_dtype
+def test_fisher_diagonal(case, dtype, small_tiles):
+    small_tiles("fisher_diagonal")
+    delta, act, offsets, has_bias = factors_of(case, dtype)
+    truth = reference.fisher_diagonal(delta, act, offsets, has_bias)
+    size = float((delta.abs().max() * (act.abs().max() + 1)) ** 2) * max(case.lengths)
+    found = fisher_diagonal(strided(delta), strided(act), offsets, has_bias)
+    assert found.dtype == dtype
+    assert_close(found, truth, len(delta), size)
+
+
+@large_cases
+def test_fisher_diagonal_in_shipped_tiles(case, precision):
+    delta, act, offsets, has_bias = factors_of(case, torch.float32)
+    truth = reference.fisher_diagonal(delta, act, offsets, has_bias)
+    size = float((delta.abs().max() * act.abs().max()) ** 2) * max(case.lengths)
+    found = fisher_diagonal(delta, act, offsets, has_bias)
+    assert_close(found, truth, len(delta), size)
+    assert torch.equal(found, fisher_diagonal(delta, act, offsets, has_bias))
+
+
+def scores_arguments(case, dtype, many):
+    """Strided operands, and the size of the sums of magnitudes that a score is."""
+    delta, act, offsets, has_bias = factors_of(case, dtype)
+    x = torch.randn(many, case.classes, case.features + has_bias).to(dtype)
+    size = float(delta.abs().sum(1).max() * x.abs().max()) * float(act.abs().max() + 1)
+    size *= case.features * max(case.lengths)
+    x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    return (strided(delta), strided(act), x, offsets, has_bias), max(size, 1e-30)
+
+
+@every_case
+@every_dtype
+def test_bilinear_scores(case, dtype, small_tiles):
+    small_tiles("bilinear_scores")
+    args, size = scores_arguments(case, dtype, 3)
+    found = bilinear_scores(*args)
+    assert found.dtype == dtype
+    length = case.classes + case.features
+    assert_close(found, reference.bilinear_scores(*args), length, size)
+    one = (*args[:2], args[2][1], *args[3:])
+    assert_close(bilinear_scores(*one), reference.bilinear_scores(*one), length, size)
+
+
+@large_cases
+def test_bilinear_scores_in_shipped_tiles(case, precision):
+    args, size = scores_arguments(case, torch.float32, 2)
+    found = bilinear_scores(*args)
+    assert_close(found, reference.bilinear_scores(*args), case.classes + case.features, size)
+    assert torch.equal(found, bilinear_scores(*args))
+
+
+@pytest.mark.parametrize("case", [c for c in ALL if set(c.lengths) == {1}], ids=lambda c: c.why)
+@every_dtype
+def test_quadratic_scores_of_images(case, dtype, small_tiles):
+    small_tiles("bilinear_scores")
+    (delta, act, x, *rest), _ = scores_arguments(case, dtype, 1)
+    args = (delta, act, x[0], *rest)
+    size = float(delta.square().sum(1).max() * x.abs().max() * (act.abs().max() + 1) ** 2)
+    found = quadratic_scores(*args)
+    truth = reference.quadratic_scores(*args)
+    size = max(size * case.features, 1e-30)
+    assert_close(found, truth, case.classes + case.features, size)
 
 
 def test_results_repeat_bit_for_bit():
