@@ -15,15 +15,20 @@ from cases import CASES, IDS, Case, assert_close, factors_of
 
 from imu_fast import reference
 from imu_fast.backend import record_backends, use_backend
+from imu_fast.errors import BackendUnavailableError
 from imu_fast.ops.bilinear_scores import bilinear_scores, quadratic_scores
 from imu_fast.ops.fisher_diagonal import fisher_diagonal
+from imu_fast.ops.ggn_product import ggn_product
+from imu_fast.ops.gram import gram
 from imu_fast.ops.softmax_residual import softmax_residual
 
-# Beside the shared cases: larger than a tile of every configuration on every axis.
+# Beside the shared cases: larger than a tile of 16, and than a shipped one, on every axis.
+MEDIUM = Case("larger than a small tile on every axis", (1,) * 37, 35, 33)
+TOKENS = Case("ragged, larger than a small tile on every axis", (19, 1, 0, 33), 18, 33)
 LARGE = Case("larger than a tile on every axis", (1,) * 150, 140, 139)
 RAGGED = Case("ragged, larger than a tile on every axis", (70, 1, 0, 33), 75, 67)
-ALL = [*CASES, LARGE, RAGGED]
-every_case = pytest.mark.parametrize("case", ALL, ids=[*IDS, LARGE.why, RAGGED.why])
+ALL = [*CASES, MEDIUM, TOKENS]
+every_case = pytest.mark.parametrize("case", ALL, ids=[*IDS, MEDIUM.why, TOKENS.why])
 large_cases = pytest.mark.parametrize("case", [LARGE, RAGGED], ids=[LARGE.why, RAGGED.why])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -51,7 +56,8 @@ def small_tiles(monkeypatch):
 
     def shrink(kernel: str) -> None:
         module = importlib.import_module(f"imu_fast.kernels.{kernel}")
-        for configs in (module.CONFIGS, getattr(module, "TOKEN_CONFIGS", {})):
+        for table in ("CONFIGS", "TOKEN_CONFIGS", "OUT_CONFIGS"):
+            configs = getattr(module, table, {})
             for key, entry in configs.items():
                 small = {k: 16 if k.startswith("BLOCK_") else v for k, v in entry.items()}
                 monkeypatch.setitem(configs, key, small)
@@ -177,9 +183,73 @@ def test_quadratic_scores_of_images(case, dtype, small_tiles):
     assert_close(found, truth, case.classes + case.features, size)
 
 
-def test_results_repeat_bit_for_bit():
-    case = RAGGED
-    first = softmax_residual(case.make(torch.float32).logits, case.make(torch.float32).labels)
-    again = softmax_residual(case.make(torch.float32).logits, case.make(torch.float32).labels)
-    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
-    assert factors_of(case, torch.float32)[0].shape[1] == case.classes
+def gram_arguments(case, dtype):
+    delta, act, offsets, has_bias = factors_of(case, dtype)
+    size = float((delta.abs().sum(1).max() * (act.abs().max() + 1)) ** 2) * case.features
+    size *= max(case.lengths) ** 2
+    return (strided(delta), strided(act), offsets, has_bias), max(size, 1e-30)
+
+
+@pytest.mark.parametrize("case", [c for c in ALL if len(c.lengths) < 1000], ids=lambda c: c.why)
+@every_dtype
+def test_gram(case, dtype, small_tiles):
+    small_tiles("gram")
+    args, size = gram_arguments(case, dtype)
+    k = gram(*args)
+    assert k.dtype == dtype and torch.equal(k, k.T)
+    assert_close(k, reference.gram(*args), case.classes + case.features, size)
+
+
+@large_cases
+def test_gram_in_shipped_tiles(case, precision):
+    args, size = gram_arguments(case, torch.float32)
+    k = gram(*args)
+    assert_close(k, reference.gram(*args), case.classes + case.features, size)
+    assert torch.equal(k, k.T) and torch.equal(k, gram(*args))
+
+
+def ggn_arguments(case, dtype, many):
+    """p and act in ``dtype``, V [many, C, D] in float32, and the size of the product's terms."""
+    p = case.make(torch.float64)
+    probabilities = torch.softmax(p.logits, dim=1).to(dtype)
+    v = torch.randn(case.classes, many, case.features + p.has_bias).transpose(0, 1)
+    act = strided(p.act.to(dtype))
+    size = float(v.abs().max() * (act.abs().max() + 1) ** 2) * case.features * 2
+    args = (strided(probabilities), p.scale.to(dtype), act, v, len(case.lengths), 0.1, p.has_bias)
+    return args, size, len(act) + case.features + case.classes
+
+
+def ggn_truth(p, scale, act, v, *rest):
+    return torch.stack([reference.ggn_product(p, scale, act, vj, *rest) for vj in v])
+
+
+@every_case
+@every_dtype
+def test_ggn_product(case, dtype, small_tiles):
+    small_tiles("ggn_product")
+    args, size, length = ggn_arguments(case, dtype, 2)
+    found = ggn_product(*args)
+    assert found.dtype == torch.float32
+    assert_close(found, ggn_truth(*args), length, size)
+    one = (*args[:3], args[3][0], *args[4:])
+    assert_close(ggn_product(*one), reference.ggn_product(*one), length, size)
+
+
+@large_cases
+def test_ggn_product_in_shipped_tiles(case, precision, monkeypatch):
+    kernel = importlib.import_module("imu_fast.kernels.ggn_product")
+    args, size, length = ggn_arguments(case, torch.float32, 2)
+    whole = ggn_product(*args)
+    assert_close(whole, ggn_truth(*args), length, size)
+    assert torch.equal(whole, ggn_product(*args))
+    monkeypatch.setattr(kernel, "CHUNK_ELEMENTS", 70 * 2 * case.classes)
+    assert_close(ggn_product(*args), ggn_truth(*args), length, size)
+
+
+def test_what_a_kernel_cannot_take_is_said_by_name():
+    with pytest.raises(BackendUnavailableError, match=r"torch\.float64"):
+        fisher_diagonal(*factors_of(MEDIUM, torch.float64))
+    with pytest.raises(BackendUnavailableError, match="square of a sum"):
+        quadratic_scores(
+            *factors_of(TOKENS, torch.float32)[:2], torch.ones(18, 34), torch.tensor([0, 53]), True
+        )
