@@ -23,6 +23,7 @@ from imu_fast.errors import BackendUnavailableError, check_choice
 logger = logging.getLogger("imu_fast")
 
 CHOICES = ("auto", "reference", "torch", "triton")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ENVIRONMENT = "IMU_FAST_BACKEND"
 _choice: ContextVar[str | None] = ContextVar("imu_fast_backend", default=None)
 _record: ContextVar[dict[str, str] | None] = ContextVar("imu_fast_backend_record", default=None)
@@ -73,6 +74,22 @@ def backends() -> dict[str, BackendInfo]:
         "triton": _triton(),
         "extension": _extension(),
     }
+
+
+def kernel_limits(*tensors: Tensor) -> str:
+    """Why the Triton kernels cannot take these operands; "" where they can."""
+    for tensor in tensors:
+        if tensor.dtype not in KERNEL_DTYPES:
+            return f"{tensor.dtype} is not among float32, bfloat16 and float16"
+    return ""
+
+
+def input_precision() -> str:
+    """How kernels multiply float32: "ieee", or "tf32" on request.
+
+    The request is torch's own: ``torch.set_float32_matmul_precision("high")`` or ``"medium"``.
+    """
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def current_backend() -> str:

@@ -23,6 +23,18 @@ def _token_scores(delta: Tensor, act: Tensor, x: Tensor, has_bias: bool) -> Tens
     return out
 
 
+def _kernel_scores(
+    delta: Tensor, act: Tensor, x: Tensor, offsets: Tensor, has_bias: bool, square: bool
+) -> Tensor:
+    from imu_fast.kernels import bilinear_scores as kernel
+
+    many = x if x.dim() == 3 else x[None]
+    ragged = None if is_flat(offsets) else offsets
+    precision = backend.input_precision()
+    out = kernel.bilinear_scores(delta, act, many, ragged, has_bias, precision, square)
+    return (out if x.dim() == 3 else out[:, 0]).to(delta.dtype)
+
+
 def bilinear_scores(
     delta: Tensor, act: Tensor, x: Tensor, offsets: Tensor, has_bias: bool
 ) -> Tensor:
@@ -35,7 +47,11 @@ def bilinear_scores(
     Returns:
         [n], or [n, m].
     """
-    if backend.resolve("bilinear_scores", ("reference", "torch")) == "reference":
+    limits = backend.kernel_limits(delta, act, x)
+    which = backend.resolve("bilinear_scores", ("reference", "torch", "triton"), delta, limits)
+    if which == "triton":
+        return _kernel_scores(delta, act, x, offsets, has_bias, square=False)
+    if which == "reference":
         from imu_fast import reference
 
         return reference.bilinear_scores(delta, act, x, offsets, has_bias).to(delta.dtype)
@@ -52,13 +68,20 @@ def quadratic_scores(
     delta: Tensor, act: Tensor, x: Tensor, offsets: Tensor, has_bias: bool
 ) -> Tensor:
     """``sum_ck X[c,k] g_i[c,k]^2``: self-influence under a diagonal curvature, [n]; x [C, D]."""
-    if backend.resolve("quadratic_scores", ("reference", "torch")) == "reference":
+    flat = is_flat(offsets)
+    limits = backend.kernel_limits(delta, act, x)
+    if not flat:
+        limits = limits or "the square of a sum over tokens has no kernel yet"
+    which = backend.resolve("quadratic_scores", ("reference", "torch", "triton"), delta, limits)
+    if which == "triton":
+        return _kernel_scores(delta, act, x, offsets, has_bias, square=True)
+    if which == "reference":
         from imu_fast import reference
 
         return reference.quadratic_scores(delta, act, x, offsets, has_bias).to(delta.dtype)
     n = len(offsets) - 1
     out = delta.new_zeros(n)
-    if is_flat(offsets):
+    if flat:
         for start in range(0, n, CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
             out[rows] = _token_scores(delta[rows].square(), act[rows].square(), x, has_bias)

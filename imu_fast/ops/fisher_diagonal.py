@@ -50,7 +50,19 @@ def fisher_diagonal(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool)
     Returns:
         [C, D] in delta's dtype.
     """
-    if backend.resolve("fisher_diagonal", ("reference", "torch")) == "reference":
+    which = backend.resolve(
+        "fisher_diagonal",
+        ("reference", "torch", "triton"),
+        delta,
+        backend.kernel_limits(delta, act),
+    )
+    if which == "triton":
+        from imu_fast.kernels import fisher_diagonal as kernel
+
+        ragged = None if is_flat(offsets) else offsets
+        total = kernel.fisher_diagonal(delta, act, ragged, has_bias, backend.input_precision())
+        return total.to(delta.dtype)
+    if which == "reference":
         from imu_fast import reference
 
         return reference.fisher_diagonal(delta, act, offsets, has_bias).to(delta.dtype)

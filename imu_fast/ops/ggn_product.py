@@ -22,12 +22,26 @@ def ggn_product(
 
     Args:
         p: [N, C], softmax probabilities. scale: [N], the ``c_t``. act: [N, d].
-        v: [C, D]. n: number of samples. damping: lam.
+        v: [C, D], or [m, C, D] for m of them. n: number of samples. damping: lam.
 
     Returns:
-        [C, D] in v's dtype.
+        v's shape and dtype.
     """
-    if backend.resolve("ggn_product", ("reference", "torch")) == "reference":
+    limits = backend.kernel_limits(p, act, v)
+    if v.dtype in (torch.bfloat16, torch.float16):
+        limits = f"V is {v.dtype}, and products are computed in V's dtype"
+    which = backend.resolve("ggn_product", ("reference", "torch", "triton"), v, limits)
+    if which == "triton":
+        from imu_fast.kernels import ggn_product as kernel
+
+        many = v if v.dim() == 3 else v[None]
+        precision = backend.input_precision()
+        out = kernel.ggn_product(p, scale, act, many, n, damping, has_bias, precision)
+        return out if v.dim() == 3 else out[0]
+    if v.dim() == 3:
+        products = [ggn_product(p, scale, act, vj, n, damping, has_bias) for vj in v]
+        return torch.stack(products)
+    if which == "reference":
         from imu_fast import reference
 
         return reference.ggn_product(p, scale, act, v, n, damping, has_bias).to(v.dtype)

@@ -10,6 +10,8 @@ from imu_fast.ops.tokens import is_flat, sum_over_tokens
 
 # Elements of the two [rows, N] products that exist at once.
 _TILE_ELEMENTS = 1 << 22
+# The kernel's grid has one program per pair of ragged samples, and CUDA's limit is 2^31 - 1.
+MAX_KERNEL_SAMPLES = 46_340
 
 
 def gram(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
@@ -24,7 +26,17 @@ def gram(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
     Returns:
         [n, n] in delta's dtype, symmetric to the last bit.
     """
-    if backend.resolve("gram", ("reference", "torch")) == "reference":
+    limits = backend.kernel_limits(delta, act)
+    if len(offsets) - 1 > MAX_KERNEL_SAMPLES:
+        limits = limits or f"more than {MAX_KERNEL_SAMPLES} samples"
+    which = backend.resolve("gram", ("reference", "torch", "triton"), delta, limits)
+    if which == "triton":
+        from imu_fast.kernels import gram as kernel
+
+        ragged = None if is_flat(offsets) else offsets
+        k = kernel.gram(delta, act, ragged, has_bias, backend.input_precision())
+        return k.to(delta.dtype)
+    if which == "reference":
         from imu_fast import reference
 
         return reference.gram(delta, act, offsets, has_bias).to(delta.dtype)

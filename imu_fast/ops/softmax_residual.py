@@ -24,7 +24,14 @@ def softmax_residual(
     Returns:
         delta [N, C] in the logits' dtype (float32 for half precision) and loss [N], scaled.
     """
-    if backend.resolve("softmax_residual", ("reference", "torch")) == "reference":
+    which = backend.resolve(
+        "softmax_residual", ("reference", "torch", "triton"), logits, backend.kernel_limits(logits)
+    )
+    if which == "triton":
+        from imu_fast.kernels import softmax_residual as kernel
+
+        return kernel.softmax_residual(logits, labels, scale)
+    if which == "reference":
         from imu_fast import reference
 
         ones = logits.new_ones(logits.shape[0]) if scale is None else scale

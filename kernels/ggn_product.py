@@ -1,0 +1,246 @@
+"""The GGN-vector product of a softmax head, the softmax Jacobian fused between its two products.
+
+With ``u = a~ V^T``: ``HV = 1/n sum_t s_t (x) a~_t + lam V``, ``s = c (p*u - p (p.u))``. The sum
+p.u runs over all classes, so two stages: the first forms p*u and its row sums, the second takes
+``- p (p.u)`` and the scale on load. p*u exists for one chunk of tokens, sized to stay in L2.
+
+FLOPs: 4 N C D per V. Bytes: p and act twice, p*u written and read within L2, V and HV once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from imu_fast.kernels.specialisation import (
+    Specialisation,
+    dot_dtype,
+    dot_kind,
+    specialise,
+    splits,
+)
+
+# Elements of p*u at once: 32 MB of float32, which an H200's 50 MB L2 holds.
+CHUNK_ELEMENTS = 1 << 23
+# Of the first stage (u: tokens by classes) and of the second (HV: classes by columns).
+CONFIGS = {
+    "ieee": {"BLOCK_N": 64, "BLOCK_C": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 3},
+    "tf32": {"BLOCK_N": 128, "BLOCK_C": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
+}
+OUT_CONFIGS = {
+    "ieee": {"BLOCK_C": 64, "BLOCK_K": 64, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2},
+    "tf32": {"BLOCK_C": 64, "BLOCK_K": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3},
+}
+
+
+@triton.jit
+def ggn_forward_kernel(
+    p_ptr,
+    act_ptr,
+    v_ptr,
+    pu_ptr,
+    sums_ptr,
+    N,
+    C,
+    d,
+    D,
+    stride_pn,
+    stride_pc,
+    stride_an,
+    stride_ak,
+    stride_vj,
+    stride_vc,
+    stride_vk,
+    stride_uj,
+    stride_un,
+    stride_sj,
+    stride_ss,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DOT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """One program: a tile of ``p*u``, ``u[n,c] = sum_k a~[n,k] V[c,k]``, and its sums over c.
+
+    a~ = [act, 1] where D = d + 1.
+
+    p_ptr [N, C]; act_ptr [N, d]; v_ptr [m, C, D]; pu_ptr [m, N, C] float32;
+    sums_ptr [m, tiles of classes, N] float32.
+    """
+    tiles_c = tl.cdiv(C, BLOCK_C)
+    tile_c = tl.program_id(0) % tiles_c
+    j = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) // tiles_c * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_n, mask_c = n < N, c < C
+    n, c = n.to(tl.int64), c.to(tl.int64)
+
+    u = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    for start in range(0, D, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        mask_k, mask_act = k < D, k < d
+        k = k.to(tl.int64)
+        a = tl.load(
+            act_ptr + n[:, None] * stride_an + k[None, :] * stride_ak,
+            mask=mask_n[:, None] & mask_act[None, :],
+            other=0.0,
+        ).to(DOT)
+        a = tl.where(k[None, :] == d, 1.0, a)
+        v = tl.load(
+            v_ptr + j * stride_vj + c[None, :] * stride_vc + k[:, None] * stride_vk,
+            mask=mask_c[None, :] & mask_k[:, None],
+            other=0.0,
+        )
+        u = tl.dot(a.to(DOT), v.to(DOT), u, input_precision=INPUT_PRECISION)
+
+    mask = mask_n[:, None] & mask_c[None, :]
+    p = tl.load(p_ptr + n[:, None] * stride_pn + c[None, :] * stride_pc, mask=mask, other=0.0)
+    pu = p.to(tl.float32) * u
+    tl.store(pu_ptr + j * stride_uj + n[:, None] * stride_un + c[None, :], pu, mask=mask)
+    sums = sums_ptr + j * stride_sj + tile_c.to(tl.int64) * stride_ss + n
+    tl.store(sums, tl.sum(pu, axis=1), mask=mask_n)
+
+
+@triton.jit
+def ggn_backward_kernel(
+    p_ptr,
+    scale_ptr,
+    act_ptr,
+    pu_ptr,
+    sums_ptr,
+    out_ptr,
+    N,
+    C,
+    d,
+    D,
+    m,
+    tokens_per_split,
+    alpha,
+    stride_pn,
+    stride_pc,
+    stride_an,
+    stride_ak,
+    stride_uj,
+    stride_un,
+    stride_sj,
+    stride_oj,
+    stride_oc,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DOT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """One program: a tile (c, k) of ``alpha sum_n s[n,c] a~[n,k]`` over one split of n, one V.
+
+    ``s = scale (p*u - p (p.u))`` exists in registers only.
+
+    p_ptr [N, C]; scale_ptr [N]; act_ptr [N, d]; pu_ptr [m, N, C] float32; sums_ptr [m, N] float32:
+    p.u; out_ptr [splits, m, C, D] float32, its first two axes as one of stride stride_oj.
+    """
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_c, mask_k = c < C, k < d
+    c, k = c.to(tl.int64), k.to(tl.int64)
+    split, j = tl.program_id(2) // m, (tl.program_id(2) % m).to(tl.int64)
+
+    total = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
+    stop = tl.minimum(N, (split + 1) * tokens_per_split)
+    for start in range(split * tokens_per_split, stop, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        mask_n = n < stop
+        n = n.to(tl.int64)
+        mask = mask_n[None, :] & mask_c[:, None]
+        p = tl.load(p_ptr + n[None, :] * stride_pn + c[:, None] * stride_pc, mask=mask, other=0.0)
+        pu = tl.load(
+            pu_ptr + j * stride_uj + n[None, :] * stride_un + c[:, None], mask=mask, other=0.0
+        )
+        sums = tl.load(sums_ptr + j * stride_sj + n, mask=mask_n, other=0.0)
+        scale = tl.load(scale_ptr + n, mask=mask_n, other=0.0).to(tl.float32)
+        s = scale[None, :] * (pu - p.to(tl.float32) * sums[None, :])
+        a = tl.load(
+            act_ptr + n[:, None] * stride_an + k[None, :] * stride_ak,
+            mask=mask_n[:, None] & mask_k[None, :],
+            other=0.0,
+        ).to(DOT)
+        a = tl.where(k[None, :] == d, 1.0, a)
+        total = tl.dot(s.to(DOT), a.to(DOT), total, input_precision=INPUT_PRECISION)
+
+    piece = tl.program_id(2).to(tl.int64)
+    out = out_ptr + piece * stride_oj + c[:, None] * stride_oc + k[None, :]
+    tl.store(out, alpha * total, mask=mask_c[:, None] & (k[None, :] < D))
+
+
+def ggn_product(
+    p: torch.Tensor,
+    scale: torch.Tensor,
+    act: torch.Tensor,
+    v: torch.Tensor,
+    n: int,
+    damping: float,
+    has_bias: bool,
+    input_precision: str = "ieee",
+) -> torch.Tensor:
+    """HV [m, C, D] float32 of v [m, C, D] float32; p [N, C], scale [N], act [N, d]."""
+    (N, C), d, m = p.shape, act.shape[1], len(v)
+    kind = dot_kind(v.dtype, input_precision)
+    out, scale = v * damping, scale.contiguous()
+    chunk = max(1, CHUNK_ELEMENTS // (C * m))
+    for start in range(0, N, chunk):
+        rows = slice(start, min(N, start + chunk))
+        out += _chunk(p[rows], scale[rows], act[rows], v, d + has_bias, 1 / n, kind)
+    return out
+
+
+def _chunk(p, scale, act, v, D, alpha, kind):
+    """``alpha s^T a~`` of one chunk of tokens: both stages, [m, C, D]."""
+    (N, C), d, m = p.shape, act.shape[1], len(v)
+    first, second = CONFIGS[kind], OUT_CONFIGS[kind]
+    constants = {"DOT": dot_dtype(v.dtype), "INPUT_PRECISION": kind}
+    tiles = triton.cdiv(C, first["BLOCK_C"])
+    pu = torch.empty(m, N, C, dtype=torch.float32, device=v.device)
+    partial = torch.empty(m, tiles, N, dtype=torch.float32, device=v.device)
+    strides = (*p.stride(), *act.stride())
+    ggn_forward_kernel[(triton.cdiv(N, first["BLOCK_N"]) * tiles, m)](
+        p, act, v, pu, partial, N, C, d, D, *strides, *v.stride(), *pu.stride()[:2],
+        *partial.stride()[:2], **constants, **first,
+    )  # fmt: skip
+    sums = partial.sum(dim=1)
+    grid = triton.cdiv(C, second["BLOCK_C"]), triton.cdiv(D, second["BLOCK_K"])
+    cuts = splits(grid[0] * grid[1] * m, N, second["BLOCK_N"])
+    out = torch.empty(cuts, m, C, D, dtype=torch.float32, device=v.device)
+    ggn_backward_kernel[(*grid, cuts * m)](
+        p, scale, act, pu, sums, out, N, C, d, D, m, triton.cdiv(N, cuts), alpha, *strides,
+        *pu.stride()[:2], sums.stride(0), *out.stride()[1:3], **constants, **second,
+    )  # fmt: skip
+    return out.sum(dim=0)
+
+
+def specialisations() -> Iterator[Specialisation]:
+    """Every configuration of both stages; p and act in float32."""
+    for kernel, configs in ((ggn_forward_kernel, CONFIGS), (ggn_backward_kernel, OUT_CONFIGS)):
+        for kind, config in configs.items():
+            options = {key: config[key] for key in ("num_warps", "num_stages")}
+            blocks = {key: value for key, value in config.items() if key not in options}
+            constexprs = {"stride_pc": 1, "stride_ak": 1, "stride_vk": 1}
+            constexprs = {k: one for k, one in constexprs.items() if k in kernel.arg_names}
+            pointers = {arg: "*fp32" for arg in kernel.arg_names if arg.endswith("_ptr")}
+            yield specialise(
+                f"{kernel.__name__} {kind}",
+                kernel,
+                {**pointers, "alpha": "fp32"},
+                {**constexprs, "DOT": tl.float32, "INPUT_PRECISION": kind, **blocks},
+                options,
+                matrix_units=kind != "ieee",
+                unaligned=(
+                    "stride_vj",
+                    "stride_vc",
+                    "stride_sj",
+                    "stride_ss",
+                    "stride_oj",
+                    "stride_oc",
+                ),
+            )

@@ -1,0 +1,255 @@
+"""The kernels on CPU tensors against reference.py; test_kernels_interpreted.py runs this file.
+
+Half-precision operands are compared with the reference of the same rounded numbers, so what is left
+is the kernel's float32 accumulation and, where it says so, one rounding of a product to the
+operands' type.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from cases import CASES, IDS, Case, assert_close, factors_of
+
+from imu_fast import reference
+from imu_fast.backend import record_backends, use_backend
+from imu_fast.errors import BackendUnavailableError
+from imu_fast.ops.bilinear_scores import bilinear_scores, quadratic_scores
+from imu_fast.ops.fisher_diagonal import fisher_diagonal
+from imu_fast.ops.ggn_product import ggn_product
+from imu_fast.ops.gram import gram
+from imu_fast.ops.softmax_residual import softmax_residual
+
+# Beside the shared cases: larger than a tile of 16, and than a shipped one, on every axis.
+MEDIUM = Case("larger than a small tile on every axis", (1,) * 37, 35, 33)
+TOKENS = Case("ragged, larger than a small tile on every axis", (19, 1, 0, 33), 18, 33)
+LARGE = Case("larger than a tile on every axis", (1,) * 150, 140, 139)
+RAGGED = Case("ragged, larger than a tile on every axis", (70, 1, 0, 33), 75, 67)
+ALL = [*CASES, MEDIUM, TOKENS]
+every_case = pytest.mark.parametrize("case", ALL, ids=[*IDS, MEDIUM.why, TOKENS.why])
+large_cases = pytest.mark.parametrize("case", [LARGE, RAGGED], ids=[LARGE.why, RAGGED.why])
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _triton():
+    with use_backend("triton"), record_backends() as used:
+        yield
+        assert set(used.values()) <= {"triton"}
+
+
+@pytest.fixture(params=["highest", "high"])
+def precision(request):
+    """float32 as it is, then with TF32 allowed, which has tiles of its own."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Set a kernel's configurations so that the shared cases' small shapes cross its tiles."""
+
+    def shrink(kernel: str) -> None:
+        module = importlib.import_module(f"imu_fast.kernels.{kernel}")
+        for table in ("CONFIGS", "TOKEN_CONFIGS", "OUT_CONFIGS"):
+            configs = getattr(module, table, {})
+            for key, entry in configs.items():
+                small = {k: 16 if k.startswith("BLOCK_") else v for k, v in entry.items()}
+                monkeypatch.setitem(configs, key, small)
+
+    return shrink
+
+
+def rounded(dtype: torch.dtype, terms: float) -> float:
+    """How many float32 roundings one rounding to ``dtype`` is worth, for assert_close's length."""
+    return terms + torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
+
+
+def strided(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers, neither contiguous nor starting at the first element."""
+    padded = tensor.new_full((2 * tensor.shape[0] + 1, tensor.shape[1] + 3), torch.nan)
+    view = padded[1::2, 2:-1]
+    view.copy_(tensor)
+    return view
+
+
+@every_case
+@every_dtype
+def test_softmax_residual(case, dtype):
+    p = case.make(torch.float64)
+    logits = strided(p.logits.to(dtype))
+    scale = p.scale.float()
+    delta, loss = softmax_residual(logits, p.labels, scale)
+    true_delta, true_loss = reference.softmax_residual(logits, p.labels, scale)
+    size = float(logits.abs().max())
+    assert_close(delta, true_delta, case.classes + int(size))
+    assert_close(loss, true_loss, case.classes + int(size))
+    assert delta.dtype == loss.dtype == torch.float32
+
+
+def test_softmax_residual_over_300_000_classes():
+    logits, labels = 5 * torch.randn(2, 300_000), torch.tensor([7, 299_999])
+    delta, loss = softmax_residual(logits, labels)
+    true_delta, true_loss = reference.softmax_residual(logits, labels, torch.ones(2))
+    assert_close(delta, true_delta, 300_000)
+    assert_close(loss, true_loss, 100)
+    others = delta.clone()
+    others[torch.arange(2), labels] = 0
+    torch.testing.assert_close(others.sum(1), -delta[torch.arange(2), labels])
+
+
+def test_residual_of_the_label_keeps_its_digits():
+    logits = torch.tensor([[20.0, 0.0], [0.4, 0.0], [-1.0, 3.0], [80.0, 0.0]])
+    labels = torch.zeros(4, dtype=torch.int64)
+    delta, loss = softmax_residual(logits, labels)
+    e = torch.exp(-logits.double().diff(dim=1).flatten().neg())
+    torch.testing.assert_close(delta[:, 0].double(), -e / (1 + e), rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss.double(), torch.log1p(e), rtol=1e-5, atol=0)
+
+
+def test_ignored_labels_get_zero():
+    delta, loss = softmax_residual(torch.randn(3, 5), torch.tensor([1, -100, 2]))
+    assert not delta[1].any() and loss[1] == 0 and delta[0].any()
+
+
+@every_case
+@every_dtype
+def test_fisher_diagonal(case, dtype, small_tiles):
+    small_tiles("fisher_diagonal")
+    delta, act, offsets, has_bias = factors_of(case, dtype)
+    truth = reference.fisher_diagonal(delta, act, offsets, has_bias)
+    size = float((delta.abs().max() * (act.abs().max() + 1)) ** 2) * max(case.lengths)
+    found = fisher_diagonal(strided(delta), strided(act), offsets, has_bias)
+    assert found.dtype == dtype
+    assert_close(found, truth, len(delta), size)
+
+
+@large_cases
+def test_fisher_diagonal_in_shipped_tiles(case, precision):
+    delta, act, offsets, has_bias = factors_of(case, torch.float32)
+    truth = reference.fisher_diagonal(delta, act, offsets, has_bias)
+    size = float((delta.abs().max() * act.abs().max()) ** 2) * max(case.lengths)
+    found = fisher_diagonal(delta, act, offsets, has_bias)
+    assert_close(found, truth, len(delta), size)
+    assert torch.equal(found, fisher_diagonal(delta, act, offsets, has_bias))
+
+
+def scores_arguments(case, dtype, many):
+    """Strided operands, and the size of the sums of magnitudes that a score is."""
+    delta, act, offsets, has_bias = factors_of(case, dtype)
+    x = torch.randn(many, case.classes, case.features + has_bias).to(dtype)
+    size = float(delta.abs().sum(1).max() * x.abs().max()) * float(act.abs().max() + 1)
+    size *= case.features * max(case.lengths)
+    x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    return (strided(delta), strided(act), x, offsets, has_bias), max(size, 1e-30)
+
+
+@every_case
+@every_dtype
+def test_bilinear_scores(case, dtype, small_tiles):
+    small_tiles("bilinear_scores")
+    args, size = scores_arguments(case, dtype, 3)
+    found = bilinear_scores(*args)
+    assert found.dtype == dtype
+    length = case.classes + case.features
+    assert_close(found, reference.bilinear_scores(*args), length, size)
+    one = (*args[:2], args[2][1], *args[3:])
+    assert_close(bilinear_scores(*one), reference.bilinear_scores(*one), length, size)
+
+
+@large_cases
+def test_bilinear_scores_in_shipped_tiles(case, precision):
+    args, size = scores_arguments(case, torch.float32, 2)
+    found = bilinear_scores(*args)
+    assert_close(found, reference.bilinear_scores(*args), case.classes + case.features, size)
+    assert torch.equal(found, bilinear_scores(*args))
+
+
+@pytest.mark.parametrize("case", [c for c in ALL if set(c.lengths) == {1}], ids=lambda c: c.why)
+@every_dtype
+def test_quadratic_scores_of_images(case, dtype, small_tiles):
+    small_tiles("bilinear_scores")
+    (delta, act, x, *rest), _ = scores_arguments(case, dtype, 1)
+    args = (delta, act, x[0], *rest)
+    size = float(delta.square().sum(1).max() * x.abs().max() * (act.abs().max() + 1) ** 2)
+    found = quadratic_scores(*args)
+    truth = reference.quadratic_scores(*args)
+    size = max(size * case.features, 1e-30)
+    assert_close(found, truth, case.classes + case.features, size)
+
+
+def gram_arguments(case, dtype):
+    delta, act, offsets, has_bias = factors_of(case, dtype)
+    size = float((delta.abs().sum(1).max() * (act.abs().max() + 1)) ** 2) * case.features
+    size *= max(case.lengths) ** 2
+    return (strided(delta), strided(act), offsets, has_bias), max(size, 1e-30)
+
+
+@pytest.mark.parametrize("case", [c for c in ALL if len(c.lengths) < 1000], ids=lambda c: c.why)
+@every_dtype
+def test_gram(case, dtype, small_tiles):
+    small_tiles("gram")
+    args, size = gram_arguments(case, dtype)
+    k = gram(*args)
+    assert k.dtype == dtype and torch.equal(k, k.T)
+    assert_close(k, reference.gram(*args), case.classes + case.features, size)
+
+
+@large_cases
+def test_gram_in_shipped_tiles(case, precision):
+    args, size = gram_arguments(case, torch.float32)
+    k = gram(*args)
+    assert_close(k, reference.gram(*args), case.classes + case.features, size)
+    assert torch.equal(k, k.T) and torch.equal(k, gram(*args))
+
+
+def ggn_arguments(case, dtype, many):
+    """p and act in ``dtype``, V [many, C, D] in float32, and the size of the product's terms."""
+    p = case.make(torch.float64)
+    probabilities = torch.softmax(p.logits, dim=1).to(dtype)
+    v = torch.randn(case.classes, many, case.features + p.has_bias).transpose(0, 1)
+    act = strided(p.act.to(dtype))
+    size = float(v.abs().max() * (act.abs().max() + 1) ** 2) * case.features * 2
+    args = (strided(probabilities), p.scale.to(dtype), act, v, len(case.lengths), 0.1, p.has_bias)
+    return args, size, len(act) + case.features + case.classes
+
+
+def ggn_truth(p, scale, act, v, *rest):
+    return torch.stack([reference.ggn_product(p, scale, act, vj, *rest) for vj in v])
+
+
+@every_case
+@every_dtype
+def test_ggn_product(case, dtype, small_tiles):
+    small_tiles("ggn_product")
+    args, size, length = ggn_arguments(case, dtype, 2)
+    found = ggn_product(*args)
+    assert found.dtype == torch.float32
+    assert_close(found, ggn_truth(*args), length, size)
+    one = (*args[:3], args[3][0], *args[4:])
+    assert_close(ggn_product(*one), reference.ggn_product(*one), length, size)
+
+
+@large_cases
+def test_ggn_product_in_shipped_tiles(case, precision, monkeypatch):
+    kernel = importlib.import_module("imu_fast.kernels.ggn_product")
+    args, size, length = ggn_arguments(case, torch.float32, 2)
+    whole = ggn_product(*args)
+    assert_close(whole, ggn_truth(*args), length, size)
+    assert torch.equal(whole, ggn_product(*args))
+    monkeypatch.setattr(kernel, "CHUNK_ELEMENTS", 70 * 2 * case.classes)
+    assert_close(ggn_product(*args), ggn_truth(*args), length, size)
+
+
+def test_what_a_kernel_cannot_take_is_said_by_name():
+    with pytest.raises(BackendUnavailableError, match=r"torch\.float64"):
+        fisher_diagonal(*factors_of(MEDIUM, torch.float64))
+    with pytest.raises(BackendUnavailableError, match="square of a sum"):
+        quadratic_scores(
+            *factors_of(TOKENS, torch.float32)[:2], torch.ones(18, 34), torch.tensor([0, 53]), True
+        )
