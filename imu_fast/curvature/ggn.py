@@ -168,28 +168,21 @@ class GGN:
         return cls(factors, damping, solver, tolerance, preconditioner)
 
     def product(self, v: Tensor) -> Tensor:
-        """``M v``: [C, D] in v's dtype."""
+        """``M v``; v [C, D] or [m, C, D], in v's dtype."""
         p = self._p32 if v.dtype == torch.float32 else self.p
         return ggn_product(p, self.scale, self.act, v, self.n, self.damping, self.has_bias)
-
-    def _products(self, v: Tensor) -> Tensor:
-        return torch.stack([self.product(one) for one in v])
 
     def _conjugate_gradient(self, r: Tensor) -> tuple[Tensor, int]:
         """About ``M^-1 r`` for the k rows of r [k, C, D], in r's dtype."""
         # In exact arithmetic P iterations suffice; rounding may ask for a few times more.
         limit = 4 * r[0].numel() + 10
-        found = [
-            conjugate_gradient(
-                self.product,
-                one,
-                tolerance=_INNER_TOLERANCE,
-                max_iterations=limit,
-                precondition=self._preconditioner(),
-            )
-            for one in r
-        ]
-        return torch.stack([x for x, _ in found]), sum(count for _, count in found)
+        return conjugate_gradient(
+            self.product,
+            r,
+            tolerance=_INNER_TOLERANCE,
+            max_iterations=limit,
+            precondition=self._preconditioner(),
+        )
 
     def _approximates(self, solver: str) -> list[Approximate]:
         """In float32 where it can serve, then in float64, which takes over where that stalls."""
@@ -264,7 +257,7 @@ class GGN:
         """
         many = v if v.dim() == 3 else v[None]
         approximates = self._approximates(self._choose(len(many)))
-        solution = refine(self._products, approximates, many, tolerance=self.tolerance)
+        solution = refine(self.product, approximates, many, tolerance=self.tolerance)
         self.residual, self.iterations = solution.residual, solution.iterations
         if self.residual > self.tolerance:
             logger.warning(

@@ -25,14 +25,14 @@ class NystromPreconditioner:
         """Sketch ``apply``, the undamped matrix, with ``rank`` products; seeded, so reproducible.
 
         Args:
-            apply: ``v -> M v`` for v of ``shape``. like: gives the device.
+            apply: ``v -> M v``, row by row of v [k, *shape]. like: gives the device.
         """
         order = shape[0] * shape[1]
         rank = min(rank, order)
         generator = torch.Generator().manual_seed(0)
         test = torch.randn(order, rank, generator=generator, dtype=torch.float32)
         test = torch.linalg.qr(test.to(like.device))[0]
-        sketch = torch.stack([apply(one.view(shape)).flatten() for one in test.T], dim=1)
+        sketch = apply(test.T.contiguous().view(rank, *shape)).flatten(1).T
         # The sketch's Gram matrix is singular where M's rank is below k, and float32 products make
         # it slightly indefinite: only its clearly positive part is inverted.
         gram = test.double().T @ sketch.double()
@@ -46,7 +46,7 @@ class NystromPreconditioner:
         return cls(basis.float(), values.float(), damping)
 
     def __call__(self, r: Tensor) -> Tensor:
-        """``P^-1 r``; r [C, D]; computed in float32."""
-        flat = r.flatten().float()
-        coefficients = self._basis.T @ flat
-        return torch.addmv(flat, self._basis, coefficients * self._excess).view_as(r).to(r)
+        """``P^-1 r``; r [m, C, D]; computed in float32."""
+        flat = r.flatten(1).float()
+        coefficients = (flat @ self._basis) * self._excess
+        return (flat + coefficients @ self._basis.T).view_as(r).to(r)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from imu_fast import backend
-from imu_fast.ops.fisher_diagonal import CHUNK_TOKENS, gradient_tiles
+from imu_fast.ops.fisher_diagonal import CHUNK_TOKENS, TILE_ELEMENTS, gradient_tiles
 from imu_fast.ops.tokens import is_flat, sum_over_tokens
 
 
@@ -20,6 +21,20 @@ def _token_scores(delta: Tensor, act: Tensor, x: Tensor, has_bias: bool) -> Tens
             out[rows] = (product[:, :d].mul_(act[rows])).sum(dim=1).add_(product[:, d])
         else:
             out[rows] = product.mul_(act[rows]).sum(dim=1)
+    return out
+
+
+def _many_scores(delta: Tensor, act: Tensor, x: Tensor, has_bias: bool) -> Tensor:
+    """``delta_t^T X_j a~_t`` for every j: [N, m]; ``a~_t X_j^T`` is one product for all of them."""
+    d, classes = act.shape[1], x.shape[1]
+    tall = x.flatten(0, 1)
+    weight, bias = tall[:, :d], tall[:, d] if has_bias else None
+    out = delta.new_empty(delta.shape[0], x.shape[0])
+    step = max(1, TILE_ELEMENTS // max(1, len(tall)))
+    for start in range(0, delta.shape[0], step):
+        rows = slice(start, start + step)
+        u = torch.nn.functional.linear(act[rows], weight, bias).view(-1, x.shape[0], classes)
+        torch.bmm(u, delta[rows, :, None], out=out[rows, :, None])
     return out
 
 
@@ -55,12 +70,7 @@ def bilinear_scores(
         from imu_fast import reference
 
         return reference.bilinear_scores(delta, act, x, offsets, has_bias).to(delta.dtype)
-    if x.dim() == 3:
-        out = delta.new_empty(len(offsets) - 1, x.shape[0])
-        for j, xj in enumerate(x):
-            out[:, j] = bilinear_scores(delta, act, xj, offsets, has_bias)
-        return out
-    per_token = _token_scores(delta, act, x, has_bias)
+    per_token = (_token_scores if x.dim() == 2 else _many_scores)(delta, act, x, has_bias)
     return per_token if is_flat(offsets) else sum_over_tokens(per_token, offsets)
 
 

@@ -10,6 +10,8 @@ from imu_fast.ops.mean_gradient import add_gradients
 
 # [chunk, C] arrays live for one chunk; at C = 1,000 in float32 four of them are 8 MB.
 CHUNK_TOKENS = 512
+# Fewer tokens than this make the second matrix product too thin, however many V there are.
+MIN_CHUNK_TOKENS = 128
 
 
 def ggn_product(
@@ -38,21 +40,24 @@ def ggn_product(
         precision = backend.input_precision()
         out = kernel.ggn_product(p, scale, act, many, n, damping, has_bias, precision)
         return out if v.dim() == 3 else out[0]
-    if v.dim() == 3:
-        products = [ggn_product(p, scale, act, vj, n, damping, has_bias) for vj in v]
-        return torch.stack(products)
     if which == "reference":
         from imu_fast import reference
 
-        return reference.ggn_product(p, scale, act, v, n, damping, has_bias).to(v.dtype)
-    d = act.shape[1]
-    weight, bias = v[:, :d], v[:, d] if has_bias else None
-    out = v * damping
-    for start in range(0, len(act), CHUNK_TOKENS):
-        rows = slice(start, start + CHUNK_TOKENS)
-        a, q = act[rows].to(v.dtype), p[rows].to(v.dtype)
-        s = torch.nn.functional.linear(a, weight, bias).mul_(q)
-        s.addcmul_(q, s.sum(dim=1, keepdim=True), value=-1.0)
-        s.mul_(scale[rows, None].to(v.dtype))
-        add_gradients(out, s, a, has_bias, beta=1.0, alpha=1 / n)
-    return out
+        if v.dim() == 2:
+            return reference.ggn_product(p, scale, act, v, n, damping, has_bias).to(v.dtype)
+        products = [reference.ggn_product(p, scale, act, vj, n, damping, has_bias) for vj in v]
+        return torch.stack(products).to(v.dtype)
+    # Several V are one tall one: their classes side by side in both matrix products.
+    classes, d = p.shape[1], act.shape[1]
+    tall = v.reshape(-1, v.shape[-1])
+    weight, bias = tall[:, :d], tall[:, d] if has_bias else None
+    out = tall * damping
+    step = max(MIN_CHUNK_TOKENS, CHUNK_TOKENS * classes // len(tall))
+    for start in range(0, len(act), step):
+        rows = slice(start, start + step)
+        a, q = act[rows].to(v.dtype), p[rows, None].to(v.dtype)
+        s = torch.nn.functional.linear(a, weight, bias).view(len(a), -1, classes).mul_(q)
+        s.addcmul_(q, s.sum(dim=2, keepdim=True), value=-1.0)
+        s.mul_(scale[rows, None, None].to(v.dtype))
+        add_gradients(out, s.flatten(1), a, has_bias, beta=1.0, alpha=1 / n)
+    return out.view(v.shape)

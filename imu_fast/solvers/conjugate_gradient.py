@@ -38,37 +38,52 @@ def conjugate_gradient(
 ) -> tuple[Tensor, int]:
     """Solve ``M x = v`` for symmetric positive definite M, in v's dtype (Hestenes, Stiefel 1952).
 
+    The m right-hand sides are m separate iterations in step, so that their products with M are
+    one; those that have converged stand still.
+
     Args:
-        apply: ``x -> M x``. v: any shape. tolerance: on the recurrence's relative residual.
+        apply: ``x -> M x``, row by row. v: [m, ...]. tolerance: on the recurrence's relative
+            residual of each row.
         precondition: ``r -> about M^-1 r``, symmetric positive definite.
 
     Returns:
-        x, and the number of products with M.
+        x, and the number of products with M: rows times iterations.
     """
 
-    def dot(a: Tensor, b: Tensor) -> float:
-        return float(torch.dot(a.flatten(), b.flatten()))
+    def dot(a: Tensor, b: Tensor) -> Tensor:
+        return torch.linalg.vecdot(a.flatten(1), b.flatten(1)).view(column)
 
+    column = (-1,) + (1,) * (v.dim() - 1)
+    solution, products = torch.zeros_like(v), 0
+    rows = torch.arange(len(v), device=v.device)
     x, r = torch.zeros_like(v), v.clone()
     z = r if precondition is None else precondition(r)
     p, rho, size = z.clone(), dot(r, z), dot(r, r)
     goal = tolerance**2 * size
-    for iteration in range(max_iterations):
-        if size <= goal:
-            return x, iteration
+    for _ in range(max_iterations):
+        running = (size > goal).flatten()
+        if not bool(running.all()):
+            solution[rows] = x
+            if not bool(running.any()):
+                break
+            rows, x, r, p = rows[running], x[running], r[running], p[running]
+            rho, goal = rho[running], goal[running]
         mp = apply(p)
+        products += len(p)
         curvature = dot(p, mp)
-        if not curvature > 0:  # rounding has used up the precision of this dtype
-            return x, iteration + 1
-        step = rho / curvature
-        x.add_(p, alpha=step)
-        r.sub_(mp, alpha=step)
+        # Not positive: rounding has used up the precision of this dtype; the row stops here.
+        usable = curvature > 0
+        step = torch.where(usable, rho / curvature, 0.0)
+        x.addcmul_(p, step)
+        r.addcmul_(mp, step, value=-1.0)
         z = r if precondition is None else precondition(r)
         rho_next = dot(r, z)
-        size = rho_next if precondition is None else dot(r, r)
+        size = torch.where(usable, rho_next if precondition is None else dot(r, r), 0.0)
         p.mul_(rho_next / rho).add_(z)
         rho = rho_next
-    return x, max_iterations
+    else:
+        solution[rows] = x
+    return solution, products
 
 
 def refine(
