@@ -167,7 +167,9 @@ def test_backend_from_the_environment(monkeypatch):
 
 def test_an_operation_that_a_backend_lacks(monkeypatch):
     monkeypatch.setenv("IMU_FAST_BACKEND", "triton")
-    with pytest.raises(BackendUnavailableError, match="cannot run softmax_residual: its input is on cpu"):
+    with pytest.raises(
+        BackendUnavailableError, match="cannot run softmax_residual: its input is on cpu"
+    ):
         imu.influence_scores(make())
 
 

@@ -8,10 +8,8 @@ from torch import Tensor
 from imu_fast import backend
 from imu_fast.ops.mean_gradient import add_gradients
 
-# [chunk, C] arrays live for one chunk; at C = 1,000 in float32 four of them are 8 MB.
-CHUNK_TOKENS = 512
-# Fewer tokens than this make the second matrix product too thin, however many V there are.
-MIN_CHUNK_TOKENS = 128
+# Elements of a chunk's largest array; three or four of them, 2 MB each in float32, stay in cache.
+CHUNK_ELEMENTS = 1 << 19
 
 
 def ggn_product(
@@ -52,7 +50,7 @@ def ggn_product(
     tall = v.reshape(-1, v.shape[-1])
     weight, bias = tall[:, :d], tall[:, d] if has_bias else None
     out = tall * damping
-    step = max(MIN_CHUNK_TOKENS, CHUNK_TOKENS * classes // len(tall))
+    step = max(1, CHUNK_ELEMENTS // max(len(tall), d))
     for start in range(0, len(act), step):
         rows = slice(start, start + step)
         a, q = act[rows].to(v.dtype), p[rows, None].to(v.dtype)
