@@ -37,8 +37,6 @@ def extension():
 
         def copy_extensions_to_source(self):
             # An editable install copies what was built, and there may be nothing.
-            if all(os.path.exists(self.get_ext_fullpath(e.name)) for e in self.extensions):
-                return
             built = [
                 e
                 for e in self.extensions
@@ -49,10 +47,10 @@ def extension():
 
     module = Pybind11Extension(
         "imu_fast._C",
-        ["csrc/bindings.cpp", "csrc/cholesky_cpu.cpp"],
-        depends=["csrc/cholesky_cpu.h"],
+        ["csrc/bindings.cpp", "csrc/cholesky_cpu.cpp", "csrc/cholesky_small.cpp"],
+        depends=["csrc/cholesky_cpu.h", "csrc/cholesky_small.h", "csrc/parallel.h"],
         cxx_std=17,
-        extra_compile_args=["-O2", "-pthread", "-Wall", "-Wextra"],
+        extra_compile_args=["-O3", "-pthread", "-Wall", "-Wextra"],
         extra_link_args=["-pthread", "-ldl"],
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": OptionalBuild}}

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cholesky_cpu.h"
+#include "cholesky_small.h"
 
 namespace py = pybind11;
 using Address = std::uintptr_t;
@@ -31,6 +32,20 @@ void solve(Address potrs, Address set_threads, Address a, int64_t batch, int n, 
                             batch, n, as<T>(b), m, threads);
 }
 
+template <typename T>
+void small_factor(Address a, Address u, int64_t batch, int n, double damping, Address status,
+                  int threads) {
+  py::gil_scoped_release release;
+  imu_fast::small_factor<T>(as<const T>(a), as<T>(u), batch, n, static_cast<T>(damping),
+                            as<int>(status), threads);
+}
+
+template <typename T>
+void small_solve(Address u, int64_t batch, int n, Address b, int m, int threads) {
+  py::gil_scoped_release release;
+  imu_fast::small_solve<T>(as<const T>(u), batch, n, as<T>(b), m, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -40,4 +55,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("factor_f64", &factor<double>);
   m.def("solve_f32", &solve<float>);
   m.def("solve_f64", &solve<double>);
+  m.def("small_factor_f32", &small_factor<float>);
+  m.def("small_factor_f64", &small_factor<double>);
+  m.def("small_solve_f32", &small_solve<float>);
+  m.def("small_solve_f64", &small_solve<double>);
 }

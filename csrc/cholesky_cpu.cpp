@@ -1,37 +1,18 @@
 #include "cholesky_cpu.h"
 
-#include <algorithm>
-#include <atomic>
-#include <thread>
-#include <vector>
+#include "parallel.h"
 
 namespace imu_fast {
 namespace {
 
-// Runs body(i) for i in [0, count), taken one by one by `threads` threads.
+// As parallel_for, each thread's LAPACK on that one thread; the caller's keeps its own number.
 template <typename Body>
-void parallel_for(int64_t count, int threads, SetThreads set_threads, const Body& body) {
-  threads = static_cast<int>(std::min<int64_t>(threads, count));
-  if (threads <= 1) {
-    for (int64_t i = 0; i < count; ++i) body(i);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    // Only this thread's setting: the caller's LAPACK keeps its own number of threads.
-    const int before = set_threads ? set_threads(1) : 0;
-    for (int64_t i = next++; i < count; i = next++) body(i);
-    if (set_threads) set_threads(before);
-  };
-  std::vector<std::thread> pool;
-  pool.reserve(threads - 1);
-  try {
-    for (int t = 1; t < threads; ++t) pool.emplace_back(work);
-  } catch (...) {
-    // No more threads to be had: those that started, and this one, do the work.
-  }
-  work();
-  for (auto& thread : pool) thread.join();
+void side_by_side(int64_t batch, int threads, SetThreads set_threads, const Body& body) {
+  parallel_for(
+      batch, threads, body, [&] { return set_threads ? set_threads(1) : 0; },
+      [&](int before) {
+        if (set_threads) set_threads(before);
+      });
 }
 
 }  // namespace
@@ -40,7 +21,7 @@ template <typename T>
 void damped_factor(Potrf<T> potrf, SetThreads set_threads, T* a, int64_t batch, int n, T damping,
                    int* status, int threads) {
   const int64_t size = static_cast<int64_t>(n) * n;
-  parallel_for(batch, threads, set_threads, [&](int64_t i) {
+  side_by_side(batch, threads, set_threads, [&](int64_t i) {
     T* matrix = a + i * size;
     for (int64_t k = 0; k < n; ++k) matrix[k * n + k] += damping;
     // Row-major upper is column-major lower.
@@ -53,7 +34,7 @@ void factor_solve(Potrs<T> potrs, SetThreads set_threads, const T* a, int64_t ba
                   int m, int threads) {
   const int64_t size = static_cast<int64_t>(n) * n;
   const int64_t stride = static_cast<int64_t>(m) * n;
-  parallel_for(batch, threads, set_threads, [&](int64_t i) {
+  side_by_side(batch, threads, set_threads, [&](int64_t i) {
     int info = 0;
     potrs("L", &n, &m, a + i * size, &n, b + i * stride, &n, &info);
   });

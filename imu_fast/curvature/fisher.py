@@ -35,7 +35,7 @@ class Fisher:
         f = self.factors
         self._token_sample = sample_of_token(f.offsets, f.delta.device)
         k = gram(f.delta, f.act, f.offsets, f.has_bias)
-        self._cholesky = damped_cholesky(k.div_(f.n), damping)
+        self._cholesky = damped_cholesky(k.div_(f.n), damping, overwrite=True)
 
     @classmethod
     def fit(cls, factors: GradientFactors, damping: float, tolerance: float = 1e-6) -> Fisher:

@@ -221,7 +221,7 @@ class GGN:
     def _factor(self, solver: str, dtype: torch.dtype) -> DampedCholesky:
         if (solver, dtype) not in self._choleskys:
             matrix = (ggn_matrix if solver == "primal" else ggn_dual)(*self._dense(dtype))
-            self._choleskys[solver, dtype] = damped_cholesky(matrix, self.damping)
+            self._choleskys[solver, dtype] = damped_cholesky(matrix, self.damping, overwrite=True)
         return self._choleskys[solver, dtype]
 
     def _primal(self, r: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class GGNBlock:
             blocks = self._a.new_empty(slab.stop - start, width, width)
             for block, weight in zip(blocks, self._variance[:, slab].T, strict=True):
                 torch.matmul((self._a * weight[:, None]).T, self._a, out=block)
-            pair = (slab, damped_cholesky(blocks, self.damping))
+            pair = (slab, damped_cholesky(blocks, self.damping, overwrite=True))
             if step >= classes:
                 kept.append(pair)
             yield pair

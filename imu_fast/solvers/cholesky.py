@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,16 @@ from imu_fast.backend import logger
 from imu_fast.errors import (
     InputError,
     SingularMatrixError,
+    check_count,
     check_positive,
     check_same_device,
 )
+from imu_fast.solvers.conjugate_gradient import Solution, refine
 
+# Up to this order the extension's own factorisation beats LAPACK's on one matrix, and in a batch up
+# to _SIDE_BY_SIDE; its solve takes a vector at a time, so only a few of them.
+_SMALL = 256
+_FEW = 8
 # Up to this order matrices of a batch are factored side by side, one thread each; larger ones one
 # after the other, each on LAPACK's own threads, which by then scale.
 _SIDE_BY_SIDE = 512
@@ -35,6 +42,7 @@ class Lapack:
 
 
 _PREFIX = {torch.float32: "s", torch.float64: "d"}
+_KIND = {torch.float32: "f32", torch.float64: "f64"}
 
 
 def _torch_lapack() -> Lapack:
@@ -100,6 +108,11 @@ def _extension() -> tuple[Any, Lapack] | None:
     return _C, lapack
 
 
+def _is_small(order: int, batch: int) -> bool:
+    """Whether the extension's own factorisation is the faster one; measured in bench/."""
+    return order <= _SMALL or (order <= _SIDE_BY_SIDE and batch >= torch.get_num_threads())
+
+
 def _threads(order: int) -> int:
     return torch.get_num_threads() if order <= _SIDE_BY_SIDE else 1
 
@@ -110,13 +123,15 @@ class DampedCholesky:
 
     Attributes:
         factor: [..., P, P]; its upper triangle is U, the strict lower one is not used.
-        damping: lam.
+        damping: lam, as it was used: larger than asked for after an escalation.
         backend: "extension" or "torch".
+        matrix: A, kept by reference for other dampings and refinement; None if overwritten.
     """
 
     factor: Tensor
     damping: float
     backend: str
+    matrix: Tensor | None = None
 
     def solve(self, b: Tensor) -> Tensor:
         """``(A + lam I)^-1 b``; b [..., P] or [..., P, m] with the factor's batch, same dtype.
@@ -152,73 +167,192 @@ class DampedCholesky:
         # One right-hand side per row: LAPACK's column-major b.
         rows = b.mT.contiguous()
         rows = rows.clone() if rows.data_ptr() == b.data_ptr() else rows
-        order, dtype = self.factor.shape[-1], self.factor.dtype
-        if rows.numel():
-            solve = module.solve_f32 if dtype == torch.float32 else module.solve_f64
-            solve(
-                lapack.potrs[dtype],
-                lapack.set_threads,
-                self.factor.data_ptr(),
-                self.factor.numel() // order**2,
-                order,
-                rows.data_ptr(),
-                rows.shape[-2],
-                _threads(order),
-            )
+        order, kind = self.factor.shape[-1], _KIND[self.factor.dtype]
+        batch, many = self.factor.numel() // order**2, rows.shape[-2]
+        if not rows.numel():
+            return rows.mT
+        pointers = (self.factor.data_ptr(), batch, order, rows.data_ptr(), many, _threads(order))
+        # Many right-hand sides are LAPACK's: its triangular solve is a matrix product.
+        if _is_small(order, batch) and many <= _FEW:
+            getattr(module, f"small_solve_{kind}")(*pointers)
+        else:
+            potrs = lapack.potrs[self.factor.dtype]
+            getattr(module, f"solve_{kind}")(potrs, lapack.set_threads, *pointers)
         return rows.mT
+
+    def solve_refined(self, b: Tensor, tolerance: float = 1e-12) -> Solution:
+        """The same to float64 accuracy, by iterative refinement with this factor.
+
+        Args:
+            b: as in :meth:`solve`, any floating dtype. tolerance: on each matrix's true relative
+                residual, recomputed in float64. Where it is not reached (a float32 factor at a
+                condition number beyond 1e7) that is logged, and to be read in ``residual``.
+
+        Returns:
+            A Solution; x is float64, of b's shape.
+
+        Raises:
+            InputError: as :meth:`solve`, or A was overwritten.
+        """
+        if self.matrix is None:
+            raise InputError("overwrite=True did away with A, which refinement needs; keep it")
+        check_positive("tolerance", tolerance)
+        self.solve(b.to(self.factor.dtype))  # checks the shape; cheap beside the factorisation
+        vector = b.dim() == self.factor.dim() - 1
+        order = self.factor.shape[-1]
+        wide = self.matrix.double().reshape(-1, order, order)
+        columns = (b.unsqueeze(-1) if vector else b).double()
+        flat = columns.reshape(len(wide), order, -1)
+
+        def product(x: Tensor) -> Tensor:
+            return wide @ x + self.damping * x
+
+        def approximate(r: Tensor) -> tuple[Tensor, int]:
+            x = self.solve(r.to(self.factor.dtype).reshape(columns.shape))
+            return x.double().reshape(flat.shape), 0
+
+        solution = refine(product, [approximate], flat, tolerance=tolerance, together=True)
+        if solution.residual > tolerance:
+            logger.warning(
+                "refinement stopped at relative residual %.2g, above %.2g: condition about %.2g",
+                solution.residual,
+                tolerance,
+                float(self.condition().max()),
+            )
+        return replace(solution, x=solution.x.reshape(b.shape))
+
+    def with_damping(self, damping: float) -> DampedCholesky:
+        """The factor of ``A + damping I`` of the same A: one point of a sweep of dampings.
+
+        Each costs ``P^3 / 3``. For more than about 25 dampings of one matrix its eigenvalues
+        (``torch.linalg.eigh``, about ``9 P^3``) are cheaper.
+        """
+        if self.matrix is None:
+            raise InputError("overwrite=True did away with A, which a sweep needs; keep it")
+        return _factor(self.matrix, damping, overwrite=False)
 
     def logdet(self) -> Tensor:
         """``log det(A + lam I)``: [...]."""
         return 2 * self.factor.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1)
 
+    def condition(self, iterations: int = 12) -> Tensor:
+        """A lower bound, usually within a factor of two, on the 2-norm condition number: [...].
 
-def _check_matrix(a: Tensor) -> None:
+        The ratio of Rayleigh quotients after ``iterations`` of the power method with
+        ``U^T U`` and with its inverse, from a seeded start.
+        """
+        upper = self.factor.triu()
+        generator = torch.Generator().manual_seed(0)
+        start = torch.randn(upper.shape[-1], generator=generator, dtype=torch.float64)
+        start = start.to(upper).expand(*upper.shape[:-1]).unsqueeze(-1)
+
+        def largest(apply: Callable[[Tensor], Tensor]) -> Tensor:
+            x = start / torch.linalg.vector_norm(start, dim=-2, keepdim=True)
+            for _ in range(iterations):
+                y = apply(x)
+                size = torch.linalg.vector_norm(y, dim=-2, keepdim=True)
+                x = y / size
+            return size.flatten(-2).squeeze(-1)
+
+        return largest(lambda x: upper.mT @ (upper @ x)) * largest(self.solve)
+
+
+def _check_shape(a: Tensor) -> None:
     if a.dim() < 2 or a.shape[-1] != a.shape[-2] or a.numel() == 0:
         raise InputError(f"A has shape {tuple(a.shape)}; pass square matrices [..., P, P]")
-    if a.dtype not in _PREFIX:
+    if a.dtype not in _KIND:
         raise InputError(f"A is {a.dtype}; pass float32 or float64")
+
+
+def _check_finite(a: Tensor) -> None:
     if not bool(torch.isfinite(a).all()):
         raise InputError("A is not finite; remove the NaN or infinite entries")
 
 
-def damped_cholesky(a: Tensor, damping: float) -> DampedCholesky:
+def _factor(a: Tensor, damping: float, overwrite: bool) -> DampedCholesky:
+    """Factor, or raise SingularMatrixError."""
+    order, batch = a.shape[-1], a.shape[:-2]
+    found = _extension() if a.device.type == "cpu" else None
+    kept = None if overwrite else a
+    if found is None:
+        _check_finite(a)
+        damped = a.detach() if overwrite else a.detach().clone()
+        damped.diagonal(dim1=-2, dim2=-1).add_(damping)
+        factor, status = torch.linalg.cholesky_ex(damped, upper=True)
+        if overwrite:
+            factor = damped.copy_(factor)
+        result = DampedCholesky(factor, damping, "torch", kept)
+    else:
+        module, lapack = found
+        source, kind = a.detach().contiguous(), _KIND[a.dtype]
+        status = torch.empty(batch, dtype=torch.int32)
+        count = max(1, status.numel())
+        tail = (count, order, damping, status.data_ptr(), _threads(order))
+        if _is_small(order, count):
+            # A factor of what is not finite is not finite: the status says so, at no extra pass.
+            factor = source if overwrite else torch.empty_like(source)
+            run = getattr(module, f"small_factor_{kind}")
+            run(source.data_ptr(), factor.data_ptr(), *tail)
+        else:
+            _check_finite(a)
+            factor = source if overwrite else source.clone()
+            run = getattr(module, f"factor_{kind}")
+            run(lapack.potrf[a.dtype], lapack.set_threads, factor.data_ptr(), *tail)
+        result = DampedCholesky(factor, damping, "extension", kept)
+    if bool(status.any()):
+        if overwrite:
+            # A itself is gone, so what would have worked cannot be told.
+            first = int(torch.nonzero(status.flatten())[0])
+            raise SingularMatrixError(
+                f"A + {damping:g} I is not positive definite or not finite: pivot "
+                f"{int(status.flatten()[first])} of {order} failed; pass overwrite=False to be "
+                "told the smallest damping that works",
+                pivot=int(status.flatten()[first]),
+                index=None if a.dim() == 2 else first,
+            )
+        _check_finite(a)
+        _raise_singular(a, damping, status)
+    return result
+
+
+def damped_cholesky(
+    a: Tensor, damping: float, *, overwrite: bool = False, max_escalations: int = 0
+) -> DampedCholesky:
     """Factor ``A + lam I`` for solving again and again.
 
     Args:
-        a: [..., P, P], symmetric positive semi-definite; not changed. float32 or float64.
+        a: [..., P, P], symmetric positive semi-definite, float32 or float64; only its upper
+            triangle is read.
         damping: lam > 0.
+        overwrite: the factor may take a's memory (if a is contiguous); a is then lost.
+        max_escalations: how often the damping (of the whole batch) may be multiplied by ten while
+            a matrix stays indefinite (Levenberg 1944). Logged; ``.damping`` is what was used.
 
     Raises:
-        InputError: shape, dtype, a non-finite entry, or damping not positive and finite.
+        InputError: shape, dtype, a non-finite entry, or damping not positive and finite;
+            escalation of a matrix that may be overwritten.
         SingularMatrixError: a matrix is indefinite even after damping; names the matrix, the pivot
             and the smallest damping that works.
     """
-    _check_matrix(a)
-    check_positive("damping", damping)
-    order, batch = a.shape[-1], a.shape[:-2]
-    found = _extension() if a.device.type == "cpu" else None
-    if found is not None:
-        module, lapack = found
-        factor = a.detach().clone(memory_format=torch.contiguous_format)
-        status = torch.empty(batch, dtype=torch.int32)
-        run = module.factor_f32 if a.dtype == torch.float32 else module.factor_f64
-        run(
-            lapack.potrf[a.dtype],
-            lapack.set_threads,
-            factor.data_ptr(),
-            max(1, status.numel()),
-            order,
-            float(damping),
-            status.data_ptr(),
-            _threads(order),
-        )
-    else:
-        damped = a.detach().clone()
-        damped.diagonal(dim1=-2, dim2=-1).add_(damping)
-        factor, status = torch.linalg.cholesky_ex(damped, upper=True)
-    if bool(status.any()):
-        _raise_singular(a, damping, status)
-    return DampedCholesky(factor, float(damping), "torch" if found is None else "extension")
+    _check_shape(a)
+    lam = check_positive("damping", damping)
+    check_count("max_escalations", max_escalations, minimum=0)
+    if overwrite and max_escalations:
+        raise InputError("overwrite=True loses A at the first attempt; set max_escalations=0")
+    for attempt in range(max_escalations + 1):
+        try:
+            found = _factor(a, lam, overwrite)
+        except SingularMatrixError:
+            if attempt == max_escalations:
+                raise
+            lam *= 10
+            continue
+        if attempt:
+            logger.warning(
+                "damping escalated from %g to %g: the matrix was indefinite", damping, lam
+            )
+        return found
+    raise AssertionError("unreachable")
 
 
 def _raise_singular(a: Tensor, damping: float, status: Tensor) -> None:

@@ -93,6 +93,7 @@ def refine(
     *,
     tolerance: float,
     max_rounds: int = 10,
+    together: bool = False,
 ) -> Solution:
     """Iterative refinement (Wilkinson 1963): solve in low precision, correct in float64.
 
@@ -101,6 +102,7 @@ def refine(
         approximates: of rising precision, each ``r -> (about M^-1 r, iterations)`` for r [k, ...]
             float64 with rows of unit norm; the next takes over the rows where one stalls.
         v: [m, ...], m right-hand sides. tolerance: on the true relative residual of each.
+        together: always pass all m rows on (each has its own M), while one is above the tolerance.
 
     A row stops at the tolerance; it has stalled when a round no longer halves its residual.
     """
@@ -111,19 +113,23 @@ def refine(
     column = (-1,) + (1,) * (v.dim() - 1)
     for approximate in approximates:
         active = torch.nonzero(relative > tolerance).flatten()
+        if together and len(active):
+            active = torch.arange(len(v), device=v.device)
         for _ in range(max_rounds):
             if not len(active):
                 break
             # Scaled to unit norm: a small residual must not underflow in a float32 solver.
             scale = residual[active].flatten(1).norm(dim=1).view(column)
+            scale = scale.where(scale > 0, 1.0)
             correction, iterations = approximate(residual[active] / scale)
             total += iterations
             candidate = x[active] + correction.double() * scale
             new_residual = v[active] - apply64(candidate)
-            new = new_residual.flatten(1).norm(dim=1) / norms[active]
+            new = new_residual.flatten(1).norm(dim=1) / norms[active].where(norms[active] > 0, 1.0)
             better, old = new < relative[active], relative[active]
             rows = active[better]
             x[rows], residual[rows] = candidate[better], new_residual[better]
             relative[rows] = new[better]
-            active = active[better & (new > tolerance) & (new <= old / 2)]
+            going = better & (new > tolerance) & (new <= old / 2)
+            active = active if together and bool(going.any()) else active[going]
     return Solution(x, float(relative.max()), total)
