@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 DEMO_OUT ?= imu-fast-demo
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench studies sanitize clean
 
 demo: $(VENV)/.demo
 	$(BIN)/imu-fast demo --out $(DEMO_OUT)
@@ -21,6 +21,25 @@ lint: $(VENV)/.test
 # Throughput suites: ratios against baselines in the same run, one thread.
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest bench --benchmark-json=bench/results/cpu.json
+
+# Score orderings by curvature, and preconditioners; DATA names CIFAR-10 as an .npz of JPEG files.
+studies: $(VENV)/.test
+	$(BIN)/python bench/orderings.py $(if $(DATA),--data $(DATA))
+	$(BIN)/python bench/preconditioners.py $(if $(DATA),--data $(DATA))
+
+# The extension under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own.
+SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=undefined -g
+sanitize: $(VENV)/.test
+	rm -rf $(VENV)/sanitized && mkdir -p $(VENV)/sanitized
+	cp -r imu_fast kernels csrc setup.py pyproject.toml README.md $(VENV)/sanitized
+	rm -f $(VENV)/sanitized/imu_fast/*.so
+	cd $(VENV)/sanitized && IMU_FAST_BUILD_EXT=1 CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" \
+	    LDFLAGS="$(SANITIZE)" \
+	    $(abspath $(BIN))/python setup.py -q build_ext --inplace
+	nm -D $(VENV)/sanitized/imu_fast/*.so | grep -q __asan_init
+	cd $(VENV)/sanitized && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider \
+	    $(abspath tests)/test_cholesky.py --rootdir . -c /dev/null --import-mode=importlib
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -135,3 +135,92 @@ def test_bad_input():
         solve(a * torch.nan, b, 1.0)
     with pytest.raises(InputError, match="b is not finite"):
         solve(a, b * torch.inf, 1.0)
+
+
+@pytest.mark.parametrize("order", [5, 129, 600])
+def test_in_place(path, order):
+    a = spd(order, (2,))
+    damped = a + torch.eye(order)
+    memory, b = a.data_ptr(), torch.randn(2, order, dtype=torch.float64)
+    factor = damped_cholesky(a, 1.0, overwrite=True)
+    assert factor.factor.data_ptr() == memory and factor.matrix is None
+    torch.testing.assert_close((damped @ factor.solve(b)[..., None]).squeeze(-1), b)
+    with pytest.raises(InputError, match="overwrite=True did away with A"):
+        factor.with_damping(2.0)
+    with pytest.raises(InputError, match="overwrite=True did away with A"):
+        factor.solve_refined(b)
+    with pytest.raises(SingularMatrixError, match="pivot 1 of 3.*overwrite=False"):
+        damped_cholesky(-torch.eye(3), 0.5, overwrite=True)
+
+
+def test_a_sweep_of_dampings(path):
+    a, b = spd(30, (2,)), torch.randn(2, 30, dtype=torch.float64)
+    factor = damped_cholesky(a, 1.0)
+    for damping in (1e-1, 1e-3, 10.0):
+        again = factor.with_damping(damping)
+        assert again.damping == damping
+        damped = a + damping * torch.eye(30)
+        torch.testing.assert_close((damped @ again.solve(b)[..., None]).squeeze(-1), b)
+
+
+def test_escalation_is_capped_and_reported(path, caplog):
+    a = torch.diag(torch.tensor([1.0, -0.5, 2.0]))
+    with pytest.raises(SingularMatrixError, match=r"A \+ 0.1 I"):
+        damped_cholesky(a, 1e-3, max_escalations=2)
+    assert not caplog.records
+    factor = damped_cholesky(a, 1e-3, max_escalations=3)
+    assert factor.damping == pytest.approx(1.0)
+    assert "escalated from 0.001 to 1" in caplog.text
+    with pytest.raises(InputError, match="max_escalations=0"):
+        damped_cholesky(a, 1e-3, max_escalations=3, overwrite=True)
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e3, 1e8])
+def test_condition_estimate(path, condition):
+    q, _ = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64))
+    values = torch.logspace(0, -float(torch.tensor(condition).log10()), 40, dtype=torch.float64)
+    a = q @ torch.diag(values) @ q.T
+    factor = damped_cholesky((a + a.T) / 2, 1e-12)
+    estimate = float(factor.condition())
+    assert condition / 2 <= estimate <= condition * 1.01
+    batch = damped_cholesky(
+        torch.stack([torch.eye(3), torch.diag(torch.tensor([1.0, 1, 99]))]), 1.0
+    )
+    torch.testing.assert_close(batch.condition(), torch.tensor([1.0, 50.0]), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 2)], ids=str)
+@pytest.mark.parametrize("columns", [(), (1,), (4,)], ids=str)
+def test_refinement_reaches_float64_from_a_float32_factor(path, batch, columns):
+    a = spd(20, batch, torch.float32, rank=5)
+    b = torch.randn(*batch, 20, *columns, dtype=torch.float64)
+    if columns == (4,):
+        b[..., 0] = 0
+    solution = damped_cholesky(a, 1e-3).solve_refined(b)
+    assert solution.residual <= 1e-12 and solution.x.shape == b.shape
+    damped = a.double() + 1e-3 * torch.eye(20, dtype=torch.float64)
+    truth = torch.linalg.solve(damped, b if columns else b[..., None]).reshape(b.shape)
+    assert float((solution.x - truth).norm() / truth.norm()) <= 1e-12 * 1e5
+
+
+def test_refinement_says_when_it_stalls(path, caplog):
+    a = torch.diag(torch.logspace(0, -9, 10)).roll(3, 0).roll(3, 1)
+    q, _ = torch.linalg.qr(torch.randn(10, 10, dtype=torch.float64))
+    a = (q @ a.double() @ q.T).float()
+    a = ((a + a.T) / 2).contiguous()
+    factor = damped_cholesky(a, 1e-7, max_escalations=3)
+    solution = factor.solve_refined(torch.randn(10), tolerance=1e-300)
+    assert solution.residual > 1e-300 and "refinement stopped at" in caplog.text
+    zero = factor.solve_refined(torch.zeros(10))
+    assert zero.residual == 0.0 and not zero.x.any()
+
+
+@pytest.mark.parametrize("order", [1, 5, 40, 129, 300])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_every_entry_that_is_not_finite_is_found(path, order, value):
+    for i in range(0, order, max(1, order // 3)):
+        for j in {i, order - 1}:
+            a = spd(order, (2,), torch.float32)
+            a[1, i, j] = a[1, j, i] = value
+            with pytest.raises(InputError, match="A is not finite"):
+                damped_cholesky(a, 1.0)
