@@ -142,3 +142,25 @@ def gram(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
     """``K[i,j] = <g_i, g_j>``, SPEC section 2: [n, n], float64."""
     g = sample_gradients(delta, act, offsets, has_bias).flatten(1)
     return g @ g.T
+
+
+def linear_softmax_scores(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    scale: Tensor | None,
+    offsets: Tensor,
+    damping: float,
+    mode: str,
+) -> tuple[Tensor, Tensor]:
+    """SPEC section 6 by its definition: scores [n] under ``fisher_diag``, and losses [N]."""
+    logits = features.double() @ weight.double().T
+    logits = logits if bias is None else logits + bias.double()
+    ones = torch.ones(len(labels), dtype=torch.float64) if scale is None else scale.double()
+    valid = labels >= 0
+    delta, loss = softmax_residual(logits, labels.clamp_min(0), ones * valid)
+    has_bias = bias is not None
+    fisher = fisher_diagonal(delta, features, offsets, has_bias)
+    x = mean_gradient(delta, features, offsets, has_bias) / damped_diagonal(fisher, damping, mode)
+    return influence(delta, features, offsets, has_bias, x), loss

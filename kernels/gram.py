@@ -17,7 +17,7 @@ from imu_fast.kernels.specialisation import Specialisation, dot_dtype, dot_kind,
 CONFIGS = {
     "ieee": {"BLOCK_I": 64, "BLOCK_R": 16, "num_warps": 8, "num_stages": 3},
     "tf32": {"BLOCK_I": 64, "BLOCK_R": 32, "num_warps": 4, "num_stages": 3},
-    "half": {"BLOCK_I": 128, "BLOCK_R": 64, "num_warps": 16, "num_stages": 3},
+    "half": {"BLOCK_I": 64, "BLOCK_R": 64, "num_warps": 4, "num_stages": 3},
 }
 TOKEN_CONFIGS = {
     "ieee": {"BLOCK_T": 16, "BLOCK_R": 32, "num_warps": 4, "num_stages": 2},
