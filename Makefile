@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 DEMO_OUT ?= imu-fast-demo
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench roofline clean
 
 demo: $(VENV)/.demo
 	$(BIN)/imu-fast demo --out $(DEMO_OUT)
@@ -21,6 +21,10 @@ lint: $(VENV)/.test
 # Throughput suites: ratios against baselines in the same run, one thread.
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest bench --benchmark-json=bench/results/cpu.json
+
+# Predicted time per kernel on an H200, from counted bytes and FLOPs.
+roofline: $(VENV)/.test
+	$(BIN)/python bench/roofline.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
