@@ -15,8 +15,10 @@ import triton
 import triton.language as tl
 from imu_fast.kernels.specialisation import (
     Specialisation,
+    aligned,
     dot_dtype,
     dot_kind,
+    eights,
     specialise,
     splits,
 )
@@ -49,7 +51,12 @@ def logits_tile(
     DOT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """``z[n,c] = sum_k act[n,k] weight[c,k] + bias[c]``: [BLOCK_N, BLOCK_C] float32."""
+    """``z[n,c] = sum_k act[n,k] weight[c,k] + bias[c]``: [BLOCK_N, BLOCK_C] float32.
+
+    d and the rows of act and weight are padded with zeros to multiples of 8.
+    """
+    d = eights(d)
+    stride_an, stride_wc = eights(stride_an), eights(stride_wc)
     z = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for start in range(0, d, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
@@ -199,6 +206,7 @@ def normaliser(
     input_precision: str = "ieee",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """lse, ``1 - p_y`` and scaled loss, [N] float32 each; act [N, d], weight [C, d], labels [N]."""
+    act, weight = aligned(act), aligned(weight)
     (N, d), C = act.shape, len(weight)
     constants = _constants(act, input_precision)
     tiles = triton.cdiv(N, constants["BLOCK_N"])
@@ -233,6 +241,7 @@ def residual(
     input_precision: str = "ieee",
 ) -> torch.Tensor:
     """delta [N, C] float32 of the classes first .. first+C-1, whose weight [C, d] and bias come."""
+    act, weight = aligned(act), aligned(weight)
     (N, d), C = act.shape, len(weight)
     constants = _constants(act, input_precision)
     delta = torch.empty(N, C, dtype=torch.float32, device=act.device)
@@ -268,5 +277,4 @@ def specialisations() -> Iterator[Specialisation]:
                 },
                 options,
                 matrix_units=kind != "ieee",
-                unaligned=("stride_os",),
             )
