@@ -27,7 +27,7 @@ from imu_fast.kernels.specialisation import (
 CONFIGS = {
     "ieee": {"BLOCK_N": 32, "BLOCK_C": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 3},
     "tf32": {"BLOCK_N": 128, "BLOCK_C": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
-    "half": {"BLOCK_N": 128, "BLOCK_C": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
+    "half": {"BLOCK_N": 128, "BLOCK_C": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
 }
 
 
