@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 DEMO_OUT ?= imu-fast-demo
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench studies sanitize clean
+.PHONY: demo test lint bench studies sanitize roofline clean
 
 demo: $(VENV)/.demo
 	$(BIN)/imu-fast demo --out $(DEMO_OUT)
@@ -40,6 +40,10 @@ sanitize: $(VENV)/.test
 	cd $(VENV)/sanitized && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider \
 	    $(abspath tests)/test_cholesky.py --rootdir . -c /dev/null --import-mode=importlib
+
+# Predicted time per kernel on an H200, from counted bytes and FLOPs.
+roofline: $(VENV)/.test
+	$(BIN)/python bench/roofline.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -141,6 +141,7 @@ def resolve(
     implemented: tuple[str, ...],
     tensor: Tensor | None = None,
     unsupported: str = "",
+    needs_kernel: bool = True,
 ) -> str:
     """The backend that runs ``operation``, out of those that implement it. Only ops/ calls this.
 
@@ -148,12 +149,15 @@ def resolve(
         implemented: names of backends.
         tensor: the main operand; its device decides what "auto" means.
         unsupported: why the kernel cannot take these operands (a dtype, a size); "" where it can.
+        needs_kernel: False for what is one matrix product: "triton" then runs (and records) torch.
 
     Raises:
         BackendUnavailableError: a backend was chosen by name and does not implement the operation,
             or cannot take these operands.
     """
     chosen = current_backend()
+    if chosen == "triton" and not needs_kernel:
+        chosen = "torch"
     if chosen == "auto":
         chosen = "torch"
         if tensor is not None and tensor.is_cuda and "triton" in implemented:

@@ -178,10 +178,33 @@ def kfac_matrix(
 
 
 def ekfac_matrix(
-    p: Tensor, scale: Tensor, act: Tensor, n: int, damping: float, has_bias: bool
+    p: Tensor, scale: Tensor, act: Tensor, n: int, damping: float, has_bias: bool, q: Tensor
 ) -> Tensor:
-    """K-FAC's eigenbasis Q with the diagonal of ``Q^T ggn Q`` in it: [P, P], float64."""
-    b, a = kronecker_factors(p, scale, act, n, has_bias)
-    q = torch.kron(torch.linalg.eigh(b)[1], torch.linalg.eigh(a)[1])
+    """The diagonal of ``Q^T ggn Q``, in the basis Q [P, P]: [P, P], float64.
+
+    Q is ``Q_B (x) Q_A`` of K-FAC's factors; given, because it is not unique where eigenvalues meet.
+    """
     full = ggn_matrix(p, scale, act, n, damping, has_bias)
     return q @ torch.diag((q.T @ full @ q).diagonal()) @ q.T
+
+
+def linear_softmax_scores(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    scale: Tensor | None,
+    offsets: Tensor,
+    damping: float,
+    mode: str,
+) -> tuple[Tensor, Tensor]:
+    """SPEC section 6 by its definition: scores [n] under ``fisher_diag``, and losses [N]."""
+    logits = features.double() @ weight.double().T
+    logits = logits if bias is None else logits + bias.double()
+    ones = torch.ones(len(labels), dtype=torch.float64) if scale is None else scale.double()
+    valid = labels >= 0
+    delta, loss = softmax_residual(logits, labels.clamp_min(0), ones * valid)
+    has_bias = bias is not None
+    fisher = fisher_diagonal(delta, features, offsets, has_bias)
+    x = mean_gradient(delta, features, offsets, has_bias) / damped_diagonal(fisher, damping, mode)
+    return influence(delta, features, offsets, has_bias, x), loss

@@ -11,7 +11,14 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
-from imu_fast.kernels.specialisation import Specialisation, dot_dtype, dot_kind, specialise
+from imu_fast.kernels.specialisation import (
+    Specialisation,
+    aligned,
+    dot_dtype,
+    dot_kind,
+    eights,
+    specialise,
+)
 
 # "ieee" multiplies on the ordinary units, where a thread holds its outputs: smaller tiles.
 CONFIGS = {
@@ -33,6 +40,7 @@ def bilinear_scores_kernel(
     C,
     d,
     D,
+    bias_column,
     stride_dn,
     stride_dc,
     stride_an,
@@ -51,11 +59,15 @@ def bilinear_scores_kernel(
 ):
     """One program: BLOCK_N tokens, BLOCK_K columns and one X of ``sum_k (delta @ X)[n,k] a~[n,k]``.
 
-    Programs that share tokens run side by side, so delta comes from memory once. a~ = [act, 1]
-    where D = d + 1. With SQUARE the factors are delta*delta and a~*a~: a quadratic form in g.
+    Programs that share tokens run side by side, so delta comes from memory once. a~ is act with a 1
+    in bias_column (-1: none); C, d, D and the rows are padded with zeros to multiples of 8. With
+    SQUARE the factors are delta*delta and a~*a~: a quadratic form in g.
 
     delta_ptr [N, C]; act_ptr [N, d]; x_ptr [m, C, D]; out_ptr [m, tiles of columns, N] float32.
     """
+    C, d, D = eights(C), eights(d), eights(D)
+    stride_dn, stride_an = eights(stride_dn), eights(stride_an)
+    stride_xj, stride_xc = eights(stride_xj), eights(stride_xc)
     tiles_k = tl.cdiv(D, BLOCK_K)
     tile_k = tl.program_id(0) % tiles_k
     j = tl.program_id(1)
@@ -89,7 +101,7 @@ def bilinear_scores_kernel(
         mask=mask_n[:, None] & (k < d)[None, :],
         other=0.0,
     ).to(tl.float32)
-    a = tl.where(k[None, :] == d, 1.0, a)
+    a = tl.where(k[None, :] == bias_column, 1.0, a)
     if SQUARE:
         a = a * a
     partial = tl.sum(product * a, axis=1)
@@ -133,8 +145,10 @@ def bilinear_scores(
     square: bool = False,
 ) -> torch.Tensor:
     """Scores [n, m] float32; delta [N, C], act [N, d], x [m, C, D]; offsets None: N = n."""
-    (N, C), d, m = delta.shape, act.shape[1], len(x)
-    D, dtype = d + has_bias, delta.dtype
+    dtype, bias = delta.dtype, act.shape[1] if has_bias else -1
+    delta, act = aligned(delta), aligned(act)
+    x = aligned(x, rows=delta.shape[1])
+    (N, C), d, (m, _, D) = delta.shape, act.shape[1], x.shape
     if square and dtype == torch.float16:  # squares of float16 would underflow
         dtype, input_precision = torch.float32, "tf32"
     config = CONFIGS[dot_kind(dtype, input_precision)]
@@ -144,7 +158,7 @@ def bilinear_scores(
     constants = {"SQUARE": square, "DOT": dot_dtype(dtype), "INPUT_PRECISION": input_precision}
     if N:
         bilinear_scores_kernel[(triton.cdiv(N, config["BLOCK_N"]) * tiles, m)](
-            delta, act, x, partial, N, C, d, D, *strides, **constants, **config
+            delta, act, x, partial, N, C, d, D, bias, *strides, **constants, **config
         )
     if offsets is None:
         return partial.sum(dim=1).t()
@@ -183,7 +197,6 @@ def specialisations() -> Iterator[Specialisation]:
                 },
                 options,
                 matrix_units=kind != "ieee",
-                unaligned=("stride_xj", "stride_xc", "stride_oj", "stride_os"),
             )
     yield specialise(
         "token_sums",
@@ -191,5 +204,4 @@ def specialisations() -> Iterator[Specialisation]:
         {"partial_ptr": "*fp32", "offsets_ptr": "*i64", "out_ptr": "*fp32"},
         {"BLOCK_T": BLOCK_T},
         {"num_warps": 4},
-        unaligned=("stride_pj", "stride_ps", "stride_oi"),
     )

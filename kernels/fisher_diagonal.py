@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from imu_fast.kernels.specialisation import (
     Specialisation,
+    aligned,
     dot_dtype,
     dot_kind,
+    eights,
     specialise,
     splits,
 )
@@ -45,6 +47,7 @@ def fisher_diagonal_kernel(
     C,
     d,
     D,
+    bias_column,
     tokens_per_split,
     alpha,
     stride_dn,
@@ -61,10 +64,13 @@ def fisher_diagonal_kernel(
 ):
     """One program: a tile (c, k) of ``alpha sum_n delta[n,c]^2 a~[n,k]^2`` over one split of n.
 
-    Squares exist in registers only. a~ = [act, 1] where D = d + 1: its last column is made here.
+    Squares exist in registers only. a~ is act with a 1 in bias_column (-1: none); C and d, and the
+    rows of delta and act, are padded with zeros to multiples of 8.
 
     delta_ptr [N, C]; act_ptr [N, d]; out_ptr [splits, C, D] float32.
     """
+    C, d = eights(C), eights(d)
+    stride_dn, stride_an = eights(stride_dn), eights(stride_an)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     split = tl.program_id(2)
@@ -87,7 +93,7 @@ def fisher_diagonal_kernel(
             mask=mask_n[:, None] & mask_k[None, :],
             other=0.0,
         ).to(tl.float32)
-        a = tl.where(k[None, :] == d, 1.0, a)
+        a = tl.where(k[None, :] == bias_column, 1.0, a)
         total = tl.dot(
             (delta * delta).to(DOT), (a * a).to(DOT), total, input_precision=INPUT_PRECISION
         )
@@ -106,6 +112,7 @@ def token_fisher_diagonal_kernel(
     C,
     d,
     D,
+    bias_column,
     samples_per_split,
     alpha,
     stride_dn,
@@ -122,11 +129,14 @@ def token_fisher_diagonal_kernel(
 ):
     """One program: a tile (c, k) of ``alpha sum_i (sum_t delta[t,c] a~[t,k])^2``, one split of i.
 
-    The square is of the sum over a sample's tokens t = offsets[i] .. offsets[i+1]-1.
+    The square is of the sum over a sample's tokens t = offsets[i] .. offsets[i+1]-1. a~ is act with
+    a 1 in bias_column (-1: none); C and d, and rows, are padded with zeros to multiples of 8.
 
     delta_ptr [N, C]; act_ptr [N, d]; offsets_ptr [n_samples+1] int64;
     out_ptr [splits, C, D] float32.
     """
+    C, d = eights(C), eights(d)
+    stride_dn, stride_an = eights(stride_dn), eights(stride_an)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     split = tl.program_id(2)
@@ -151,7 +161,7 @@ def token_fisher_diagonal_kernel(
                 mask=mask_t[:, None] & mask_k[None, :],
                 other=0.0,
             ).to(DOT)
-            a = tl.where(k[None, :] == d, 1.0, a)
+            a = tl.where(k[None, :] == bias_column, 1.0, a)
             g = tl.dot(delta, a.to(DOT), g, input_precision=INPUT_PRECISION)
         total += g * g
 
@@ -167,8 +177,9 @@ def fisher_diagonal(
     input_precision: str = "ieee",
 ) -> torch.Tensor:
     """F [C, D], float32; delta [N, C], act [N, d]; offsets [n+1], or None: a token per sample."""
+    classes, D, bias = delta.shape[1], act.shape[1] + has_bias, act.shape[1] if has_bias else -1
+    delta, act, dtype = aligned(delta), aligned(act), torch.promote_types(delta.dtype, act.dtype)
     (N, C), d = delta.shape, act.shape[1]
-    D, dtype = d + has_bias, torch.promote_types(delta.dtype, act.dtype)
     n = N if offsets is None else len(offsets) - 1
     if offsets is None and dtype == torch.float16:
         dtype, input_precision = torch.float32, "tf32"
@@ -182,14 +193,14 @@ def fisher_diagonal(
     constants = {"DOT": dot_dtype(dtype), "INPUT_PRECISION": input_precision, **config}
     if offsets is None:
         fisher_diagonal_kernel[(*tiles, cuts)](
-            delta, act, out, N, C, d, D, per_split, 1 / n, *strides, **constants
+            delta, act, out, N, C, d, D, bias, per_split, 1 / n, *strides, **constants
         )
     else:
         offsets = offsets.to(delta.device)
         token_fisher_diagonal_kernel[(*tiles, cuts)](
-            delta, act, offsets, out, n, C, d, D, per_split, 1 / n, *strides, **constants
+            delta, act, offsets, out, n, C, d, D, bias, per_split, 1 / n, *strides, **constants
         )
-    return out[0] if cuts == 1 else out.sum(dim=0)
+    return (out[0] if cuts == 1 else out.sum(dim=0))[:classes]
 
 
 def specialisations() -> Iterator[Specialisation]:
@@ -221,5 +232,4 @@ def specialisations() -> Iterator[Specialisation]:
                 },
                 options,
                 matrix_units=kind != "ieee",
-                unaligned=("stride_os", "stride_oc"),
             )

@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 from imu_fast.kernels.specialisation import (
     Specialisation,
+    aligned,
     dot_dtype,
     dot_kind,
+    eights,
     specialise,
     splits,
 )
@@ -46,6 +48,7 @@ def ggn_forward_kernel(
     C,
     d,
     D,
+    bias_column,
     stride_pn,
     stride_pc,
     stride_an,
@@ -65,11 +68,16 @@ def ggn_forward_kernel(
 ):
     """One program: a tile of ``p*u``, ``u[n,c] = sum_k a~[n,k] V[c,k]``, and its sums over c.
 
-    a~ = [act, 1] where D = d + 1.
+    a~ is act with a 1 in bias_column (-1: none); C, d, D and the rows are padded with zeros to
+    multiples of 8.
 
     p_ptr [N, C]; act_ptr [N, d]; v_ptr [m, C, D]; pu_ptr [m, N, C] float32;
     sums_ptr [m, tiles of classes, N] float32.
     """
+    C, d, D = eights(C), eights(d), eights(D)
+    stride_pn, stride_an = eights(stride_pn), eights(stride_an)
+    stride_vj, stride_vc = eights(stride_vj), eights(stride_vc)
+    stride_uj, stride_un = eights(stride_uj), eights(stride_un)
     tiles_c = tl.cdiv(C, BLOCK_C)
     tile_c = tl.program_id(0) % tiles_c
     j = tl.program_id(1).to(tl.int64)
@@ -88,7 +96,7 @@ def ggn_forward_kernel(
             mask=mask_n[:, None] & mask_act[None, :],
             other=0.0,
         ).to(DOT)
-        a = tl.where(k[None, :] == d, 1.0, a)
+        a = tl.where(k[None, :] == bias_column, 1.0, a)
         v = tl.load(
             v_ptr + j * stride_vj + c[None, :] * stride_vc + k[:, None] * stride_vk,
             mask=mask_c[None, :] & mask_k[:, None],
@@ -116,6 +124,7 @@ def ggn_backward_kernel(
     C,
     d,
     D,
+    bias_column,
     m,
     tokens_per_split,
     alpha,
@@ -136,11 +145,14 @@ def ggn_backward_kernel(
 ):
     """One program: a tile (c, k) of ``alpha sum_n s[n,c] a~[n,k]`` over one split of n, one V.
 
-    ``s = scale (p*u - p (p.u))`` exists in registers only.
+    ``s = scale (p*u - p (p.u))`` exists in registers only. Padding as above, but for D.
 
     p_ptr [N, C]; scale_ptr [N]; act_ptr [N, d]; pu_ptr [m, N, C] float32; sums_ptr [m, N] float32:
     p.u; out_ptr [splits, m, C, D] float32, its first two axes as one of stride stride_oj.
     """
+    C, d = eights(C), eights(d)
+    stride_pn, stride_an = eights(stride_pn), eights(stride_an)
+    stride_uj, stride_un = eights(stride_uj), eights(stride_un)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_c, mask_k = c < C, k < d
@@ -166,7 +178,7 @@ def ggn_backward_kernel(
             mask=mask_n[:, None] & mask_k[None, :],
             other=0.0,
         ).to(DOT)
-        a = tl.where(k[None, :] == d, 1.0, a)
+        a = tl.where(k[None, :] == bias_column, 1.0, a)
         total = tl.dot(s.to(DOT), a.to(DOT), total, input_precision=INPUT_PRECISION)
 
     piece = tl.program_id(2).to(tl.int64)
@@ -185,19 +197,21 @@ def ggn_product(
     input_precision: str = "ieee",
 ) -> torch.Tensor:
     """HV [m, C, D] float32 of v [m, C, D] float32; p [N, C], scale [N], act [N, d]."""
-    (N, C), d, m = p.shape, act.shape[1], len(v)
-    kind = dot_kind(v.dtype, input_precision)
-    out, scale = v * damping, scale.contiguous()
-    chunk = max(1, CHUNK_ELEMENTS // (C * m))
+    kind, width = dot_kind(v.dtype, input_precision), act.shape[1] + has_bias
+    bias, classes = act.shape[1] if has_bias else -1, p.shape[1]
+    out, scale, p, act = v * damping, scale.contiguous(), aligned(p), aligned(act)
+    (N, C), v = p.shape, aligned(v, rows=p.shape[1])
+    chunk = max(1, CHUNK_ELEMENTS // (C * len(v)))
     for start in range(0, N, chunk):
         rows = slice(start, min(N, start + chunk))
-        out += _chunk(p[rows], scale[rows], act[rows], v, d + has_bias, 1 / n, kind)
+        product = _chunk(p[rows], scale[rows], act[rows], v, width, bias, 1 / n, kind)
+        out += product[:, :classes]
     return out
 
 
-def _chunk(p, scale, act, v, D, alpha, kind):
-    """``alpha s^T a~`` of one chunk of tokens: both stages, [m, C, D]."""
-    (N, C), d, m = p.shape, act.shape[1], len(v)
+def _chunk(p, scale, act, v, width, bias, alpha, kind):
+    """``alpha s^T a~`` of one chunk of tokens: both stages, [m, C, width]."""
+    (N, C), d, (m, _, D) = p.shape, act.shape[1], v.shape
     first, second = CONFIGS[kind], OUT_CONFIGS[kind]
     constants = {"DOT": dot_dtype(v.dtype), "INPUT_PRECISION": kind}
     tiles = triton.cdiv(C, first["BLOCK_C"])
@@ -205,16 +219,16 @@ def _chunk(p, scale, act, v, D, alpha, kind):
     partial = torch.empty(m, tiles, N, dtype=torch.float32, device=v.device)
     strides = (*p.stride(), *act.stride())
     ggn_forward_kernel[(triton.cdiv(N, first["BLOCK_N"]) * tiles, m)](
-        p, act, v, pu, partial, N, C, d, D, *strides, *v.stride(), *pu.stride()[:2],
+        p, act, v, pu, partial, N, C, d, D, bias, *strides, *v.stride(), *pu.stride()[:2],
         *partial.stride()[:2], **constants, **first,
     )  # fmt: skip
     sums = partial.sum(dim=1)
-    grid = triton.cdiv(C, second["BLOCK_C"]), triton.cdiv(D, second["BLOCK_K"])
+    grid = triton.cdiv(C, second["BLOCK_C"]), triton.cdiv(width, second["BLOCK_K"])
     cuts = splits(grid[0] * grid[1] * m, N, second["BLOCK_N"])
-    out = torch.empty(cuts, m, C, D, dtype=torch.float32, device=v.device)
+    out = torch.empty(cuts, m, C, width, dtype=torch.float32, device=v.device)
     ggn_backward_kernel[(*grid, cuts * m)](
-        p, scale, act, pu, sums, out, N, C, d, D, m, triton.cdiv(N, cuts), alpha, *strides,
-        *pu.stride()[:2], sums.stride(0), *out.stride()[1:3], **constants, **second,
+        p, scale, act, pu, sums, out, N, C, d, width, bias, m, triton.cdiv(N, cuts), alpha,
+        *strides, *pu.stride()[:2], sums.stride(0), *out.stride()[1:3], **constants, **second,
     )  # fmt: skip
     return out.sum(dim=0)
 
@@ -235,12 +249,4 @@ def specialisations() -> Iterator[Specialisation]:
                 {**constexprs, "DOT": tl.float32, "INPUT_PRECISION": kind, **blocks},
                 options,
                 matrix_units=kind != "ieee",
-                unaligned=(
-                    "stride_vj",
-                    "stride_vc",
-                    "stride_sj",
-                    "stride_ss",
-                    "stride_oj",
-                    "stride_oc",
-                ),
             )

@@ -10,14 +10,21 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
-from imu_fast.kernels.specialisation import Specialisation, dot_dtype, dot_kind, specialise
+from imu_fast.kernels.specialisation import (
+    Specialisation,
+    aligned,
+    dot_dtype,
+    dot_kind,
+    eights,
+    specialise,
+)
 
 # Square tiles (the result is symmetric) with two accumulators: BLOCK_I samples a side, BLOCK_R of
 # the summed axis at a time. Short samples: BLOCK_T tokens a side.
 CONFIGS = {
     "ieee": {"BLOCK_I": 64, "BLOCK_R": 16, "num_warps": 8, "num_stages": 3},
     "tf32": {"BLOCK_I": 64, "BLOCK_R": 32, "num_warps": 4, "num_stages": 3},
-    "half": {"BLOCK_I": 128, "BLOCK_R": 64, "num_warps": 16, "num_stages": 3},
+    "half": {"BLOCK_I": 64, "BLOCK_R": 64, "num_warps": 4, "num_stages": 3},
 }
 TOKEN_CONFIGS = {
     "ieee": {"BLOCK_T": 16, "BLOCK_R": 32, "num_warps": 4, "num_stages": 2},
@@ -41,7 +48,11 @@ def rows_dot(
     DOT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """``sum_r x[i,r] x[j,r]`` for rows i [BLOCK] and j [BLOCK] of x_ptr [N, R]: [BLOCK, BLOCK]."""
+    """``sum_r x[i,r] x[j,r]`` for rows i [BLOCK] and j [BLOCK] of x_ptr [N, R]: [BLOCK, BLOCK].
+
+    R and the rows are padded with zeros to multiples of 8.
+    """
+    R, stride_xn = eights(R), eights(stride_xn)
     total = tl.zeros([BLOCK, BLOCK], tl.float32)
     for start in range(0, R, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
@@ -168,7 +179,8 @@ def gram(
     input_precision: str = "ieee",
 ) -> torch.Tensor:
     """K [n, n] float32; delta [N, C], act [N, d]; offsets [n+1], or None: a token per sample."""
-    (N, C), d, dtype = delta.shape, act.shape[1], torch.promote_types(delta.dtype, act.dtype)
+    delta, act, dtype = aligned(delta), aligned(act), torch.promote_types(delta.dtype, act.dtype)
+    (N, C), d = delta.shape, act.shape[1]
     n = N if offsets is None else len(offsets) - 1
     kind = dot_kind(dtype, input_precision)
     out = torch.empty(n, n, dtype=torch.float32, device=delta.device)
@@ -215,5 +227,4 @@ def specialisations() -> Iterator[Specialisation]:
                 },
                 options,
                 matrix_units=kind != "ieee",
-                unaligned=("stride_on",),
             )

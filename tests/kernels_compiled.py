@@ -1,7 +1,8 @@
 """Facts from the compiler's output, with no GPU; test_kernels_compile.py runs this file.
 
 For sm_80 and sm_90: the kernel compiles, nothing spills, no local memory, no unreasonable shared
-memory, and its matrix products run on tensor cores where they should.
+memory, its matrix products run on tensor cores where they should, and what feeds those arrives by
+asynchronous copies of 16 bytes.
 """
 
 from __future__ import annotations
@@ -52,3 +53,5 @@ def test_compiles(case, arch, tmp_path):
     assert ".local" not in ptx
     units = "wgmma.mma_async" if arch == 90 else "mma.sync"
     assert (units in ptx) == case.matrix_units, f"{units} expected: {case.matrix_units}"
+    if case.matrix_units:
+        assert "cp.async.cg" in ptx, "no asynchronous copies of 16 bytes: loads are not vectors"

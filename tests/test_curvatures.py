@@ -35,8 +35,7 @@ def dense(name, f, damping, fitted=None):
         return g.T @ g / f.n + damping * torch.eye(g.shape[1], dtype=torch.float64)
     # K-FAC's eigenbasis is not unique where eigenvalues coincide: the fitted one is taken.
     q = torch.kron(fitted.basis_out, fitted.basis_in)
-    full = reference.ggn_matrix(p, scale, f.act, f.n, damping, f.has_bias)
-    return q @ torch.diag((q.T @ full @ q).diagonal()) @ q.T
+    return reference.ekfac_matrix(p, scale, f.act, f.n, damping, f.has_bias, q)
 
 
 def check(name, f, damping, v, **options):

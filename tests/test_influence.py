@@ -165,12 +165,18 @@ def test_backend_from_the_environment(monkeypatch):
         imu.influence_scores(make())
 
 
-def test_an_operation_that_a_backend_lacks(monkeypatch):
+def test_a_backend_chosen_by_name_that_cannot_run(monkeypatch):
     monkeypatch.setenv("IMU_FAST_BACKEND", "triton")
-    with pytest.raises(
-        BackendUnavailableError, match="cannot run softmax_residual: its input is on cpu"
-    ):
+    with pytest.raises(BackendUnavailableError, match="cannot run .*not on a CUDA device"):
         imu.influence_scores(make())
+
+
+def test_an_operation_that_a_backend_lacks():
+    from imu_fast import backend
+
+    with pytest.raises(BackendUnavailableError, match="does not implement"):
+        with imu.use_backend("reference"):
+            backend.resolve("an operation", ("torch",))
 
 
 class LargestTensor(TorchDispatchMode):
