@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from imu_fast.capture import logits_of
 from imu_fast.errors import InputError
 from imu_fast.storage import load_tensors
 
@@ -74,3 +75,35 @@ def build_model(arch: str, weights: Path) -> nn.Module:
     except RuntimeError as error:
         raise InputError(f"weights={str(weights)!r} do not fit arch={arch!r}: {error}") from error
     return model.eval()
+
+
+def count_classes(model: nn.Module, x: Tensor) -> int:
+    """How many classes the model tells apart, found by running it on one sample.
+
+    Args:
+        x: [1, ...], the first sample of the data.
+
+    Raises:
+        InputError: the model cannot take it, or returns no logits [1, C].
+    """
+    try:
+        with torch.no_grad():
+            logits = logits_of(model(x))
+    # What modules raise on shapes and dtypes that they cannot take.
+    except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
+        raise InputError(
+            f"data: the model cannot take a sample of shape {tuple(x.shape[1:])} and "
+            f"{x.dtype}: {brief(error)}"
+        ) from error
+    if logits.dim() != 2 or len(logits) != 1:
+        raise InputError(
+            f"arch: the model returns shape {tuple(logits.shape)} for one sample; it must be a "
+            "classifier with logits [1, C]"
+        )
+    return logits.shape[1]
+
+
+def brief(error: Exception, length: int = 300) -> str:
+    """An error of another library on one line, with its kind where it says nothing else."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= length else f"{text[:length]}..."

@@ -26,6 +26,14 @@ Weights = Annotated[Path, typer.Option(help="State dict: .safetensors, or a torc
 Data = Annotated[
     Path, typer.Option(help="Forget set: a folder with a sub-folder per class, or .npz (x, y).")
 ]
+Classes = Annotated[
+    Path | None,
+    typer.Option(
+        help="Which class a sub-folder of --data is: a text file with one class name per line in "
+        "the order of the model's outputs, or the training set's folder. Without it, names that "
+        "are whole numbers are the class indices, and other names must be all classes, sorted."
+    ),
+]
 ImageSize = Annotated[int, typer.Option(help="Pixels, for image folders.")]
 BatchSize = Annotated[int, typer.Option(help="Samples per batch.")]
 
@@ -103,21 +111,28 @@ def score(
         str, typer.Option(help="identity, fisher_diag, fisher or ggn.")
     ] = "fisher_diag",
     damping: Annotated[float, typer.Option(help="> 0.")] = 1e-2,
+    classes: Classes = None,
     image_size: ImageSize = 224,
     batch_size: BatchSize = 64,
 ) -> None:
     """Score every sample of a forget set by its influence at the classifier."""
     import torch
 
-    from imu_fast.checkpoints import build_model
+    from imu_fast.checkpoints import build_model, count_classes
     from imu_fast.data.files import load_data
     from imu_fast.influence import influence_scores
     from imu_fast.scores_io import check_ending, save_scores
     from imu_fast.weighting import influence_weights
 
     check_ending(out)
-    loader, names = load_data(data, image_size=image_size, batch_size=batch_size)
     model = build_model(arch, weights)
+    loader, names = load_data(
+        data,
+        functools.partial(count_classes, model),
+        classes=classes,
+        image_size=image_size,
+        batch_size=batch_size,
+    )
     scores = influence_scores(
         model, loader, curvature=curvature, damping=damping, progress=sys.stderr.isatty()
     )
@@ -150,12 +165,13 @@ def unlearn(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Resume from, and save each epoch to, this file.")
     ] = None,
+    classes: Classes = None,
     image_size: ImageSize = 224,
     batch_size: BatchSize = 64,
 ) -> None:
     """Make a checkpoint forget a set of samples."""
     from imu_fast.ascent import StopRule
-    from imu_fast.checkpoints import build_model
+    from imu_fast.checkpoints import build_model, count_classes
     from imu_fast.data.files import load_data
     from imu_fast.storage import save_tensors
     from imu_fast.unlearn import unlearn as run
@@ -163,8 +179,14 @@ def unlearn(
     if out.suffix != ".safetensors":
         raise InputError(f"out={str(out)!r} must end in .safetensors")
     stop = None if stop_accuracy is None else StopRule(forget_accuracy=stop_accuracy)
-    loader, _ = load_data(data, image_size=image_size, batch_size=batch_size)
     model = build_model(arch, weights)
+    loader, _ = load_data(
+        data,
+        functools.partial(count_classes, model),
+        classes=classes,
+        image_size=image_size,
+        batch_size=batch_size,
+    )
     result = run(
         model,
         loader,

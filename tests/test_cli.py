@@ -114,6 +114,29 @@ def test_image_folder_and_torchvision_model(tmp_path):
     ]
 
 
+def test_one_class_folder_is_scored_under_its_own_class(toy):
+    folder, options, _ = toy
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("torchvision")
+    (folder / "forget" / "dog").mkdir(parents=True)
+    for i in range(3):
+        pixels = np.random.default_rng(i).integers(0, 255, (2, 2, 3), dtype=np.uint8)
+        image.fromarray(pixels).save(folder / "forget" / "dog" / f"{i}.png")
+    options = [*options[:4], "--data", folder / "forget", "--image-size", 2]
+    out = folder / "scores.npz"
+    for command in ("score", "unlearn"):
+        assert "the model 3 classes; say which" in run(command, *options, code=2)
+    (folder / "classes.txt").write_text("cat\nzebra\ndog\n")
+    run("score", *options, "--classes", folder / "classes.txt", "--out", out)
+    found = np.load(out)["influence"]
+    (folder / "forget" / "dog").rename(folder / "forget" / "2")
+    run("score", *options, "--out", out)
+    np.testing.assert_array_equal(found, np.load(out)["influence"])
+    (folder / "forget" / "2").rename(folder / "forget" / "0")
+    run("score", *options, "--out", out)
+    assert not np.allclose(found, np.load(out)["influence"])
+
+
 def test_doctor_and_version_and_help():
     text = run("doctor")
     assert "torch" in text and "imu_fast._C" in text and "LAPACK" in text
@@ -184,7 +207,7 @@ def test_bad_files(toy):
     np.savez(folder / "a.npz", images=np.zeros((2, 3)))
     assert "it needs x" in run("score", *rest, "--data", folder / "a.npz", code=2)
     np.savez(folder / "a.npz", x=np.zeros((2, 3)), y=np.zeros(3))
-    assert "x has 2 samples and y 3" in run("score", *rest, "--data", folder / "a.npz", code=2)
+    assert "(2, 3) and y (3,)" in run("score", *rest, "--data", folder / "a.npz", code=2)
     np.savez(folder / "a.npz", x=np.zeros((2, 3), dtype=np.uint8), y=np.zeros(2))
     assert "float32" in run("score", *rest, "--data", folder / "a.npz", code=2)
     (folder / "empty").mkdir()
