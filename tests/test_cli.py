@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -135,6 +138,39 @@ def test_one_class_folder_is_scored_under_its_own_class(toy):
     (folder / "forget" / "2").rename(folder / "forget" / "0")
     run("score", *options, "--out", out)
     assert not np.allclose(found, np.load(out)["influence"])
+
+
+def test_own_architecture_beside_the_user(toy, monkeypatch):
+    """A console script has its own folder on sys.path, not the current one."""
+    folder, options, _ = toy
+    monkeypatch.undo()
+    script = folder / "bin" / "imu-fast"
+    script.parent.mkdir()
+    script.write_text(
+        "import sys\n"
+        "from imu_fast.cli import app\n"
+        "before = list(sys.path)\n"
+        "try:\n    app()\nfinally:\n    assert sys.path == before\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    command = [sys.executable, script, "score", *options, "--out", folder / "scores.csv"]
+    done = subprocess.run(
+        [str(part) for part in command], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "20 scores" in done.stdout
+
+
+def test_weights_of_a_head_that_is_not_the_last_tensor(tmp_path):
+    """safetensors sorts its tensors, so the head's name counts and not its place."""
+    timm = pytest.importorskip("timm")
+    from imu_fast.checkpoints import build_model
+    from imu_fast.storage import save_tensors
+
+    model = timm.create_model("tiny_vit_5m_224", num_classes=7)
+    save_tensors(tmp_path / "weights.safetensors", model.state_dict(), {})
+    built = build_model("timm:tiny_vit_5m_224", tmp_path / "weights.safetensors")
+    assert built.get_classifier().out_features == 7
 
 
 def test_doctor_and_version_and_help():
