@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import os
 import pickle
 import struct
@@ -49,6 +50,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         AttributeError,
         TypeError,
         struct.error,
+        AssertionError,
     ) as error:
         raise InputError(
             f"weights={str(path)!r} holds more than tensors, or is broken; save "
@@ -171,6 +173,20 @@ def _importing_from_here() -> Iterator[None]:
     finally:
         if here in sys.path:
             sys.path.remove(here)
+
+
+def check_resumable(path: Path) -> None:
+    """Raise InputError if ``path`` exists and is no checkpoint of a run of ``unlearn``."""
+    if not path.exists():
+        return
+    try:
+        metadata = load_tensors(path)[1]
+        json.loads(metadata["imu_fast"])
+    except (InputError, OSError, KeyError, ValueError) as error:
+        raise InputError(
+            f"checkpoint={str(path)!r} is no checkpoint of unlearn, or is broken "
+            f"({brief(error)}); delete it or choose another name"
+        ) from error
 
 
 def count_classes(model: nn.Module, x: Tensor) -> int:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from imu_fast.errors import ImuFastError, InputError
+from imu_fast.errors import ImuFastError, InputError, check_choice, check_count, check_positive
 
 app = typer.Typer(
     help="Influence-guided machine unlearning: score, reweight, unlearn.",
@@ -46,7 +46,7 @@ def _clean_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except ImuFastError as error:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo("error: " + " ".join(str(error).split()), err=True)
             raise typer.Exit(2) from None
 
     return wrapped
@@ -93,8 +93,12 @@ def demo(
         raise InputError(f"the demo needs {error.name}; pip install 'imu_fast[demo]'") from error
     from imu_fast.evaluation.demo import run
     from imu_fast.evaluation.report import demo_table
+    from imu_fast.scores_io import check_folder, writing
 
-    results = run(out, seed=seed, quick=quick)
+    check_count("seed", seed, minimum=0)
+    check_folder(out, out)
+    with writing(out):
+        results = run(out, seed=seed, quick=quick)
     console = _console()
     console.print(demo_table(results))
     console.print(f"{len(results['files'])} plots and results.json are in {out}/")
@@ -119,12 +123,16 @@ def score(
     import torch
 
     from imu_fast.checkpoints import build_model, count_classes
+    from imu_fast.curvature import curvatures
     from imu_fast.data.files import load_data
     from imu_fast.influence import influence_scores
-    from imu_fast.scores_io import check_ending, save_scores
+    from imu_fast.scores_io import check_ending, check_out, save_scores, writing
     from imu_fast.weighting import influence_weights
 
     check_ending(out)
+    check_out(out)
+    check_choice("curvature", curvature, curvatures())
+    check_positive("damping", damping)
     model = build_model(arch, weights)
     loader, names = load_data(
         data,
@@ -138,7 +146,8 @@ def score(
     )
     selected, kept = influence_weights(scores, on_empty="uniform")
     weight = torch.zeros_like(scores).index_put_((selected,), kept)
-    save_scores(out, names, scores, weight)
+    with writing(out):
+        save_scores(out, names, scores, weight)
     typer.echo(f"{len(scores)} scores, {int((scores < 0).sum())} negative, written to {out}")
 
 
@@ -171,13 +180,18 @@ def unlearn(
 ) -> None:
     """Make a checkpoint forget a set of samples."""
     from imu_fast.ascent import StopRule
-    from imu_fast.checkpoints import build_model, count_classes
+    from imu_fast.checkpoints import build_model, check_resumable, count_classes
     from imu_fast.data.files import load_data
+    from imu_fast.scores_io import check_out, writing
     from imu_fast.storage import save_tensors
     from imu_fast.unlearn import unlearn as run
 
     if out.suffix != ".safetensors":
         raise InputError(f"out={str(out)!r} must end in .safetensors")
+    check_out(out)
+    if checkpoint is not None:
+        check_out(checkpoint, "checkpoint")
+        check_resumable(checkpoint)
     stop = None if stop_accuracy is None else StopRule(forget_accuracy=stop_accuracy)
     model = build_model(arch, weights)
     loader, _ = load_data(
@@ -203,7 +217,8 @@ def unlearn(
         checkpoint=checkpoint,
         progress=sys.stderr.isatty(),
     )
-    save_tensors(out, model.state_dict(), {"format": "pt"})
+    with writing(out):
+        save_tensors(out, model.state_dict(), {"format": "pt"})
     first, last = result.trajectory[0], result.trajectory[-1]
     typer.echo(
         f"forget accuracy {first['forget_accuracy']:.3f} -> {last['forget_accuracy']:.3f} in "

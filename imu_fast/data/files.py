@@ -227,8 +227,8 @@ def _read_arrays(path: Path) -> tuple[Any, Any]:
         with file:
             keys = sorted(file)
             found = {k: file[k] for k in ("x", "y") if k in file}
-    # Not an archive, cut short, damaged, or with arrays of Python objects.
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    # No archive, cut short, damaged, encrypted, or with arrays of Python objects.
+    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(
             f"data={str(path)!r} cannot be read ({error}); write it with "
             "numpy.savez(path, x=..., y=...), x and y arrays of numbers"
