@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from imu_fast.errors import ImuFastError, InputError
+from imu_fast.errors import ImuFastError, InputError, check_choice, check_count, check_positive
 
 app = typer.Typer(
     help="Influence-guided machine unlearning: score, reweight, unlearn.",
@@ -26,6 +26,14 @@ Weights = Annotated[Path, typer.Option(help="State dict: .safetensors, or a torc
 Data = Annotated[
     Path, typer.Option(help="Forget set: a folder with a sub-folder per class, or .npz (x, y).")
 ]
+Classes = Annotated[
+    Path | None,
+    typer.Option(
+        help="Which class a sub-folder of --data is: a text file with one class name per line in "
+        "the order of the model's outputs, or the training set's folder. Without it, names that "
+        "are whole numbers are the class indices, and other names must be all classes, sorted."
+    ),
+]
 ImageSize = Annotated[int, typer.Option(help="Pixels, for image folders.")]
 BatchSize = Annotated[int, typer.Option(help="Samples per batch.")]
 
@@ -38,7 +46,7 @@ def _clean_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except ImuFastError as error:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo("error: " + " ".join(str(error).split()), err=True)
             raise typer.Exit(2) from None
 
     return wrapped
@@ -85,8 +93,12 @@ def demo(
         raise InputError(f"the demo needs {error.name}; pip install 'imu_fast[demo]'") from error
     from imu_fast.evaluation.demo import run
     from imu_fast.evaluation.report import demo_table
+    from imu_fast.scores_io import check_folder, writing
 
-    results = run(out, seed=seed, quick=quick)
+    check_count("seed", seed, minimum=0)
+    check_folder(out, out)
+    with writing(out):
+        results = run(out, seed=seed, quick=quick)
     console = _console()
     console.print(demo_table(results))
     console.print(f"{len(results['files'])} plots and results.json are in {out}/")
@@ -103,27 +115,39 @@ def score(
         str, typer.Option(help="identity, fisher_diag, fisher or ggn.")
     ] = "fisher_diag",
     damping: Annotated[float, typer.Option(help="> 0.")] = 1e-2,
+    classes: Classes = None,
     image_size: ImageSize = 224,
     batch_size: BatchSize = 64,
 ) -> None:
     """Score every sample of a forget set by its influence at the classifier."""
     import torch
 
-    from imu_fast.checkpoints import build_model
+    from imu_fast.checkpoints import build_model, count_classes
+    from imu_fast.curvature import curvatures
     from imu_fast.data.files import load_data
     from imu_fast.influence import influence_scores
-    from imu_fast.scores_io import check_ending, save_scores
+    from imu_fast.scores_io import check_ending, check_out, save_scores, writing
     from imu_fast.weighting import influence_weights
 
     check_ending(out)
-    loader, names = load_data(data, image_size=image_size, batch_size=batch_size)
+    check_out(out)
+    check_choice("curvature", curvature, curvatures())
+    check_positive("damping", damping)
     model = build_model(arch, weights)
+    loader, names = load_data(
+        data,
+        functools.partial(count_classes, model),
+        classes=classes,
+        image_size=image_size,
+        batch_size=batch_size,
+    )
     scores = influence_scores(
         model, loader, curvature=curvature, damping=damping, progress=sys.stderr.isatty()
     )
     selected, kept = influence_weights(scores, on_empty="uniform")
     weight = torch.zeros_like(scores).index_put_((selected,), kept)
-    save_scores(out, names, scores, weight)
+    with writing(out):
+        save_scores(out, names, scores, weight)
     typer.echo(f"{len(scores)} scores, {int((scores < 0).sum())} negative, written to {out}")
 
 
@@ -150,21 +174,33 @@ def unlearn(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Resume from, and save each epoch to, this file.")
     ] = None,
+    classes: Classes = None,
     image_size: ImageSize = 224,
     batch_size: BatchSize = 64,
 ) -> None:
     """Make a checkpoint forget a set of samples."""
     from imu_fast.ascent import StopRule
-    from imu_fast.checkpoints import build_model
+    from imu_fast.checkpoints import build_model, check_resumable, count_classes
     from imu_fast.data.files import load_data
+    from imu_fast.scores_io import check_out, writing
     from imu_fast.storage import save_tensors
     from imu_fast.unlearn import unlearn as run
 
     if out.suffix != ".safetensors":
         raise InputError(f"out={str(out)!r} must end in .safetensors")
+    check_out(out)
+    if checkpoint is not None:
+        check_out(checkpoint, "checkpoint")
+        check_resumable(checkpoint)
     stop = None if stop_accuracy is None else StopRule(forget_accuracy=stop_accuracy)
-    loader, _ = load_data(data, image_size=image_size, batch_size=batch_size)
     model = build_model(arch, weights)
+    loader, _ = load_data(
+        data,
+        functools.partial(count_classes, model),
+        classes=classes,
+        image_size=image_size,
+        batch_size=batch_size,
+    )
     result = run(
         model,
         loader,
@@ -181,7 +217,8 @@ def unlearn(
         checkpoint=checkpoint,
         progress=sys.stderr.isatty(),
     )
-    save_tensors(out, model.state_dict(), {"format": "pt"})
+    with writing(out):
+        save_tensors(out, model.state_dict(), {"format": "pt"})
     first, last = result.trajectory[0], result.trajectory[-1]
     typer.echo(
         f"forget accuracy {first['forget_accuracy']:.3f} -> {last['forget_accuracy']:.3f} in "

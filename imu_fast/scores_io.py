@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,36 @@ from imu_fast.errors import InputError
 from imu_fast.storage import replacing
 
 ENDINGS = (".npz", ".parquet", ".csv")
+
+
+def check_out(path: Path, name: str = "out") -> None:
+    """Raise InputError unless a file can be written here; missing folders can be made."""
+    if path.is_dir():
+        raise InputError(f"{name}={str(path)!r} is a folder; add a file name")
+    check_folder(path.absolute().parent, path, name)
+
+
+def check_folder(folder: Path, path: Path, name: str = "out") -> None:
+    """Raise InputError unless ``folder``, which ``path`` needs, exists or can be made, writable."""
+    folder = folder.absolute()
+    there = next(p for p in (folder, *folder.parents) if os.path.exists(p))
+    if not there.is_dir():
+        raise InputError(f"{name}={str(path)!r}: {str(there)!r} is no folder; choose another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{name}={str(path)!r}: the folder {str(there)!r} cannot be written to; choose another"
+        )
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the file system refuses (no space, no rights) into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"out={str(path)!r} cannot be written ({error}); free space there or choose another"
+        ) from error
 
 
 def check_ending(path: Path) -> None:

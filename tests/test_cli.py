@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -114,6 +117,62 @@ def test_image_folder_and_torchvision_model(tmp_path):
     ]
 
 
+def test_one_class_folder_is_scored_under_its_own_class(toy):
+    folder, options, _ = toy
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("torchvision")
+    (folder / "forget" / "dog").mkdir(parents=True)
+    for i in range(3):
+        pixels = np.random.default_rng(i).integers(0, 255, (2, 2, 3), dtype=np.uint8)
+        image.fromarray(pixels).save(folder / "forget" / "dog" / f"{i}.png")
+    options = [*options[:4], "--data", folder / "forget", "--image-size", 2]
+    out = folder / "scores.npz"
+    for command in ("score", "unlearn"):
+        assert "the model 3 classes; say which" in run(command, *options, code=2)
+    (folder / "classes.txt").write_text("cat\nzebra\ndog\n")
+    run("score", *options, "--classes", folder / "classes.txt", "--out", out)
+    found = np.load(out)["influence"]
+    (folder / "forget" / "dog").rename(folder / "forget" / "2")
+    run("score", *options, "--out", out)
+    np.testing.assert_array_equal(found, np.load(out)["influence"])
+    (folder / "forget" / "2").rename(folder / "forget" / "0")
+    run("score", *options, "--out", out)
+    assert not np.allclose(found, np.load(out)["influence"])
+
+
+def test_own_architecture_beside_the_user(toy, monkeypatch):
+    """A console script has its own folder on sys.path, not the current one."""
+    folder, options, _ = toy
+    monkeypatch.undo()
+    script = folder / "bin" / "imu-fast"
+    script.parent.mkdir()
+    script.write_text(
+        "import sys\n"
+        "from imu_fast.cli import app\n"
+        "before = list(sys.path)\n"
+        "try:\n    app()\nfinally:\n    assert sys.path == before\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    command = [sys.executable, script, "score", *options, "--out", folder / "scores.csv"]
+    done = subprocess.run(
+        [str(part) for part in command], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "20 scores" in done.stdout
+
+
+def test_weights_of_a_head_that_is_not_the_last_tensor(tmp_path):
+    """safetensors sorts its tensors, so the head's name counts and not its place."""
+    timm = pytest.importorskip("timm")
+    from imu_fast.checkpoints import build_model
+    from imu_fast.storage import save_tensors
+
+    model = timm.create_model("tiny_vit_5m_224", num_classes=7)
+    save_tensors(tmp_path / "weights.safetensors", model.state_dict(), {})
+    built = build_model("timm:tiny_vit_5m_224", tmp_path / "weights.safetensors")
+    assert built.get_classifier().out_features == 7
+
+
 def test_doctor_and_version_and_help():
     text = run("doctor")
     assert "torch" in text and "imu_fast._C" in text and "LAPACK" in text
@@ -165,6 +224,10 @@ def test_quick_demo(tmp_path):
         (["--arch", "torchvision:resnet18"], "do not fit"),
         (["--curvature", "hessian"], "curvature='hessian' is unknown"),
         (["--damping", "0"], "damping=0.0 must be finite and > 0"),
+        (["--damping", "-1"], "damping=-1.0 must be finite and > 0"),
+        (["--damping", "nan"], "damping=nan must be finite and > 0"),
+        (["--arch", "torchvision:fasterrcnn_resnet50_fpn"], "has no classifier"),
+        (["--arch", ":make"], "cannot be built"),
         (["--batch-size", "0"], "batch_size=0"),
     ],
 )
@@ -184,7 +247,7 @@ def test_bad_files(toy):
     np.savez(folder / "a.npz", images=np.zeros((2, 3)))
     assert "it needs x" in run("score", *rest, "--data", folder / "a.npz", code=2)
     np.savez(folder / "a.npz", x=np.zeros((2, 3)), y=np.zeros(3))
-    assert "x has 2 samples and y 3" in run("score", *rest, "--data", folder / "a.npz", code=2)
+    assert "(2, 3) and y (3,)" in run("score", *rest, "--data", folder / "a.npz", code=2)
     np.savez(folder / "a.npz", x=np.zeros((2, 3), dtype=np.uint8), y=np.zeros(2))
     assert "float32" in run("score", *rest, "--data", folder / "a.npz", code=2)
     (folder / "empty").mkdir()
@@ -197,6 +260,222 @@ def test_bad_files(toy):
     torch.save({"a": torch.zeros(2)}, folder / "flat.pt")
     assert "no linear layer" in run("score", *options, "--weights", folder / "flat.pt", code=2)
     assert ".safetensors" in run("unlearn", *options, "--out", folder / "a.pt", code=2)
+
+
+def arrays(**named):
+    def write(path):
+        np.savez(path, **named)
+
+    return write
+
+
+def content(raw):
+    def write(path):
+        path.write_bytes(raw)
+
+    return write
+
+
+def shortened(path):
+    np.savez(path, x=X, y=Y)
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def damaged(path):
+    np.savez_compressed(path, x=X, y=Y)
+    raw = bytearray(path.read_bytes())
+    raw[120:160] = bytes(40)
+    path.write_bytes(raw)
+
+
+def single_array(path):
+    with open(path, "wb") as file:
+        np.save(file, X)
+
+
+X, Y = np.ones((4, 12), np.float32), np.zeros(4, np.int64)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (content(b"not a zip"), "cannot be read"),
+        (content(b""), "cannot be read"),
+        (shortened, "cannot be read"),
+        (damaged, "cannot be read"),
+        (single_array, "a single array"),
+        (arrays(x=X, y=np.array([0, 1, None, 2])), "cannot be read (Object arrays"),
+        (arrays(x=X, y=Y.astype(float)), "y is float64; store class indices"),
+        (arrays(x=X, y=Y > 1), "y is bool; store class indices"),
+        (arrays(x=X, y=Y - 1), "y[0]=-1 is outside [0, 3)"),
+        (arrays(x=X, y=np.array([0, 2, 3, 1])), "y[2]=3 is outside [0, 3); the model has 3"),
+        (arrays(x=X, y=Y[:, None]), "(4, 12) and y (4, 1)"),
+        (arrays(x=np.float32(1), y=Y), "store x [n, ...] and y [n]"),
+        (arrays(x=X[:0], y=Y[:0]), "n >= 1"),
+        (arrays(x=X[:, :11], y=Y), "cannot take a sample of shape (11,) and torch.float32"),
+        (arrays(x=X.astype(np.float64), y=Y), "cannot take a sample of shape (12,) and torch.fl"),
+        (arrays(x=X.astype(np.longdouble), y=Y), "store what the model takes"),
+        (arrays(x=X.astype(complex), y=Y), "store what the model takes"),
+        (arrays(x=X * np.nan, y=Y), "not finite at sample 0"),
+    ],
+)
+@pytest.mark.parametrize("command", ["score", "unlearn"])
+def test_bad_arrays(toy, command, write, message):
+    folder, options, _ = toy
+    path = folder / "forget.npz"
+    write(path)
+    before = sorted(folder.iterdir())
+    text = run(command, *options, "--out", folder / ENDS[command], code=2)
+    assert text.startswith("error: ") and message in text
+    if "not finite" not in message:
+        assert "data" in text
+    assert sorted(p for p in folder.iterdir() if p.name != "__pycache__") == [
+        p for p in before if p.name != "__pycache__"
+    ]
+
+
+ENDS = {"score": "scores.npz", "unlearn": "unlearned.safetensors"}
+
+
+def test_arrays_of_another_machine(toy):
+    folder, options, (x, y) = toy
+    run("score", *options, "--out", folder / "a.npz")
+    np.savez(folder / "forget.npz", x=x.numpy().astype(">f4"), y=y.numpy().astype(">u2"))
+    run("score", *options, "--out", folder / "b.npz")
+    np.testing.assert_array_equal(
+        np.load(folder / "a.npz")["influence"], np.load(folder / "b.npz")["influence"]
+    )
+
+
+@pytest.mark.parametrize("command", ["score", "unlearn"])
+def test_out_is_checked_before_the_work(toy, monkeypatch, command):
+    folder, options, _ = toy
+    monkeypatch.setattr("imu_fast.checkpoints.build_model", None)  # the work would begin here
+    name = ENDS[command]
+    (folder / "sub" / name).mkdir(parents=True)
+    text = run(command, *options, "--out", folder / "sub" / name, code=2)
+    assert "is a folder; add a file name" in text
+    text = run(command, *options, "--out", folder / "weights.pt" / "new" / name, code=2)
+    assert "weights.pt' is no folder" in text
+    monkeypatch.setattr(
+        "os.access", lambda path, mode: not mode & os.W_OK
+    )  # root may write anywhere
+    text = run(command, *options, "--out", folder / "new" / name, code=2)
+    assert f"the folder '{folder}' cannot be written to" in text
+    assert not (folder / "new").exists()
+
+
+def test_a_full_disk_is_an_error_of_one_line(toy, monkeypatch):
+    folder, options, _ = toy
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    for command, name in ENDS.items():
+        text = run(command, *options, "--out", folder / name, code=2)
+        assert "cannot be written" in text and "No space left" in text
+        assert not (folder / name).exists()
+
+
+def test_demo_out_is_a_file(tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    (tmp_path / "file").write_text("")
+    assert "is no folder" in run("demo", "--out", tmp_path / "file", code=2)
+    assert "seed=-1" in run("demo", "--out", tmp_path / "new", "--seed", -1, code=2)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("def make(:", "cannot be built: SyntaxError"),
+        ("raise KeyError('x')", "cannot be built: KeyError"),
+        ("make = 3", "is a int; name a function"),
+        ("def other(): pass", "has no attribute 'make'"),
+        ("def make(width): pass", "needs arguments (missing a required argument: 'width')"),
+        ("def make(): return {}['depth']", "raised KeyError: 'depth'; python -c"),
+        ("def make(): return None", "returned a NoneType; it must return a torch.nn.Module"),
+        ("def make(): return nn.Linear(12, 3)", "weights.pt' do not fit arch='own_arch:make'"),
+        ("def make(): return Odd(lambda x: x @ x[0, 0, 0, :1])", "cannot take a sample"),
+        ("def make(): return Odd(lambda x: 3)", "returned a int without logits"),
+        ("def make(): return Odd(lambda x: x.sum())", "returns shape () for one sample"),
+        ("def make(): return Odd(lambda x: x[:, :3, 0, 0].exp())", "producer of the logits"),
+    ],
+)
+def test_bad_architectures(toy, monkeypatch, body, message):
+    folder, options, _ = toy
+    odd = (
+        "from torch import nn\n"
+        "class Odd(nn.Sequential):\n"
+        "    def __init__(self, f):\n"
+        "        super().__init__(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))\n"
+        "        self.f = f\n"
+        "    def forward(self, x):\n"
+        "        return self.f(x)\n"
+    )
+    (folder / "own_arch.py").write_text(odd + body + "\n")
+    monkeypatch.delitem(sys.modules, "own_arch", raising=False)
+    text = run("score", *options, "--arch", "own_arch:make", "--out", folder / "a.csv", code=2)
+    monkeypatch.delitem(sys.modules, "own_arch", raising=False)
+    assert text.startswith("error: ") and message in text
+
+
+@pytest.mark.parametrize("cut", [0, 5, 40, -30])
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_damaged_weights(toy, cut, ending):
+    from imu_fast.storage import save_tensors
+
+    folder, options, _ = toy
+    path = folder / f"weights.{ending}"
+    if ending == "safetensors":
+        save_tensors(path, toy_model().state_dict(), {})
+    for raw in (path.read_bytes()[:cut], b"\x80\x02" + bytes(range(256)), b"GARBAGE" * 9):
+        path.write_bytes(raw)
+        text = run("score", *options, "--weights", path, "--out", folder / "a.csv", code=2)
+        assert text.startswith("error: weights=") and "broken" in text
+
+
+def test_bad_checkpoints(toy):
+    from imu_fast.storage import save_tensors
+
+    folder, options, _ = toy
+    path = folder / "run.safetensors"
+    options += ["--out", folder / "out.safetensors", "--checkpoint"]
+    save_tensors(folder / "other", {"a": torch.zeros(2)}, {"format": "pt"})
+    save_tensors(folder / "json", {"a": torch.zeros(2)}, {"imu_fast": "{"})
+    whole = (folder / "other").read_bytes()
+    for raw in (b"", b"GARBAGE" * 9, whole, whole[:-3], (folder / "json").read_bytes()):
+        path.write_bytes(raw)
+        text = run("unlearn", *options, path, code=2)
+        assert "is no checkpoint of unlearn, or is broken" in text and "delete it" in text
+    assert "is a folder" in run("unlearn", *options, folder, code=2)
+    assert not (folder / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ["--lr", "0"],
+        ["--epochs", "0"],
+        ["--seed", "-1"],
+        ["--method", "magic"],
+        ["--scope", "tail"],
+        ["--preset", "pamphlet"],
+        ["--preset", "paper"],
+        ["--objective", "mse"],
+        ["--precondition", "labels"],
+        ["--stop-accuracy", "2"],
+        ["--image-size", "0"],
+        ["--lr", "1e30", "--epochs", "50", "--method", "uniform", "--scope", "all"],
+    ],
+)
+def test_bad_options_of_unlearn(toy, change):
+    folder, options, _ = toy
+    out = folder / "out.safetensors"
+    text = run("unlearn", *options, "--out", out, *change, code=2)
+    assert text.startswith("error: ") and change[0][2:].replace("-", "_")[-8:] in text
+    assert not out.exists()
 
 
 def test_files_are_whole_or_absent(tmp_path):

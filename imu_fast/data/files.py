@@ -2,42 +2,165 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from imu_fast.errors import InputError, check_count
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_CLASSES_HELP = (
+    "a text file with one class name per line in the order of the model's outputs, or the folder "
+    "of the training set"
+)
 
 
 def load_data(
-    path: Path, *, image_size: int = 224, batch_size: int = 64
+    path: Path,
+    count_classes: Callable[[Tensor], int],
+    *,
+    classes: Path | None = None,
+    image_size: int = 224,
+    batch_size: int = 64,
 ) -> tuple[DataLoader, list[str]]:
     """A loader over ``path`` in a fixed order, and the name of every sample in that order.
 
     Args:
-        path: a folder with one sub-folder per class (in alphabetical order, as
-            torchvision.datasets.ImageFolder: resized, cropped, ImageNet's mean and deviation), or
-            an ``.npz`` with ``x`` [n, ...] floating, taken as it is, and ``y`` [n] integers.
+        path: a folder with one sub-folder per class (read as torchvision.datasets.ImageFolder:
+            resized, cropped, ImageNet's mean and deviation), or an ``.npz`` with ``x`` [n, ...]
+            floating, taken as it is, and ``y`` [n] integers.
+        count_classes: from one sample [1, ...] to the number of the model's outputs.
+        classes: which class a sub-folder is, see :func:`class_indices`.
 
     Raises:
-        InputError: missing, empty, or not of these forms.
+        InputError: missing, empty, broken or not of these forms; labels that the model has not.
     """
     check_count("image_size", image_size)
     check_count("batch_size", batch_size)
     if path.is_dir():
-        return _image_folder(path, image_size, batch_size)
-    if path.suffix == ".npz" and path.is_file():
-        return _arrays(path, batch_size)
-    raise InputError(
-        f"data={str(path)!r} is neither a folder with a sub-folder per class nor an .npz file"
-    )
+        return _image_folder(path, count_classes, classes, image_size, batch_size)
+    if path.suffix != ".npz" or not path.is_file():
+        raise InputError(
+            f"data={str(path)!r} is neither a folder with a sub-folder per class nor an .npz file"
+        )
+    if classes is not None:
+        raise InputError(
+            f"classes={str(classes)!r} names the sub-folders of an image folder; leave it out "
+            "with an .npz, whose y are class indices"
+        )
+    return _arrays(path, count_classes, batch_size)
 
 
-def _image_folder(path: Path, image_size: int, batch_size: int) -> tuple[DataLoader, list[str]]:
+def class_indices(
+    names: Sequence[str], count: int, classes: Path | None, *, data: str
+) -> list[int]:
+    """The class index of every sub-folder.
+
+    A forget set may hold some of the classes only, so a sub-folder's place says nothing unless all
+    classes are there. In this order: ``classes`` says; or all names are whole numbers, which are
+    the indices; or there are as many sub-folders as classes, numbered alphabetically.
+
+    Args:
+        names: of the sub-folders, sorted. count: classes of the model.
+        classes: a text file with one class name per line in the order of the model's outputs, or a
+            folder whose sub-folders, sorted, are all classes. data: the folder, for messages.
+
+    Raises:
+        InputError: a name that is no class, or no way to know which class it is.
+    """
+    if classes is not None:
+        known = _class_names(classes)
+        if len(known) != count:
+            raise InputError(
+                f"classes={str(classes)!r} has {len(known)} classes, the model {count}; "
+                f"pass {_CLASSES_HELP}"
+            )
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise InputError(
+                f"data={data!r} has the sub-folders {_some(unknown)}, which are not in "
+                f"classes={str(classes)!r} ({_some(known)}); rename or remove them"
+            )
+        return [known.index(name) for name in names]
+    if all(name.isascii() and name.isdecimal() for name in names):
+        indices = [int(name) for name in names]
+        wrong = [n for n, i in zip(names, indices, strict=True) if i >= count]
+        if wrong or len(set(indices)) < len(indices):
+            raise InputError(
+                f"data={data!r} has the sub-folders {_some(wrong or names)}; whole numbers are "
+                f"class indices, each once, from 0 to {count - 1}; rename them, or pass --classes"
+            )
+        if len(names) == count and indices != sorted(indices):
+            # ImageFolder numbers 0, 1, 10, 2: which of the two the model learned is not known.
+            raise InputError(
+                f"data={data!r} has all {count} classes under whole numbers whose alphabetical "
+                "order (ImageFolder's numbering) is another; say which the model was trained "
+                f"with, by --classes: {_CLASSES_HELP}"
+            )
+        return indices
+    if len(names) != count:
+        raise InputError(
+            f"data={data!r} has {len(names)} sub-folders ({_some(names)}), the model {count} "
+            f"classes; say which is which with --classes: {_CLASSES_HELP}"
+        )
+    return list(range(count))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _class_names(path: Path) -> list[str]:
+    if path.is_dir():
+        return sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+    try:
+        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"classes={str(path)!r} cannot be read ({error}); pass {_CLASSES_HELP}"
+        ) from error
+    names = [line.strip() for line in lines]
+    seen: dict[str, int] = {}
+    for number, name in enumerate(names, start=1):
+        if not name:
+            raise InputError(
+                f"classes={str(path)!r}: line {number} is empty; every line is a class, remove it"
+            )
+        if name in seen:
+            raise InputError(
+                f"classes={str(path)!r}: {name!r} is on the lines {seen[name]} and {number}; "
+                "every class has one line"
+            )
+        seen[name] = number
+    return names
+
+
+def _open_image(path: str) -> Any:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    # What Pillow's decoders raise on files that are cut short, damaged or no images.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(
+            f"data: the image {path!r} cannot be read ({error}); repair or remove it"
+        ) from error
+
+
+def _image_folder(
+    path: Path,
+    count_classes: Callable[[Tensor], int],
+    classes: Path | None,
+    image_size: int,
+    batch_size: int,
+) -> tuple[DataLoader, list[str]]:
     try:
         from torchvision import transforms
         from torchvision.datasets import ImageFolder
@@ -53,27 +176,63 @@ def _image_folder(path: Path, image_size: int, batch_size: int) -> tuple[DataLoa
         transforms.Normalize(*IMAGENET),
     ]
     try:
-        dataset = ImageFolder(str(path), transforms.Compose(steps))
+        dataset = ImageFolder(str(path), transforms.Compose(steps), loader=_open_image)
     except FileNotFoundError as error:
-        raise InputError(f"data={str(path)!r}: {error}; make a sub-folder per class") from error
+        raise InputError(
+            f"data={str(path)!r}: {error}; make a sub-folder per class, none empty"
+        ) from error
+    count = count_classes(dataset[0][0][None])
+    indices = class_indices(dataset.classes, count, classes, data=str(path))
+    dataset.target_transform = indices.__getitem__
     names = [str(Path(name).relative_to(path)) for name, _ in dataset.samples]
     return DataLoader(dataset, batch_size=batch_size), names
 
 
-def _arrays(path: Path, batch_size: int) -> tuple[DataLoader, list[str]]:
-    import numpy as np
-
-    with np.load(path, allow_pickle=False) as file:
-        found: dict[str, Any] = {k: file[k] for k in ("x", "y") if k in file}
-        keys = sorted(file)
-    if len(found) < 2:
-        raise InputError(f"data={str(path)!r} has arrays {keys}; it needs x [n, ...] and y [n]")
-    x, y = torch.from_numpy(found["x"]), torch.from_numpy(found["y"])
-    if len(x) != len(y) or len(x) == 0:
-        raise InputError(f"data={str(path)!r}: x has {len(x)} samples and y {len(y)}")
-    if not x.is_floating_point():
+def _arrays(
+    path: Path, count_classes: Callable[[Tensor], int], batch_size: int
+) -> tuple[DataLoader, list[str]]:
+    x, y = _read_arrays(path)
+    if x.ndim == 0 or y.ndim != 1 or len(x) != len(y) or len(x) == 0:
+        raise InputError(
+            f"data={str(path)!r}: x has shape {x.shape} and y {y.shape}; "
+            "store x [n, ...] and y [n], n >= 1"
+        )
+    if x.dtype.kind != "f" or x.dtype.itemsize > 8:
         raise InputError(
             f"data={str(path)!r}: x is {x.dtype}; store what the model takes (float32)"
         )
-    dataset = TensorDataset(x, y.to(torch.int64))
+    if y.dtype.kind not in "iu":
+        raise InputError(f"data={str(path)!r}: y is {y.dtype}; store class indices (int64)")
+    # PyTorch knows the machine's own byte order only.
+    inputs = torch.from_numpy(x.astype(x.dtype.newbyteorder("="), copy=False))
+    count = count_classes(inputs[:1])
+    wrong = (y < 0) | (y >= count)
+    if wrong.any():
+        first = int(wrong.argmax())
+        raise InputError(
+            f"data={str(path)!r}: y[{first}]={y[first]} is outside [0, {count}); "
+            f"the model has {count} classes"
+        )
+    dataset = TensorDataset(inputs, torch.from_numpy(y.astype("int64")))
     return DataLoader(dataset, batch_size=batch_size), [str(i) for i in range(len(x))]
+
+
+def _read_arrays(path: Path) -> tuple[Any, Any]:
+    import numpy as np
+
+    try:
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("it is a single array")
+        with file:
+            keys = sorted(file)
+            found = {k: file[k] for k in ("x", "y") if k in file}
+    # No archive, cut short, damaged, encrypted, or with arrays of Python objects.
+    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(
+            f"data={str(path)!r} cannot be read ({error}); write it with "
+            "numpy.savez(path, x=..., y=...), x and y arrays of numbers"
+        ) from error
+    if len(found) < 2:
+        raise InputError(f"data={str(path)!r} has arrays {keys}; it needs x [n, ...] and y [n]")
+    return found["x"], found["y"]
