@@ -62,5 +62,6 @@ def test_damped_cholesky(benchmark, size, dtype, role):
     error = float((damped(a) @ found - b).norm() / b.norm())
     assert error <= 1e4 * order * torch.finfo(dtype).eps
     benchmark.group = f"{batch} x {order}, {dtype}"
-    benchmark.extra_info.update(role=role, samples=batch, flops=2 * batch * order**3 // 3)
+    flops = 2 * batch * order**3 // 3
+    benchmark.extra_info.update(role=role, samples=batch, flops=flops, threads=2)
     benchmark.pedantic(lambda: SOLVERS[role](a, b), rounds=15, iterations=1, warmup_rounds=2)
