@@ -25,8 +25,8 @@ from imu_fast.capture import (
 )
 from imu_fast.errors import InputError, check_positive
 from imu_fast.factors import IGNORE_INDEX, GradientFactors, check_labels
-from imu_fast.ops.head_ascent import head_ascent_gradient, head_logits, objective
-from imu_fast.solvers.cholesky import damped_cholesky_solve
+from imu_fast.ops.head_ascent import head_ascent_gradient, head_logits
+from imu_fast.ops.objective import objective
 
 OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
 _EVALUATION_ROWS = 4096
@@ -157,9 +157,9 @@ class StopRule:
         if self.membership_auc is not None and self.unseen is None:
             raise InputError("unseen=None: membership_auc needs a loader of unseen samples")
 
-    def reached(self, problem: Problem) -> str | None:
+    def reached(self, state: Measured) -> str | None:
         """The name of the condition that holds now, or None."""
-        forget = problem.measure("forget")
+        forget = state.measure("forget")
         if self.forget_accuracy is not None and forget.accuracy <= self.forget_accuracy:
             return "forget_accuracy"
         if self.forget_loss is not None and forget.mean_loss >= self.forget_loss:
@@ -167,7 +167,7 @@ class StopRule:
         if self.membership_auc is not None:
             from sklearn.metrics import roc_auc_score
 
-            unseen = problem.measure("unseen")
+            unseen = state.measure("unseen")
             confidence = torch.cat([forget.confidence, unseen.confidence]).cpu().numpy()
             member = [1] * len(forget.confidence) + [0] * len(unseen.confidence)
             if roc_auc_score(member, confidence) <= self.membership_auc:
@@ -175,7 +175,15 @@ class StopRule:
         return None
 
 
-class Problem(Protocol):
+class Measured(Protocol):
+    """Something that can say how a set is classified at its current state."""
+
+    def measure(self, name: str) -> Measurement:
+        """Measure the set ``name``: "forget", "unseen" or a watched one."""
+        ...
+
+
+class Problem(Measured, Protocol):
     """What the ascent loop drives."""
 
     n: int
@@ -183,10 +191,6 @@ class Problem(Protocol):
 
     def step(self, rows: Tensor, weights: Tensor) -> Tensor:
         """One reweighted step on forget samples ``rows`` [B]; returns the loss (scalar tensor)."""
-        ...
-
-    def measure(self, name: str) -> Measurement:
-        """Measure the set ``name`` ("forget", "unseen" or a watched one) at the current state."""
         ...
 
     def factors(self, rows: Tensor | None = None) -> list[GradientFactors]:
@@ -202,32 +206,14 @@ class Problem(Protocol):
         ...
 
 
-def feature_preconditioner(features: Tensor, has_bias: bool, eps: float) -> Tensor:
-    """``M = (S + eps tr(S)/D I)^-1`` with ``S = mean(a~ a~^T)``: [D, D], SPEC section 5.
-
-    Args:
-        features: [n, d], of the forget set. eps: > 0, damping relative to the mean eigenvalue.
-    """
-    ones = features.new_ones(len(features), 1)
-    a = torch.cat([features, ones], dim=1) if has_bias else features
-    return invert_second_moment(a.t() @ a / len(a), eps)
-
-
-def invert_second_moment(second_moment: Tensor, eps: float) -> Tensor:
-    """``(S + eps tr(S)/D I)^-1`` of a second moment S [D, D]."""
-    check_positive("precondition_eps", eps)
-    eye = torch.eye(len(second_moment), dtype=second_moment.dtype, device=second_moment.device)
-    damping = eps * float(second_moment.diagonal().mean())
-    return damped_cholesky_solve(second_moment, eye, damping)
-
-
 class HeadProblem:
     """Ascent of the classifier alone: features are captured once, gradients are in closed form.
 
     Args:
         head: the linear layer; written only by :meth:`finish`.
         sets: captured features of "forget", and of every set that is measured.
-        preconditioner: [D, D] or None; applied to the ascent gradient, which keeps its own norm.
+        auxiliary: [n], what the objective needs to know of each forget sample, or None.
+        rows: [C] bool, the classes whose weights may change; None: all.
     """
 
     def __init__(
@@ -238,10 +224,14 @@ class HeadProblem:
         *,
         objective: str,
         alpha: float,
-        preconditioner: Tensor | None = None,
+        auxiliary: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> None:
         self.head, self.objective, self.alpha = head, objective, alpha
-        self.preconditioner = preconditioner
+        self.auxiliary = None if auxiliary is None else auxiliary.to(head.weight.device)
+        self.frozen = None if rows is None else ~rows.to(head.weight.device)
+        # [C, D] -> [C, D], applied to the ascent gradient, which keeps its own norm.
+        self.preconditioner: Callable[[Tensor], Tensor] | None = None
         dtype = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
         self.sets = {k: (s.features.to(dtype), s.labels) for k, s in sets.items()}
         self.n = len(self.sets["forget"][1])
@@ -256,17 +246,27 @@ class HeadProblem:
         features, labels = self.sets["forget"]
         rows = rows.to(features.device)
         gradient, loss = head_ascent_gradient(
-            features[rows], labels[rows], weights, self.theta, self.has_bias, self.objective
+            features[rows],
+            labels[rows],
+            weights,
+            self.theta,
+            self.has_bias,
+            self.objective,
+            None if self.auxiliary is None else self.auxiliary[rows],
         )
         if self.preconditioner is not None:
-            moved = gradient @ self.preconditioner
+            moved = self.preconditioner(gradient).to(gradient)
             scale = gradient.norm() / moved.norm().clamp_min(torch.finfo(moved.dtype).tiny)
             gradient = moved.mul_(scale)
         if self.alpha:
             gradient.add_(self.theta.sign(), alpha=self.alpha)
             loss = loss + self.alpha * self.theta.abs().sum()
         self.theta.grad = gradient
+        # Not by a gradient of zero: weight decay and momentum move what has none.
+        kept = None if self.frozen is None else self.theta[self.frozen]
         self.optimizer.step()
+        if kept is not None:
+            self.theta[self.frozen] = kept
         return loss
 
     def measure(self, name: str) -> Measurement:
@@ -288,16 +288,10 @@ class HeadProblem:
 
     def finish(self) -> None:
         d = self.head.in_features
-        before = [p.detach().clone() for p in self.head.parameters()]
         with torch.no_grad():
-            try:
-                self.head.weight.copy_(self.theta[:, :d])
-                if self.has_bias:
-                    self.head.bias.copy_(self.theta[:, d])
-            except BaseException:  # Ctrl-C between the two
-                for parameter, old in zip(self.head.parameters(), before, strict=True):
-                    parameter.copy_(old)
-                raise
+            self.head.weight.copy_(self.theta[:, :d])
+            if self.has_bias:
+                self.head.bias.copy_(self.theta[:, d])
 
 
 @contextmanager
@@ -324,6 +318,7 @@ class NetworkProblem:
         batchnorm: ``"train"`` lets running statistics drift on forget data, ``"eval"`` not.
         dropout: mode of every layer that is not a BatchNorm, same values.
         score_layers: what :meth:`factors` captures.
+        auxiliary: [n], what the objective needs to know of each forget sample, or None.
     """
 
     def __init__(
@@ -338,8 +333,10 @@ class NetworkProblem:
         batchnorm: str,
         dropout: str,
         score_layers: Any,
+        auxiliary: Tensor | None = None,
     ) -> None:
         self.model, self.sets, self.objective, self.alpha = model, sets, objective, alpha
+        self.auxiliary = auxiliary
         self.batchnorm, self.dropout, self.score_layers = batchnorm, dropout, score_layers
         self.forget: ForgetSet = sets["forget"]
         self.n = self.forget.n
@@ -363,7 +360,10 @@ class NetworkProblem:
         with _modes(self.model, batchnorm=self.batchnorm, dropout=self.dropout):
             with torch.enable_grad():
                 logits, labels = self._forward(self.forget.get(rows.tolist()))
-                values = objective(logits.to(share.dtype), labels, self.objective)
+                auxiliary = None
+                if self.auxiliary is not None:
+                    auxiliary = self.auxiliary[rows.to(self.auxiliary.device)].to(self.device)
+                values = objective(logits.to(share.dtype), labels, self.objective, auxiliary)
                 loss = -(share * values).sum()
                 if self.alpha:
                     penalty = [p.abs().sum() for p in self.parameters.values()]

@@ -100,19 +100,31 @@ def influence_weights(
     return [i for _, i in chosen], weights.tolist()
 
 
-def objective(logits: Tensor, labels: Tensor, name: str) -> Tensor:
+def objective(logits: Tensor, labels: Tensor, name: str, auxiliary: Tensor | None = None) -> Tensor:
     """``f(l_i)``, what reweighted ascent increases, SPEC section 5: [B], differentiable.
 
     ``ce``: the cross-entropy. ``log1mp``: ``log(1 - p_y)``. ``margin``: minus the hinge
-    ``max(0, z_y - max_{j != y} z_j)``.
+    ``max(0, z_y - max_{j != y} z_j)``. ``npo``: ``-2/beta log(1 + (p_y/p_ref)^beta)``, beta = 0.1,
+    auxiliary ``-log p_ref``. ``relabel``: ``log p`` of the class that auxiliary names.
     """
-    if name == "ce":
-        return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    label = logits.gather(1, labels[:, None]).squeeze(1)
-    others = logits.scatter(1, labels[:, None], -torch.inf)
-    if name == "margin":
-        return -(label - others.amax(dim=1)).clamp_min(0)
-    return others.logsumexp(dim=1) - logits.logsumexp(dim=1)
+    values = []
+    for i, (z, y) in enumerate(zip(logits, labels.tolist(), strict=True)):
+        log_p = z - z.logsumexp(dim=0)
+        others = torch.cat([z[:y], z[y + 1 :]])
+        if name == "ce":
+            values.append(-log_p[y])
+        elif name == "log1mp":
+            values.append(others.logsumexp(dim=0) - z.logsumexp(dim=0))
+        elif name == "margin":
+            values.append(-(z[y] - others.max()).clamp_min(0))
+        elif name == "npo":
+            assert auxiliary is not None
+            ratio = (log_p[y] + auxiliary[i]).exp()
+            values.append(-20 * torch.log(1 + ratio**0.1))
+        else:
+            assert auxiliary is not None
+            values.append(log_p[int(auxiliary[i])])
+    return torch.stack(values)
 
 
 def ggn_product(

@@ -40,6 +40,28 @@ def load(path: Path, split: str, count: int | None = None, seed: int = 0) -> tup
     for out, i in zip(images, order.tolist(), strict=True):
         with Image.open(io.BytesIO(raw[offsets[i] : offsets[i + 1]].tobytes())) as image:
             out[...] = np.asarray(image.convert("RGB"))
-    x = torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(255)
+    return normalised(torch.from_numpy(images)), torch.from_numpy(
+        labels[order.numpy()].astype("int64")
+    )
+
+
+def normalised(images: Tensor) -> Tensor:
+    """uint8 [n, 32, 32, 3] to float32 [n, 3, 32, 32], by CIFAR-10's mean and deviation."""
+    x = images.permute(0, 3, 1, 2).float().div_(255)
     mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (MEAN, STD))
-    return ((x - mean) / std).contiguous(), torch.from_numpy(labels[order.numpy()].astype("int64"))
+    return ((x - mean) / std).contiguous()
+
+
+def load_torchvision(folder: Path, split: str) -> tuple[Tensor, Tensor]:
+    """The same out of torchvision's own files (``cifar-10-batches-py`` in ``folder``), all of them.
+
+    Raises:
+        InputError: the files are not there.
+    """
+    from torchvision.datasets import CIFAR10
+
+    try:
+        data = CIFAR10(str(folder), train=split == "train")
+    except RuntimeError as error:
+        raise InputError(f"data_path={str(folder)!r} holds no CIFAR-10: {error}") from error
+    return normalised(torch.from_numpy(data.data)), torch.tensor(data.targets)

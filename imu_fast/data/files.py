@@ -154,13 +154,8 @@ def _open_image(path: str) -> Any:
         ) from error
 
 
-def _image_folder(
-    path: Path,
-    count_classes: Callable[[Tensor], int],
-    classes: Path | None,
-    image_size: int,
-    batch_size: int,
-) -> tuple[DataLoader, list[str]]:
+def _open_folder(path: Path, image_size: int) -> Any:
+    """torchvision's ImageFolder: resized, cropped, ImageNet's mean and deviation."""
     try:
         from torchvision import transforms
         from torchvision.datasets import ImageFolder
@@ -176,11 +171,32 @@ def _image_folder(
         transforms.Normalize(*IMAGENET),
     ]
     try:
-        dataset = ImageFolder(str(path), transforms.Compose(steps), loader=_open_image)
+        return ImageFolder(str(path), transforms.Compose(steps), loader=_open_image)
     except FileNotFoundError as error:
         raise InputError(
             f"data={str(path)!r}: {error}; make a sub-folder per class, none empty"
         ) from error
+
+
+def load_images(path: Path, image_size: int = 32) -> tuple[tuple[Tensor, Tensor], list[str]]:
+    """A folder with a sub-folder per class, whole in memory: ``(x [n, 3, s, s], y [n])``, classes.
+
+    Raises:
+        InputError: missing, empty or broken.
+    """
+    dataset = _open_folder(path, image_size)
+    x = torch.stack([image for image, _ in dataset])
+    return (x, torch.tensor(dataset.targets)), dataset.classes
+
+
+def _image_folder(
+    path: Path,
+    count_classes: Callable[[Tensor], int],
+    classes: Path | None,
+    image_size: int,
+    batch_size: int,
+) -> tuple[DataLoader, list[str]]:
+    dataset = _open_folder(path, image_size)
     count = count_classes(dataset[0][0][None])
     indices = class_indices(dataset.classes, count, classes, data=str(path))
     dataset.target_transform = indices.__getitem__
