@@ -56,6 +56,10 @@ class SingularMatrixError(ImuFastError, ArithmeticError):
         self.smallest_damping = smallest_damping
 
 
+class InfeasibleError(ImuFastError, ArithmeticError):
+    """The constraints of an optimisation problem contradict each other."""
+
+
 def check_positive(name: str, value: float, *, allow_zero: bool = False) -> float:
     """Return ``value`` as a float, or raise InputError unless it is finite and > 0 (>= 0)."""
     bound = ">= 0" if allow_zero else "> 0"

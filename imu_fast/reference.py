@@ -220,3 +220,35 @@ def linear_softmax_scores(
     fisher = fisher_diagonal(delta, features, offsets, has_bias)
     x = mean_gradient(delta, features, offsets, has_bias) / damped_diagonal(fisher, damping, mode)
     return influence(delta, features, offsets, has_bias, x), loss
+
+
+def margin_edit(
+    features: Tensor,
+    labels: Tensor,
+    rivals: Tensor,
+    theta: Tensor,
+    has_bias: bool,
+    moment: Tensor,
+    margin: float,
+    sweeps: int,
+) -> Tensor:
+    """SPEC section 5: ``min 1/2 tr(dT H dT^T)`` with every ``D_i (theta + dT) a~_i <= -m``.
+
+    Cyclic coordinate ascent on the dual, each sample against its given rival. moment: H, the damped
+    second moment [D, D]. Returns dT [C, D], float64.
+    """
+    act, inverse = augment(features.double(), has_bias), torch.linalg.inv(moment.double())
+    eye = torch.eye(len(theta), dtype=torch.float64)
+    push = [
+        torch.outer(eye[y] - eye[r], inverse @ a)
+        for y, r, a in zip(labels, rivals, act, strict=True)
+    ]
+    step, alpha = torch.zeros_like(theta, dtype=torch.float64), [0.0] * len(labels)
+    for _ in range(sweeps):
+        for i, (y, r, a) in enumerate(zip(labels, rivals, act, strict=True)):
+            z, own = (theta.double() + step) @ a, push[i] @ a
+            excess = z[y] - z[r] + margin
+            new = max(0.0, alpha[i] + float(excess / (own[y] - own[r])))
+            step = step - (new - alpha[i]) * push[i]
+            alpha[i] = new
+    return step
