@@ -1,0 +1,177 @@
+"""Whether forgetting is shallow: how fast the forgotten comes back, what the features still know.
+
+An edit of the classifier may reach any depth that outputs show and leave the knowledge in place.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imu_fast.ascent import ForgetSet
+from imu_fast.capture import capture_features, device_of, logits_of, split_batch, to_device
+from imu_fast.errors import (
+    InputError,
+    check_choice,
+    check_count,
+    check_finite_rows,
+    check_positive,
+)
+from imu_fast.evaluation.metrics import outputs_of
+from imu_fast.ops.head_ascent import head_logits
+from imu_fast.ops.mean_gradient import add_gradients
+from imu_fast.ops.softmax_residual import softmax_residual
+
+_MOMENTUM = 0.9
+_PROBE_RETAIN = 3000
+# Standardised features with the default L2 penalty converge in some tens of iterations.
+_PROBE_ITERATIONS = 300
+
+
+def _minibatches(n: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Indices of one minibatch after another, without end; each epoch in an order of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(n, generator=generator).split(batch_size)
+
+
+def _head_accuracies(
+    model: nn.Module, samples: ForgetSet, batches: Iterator[Tensor], lr: float
+) -> Iterator[float]:
+    """Accuracy on all samples before the first step, and after each: head only, closed form."""
+    found = capture_features(model, samples)
+    wide = torch.float64 if found.features.dtype == torch.float64 else torch.float32
+    features, labels = found.features.to(wide), found.labels
+    if len(labels) != samples.n:
+        raise InputError(
+            f"forget has {samples.n} samples but {len(labels)} labelled tokens; relearning is for "
+            "classifiers, and each sample needs a label"
+        )
+    theta = found.head.weight.detach().to(wide, copy=True)
+    if found.head.bias is not None:
+        theta = torch.cat([theta, found.head.bias.detach().to(wide)[:, None]], dim=1)
+    has_bias = found.head.bias is not None
+    velocity = torch.zeros_like(theta)
+    while True:
+        logits = head_logits(features, theta, has_bias)
+        yield float((logits.argmax(dim=1) == labels).double().mean())
+        rows = next(batches).to(labels.device)
+        delta, _ = softmax_residual(logits[rows], labels[rows])
+        add_gradients(
+            velocity, delta, features[rows], has_bias, beta=_MOMENTUM, alpha=1 / len(rows)
+        )
+        theta.sub_(velocity, alpha=lr)
+
+
+def _network_accuracies(
+    model: nn.Module, samples: ForgetSet, batches: Iterator[Tensor], lr: float
+) -> Iterator[float]:
+    """As :func:`_head_accuracies`, with every parameter of a copy of the network trained."""
+    model = copy.deepcopy(model).eval().requires_grad_()
+    device = device_of(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=_MOMENTUM)
+    while True:
+        yield outputs_of(model, samples).accuracy
+        args, kwargs, labels = to_device(split_batch(samples.get(next(batches).tolist())), device)
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            logits = logits_of(model(*args, **kwargs))
+            nn.functional.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+
+
+_ACCURACIES = {"head": _head_accuracies, "all": _network_accuracies}
+
+
+def relearning_steps(
+    model: nn.Module,
+    forget: Any,
+    *,
+    target: float,
+    lr: float = 0.01,
+    batch_size: int = 128,
+    max_steps: int = 50,
+    seed: int = 0,
+    scope: str = "head",
+) -> int:
+    """Steps of descent on the forget set until its accuracy is back: few, if it was never gone.
+
+    SGD with momentum 0.9 on the cross-entropy, in evaluation mode (BatchNorm frozen, no dropout),
+    on a copy: the model is left as it was. Both scopes see the same minibatches.
+
+    Args:
+        forget: DataLoader, iterable of ``(inputs, labels)`` batches, or tensors (X, y).
+        target: forget accuracy in [0, 1] that counts as relearned, asked after each step on the
+            whole forget set; for example the accuracy before unlearning.
+        scope: ``"head"``: the classifier, on features captured once. ``"all"``: the network.
+
+    Returns:
+        Steps taken: 0 if the target holds already, ``max_steps`` if it is never reached.
+
+    Raises:
+        InputError: an argument is out of range, or the forget set is empty.
+        NoHeadFoundError: ``scope="head"`` and no linear layer produces the logits.
+    """
+    if check_positive("target", target, allow_zero=True) > 1:
+        raise InputError(f"target={target!r} is an accuracy; pass a number in [0, 1]")
+    check_positive("lr", lr)
+    check_count("batch_size", batch_size)
+    check_count("max_steps", max_steps)
+    check_count("seed", seed, minimum=0)
+    measure = _ACCURACIES[check_choice("scope", scope, _ACCURACIES)]
+    samples = ForgetSet(forget, batch_size)
+    accuracies = measure(model, samples, _minibatches(samples.n, batch_size, seed), lr)
+    for step in range(max_steps):
+        if next(accuracies) >= target:
+            return step
+    return max_steps
+
+
+def linear_probe(features: Tensor, labels: Tensor, forget_mask: Tensor, *, seed: int = 0) -> float:
+    """Accuracy on forget samples of a fresh linear classifier: what the features still know.
+
+    A logistic regression (L2, standardised features) is trained on one half of the retain and
+    forget samples with their true labels, and asked about the other half's forget samples. However
+    the head was edited, features that still tell the forgotten apart score as high as before.
+
+    Args:
+        features: [N, d], the head's inputs. labels: [N] int64.
+        forget_mask: [N] bool, True for the forget samples.
+        seed: of the split, and of the subsample of 3,000 retain samples where there are more.
+
+    Raises:
+        InputError: shapes do not fit, features are not finite, or fewer than two forget samples.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    if features.dim() != 2 or any(t.shape != (len(features),) for t in (labels, forget_mask)):
+        raise InputError(
+            f"features have shape {tuple(features.shape)}, labels {tuple(labels.shape)}, "
+            f"forget_mask {tuple(forget_mask.shape)}; pass [N, d], [N] and [N]"
+        )
+    if forget_mask.dtype != torch.bool:
+        raise InputError(f"forget_mask has dtype {forget_mask.dtype}; pass a bool mask")
+    check_finite_rows("features", features)
+    mask = forget_mask.cpu()
+    forget, retain = (torch.nonzero(m).flatten() for m in (mask, ~mask))
+    if len(forget) < 2:
+        raise InputError(
+            f"forget_mask marks {len(forget)} samples; a half is trained on and a half tested: "
+            "mark two or more"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    forget = forget[torch.randperm(len(forget), generator=generator)]
+    retain = retain[torch.randperm(len(retain), generator=generator)[:_PROBE_RETAIN]]
+    train = torch.cat([forget[: len(forget) // 2], retain[: len(retain) // 2]]).numpy()
+    test = forget[len(forget) // 2 :].numpy()
+    x, y = features.detach().double().cpu().numpy(), labels.cpu().numpy()
+    if len(set(y[train])) == 1:  # the fit of one class is that class, whatever the features
+        return float((y[test] == y[train][0]).mean())
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=_PROBE_ITERATIONS))
+    return float(probe.fit(x[train], y[train]).score(x[test], y[test]))
