@@ -102,9 +102,7 @@ class Edit:
         if rule is not None:
             reached = rule.reached(self)
             if reached is None:
-                logger.warning(
-                    "margin_edit of %d of %d samples does not reach the depth", high, n
-                )
+                logger.warning("margin_edit of %d of %d samples does not reach the depth", high, n)
             else:
                 scale = self._shrink(rule, step)
         self.trajectory.clear()

@@ -1,4 +1,4 @@
-"""The ascent loop over a problem: epochs, weights, records, depths, checkpoints (SPEC section 5)."""
+"""The ascent loop over a problem: epochs, weights, records, depths, checkpoints (SPEC 5)."""
 
 from __future__ import annotations
 

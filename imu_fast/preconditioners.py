@@ -28,7 +28,8 @@ def describe(precondition: Precondition) -> str | None:
         if precondition not in (None, *PRECONDITIONERS):
             raise InputError(
                 f"precondition={precondition!r} is unknown; choose one of "
-                f"{', '.join(PRECONDITIONERS)}, or pass a second moment [D, D] or a fitted curvature"
+                f"{', '.join(PRECONDITIONERS)}, or pass a second moment [D, D] or a "
+                "fitted curvature"
             )
         return precondition
     if isinstance(precondition, Tensor):

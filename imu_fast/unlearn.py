@@ -108,10 +108,10 @@ def unlearn(
         model: a classifier that ends in a linear layer.
         forget_loader: DataLoader, re-iterable of ``(inputs, labels)`` batches, or tensors (X, y).
         method: a name out of :func:`imu_fast.methods`: ``"imu"``, its control ``"permuted"``,
-            ``"loss_weights"``, ``"uniform"`` (plain gradient ascent), ``"npo"``, ``"random_label"``,
-            ``"boundary_shrink"``, ``"preconditioned"``, ``"single_row"``, ``"margin_edit"`` (no
-            ascent: one quadratic program). A method is a set of defaults for the arguments below;
-            those that are given win.
+            ``"loss_weights"``, ``"uniform"`` (plain gradient ascent), ``"npo"``,
+            ``"random_label"``, ``"boundary_shrink"``, ``"preconditioned"``, ``"single_row"``,
+            ``"margin_edit"`` (no ascent: one quadratic program). A method is a set of defaults for
+            the arguments below; those that are given win.
         preset: ``"paper"`` behaves as the authors' code: the layers whose name contains ``fc`` are
             scored and trained, the whole model in training mode (so BatchNorm's running statistics
             drift and dropout is active), ``alpha=0.2``, ``top_fraction=0.1``. Arguments given

@@ -13,9 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the top of the house to its foundations; a file imports its own floor or lower ones.
 FLOORS = [
     ["cli", "integrations"],
-    ["evaluation", "methods", "data", "checkpoints", "scores_io", "doctor"],
-    ["unlearn"],
-    ["ascent", "capture"],
+    ["unlearn", "evaluation", "methods", "data", "checkpoints", "scores_io", "doctor"],
+    ["ascent", "loop", "edit", "preconditioners", "capture"],
     ["influence", "weighting"],
     ["curvature", "solvers"],
     ["factors"],

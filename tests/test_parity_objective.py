@@ -34,5 +34,3 @@ def test_margin_pushes_only_samples_still_predicted_as_their_label():
     logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, 1.0, 5.0], [1.0, 1.0, 0.0]])
     residual = objective_residual(logits, torch.tensor([0, 1, 0]), "margin")
     assert residual.tolist() == [[-1, 0, 1], [0, 0, 0], [-1, 1, 0]]
-
-

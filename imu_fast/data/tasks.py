@@ -148,14 +148,14 @@ def make_task(name: str, data: Dataset, seed: int) -> ForgetTask:
     if name == "class":
         digit = seed % data.classes
         title, forget = "one class", labels == digit
-        kept, alike = lambda y: y != digit, lambda y: y == digit  # noqa: E731
+        kept, alike = lambda y: y != digit, lambda y: y == digit
     else:
         count = round(float(name.removeprefix("random-")) / 100 * len(labels))
         generator = torch.Generator().manual_seed(1000 + seed)
         forget = torch.zeros(len(labels), dtype=torch.bool)
         forget[torch.randperm(len(labels), generator=generator)[:count]] = True
         title = f"{name.removeprefix('random-')} % at random"
-        kept = alike = lambda y: torch.ones_like(y, dtype=torch.bool)  # noqa: E731
+        kept = alike = lambda y: torch.ones_like(y, dtype=torch.bool)
     if not bool(forget.any()):
         raise InputError(f"task={name!r} forgets none of {len(labels)} training images; use more")
     validation, test = data.validation, data.test

@@ -63,8 +63,8 @@ def resnet(channels: int, classes: int, width: int = 24) -> nn.Module:
 def vgg(channels: int, classes: int, width: int = 16) -> nn.Module:
     """Five plain convolutions, pooled, and a hidden layer of 128 features."""
     layers: list[nn.Module] = []
-    stages = (channels, width, False), (width, width, True), (width, 2 * width, False)
-    stages += (2 * width, 2 * width, True), (2 * width, 4 * width, True)
+    stages = [(channels, width, False), (width, width, True), (width, 2 * width, False)]
+    stages += [(2 * width, 2 * width, True), (2 * width, 4 * width, True)]
     for inputs, outputs, pool in stages:
         layers += [_convolution(inputs, outputs), nn.ReLU()]
         if pool:

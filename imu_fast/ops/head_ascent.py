@@ -9,6 +9,7 @@ from imu_fast import backend
 from imu_fast.ops.mean_gradient import add_gradients
 from imu_fast.ops.objective import objective, objective_residual
 
+
 def head_logits(features: Tensor, theta: Tensor, has_bias: bool) -> Tensor:
     """``a~ @ theta.T`` without storing a~: features [B, d], theta [C, D] to [B, C]."""
     d = features.shape[1]

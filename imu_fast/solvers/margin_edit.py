@@ -17,7 +17,6 @@ from imu_fast.errors import (
     check_same_device,
 )
 from imu_fast.ops.gram import gram
-from imu_fast.ops.head_ascent import head_logits
 from imu_fast.solvers.cholesky import DampedCholesky, damped_cholesky
 from imu_fast.solvers.nonnegative_qp import maximise_nonnegative
 
