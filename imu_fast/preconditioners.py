@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from imu_fast import curvature
+from imu_fast.curvature.ggn import choose_solver
 from imu_fast.curvature.probabilities import augmented, probabilities
 from imu_fast.errors import InputError, check_positive
 from imu_fast.factors import GradientFactors
 from imu_fast.solvers.cholesky import damped_cholesky_solve
 
+# About how many steps a run takes, for the choice of the GGN's solver.
+_SOLVES = 100
 PRECONDITIONERS = ("features", "ggn", "kfac")
 Precondition = str | Tensor | Any | None
 
@@ -73,7 +76,12 @@ def preconditioner(
         mean = float(trace) / (factors.num_classes * factors.width)
         # A saturated model has no curvature to speak of: M is then a multiple of the identity.
         damping = max(eps * mean, torch.finfo(torch.float32).tiny)
-        return curvature.fit(precondition, factors, damping).solve
+        options: dict[str, Any] = {}
+        if precondition == "ggn":
+            # A direction needs few digits, and is asked for at every step: a factor pays.
+            sizes = (factors.num_tokens, factors.num_classes, factors.width)
+            options = {"solver": choose_solver(*sizes, solves=_SOLVES), "tolerance": 1e-2}
+        return curvature.fit(precondition, factors, damping, **options).solve
     if not isinstance(precondition, str | Tensor):
         return precondition.solve
     if isinstance(precondition, Tensor):

@@ -45,7 +45,7 @@ class ForgetTask:
         forget, retain: the two parts of the training set.
         validation, test: held-out images of the classes that are kept.
         unseen_validation, unseen_test: held-out images like the forget set: of the forgotten class,
-            or of all.
+            or of all (the same tensors as validation and test).
     """
 
     name: str
@@ -145,28 +145,29 @@ def make_task(name: str, data: Dataset, seed: int) -> ForgetTask:
     """
     check_task(name)
     _, labels = data.train
+    parts = {"validation": data.validation, "test": data.test}
     if name == "class":
         digit = seed % data.classes
         title, forget = "one class", labels == digit
-        kept, alike = lambda y: y != digit, lambda y: y == digit
+        kept = {k: take(part, part[1] != digit) for k, part in parts.items()}
+        alike = {k: take(part, part[1] == digit) for k, part in parts.items()}
     else:
-        count = round(float(name.removeprefix("random-")) / 100 * len(labels))
+        percent = name.removeprefix("random-")
         generator = torch.Generator().manual_seed(1000 + seed)
         forget = torch.zeros(len(labels), dtype=torch.bool)
+        count = round(float(percent) / 100 * len(labels))
         forget[torch.randperm(len(labels), generator=generator)[:count]] = True
-        title = f"{name.removeprefix('random-')} % at random"
-        kept = alike = lambda y: torch.ones_like(y, dtype=torch.bool)
+        title, kept, alike = f"{percent} % at random", parts, parts
     if not bool(forget.any()):
         raise InputError(f"task={name!r} forgets none of {len(labels)} training images; use more")
-    validation, test = data.validation, data.test
     return ForgetTask(
         name,
         title,
         "class" if name == "class" else "random",
         take(data.train, forget),
         take(data.train, ~forget),
-        take(validation, kept(validation[1])),
-        take(test, kept(test[1])),
-        take(validation, alike(validation[1])),
-        take(test, alike(test[1])),
+        kept["validation"],
+        kept["test"],
+        alike["validation"],
+        alike["test"],
     )
