@@ -1,5 +1,4 @@
-"""How a model classifies a set of samples, what membership attacks make of it, and how far two
-models are apart."""
+"""How a model classifies samples, what membership attacks learn, how far two models are apart."""
 
 from __future__ import annotations
 

@@ -52,9 +52,9 @@ def _head_accuracies(
             "classifiers, and each sample needs a label"
         )
     theta = found.head.weight.detach().to(wide, copy=True)
-    if found.head.bias is not None:
-        theta = torch.cat([theta, found.head.bias.detach().to(wide)[:, None]], dim=1)
     has_bias = found.head.bias is not None
+    if has_bias:
+        theta = torch.cat([theta, found.head.bias.detach().to(wide)[:, None]], dim=1)
     velocity = torch.zeros_like(theta)
     while True:
         logits = head_logits(features, theta, has_bias)
