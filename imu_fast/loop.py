@@ -102,10 +102,23 @@ class Run:
         self._measured: dict[str, Measurement] = {}
 
     def measure(self, name: str) -> Measurement:
-        """The problem's measurement at the current state, made once."""
+        """The problem's measurement at the current state, made once.
+
+        Raises:
+            DivergedError: finite weights may still give logits that are not.
+        """
         if name not in self._measured:
-            self._measured[name] = self.problem.measure(name)
+            measured = self.problem.measure(name)
+            if not bool(torch.isfinite(measured.loss).all()):
+                raise self._diverged()
+            self._measured[name] = measured
         return self._measured[name]
+
+    def _diverged(self) -> DivergedError:
+        return DivergedError(
+            f"the ascent diverged by step {self.step} with lr={self.settings['lr']}; lower lr, "
+            "stop earlier, or use a bounded objective ('margin')"
+        )
 
     def _scores(self, rows: Tensor | None = None) -> Tensor:
         s = self.settings
@@ -311,10 +324,7 @@ class Run:
         state = self.problem.state().values()
         finite = all(bool(torch.isfinite(loss)) for loss in losses)
         if not finite or not all(bool(torch.isfinite(t).all()) for t in state):
-            raise DivergedError(
-                f"the ascent diverged by step {self.step} with lr={self.settings['lr']}; lower lr,"
-                " stop earlier, or use a bounded objective ('margin')"
-            )
+            raise self._diverged()
 
     def _save(self, epochs: int, indices: Tensor, weights: Tensor, scores: Tensor | None) -> None:
         assert self.checkpoint is not None

@@ -44,8 +44,8 @@ logger = logging.getLogger("imu_fast")
 
 RULE = (
     "Learning rate: of a grid, the one with the best accuracy on validation images at the depth, "
-    "on a model of its own (seed 100) that the report does not use; chosen once per architecture for "
-    "forgetting a class and once for random sets."
+    "on a model of its own (seed 100) that the report does not use; chosen once per architecture "
+    "for forgetting a class and once for random sets."
 )
 # The model that learning rates are chosen on.
 _TUNING_SEED = 100
