@@ -24,7 +24,7 @@ from imu_fast.ascent import (
     head_sets,
 )
 from imu_fast.backend import record_backends
-from imu_fast.capture import WHOLE_MODEL, find_head, linear_layers_matching, preserved
+from imu_fast.capture import WHOLE_MODEL, find_head, linear_layers_matching, preserved, split_batch
 from imu_fast.curvature import curvatures
 from imu_fast.edit import Edit
 from imu_fast.errors import InputError, check_choice, check_count, check_fraction, check_positive
@@ -40,6 +40,8 @@ logger = logging.getLogger("imu_fast")
 
 SCOPES = ("head", "layers", "all")
 _DEFAULTS: dict[str, Any] = {
+    "lr": 0.01,
+    "epochs": 10,
     "scope": "head",
     "top_fraction": 1.0,
     "alpha": 0.0,
@@ -66,8 +68,8 @@ def unlearn(
     preset: str | None = None,
     scope: str | None = None,
     layers: Any = None,
-    lr: float = 0.01,
-    epochs: int = 10,
+    lr: float | None = None,
+    epochs: int | None = None,
     max_steps: int | None = None,
     batch_size: int = 256,
     alpha: float | None = None,
@@ -107,11 +109,12 @@ def unlearn(
     Args:
         model: a classifier that ends in a linear layer.
         forget_loader: DataLoader, re-iterable of ``(inputs, labels)`` batches, or tensors (X, y).
-        method: a name out of :func:`imu_fast.methods`: ``"imu"``, its control ``"permuted"``,
-            ``"loss_weights"``, ``"uniform"`` (plain gradient ascent), ``"npo"``,
-            ``"random_label"``, ``"boundary_shrink"``, ``"preconditioned"``, ``"single_row"``,
-            ``"margin_edit"`` (no ascent: one quadratic program). A method is a set of defaults for
-            the arguments below; those that are given win.
+        method: a name out of :func:`imu_fast.methods`: ``"auto"`` (the best recipe found so far
+            for a class or for random samples, see ``imu_fast.methods.auto``), ``"imu"``, its
+            control ``"permuted"``, ``"loss_weights"``, ``"uniform"`` (plain gradient ascent),
+            ``"npo"``, ``"random_label"``, ``"boundary_shrink"``, ``"preconditioned"``,
+            ``"single_row"``, ``"margin_edit"`` (no ascent: one quadratic program). A method is a
+            set of defaults for the arguments below; those that are given win.
         preset: ``"paper"`` behaves as the authors' code: the layers whose name contains ``fc`` are
             scored and trained, the whole model in training mode (so BatchNorm's running statistics
             drift and dropout is active), ``alpha=0.2``, ``top_fraction=0.1``. Arguments given
@@ -121,7 +124,9 @@ def unlearn(
             modules named by ``layers`` (default: the head). ``"all"``: every parameter.
         lr, momentum, weight_decay: of SGD; ``optimizer`` replaces it with any torch optimizer: a
             callable from a list of tensors (for the head one tensor [C, D], weight and bias).
-        epochs, max_steps: the budget; whichever is used up first.
+            Default of lr: 0.01, or the method's own.
+        epochs, max_steps: the budget; whichever is used up first. Default: 10 epochs, or the
+            method's own.
         alpha: weight of the L1 norm of the trained parameters; default 0 (0.2 for the paper's).
         objective: ``"ce"`` (default), ``"margin"`` or ``"log1mp"``; ``"npo"`` and ``"relabel"``
             come with their methods.
@@ -160,7 +165,14 @@ def unlearn(
     check_choice("preset", preset or "none", ("none", "paper"))
     check_choice("method", method, methods())
     recipe = METHODS[method]
+    forget: ForgetSet | None = None
+    if recipe.choose is not None:
+        forget = ForgetSet(forget_loader, check_count("batch_size", batch_size))
+        method = recipe.choose(_labels(forget), find_head(model, layers)[1].out_features)
+        recipe = METHODS[method]
     given = {
+        "lr": lr,
+        "epochs": epochs,
         "scope": scope,
         "top_fraction": top_fraction,
         "alpha": alpha,
@@ -176,8 +188,6 @@ def unlearn(
     settings: dict[str, Any] = {
         "method": method,
         "preset": preset,
-        "lr": lr,
-        "epochs": epochs,
         "max_steps": max_steps,
         "batch_size": batch_size,
         "momentum": momentum,
@@ -200,7 +210,7 @@ def unlearn(
     depths = dict(milestones or {})
     _check(settings, recipe, model, [*depths.values(), stop])
 
-    forget = ForgetSet(forget_loader, batch_size)
+    forget = forget or ForgetSet(forget_loader, batch_size)
     loaders: dict[str, Any] = {"forget": forget}
     for name, loader in (watch or {}).items():
         if name in ("forget", "unseen"):
@@ -213,7 +223,7 @@ def unlearn(
             raise InputError("stop and milestones name several unseen loaders; pass one to all")
     trained, score_layers = _trained_layers(model, settings, layers)
     make_optimizer = optimizer or partial(
-        torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay
+        torch.optim.SGD, lr=settings["lr"], momentum=momentum, weight_decay=weight_decay
     )
     target = model if inplace else copy.deepcopy(model)
     with (
@@ -285,6 +295,10 @@ def unlearn(
     result.settings = settings
     result.seconds = time.perf_counter() - started
     return result
+
+
+def _labels(forget: ForgetSet) -> Tensor:
+    return torch.cat([split_batch(batch)[2].flatten().cpu() for batch in forget])
 
 
 def _check(settings: dict[str, Any], recipe: Method, model: Any, rules: list[Any]) -> None:

@@ -49,7 +49,7 @@ class Configuration:
     methods: tuple[str, ...] = ()
     epochs: int = 12
     lr: float = 0.1
-    max_steps: int = 300
+    max_steps: int = 180
     workers: int = 2
 
     def __post_init__(self) -> None:

@@ -26,7 +26,7 @@ class Entry:
 
     Attributes:
         options: of ``unlearn``. kinds: of tasks that it is for.
-        rates: the grid that its learning rate is chosen from.
+        rates: the grid that its learning rate is chosen from, largest first.
     """
 
     options: Mapping[str, Any]
@@ -38,6 +38,10 @@ class Entry:
         """``"head"`` on cached features, ``"layers"``: the head in its network, or ``"all"``."""
         paper = "layers" if self.options.get("preset") == "paper" else "head"
         return self.options.get("scope", paper)
+
+    def budget(self, max_steps: int) -> int:
+        """Steps of a run: a third of the head's where every step is one of the whole network."""
+        return max_steps if self.scope == "head" else max(1, max_steps // 3)
 
     def describe(self) -> dict[str, Any]:
         """For the results: what it does, and its corner of the factorial."""
@@ -101,6 +105,7 @@ ENTRIES: dict[str, Entry] = {
     "random label, network": _network("random_label"),
     "boundary shrink, network": _network("boundary_shrink"),
     **_preconditioned(),
+    "auto": Entry({"method": "auto"}, rates=(1.0,)),
     "single row": Entry({"method": "single_row"}, kinds=("class",)),
     "margin edit": Entry({"method": "margin_edit"}, rates=(1.0,)),
 }

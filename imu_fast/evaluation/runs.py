@@ -41,7 +41,9 @@ METRICS = (
     "probe",
 )
 # Retain images that accuracies are measured on, and that trajectories watch.
-_RETAIN, _WATCHED = 4000, 500
+_RETAIN, _WATCHED = 3000, 300
+# Held-out images that the stop rule by AUC compares with.
+_UNSEEN = 500
 # "Relearned" is this much of the forget accuracy before unlearning.
 _RELEARNED = 0.9
 
@@ -79,8 +81,8 @@ class Setting:
     """One trained model and one task.
 
     Args:
-        retrained: the model that never saw the forget set, the reference; None where there is no
-            need of one.
+        retrained: the model that never saw the forget set, the reference. None: learning rates are
+            to be chosen, by validation images; those of the report are then not touched.
     """
 
     def __init__(
@@ -88,15 +90,18 @@ class Setting:
     ) -> None:
         self.model, self.task, self.seed = model, task, seed
         generator = torch.Generator().manual_seed(seed)
-        rows = torch.randperm(len(task.retain[1]), generator=generator)[:_RETAIN]
+        rows = torch.randperm(len(task.retain[1]), generator=generator)
+        near = task.unseen_validation
         self.sets: dict[str, Samples] = {
             "forget": task.forget,
-            "retain": take(task.retain, rows),
-            "validation": task.validation,
-            "test": task.test,
-            "unseen_validation": task.unseen_validation,
-            "unseen": task.unseen_test,
+            "watched": take(task.retain, rows[:_WATCHED]),
+            "near": (near[0][:_UNSEEN], near[1][:_UNSEEN]),
         }
+        if retrained is None:
+            self.sets["validation"] = task.validation
+        else:
+            self.sets["retain"] = take(task.retain, rows[:_RETAIN])
+            self.sets |= {"test": task.test, "unseen": task.unseen_test}
         self.original = self.see(model)
         self.retrained = None if retrained is None else self.see(retrained)
 
@@ -111,8 +116,9 @@ class Setting:
             features[name] = by_tensor[id(x)]
         return Seen.through(find_head(model)[1], features)
 
-    def milestones(self, unseen: Samples) -> dict[str, StopRule]:
+    def milestones(self, sets: Mapping[str, Samples] | None = None) -> dict[str, StopRule]:
         """The depths at which methods are compared on this task, see ``DEPTHS``."""
+        unseen = (sets or self.sets)["near"]
         if self.task.kind == "class":
             return {"accuracy": StopRule(forget_accuracy=0.0)}
         return {
@@ -123,7 +129,7 @@ class Setting:
     def run(
         self, entry: Entry, lr: float, max_steps: int
     ) -> tuple[dict[str, Reached], list[tuple[float, float]]]:
-        """Unlearn by one method to every depth.
+        """Unlearn by one method to every depth, within its budget out of ``max_steps``.
 
         Returns:
             What was reached by depth, and the way there: (forget, retain) accuracy after each step.
@@ -145,17 +151,17 @@ class Setting:
                 seen = self.see(model)
             found[depth] = Reached(seen, record["step"], seconds)
 
-        x, y = sets["retain"]
+        budget = entry.budget(max_steps)
         result = unlearn(
             model,
             sets["forget"],
             lr=lr,
-            epochs=max_steps,
-            max_steps=max_steps,
-            milestones=self.milestones(sets["unseen_validation"]),
+            epochs=budget,  # each has a step at least
+            max_steps=budget,
+            milestones=self.milestones(sets),
             on_milestone=at_depth,
-            watch={"retain": (x[:_WATCHED], y[:_WATCHED])},
-            record="step",
+            watch={"retain": sets["watched"]},
+            record="step" if on_head else "epoch",
             on_empty="uniform",
             seed=self.seed,
             **entry.options,
@@ -163,19 +169,26 @@ class Setting:
         way = [(r["forget_accuracy"], r["retain_accuracy"]) for r in result.trajectory]
         return found, way
 
-    def choose_rates(self, entry: Entry, max_steps: int) -> dict[str, float]:
-        """By depth, the learning rate of the grid with the best accuracy on validation images."""
-        best: dict[str, tuple[float, float]] = {}
+    def choose_rate(self, entry: Entry, max_steps: int) -> float | None:
+        """The learning rate with the best validation accuracy, the mean over this task's depths.
+
+        A depth counts as zero unless it is reached within a third of the budget. None: the method
+        reaches none at any rate.
+        """
+        best, chosen = 0.0, None
+        patience = entry.budget(max_steps) / 3
         for lr in entry.rates:
             try:
                 found, _ = self.run(entry, lr, max_steps)
             except DivergedError:
                 continue
-            for depth, reached in found.items():
-                accuracy = reached.seen.outputs["validation"].accuracy
-                if depth not in best or accuracy > best[depth][0]:
-                    best[depth] = (accuracy, lr)
-        return {depth: lr for depth, (_, lr) in best.items()}
+            usable = [reached for reached in found.values() if reached.steps <= patience]
+            total = sum(reached.seen.outputs["validation"].accuracy for reached in usable)
+            if total > best:
+                best, chosen = total, lr
+            if best and not usable:
+                break  # smaller steps are slower still
+        return chosen
 
     def measure(self, seen: Seen) -> dict[str, float]:
         """``METRICS``: depth, utility, distance to the retrained model, shallowness."""

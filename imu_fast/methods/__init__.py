@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from imu_fast.methods import (
+    auto,
     boundary_shrink,
     gradient_ascent,
     imu,
@@ -17,6 +18,7 @@ from imu_fast.methods import (
 from imu_fast.methods.base import Method
 
 METHODS: dict[str, Method] = {
+    "auto": auto.METHOD,
     "imu": imu.METHOD,
     "permuted": permuted_weights.METHOD,
     "loss_weights": loss_weights.METHOD,
@@ -31,5 +33,5 @@ METHODS: dict[str, Method] = {
 
 
 def methods() -> list[str]:
-    """Names that ``method=`` accepts, beside ``"auto"``."""
+    """Names that ``method=`` accepts."""
     return list(METHODS)

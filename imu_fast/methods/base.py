@@ -25,6 +25,7 @@ class Method:
         auxiliary: ``(model, forget set, seed) -> [n]``, what the objective needs to know of each
             sample, computed before the first step.
         edits: no ascent: the head is computed at once, in ``imu_fast.edit``.
+        choose: ``(labels [n], C) -> name`` of the method to run instead.
     """
 
     summary: str
@@ -32,3 +33,4 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
     auxiliary: Callable[[nn.Module, ForgetSet, int], Tensor] | None = None
     edits: bool = False
+    choose: Callable[[Tensor, int], str] | None = None

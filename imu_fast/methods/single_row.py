@@ -4,4 +4,8 @@ from __future__ import annotations
 
 from imu_fast.methods.base import Method
 
-METHOD = Method("ascent of the forgotten classes' rows alone", options={"rows": "forgotten"})
+# A single row moves no other class, so the step may be large; bisection finds the depth.
+METHOD = Method(
+    "ascent of the forgotten classes' rows alone",
+    options={"rows": "forgotten", "lr": 1.0, "epochs": 1000},
+)
