@@ -1,4 +1,4 @@
-"""The command line: ``imu-fast demo | score | unlearn | doctor``."""
+"""The command line: ``imu-fast demo | score | unlearn | compare | doctor``."""
 
 from __future__ import annotations
 
@@ -160,13 +160,15 @@ def unlearn(
     out: Annotated[Path, typer.Option(help="Unlearned weights, .safetensors.")] = Path(
         "unlearned.safetensors"
     ),
-    method: Annotated[str, typer.Option(help="imu, permuted or uniform.")] = "imu",
+    method: Annotated[
+        str, typer.Option(help="auto, imu, uniform, npo, margin_edit, ...: imu_fast.methods().")
+    ] = "imu",
     preset: Annotated[str | None, typer.Option(help="paper: as the authors' code.")] = None,
     scope: Annotated[str | None, typer.Option(help="head, layers or all.")] = None,
-    objective: Annotated[str, typer.Option(help="ce, margin or log1mp.")] = "ce",
-    precondition: Annotated[str | None, typer.Option(help="features.")] = None,
-    lr: Annotated[float, typer.Option(help="Learning rate of SGD.")] = 0.01,
-    epochs: Annotated[int, typer.Option(help="Budget.")] = 10,
+    objective: Annotated[str | None, typer.Option(help="ce, margin or log1mp.")] = None,
+    precondition: Annotated[str | None, typer.Option(help="features, ggn or kfac.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of SGD; default 0.01.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Budget; default 10.")] = None,
     stop_accuracy: Annotated[
         float | None, typer.Option(help="Stop at this forget accuracy, in [0, 1].")
     ] = None,
@@ -224,6 +226,64 @@ def unlearn(
         f"forget accuracy {first['forget_accuracy']:.3f} -> {last['forget_accuracy']:.3f} in "
         f"{result.steps} steps ({result.stopped_by}); written to {out}"
     )
+
+
+@app.command()
+@_clean_errors
+def compare(
+    config: Annotated[
+        Path | None, typer.Option(help="A yaml file of the settings below; flags win.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="digits, cifar10 or folder.")] = None,
+    data_path: Annotated[
+        Path | None, typer.Option(help="CIFAR-10 files, or a folder with train/ and test/.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of results, report and cache.")] = Path(
+        "imu-fast-compare"
+    ),
+    archs: Annotated[str | None, typer.Option(help="resnet,vgg")] = None,
+    tasks: Annotated[str | None, typer.Option(help="class,random-1,random-5,...")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Names, separated by semicolons; default all.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Models per architecture.")] = None,
+    train: Annotated[int | None, typer.Option(help="Training images, drawn by seed.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Of training.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Budget of a run.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes side by side.")] = None,
+) -> None:
+    """Compare methods at matched depth, over seeds and architectures; table, plots, HTML."""
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+        import statsmodels  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"compare needs {error.name}; pip install 'imu_fast[demo]'") from error
+    from imu_fast.evaluation.comparison import run
+    from imu_fast.evaluation.comparison_report import comparison_table, write_report
+    from imu_fast.evaluation.configuration import Configuration
+    from imu_fast.scores_io import check_folder, writing
+
+    flags = {
+        "data": data,
+        "data_path": None if data_path is None else str(data_path),
+        "archs": archs,
+        "tasks": tasks,
+        "methods": None if methods is None else [m.strip() for m in methods.split(";")],
+        "seeds": seeds,
+        "train": train,
+        "epochs": epochs,
+        "max_steps": max_steps,
+        "workers": workers,
+    }
+    given = {name: value for name, value in flags.items() if value is not None}
+    settings = Configuration.of(given) if config is None else Configuration.read(config, given)
+    check_folder(out, out)
+    with writing(out):
+        results, trajectories = run(settings, out)
+        files = write_report(results, trajectories, out)
+    _console().print(comparison_table(results))
+    typer.echo(f"results.json, {', '.join(files)} are in {out}/")
 
 
 @app.command()

@@ -10,9 +10,12 @@ from imu_fast.curvature import curvatures
 from imu_fast.errors import check_choice
 from imu_fast.methods import METHODS
 
-# The base of every test: plain ascent of the whole network in training mode, as published code
-# does it.
+# What every method is tested against: plain ascent of the whole network in training mode, as
+# published code does it.
 BASELINE = "uniform/all/train"
+# What is left of an improvement once the backbone and BatchNorm are frozen.
+HEAD_BASELINE = "uniform/head/eval"
+AUTO = "auto"
 RETRAINED, ORIGINAL = "retrained", "original"
 RATES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 3e-4, 1e-4)
 # A whole network at 0.3 is gone after a step; its runs are also what a comparison's time goes to.
@@ -105,14 +108,14 @@ ENTRIES: dict[str, Entry] = {
     "random label, network": _network("random_label"),
     "boundary shrink, network": _network("boundary_shrink"),
     **_preconditioned(),
-    "auto": Entry({"method": "auto"}, rates=(1.0,)),
+    AUTO: Entry({"method": "auto"}, rates=(1.0,)),
     "single row": Entry({"method": "single_row"}, kinds=("class",)),
     "margin edit": Entry({"method": "margin_edit"}, rates=(1.0,)),
 }
 # Methods whose trajectories are drawn.
 HIGHLIGHT = (
-    "uniform/all/train",
-    "uniform/head/eval",
+    BASELINE,
+    HEAD_BASELINE,
     "imu/head/eval",
     "random label, network",
     "precond. features, margin",
@@ -121,12 +124,12 @@ HIGHLIGHT = (
 
 
 def entries_named(names: tuple[str, ...]) -> dict[str, Entry]:
-    """The entries of these names, and the baseline; all, if none is named.
+    """The entries of these names, and the baselines; all, if none is named.
 
     Raises:
         InputError: unknown name.
     """
     for name in names:
         check_choice("methods", name, ENTRIES)
-    wanted = (BASELINE, *names) if names else tuple(ENTRIES)
+    wanted = (BASELINE, HEAD_BASELINE, *names) if names else tuple(ENTRIES)
     return {name: entry for name, entry in ENTRIES.items() if name in wanted}
