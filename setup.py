@@ -59,6 +59,6 @@ def extension():
 setup(
     packages=[*find_packages(include=["imu_fast", "imu_fast.*"]), "imu_fast.kernels"],
     package_dir={"imu_fast": "imu_fast", "imu_fast.kernels": "kernels"},
-    package_data={"imu_fast": ["py.typed"]},
+    package_data={"imu_fast": ["py.typed"], "imu_fast.evaluation": ["report.html.j2"]},
     **({} if CHOICE == "0" else extension()),
 )

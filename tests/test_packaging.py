@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+TEMPLATE = "imu_fast/evaluation/report.html.j2"
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +32,15 @@ def test_source_distribution_carries_what_a_build_needs(built):
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     tracked = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").iterdir()}
-    assert tracked | {"setup.py", "kernels/__init__.py", "LICENSE", "constraints.txt"} <= names
+    others = {"setup.py", "kernels/__init__.py", "LICENSE", "constraints.txt", TEMPLATE}
+    assert tracked | others <= names
 
 
 def test_wheel_carries_the_package_and_works_from_another_directory(built, tmp_path):
     wheel = next(built.glob("*.whl"))
     names = set(zipfile.ZipFile(wheel).namelist())
     ours = {str(p.relative_to(ROOT)) for p in (ROOT / "imu_fast").rglob("*.py")}
-    assert ours | {"imu_fast/py.typed", "imu_fast/kernels/__init__.py"} <= names
+    assert ours | {"imu_fast/py.typed", "imu_fast/kernels/__init__.py", TEMPLATE} <= names
     assert not [n for n in names if n.startswith(("tests", "bench", "kernels", "csrc"))]
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (

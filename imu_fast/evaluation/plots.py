@@ -10,14 +10,15 @@ from torch import Tensor
 from imu_fast.storage import replacing
 
 
-def _figure(**size: Any) -> Any:
-    # Figure, not pyplot: no global state, no display, nothing to close.
+def new_figure(**size: Any) -> Any:
+    """A matplotlib Figure, not pyplot's: no global state, no display, nothing to close."""
     from matplotlib.figure import Figure
 
     return Figure(layout="constrained", dpi=120, **size)
 
 
-def _save(figure: Any, path: Path) -> str:
+def save(figure: Any, path: Path) -> str:
+    """Write the figure atomically; returns the file's name."""
     with replacing(path) as temporary:
         figure.savefig(temporary)
     return path.name
@@ -25,7 +26,7 @@ def _save(figure: Any, path: Path) -> str:
 
 def trajectories(path: Path, title: str, paths: dict[str, list[dict[str, float]]]) -> str:
     """Retain against forget accuracy, one line per method, read from right to left."""
-    figure = _figure(figsize=(6.4, 4.2))
+    figure = new_figure(figsize=(6.4, 4.2))
     axes = figure.subplots()
     for (name, records), style in zip(paths.items(), ("-", "--", "-.", ":", "-"), strict=False):
         forget = [r["forget_accuracy"] for r in records]
@@ -38,12 +39,12 @@ def trajectories(path: Path, title: str, paths: dict[str, list[dict[str, float]]
     axes.set_title(f"Forgetting {title}: what each method keeps")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left", fontsize=8)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def histogram(path: Path, title: str, scores: Tensor) -> str:
     """How influence is spread over the forget set."""
-    figure = _figure(figsize=(6.4, 3.6))
+    figure = new_figure(figsize=(6.4, 3.6))
     axes = figure.subplots()
     axes.hist(scores.cpu().numpy(), bins=30, log=True, color="#4477aa", edgecolor="white")
     axes.axvline(0, color="black", linewidth=1)
@@ -51,14 +52,14 @@ def histogram(path: Path, title: str, scores: Tensor) -> str:
     axes.set_xlabel("influence (negative: supports forgetting)")
     axes.set_ylabel("forget samples (log scale)")
     axes.set_title(f"Forgetting {title}: {negative} of {len(scores)} samples have influence < 0")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def extremes(path: Path, title: str, x: Tensor, y: Tensor, scores: Tensor, count: int = 8) -> str:
     """The images with the largest and with the smallest magnitude of influence."""
     count = min(count, len(scores) // 2)
     order = scores.abs().argsort(descending=True, stable=True)
-    figure = _figure(figsize=(1.15 * count, 3.4))
+    figure = new_figure(figsize=(1.15 * count, 3.4))
     grid = figure.subplots(2, count, squeeze=False)
     for axes_row, rows in zip(grid, (order[:count], order[-count:]), strict=True):
         for axes, i in zip(axes_row, rows.tolist(), strict=True):
@@ -69,4 +70,4 @@ def extremes(path: Path, title: str, x: Tensor, y: Tensor, scores: Tensor, count
     grid[0][0].set_ylabel("most", fontsize=9)
     grid[1][0].set_ylabel("least", fontsize=9)
     figure.suptitle(f"Forgetting {title}: most and least influential images", fontsize=10)
-    return _save(figure, path)
+    return save(figure, path)
