@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 
 import imu_fast as imu
 from imu_fast.errors import InputError, SingularMatrixError
+from imu_fast.solvers import lapack as lapack_module
 from imu_fast.solvers.cholesky import damped_cholesky
-
-cholesky = sys.modules["imu_fast.solvers.cholesky"]
 
 
 @pytest.fixture(params=["extension", "torch"])
 def path(request, monkeypatch):
     if request.param == "torch":
-        monkeypatch.setattr(cholesky, "_extension", lambda: None)
+        monkeypatch.setattr(lapack_module, "extension", lambda: None)
     elif not imu.backends()["extension"].available:
         pytest.skip(imu.backends()["extension"].reason)
     return request.param
@@ -29,12 +26,12 @@ def lapack(request, monkeypatch):
     if not imu.backends()["extension"].available:
         pytest.skip(imu.backends()["extension"].reason)
     try:
-        found = getattr(cholesky, f"_{request.param}_lapack")()
+        found = getattr(lapack_module, f"_{request.param}_lapack")()
     except (OSError, AttributeError, ImportError) as error:
         pytest.skip(f"no LAPACK in {request.param}: {error}")
     from imu_fast import _C
 
-    monkeypatch.setattr(cholesky, "_extension", lambda: (_C, found))
+    monkeypatch.setattr(lapack_module, "extension", lambda: (_C, found))
     return found
 
 
