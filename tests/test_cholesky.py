@@ -7,17 +7,33 @@ import torch
 
 import imu_fast as imu
 from imu_fast.errors import InputError, SingularMatrixError
+from imu_fast.solvers import cusolver
 from imu_fast.solvers import lapack as lapack_module
 from imu_fast.solvers.cholesky import damped_cholesky
 
 
-@pytest.fixture(params=["extension", "torch"])
+@pytest.fixture(params=["extension", "torch", "cuda", "torch on cuda", "cuda's routes on cpu"])
 def path(request, monkeypatch):
-    if request.param == "torch":
+    """Each implementation, by the name that a factor gives it; tensors are made on its device."""
+    backends, device = imu.backends(), "cuda" if request.param.endswith("cuda") else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if (
+        request.param in ("extension", "cuda's routes on cpu")
+        and not backends["extension"].available
+    ):
+        pytest.skip(backends["extension"].reason)
+    if request.param == "cuda" and not backends["cuda"].available:
+        pytest.skip(backends["cuda"].reason)
+    if request.param.startswith("torch"):
         monkeypatch.setattr(lapack_module, "extension", lambda: None)
-    elif not imu.backends()["extension"].available:
-        pytest.skip(imu.backends()["extension"].reason)
-    return request.param
+        monkeypatch.setattr(cusolver, "can_factor", lambda a: False)
+    elif request.param == "cuda's routes on cpu":
+        import cuda_stand_in
+
+        cuda_stand_in.install(monkeypatch)
+    with torch.device(device):
+        yield request.param.split("'")[0].split(" ")[0]
 
 
 @pytest.fixture(params=["torch", "scipy"])
@@ -114,7 +130,7 @@ def test_indefinite_matrices_say_what_would_work(path):
     damped_cholesky(a[1].float(), info.value.smallest_damping)
 
 
-def test_bad_input():
+def test_bad_input(path):
     a, b = spd(4), torch.randn(4, dtype=torch.float64)
     solve = imu.damped_cholesky_solve
     for damping in (0, -1, float("nan")):
@@ -221,3 +237,28 @@ def test_every_entry_that_is_not_finite_is_found(path, order, value):
             a[1, i, j] = a[1, j, i] = value
             with pytest.raises(InputError, match="A is not finite"):
                 damped_cholesky(a, 1.0)
+
+
+@pytest.mark.parametrize("order", [3, 30, 129, 600])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_unchecked_failures_are_nan_and_leave_the_others_alone(path, order, dtype, overwrite):
+    a, b = spd(order, (4,), dtype), torch.randn(4, order, dtype=dtype)
+    truth = imu.damped_cholesky_solve(a, b, 0.5)
+    a[0, 1, 1] = -9.0
+    a[2, 0, 2] = a[2, 2, 0] = torch.inf
+    factor = damped_cholesky(a.clone(), 0.5, overwrite=overwrite, check=False)
+    for x in (factor.solve(b), imu.damped_cholesky_solve(a, b, 0.5, check=False)):
+        assert bool(x[[0, 2]].isnan().all())
+        torch.testing.assert_close(x[[1, 3]], truth[[1, 3]])
+    assert factor.logdet().isnan().tolist() == [True, False, True, False]
+    with pytest.raises(InputError, match="A is not finite"):
+        imu.damped_cholesky_solve(a, b, 0.5)
+    a[2] = a[1]
+    with pytest.raises(SingularMatrixError, match="pivot 2 of"):
+        imu.damped_cholesky_solve(a, b, 0.5)
+    # Even with nothing to solve.
+    with pytest.raises(SingularMatrixError, match="pivot 2 of"):
+        imu.damped_cholesky_solve(a, b.new_empty(4, order, 0), 0.5)
+    with pytest.raises(InputError, match="max_escalations=0"):
+        damped_cholesky(a, 0.5, check=False, max_escalations=1)

@@ -120,8 +120,8 @@ class DampedCholesky:
         ``U^T U`` and with its inverse, from a seeded start.
         """
         upper = self.factor.triu()
-        generator = torch.Generator().manual_seed(0)
-        start = torch.randn(upper.shape[-1], generator=generator, dtype=torch.float64)
+        generator = torch.Generator("cpu").manual_seed(0)
+        start = torch.randn(upper.shape[-1], generator=generator, dtype=torch.float64, device="cpu")
         start = start.to(upper).expand(*upper.shape[:-1]).unsqueeze(-1)
 
         def largest(apply: Callable[[Tensor], Tensor]) -> Tensor:
