@@ -262,3 +262,48 @@ def test_unchecked_failures_are_nan_and_leave_the_others_alone(path, order, dtyp
         imu.damped_cholesky_solve(a, b.new_empty(4, order, 0), 0.5)
     with pytest.raises(InputError, match="max_escalations=0"):
         damped_cholesky(a, 0.5, check=False, max_escalations=1)
+
+
+def hard_matrix(kind, order):
+    """A float64 matrix, and a damping that leaves it a condition number of at most 1e8."""
+    if kind == "one class":  # p - p^2 is zero
+        return torch.zeros(order, order, dtype=torch.float64), 1e-2
+    if kind == "rank-deficient":
+        return spd(order, rank=3), 1e-2
+    if kind == "duplicated samples":
+        half = torch.randn(order // 2, 2 * order, dtype=torch.float64)
+        rows = half.repeat_interleave(2, dim=0)
+        return rows @ rows.mT / order, 1e-2
+    exponent = {"well-conditioned": 1, "condition 1e4": 4, "condition 1e8": 8}[kind]
+    q, _ = torch.linalg.qr(torch.randn(order, order, dtype=torch.float64))
+    a = q * torch.logspace(0, -exponent, order, dtype=torch.float64) @ q.mT
+    return (a + a.mT) / 2, 0.1**exponent
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("well-conditioned", "condition 1e4", "condition 1e8"),
+        *("rank-deficient", "duplicated samples", "one class"),
+    ],
+)
+@pytest.mark.parametrize("order", [40, 600])
+def test_relative_error(path, kind, order):
+    a, damping = hard_matrix(kind, order)
+    a = a.float()
+    b, eye = torch.randn(order), torch.eye(order, dtype=torch.float64)
+    truth = torch.linalg.solve(a.double() + damping * eye, b.double())
+    condition = float(torch.linalg.cond(a.double() + damping * eye))
+
+    def error(x):
+        return float((x.double() - truth).norm() / truth.norm())
+
+    if kind == "condition 1e8":
+        # Beyond 1 / eps of float32: the factor has to be float64.
+        factor = damped_cholesky(a.double(), damping)
+    else:
+        factor = damped_cholesky(a, damping)
+        eps = torch.finfo(torch.float32).eps
+        assert error(factor.solve(b)) <= max(1e-5, eps * condition)
+    refined = factor.solve_refined(b, tolerance=1e-15).x
+    assert error(refined) <= max(1e-12, torch.finfo(torch.float64).eps * condition)
