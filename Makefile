@@ -33,12 +33,12 @@ sanitize: $(VENV)/.test
 	rm -rf $(VENV)/sanitized && mkdir -p $(VENV)/sanitized
 	cp -r imu_fast kernels csrc setup.py pyproject.toml README.md $(VENV)/sanitized
 	rm -f $(VENV)/sanitized/imu_fast/*.so
-	cd $(VENV)/sanitized && IMU_FAST_BUILD_EXT=1 CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" \
-	    LDFLAGS="$(SANITIZE)" \
+	cd $(VENV)/sanitized && IMU_FAST_BUILD_EXT=1 IMU_FAST_BUILD_CUDA=0 \
+	    CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" \
 	    $(abspath $(BIN))/python setup.py -q build_ext --inplace
 	nm -D $(VENV)/sanitized/imu_fast/*.so | grep -q __asan_init
 	cd $(VENV)/sanitized && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider \
+	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=.:$(abspath tests) $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider \
 	    $(abspath tests)/test_cholesky.py --rootdir . -c /dev/null --import-mode=importlib
 
 # Predicted time per kernel on an H200, from counted bytes and FLOPs.

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "cholesky_small.h"
 #include "parallel.h"
@@ -126,6 +127,7 @@ void small_factor(const T* a, T* u, int64_t batch, int n, T damping, int* status
     if (a != u) std::memcpy(out, a + i * size, size * sizeof(T));
     for (int k = 0; k < n; ++k) out[k * n + k] += damping;
     status[i] = factor_any(out, n);
+    if (status[i] != 0) out[0] = std::numeric_limits<T>::quiet_NaN();
   });
 }
 

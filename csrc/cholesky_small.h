@@ -10,6 +10,7 @@ namespace imu_fast {
 //
 // a, u: [batch, n, n]; a == u factors in place. Only the upper triangle is read.
 // status: [batch]; 0, or the order of the leading minor that is not positive definite or not finite.
+// Such a factor's first element is NaN, and so is all that is solved with it.
 template <typename T>
 void small_factor(const T* a, T* u, int64_t batch, int n, T damping, int* status, int threads);
 

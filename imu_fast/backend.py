@@ -48,6 +48,18 @@ def _extension() -> BackendInfo:
 
 
 @lru_cache(maxsize=1)
+def _cuda_extension() -> BackendInfo:
+    try:
+        from imu_fast import _C_cuda
+    except ImportError as error:
+        return BackendInfo("cuda", False, f"imu_fast._C_cuda does not load: {error}")
+    version = f"compiled with CUDA {_C_cuda.__cuda__ // 1000}.{_C_cuda.__cuda__ % 1000 // 10}"
+    if not torch.cuda.is_available():
+        return BackendInfo("cuda", False, f"{version}, but no CUDA device")
+    return BackendInfo("cuda", True, version)
+
+
+@lru_cache(maxsize=1)
 def _triton() -> BackendInfo:
     try:
         import triton
@@ -67,12 +79,16 @@ def interpreted() -> bool:
 
 
 def backends() -> dict[str, BackendInfo]:
-    """What can run here: ``reference``, ``torch``, ``triton`` and the compiled ``extension``."""
+    """What can run here: ``reference``, ``torch``, ``triton``, and the compiled modules.
+
+    Those are ``extension``, the CPU's, and ``cuda``.
+    """
     return {
         "reference": BackendInfo("reference", True, "readable loops, float64; slow by design"),
         "torch": BackendInfo("torch", True, f"torch {torch.__version__}"),
         "triton": _triton(),
         "extension": _extension(),
+        "cuda": _cuda_extension(),
     }
 
 

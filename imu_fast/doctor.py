@@ -23,7 +23,8 @@ _MODULES = {"scikit-learn": "sklearn"}
 
 def diagnose() -> list[tuple[str, str, str]]:
     """One row per component: name, what is there, what it is for or how to get it."""
-    from imu_fast.solvers.cholesky import find_lapack
+    from imu_fast.solvers.cusolver import find_cusolver
+    from imu_fast.solvers.lapack import find_lapack
 
     rows = [("torch", str(torch.__version__), "the vectorised path; always there")]
     if torch.cuda.is_available():
@@ -42,6 +43,15 @@ def diagnose() -> list[tuple[str, str, str]]:
             "missing" if lapack is None else f"from {lapack.name}",
             "for imu_fast._C" if lapack else "pip install scipy",
         )
+    )
+    compiled = backends()["cuda"]
+    remedy = "damped Cholesky on CUDA"
+    if not compiled.available:
+        remedy = "install nvcc, then IMU_FAST_BUILD_CUDA=1 pip install --no-cache-dir ."
+    rows.append(("imu_fast._C_cuda", compiled.reason if compiled.available else "missing", remedy))
+    library, found = find_cusolver()
+    rows.append(
+        ("cuSOLVER", "missing" if library is None else found, "large matrices of imu_fast._C_cuda")
     )
     for name, (purpose, remedy) in _PURPOSES.items():
         try:

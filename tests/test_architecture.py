@@ -19,15 +19,20 @@ FLOORS = [
     ["curvature", "solvers"],
     ["factors"],
     ["ops"],
-    ["kernels", "_C"],
+    ["kernels", "_C", "_C_cuda"],
     ["backend", "storage"],
     ["errors"],
 ]
 FLOOR = {room: depth for depth, rooms in enumerate(FLOORS) for room in rooms}
 # reference is the oracle: only use_backend("reference") inside ops/ may reach it, lazily.
 # influence captures when it is handed a model, lazily: the one step up.
-# backend asks whether the extension loads.
-ALLOWED = {("ops", "reference"), ("influence", "capture"), ("backend", "_C")}
+# backend asks whether the extensions load.
+ALLOWED = {
+    ("ops", "reference"),
+    ("influence", "capture"),
+    ("backend", "_C"),
+    ("backend", "_C_cuda"),
+}
 
 
 def imports(path: Path):
@@ -67,7 +72,7 @@ def test_kernels_import_nothing_of_ours():
 BLOCKED = """
 import sys
 sys.modules["triton"] = None
-sys.modules["imu_fast._C"] = None
+sys.modules["imu_fast._C"] = sys.modules["imu_fast._C_cuda"] = None
 import imu_fast as imu
 loaded = [m for m in sys.modules if m.startswith("imu_fast.") and sys.modules[m]]
 assert not loaded, "importing is lazy"

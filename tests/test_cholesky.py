@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 
 import imu_fast as imu
 from imu_fast.errors import InputError, SingularMatrixError
+from imu_fast.solvers import cusolver
+from imu_fast.solvers import lapack as lapack_module
 from imu_fast.solvers.cholesky import damped_cholesky
 
-cholesky = sys.modules["imu_fast.solvers.cholesky"]
 
-
-@pytest.fixture(params=["extension", "torch"])
+@pytest.fixture(params=["extension", "torch", "cuda", "torch on cuda", "cuda's routes on cpu"])
 def path(request, monkeypatch):
-    if request.param == "torch":
-        monkeypatch.setattr(cholesky, "_extension", lambda: None)
-    elif not imu.backends()["extension"].available:
-        pytest.skip(imu.backends()["extension"].reason)
-    return request.param
+    """Each implementation, by the name that a factor gives it; tensors are made on its device."""
+    backends, device = imu.backends(), "cuda" if request.param.endswith("cuda") else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if (
+        request.param in ("extension", "cuda's routes on cpu")
+        and not backends["extension"].available
+    ):
+        pytest.skip(backends["extension"].reason)
+    if request.param == "cuda" and not backends["cuda"].available:
+        pytest.skip(backends["cuda"].reason)
+    if request.param.startswith("torch"):
+        monkeypatch.setattr(lapack_module, "extension", lambda: None)
+        monkeypatch.setattr(cusolver, "can_factor", lambda a: False)
+    elif request.param == "cuda's routes on cpu":
+        import cuda_stand_in
+
+        cuda_stand_in.install(monkeypatch)
+    with torch.device(device):
+        yield request.param.split("'")[0].split(" ")[0]
 
 
 @pytest.fixture(params=["torch", "scipy"])
@@ -29,12 +42,12 @@ def lapack(request, monkeypatch):
     if not imu.backends()["extension"].available:
         pytest.skip(imu.backends()["extension"].reason)
     try:
-        found = getattr(cholesky, f"_{request.param}_lapack")()
+        found = getattr(lapack_module, f"_{request.param}_lapack")()
     except (OSError, AttributeError, ImportError) as error:
         pytest.skip(f"no LAPACK in {request.param}: {error}")
     from imu_fast import _C
 
-    monkeypatch.setattr(cholesky, "_extension", lambda: (_C, found))
+    monkeypatch.setattr(lapack_module, "extension", lambda: (_C, found))
     return found
 
 
@@ -117,7 +130,7 @@ def test_indefinite_matrices_say_what_would_work(path):
     damped_cholesky(a[1].float(), info.value.smallest_damping)
 
 
-def test_bad_input():
+def test_bad_input(path):
     a, b = spd(4), torch.randn(4, dtype=torch.float64)
     solve = imu.damped_cholesky_solve
     for damping in (0, -1, float("nan")):
@@ -224,3 +237,73 @@ def test_every_entry_that_is_not_finite_is_found(path, order, value):
             a[1, i, j] = a[1, j, i] = value
             with pytest.raises(InputError, match="A is not finite"):
                 damped_cholesky(a, 1.0)
+
+
+@pytest.mark.parametrize("order", [3, 30, 129, 600])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_unchecked_failures_are_nan_and_leave_the_others_alone(path, order, dtype, overwrite):
+    a, b = spd(order, (4,), dtype), torch.randn(4, order, dtype=dtype)
+    truth = imu.damped_cholesky_solve(a, b, 0.5)
+    a[0, 1, 1] = -9.0
+    a[2, 0, 2] = a[2, 2, 0] = torch.inf
+    factor = damped_cholesky(a.clone(), 0.5, overwrite=overwrite, check=False)
+    for x in (factor.solve(b), imu.damped_cholesky_solve(a, b, 0.5, check=False)):
+        assert bool(x[[0, 2]].isnan().all())
+        torch.testing.assert_close(x[[1, 3]], truth[[1, 3]])
+    assert factor.logdet().isnan().tolist() == [True, False, True, False]
+    with pytest.raises(InputError, match="A is not finite"):
+        imu.damped_cholesky_solve(a, b, 0.5)
+    a[2] = a[1]
+    with pytest.raises(SingularMatrixError, match="pivot 2 of"):
+        imu.damped_cholesky_solve(a, b, 0.5)
+    # Even with nothing to solve.
+    with pytest.raises(SingularMatrixError, match="pivot 2 of"):
+        imu.damped_cholesky_solve(a, b.new_empty(4, order, 0), 0.5)
+    with pytest.raises(InputError, match="max_escalations=0"):
+        damped_cholesky(a, 0.5, check=False, max_escalations=1)
+
+
+def hard_matrix(kind, order):
+    """A float64 matrix, and a damping that leaves it a condition number of at most 1e8."""
+    if kind == "one class":  # p - p^2 is zero
+        return torch.zeros(order, order, dtype=torch.float64), 1e-2
+    if kind == "rank-deficient":
+        return spd(order, rank=3), 1e-2
+    if kind == "duplicated samples":
+        half = torch.randn(order // 2, 2 * order, dtype=torch.float64)
+        rows = half.repeat_interleave(2, dim=0)
+        return rows @ rows.mT / order, 1e-2
+    exponent = {"well-conditioned": 1, "condition 1e4": 4, "condition 1e8": 8}[kind]
+    q, _ = torch.linalg.qr(torch.randn(order, order, dtype=torch.float64))
+    a = q * torch.logspace(0, -exponent, order, dtype=torch.float64) @ q.mT
+    return (a + a.mT) / 2, 0.1**exponent
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("well-conditioned", "condition 1e4", "condition 1e8"),
+        *("rank-deficient", "duplicated samples", "one class"),
+    ],
+)
+@pytest.mark.parametrize("order", [40, 600])
+def test_relative_error(path, kind, order):
+    a, damping = hard_matrix(kind, order)
+    a = a.float()
+    b, eye = torch.randn(order), torch.eye(order, dtype=torch.float64)
+    truth = torch.linalg.solve(a.double() + damping * eye, b.double())
+    condition = float(torch.linalg.cond(a.double() + damping * eye))
+
+    def error(x):
+        return float((x.double() - truth).norm() / truth.norm())
+
+    if kind == "condition 1e8":
+        # Beyond 1 / eps of float32: the factor has to be float64.
+        factor = damped_cholesky(a.double(), damping)
+    else:
+        factor = damped_cholesky(a, damping)
+        eps = torch.finfo(torch.float32).eps
+        assert error(factor.solve(b)) <= max(1e-5, eps * condition)
+    refined = factor.solve_refined(b, tolerance=1e-15).x
+    assert error(refined) <= max(1e-12, torch.finfo(torch.float64).eps * condition)

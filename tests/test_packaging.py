@@ -32,6 +32,7 @@ def test_source_distribution_carries_what_a_build_needs(built):
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     tracked = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").iterdir()}
+    tracked |= {str(p.relative_to(ROOT)) for p in (ROOT / "tests").glob("*.cpp")}
     others = {"setup.py", "kernels/__init__.py", "LICENSE", "constraints.txt", TEMPLATE}
     assert tracked | others <= names
 

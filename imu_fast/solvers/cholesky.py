@@ -1,13 +1,9 @@
-"""Damped Cholesky solve ``(A + lam I)^-1 b``: the extension on the CPU, torch everywhere else."""
+"""Damped Cholesky solve ``(A + lam I)^-1 b``: the extensions on the CPU and on CUDA, else torch."""
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,101 +16,8 @@ from imu_fast.errors import (
     check_positive,
     check_same_device,
 )
+from imu_fast.solvers import cusolver, lapack
 from imu_fast.solvers.conjugate_gradient import Solution, refine
-
-# Up to this order the extension's own factorisation beats LAPACK's on one matrix, and in a batch up
-# to _SIDE_BY_SIDE; its solve takes a vector at a time, so only a few of them.
-_SMALL = 256
-_FEW = 8
-# Up to this order matrices of a batch are factored side by side, one thread each; larger ones one
-# after the other, each on LAPACK's own threads, which by then scale.
-_SIDE_BY_SIDE = 512
-
-
-@dataclass(frozen=True)
-class Lapack:
-    """Addresses of LAPACK's routines in a library that is already loaded, and its name."""
-
-    name: str
-    potrf: dict[torch.dtype, int]
-    potrs: dict[torch.dtype, int]
-    set_threads: int = 0
-
-
-_PREFIX = {torch.float32: "s", torch.float64: "d"}
-_KIND = {torch.float32: "f32", torch.float64: "f64"}
-
-
-def _torch_lapack() -> Lapack:
-    """The LAPACK that torch itself calls, where its library exports it."""
-    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    library = ctypes.CDLL(str(path))
-
-    def address(symbol: str) -> int:
-        return ctypes.cast(getattr(library, symbol), ctypes.c_void_p).value or 0
-
-    potrf = {dtype: address(f"{p}potrf_") for dtype, p in _PREFIX.items()}
-    potrs = {dtype: address(f"{p}potrs_") for dtype, p in _PREFIX.items()}
-    try:
-        set_threads = address("MKL_Set_Num_Threads_Local")
-    except AttributeError:
-        set_threads = 0
-    return Lapack("torch", potrf, potrs, set_threads)
-
-
-def _scipy_lapack() -> Lapack:
-    """The LAPACK that scipy brings, through its Cython interface's capsules."""
-    from scipy.linalg import cython_lapack
-
-    get_name = ctypes.pythonapi.PyCapsule_GetName
-    get_name.restype, get_name.argtypes = ctypes.c_char_p, [ctypes.py_object]
-    get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-    get_pointer.restype = ctypes.c_void_p
-    get_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
-
-    def address(symbol: str) -> int:
-        capsule = cython_lapack.__pyx_capi__[symbol]
-        return get_pointer(capsule, get_name(capsule))
-
-    return Lapack(
-        "scipy",
-        {dtype: address(f"{p}potrf") for dtype, p in _PREFIX.items()},
-        {dtype: address(f"{p}potrs") for dtype, p in _PREFIX.items()},
-    )
-
-
-@lru_cache(maxsize=1)
-def find_lapack() -> Lapack | None:
-    """LAPACK of an installed library: torch's own, else scipy's; None if neither has one."""
-    for find in (_torch_lapack, _scipy_lapack):
-        try:
-            return find()
-        except (OSError, AttributeError, ImportError, KeyError) as error:
-            logger.debug("%s: %s", find.__name__, error)
-    return None
-
-
-@lru_cache(maxsize=1)
-def _extension() -> tuple[Any, Lapack] | None:
-    try:
-        from imu_fast import _C
-    except ImportError as error:
-        logger.info("imu_fast._C does not load (%s); torch factors instead", error)
-        return None
-    lapack = find_lapack()
-    if lapack is None:
-        logger.info("no LAPACK found for imu_fast._C; torch factors instead")
-        return None
-    return _C, lapack
-
-
-def _is_small(order: int, batch: int) -> bool:
-    """Whether the extension's own factorisation is the faster one; measured in bench/."""
-    return order <= _SMALL or (order <= _SIDE_BY_SIDE and batch >= torch.get_num_threads())
-
-
-def _threads(order: int) -> int:
-    return torch.get_num_threads() if order <= _SIDE_BY_SIDE else 1
 
 
 @dataclass(frozen=True)
@@ -124,7 +27,7 @@ class DampedCholesky:
     Attributes:
         factor: [..., P, P]; its upper triangle is U, the strict lower one is not used.
         damping: lam, as it was used: larger than asked for after an escalation.
-        backend: "extension" or "torch".
+        backend: "extension" (the CPU's), "cuda" or "torch".
         matrix: A, kept by reference for other dampings and refinement; None if overwritten.
     """
 
@@ -141,52 +44,27 @@ class DampedCholesky:
         Raises:
             InputError: shape, dtype or device does not match.
         """
-        check_same_device("A", self.factor, "b", b)
-        if b.dtype != self.factor.dtype:
-            raise InputError(f"b is {b.dtype}, A is {self.factor.dtype}; convert one with .to()")
-        vector = b.dim() == self.factor.dim() - 1
-        shape = b.shape if vector else b.shape[:-1]
-        if b.dim() not in (self.factor.dim() - 1, self.factor.dim()) or (
-            shape != self.factor.shape[:-1]
-        ):
-            raise InputError(
-                f"b has shape {tuple(b.shape)}; expected {tuple(self.factor.shape[:-1])}, or with "
-                "a last dimension of right-hand sides"
-            )
+        vector = _check_right_hand_side(self.factor, b)
         columns = b.unsqueeze(-1) if vector else b
-        if self.backend == "extension":
-            out = self._solve_extension(columns)
-        else:
+        if self.backend == "torch":
             out = torch.cholesky_solve(columns, self.factor, upper=True)
-        return out.squeeze(-1) if vector else out
-
-    def _solve_extension(self, b: Tensor) -> Tensor:
-        found = _extension()
-        assert found is not None
-        module, lapack = found
-        # One right-hand side per row: LAPACK's column-major b.
-        rows = b.mT.contiguous()
-        rows = rows.clone() if rows.data_ptr() == b.data_ptr() else rows
-        order, kind = self.factor.shape[-1], _KIND[self.factor.dtype]
-        batch, many = self.factor.numel() // order**2, rows.shape[-2]
-        if not rows.numel():
-            return rows.mT
-        pointers = (self.factor.data_ptr(), batch, order, rows.data_ptr(), many, _threads(order))
-        # Many right-hand sides are LAPACK's: its triangular solve is a matrix product.
-        if _is_small(order, batch) and many <= _FEW:
-            getattr(module, f"small_solve_{kind}")(*pointers)
         else:
-            potrs = lapack.potrs[self.factor.dtype]
-            getattr(module, f"solve_{kind}")(potrs, lapack.set_threads, *pointers)
-        return rows.mT
+            # One right-hand side per row: LAPACK's and cuSOLVER's column-major b.
+            rows = columns.mT.contiguous()
+            rows = rows.clone() if rows.data_ptr() == b.data_ptr() else rows
+            if rows.numel():
+                _LIBRARIES[self.backend].solve(self.factor, rows)
+            out = rows.mT
+        return out.squeeze(-1) if vector else out
 
     def solve_refined(self, b: Tensor, tolerance: float = 1e-12) -> Solution:
         """The same to float64 accuracy, by iterative refinement with this factor.
 
         Args:
             b: as in :meth:`solve`, any floating dtype. tolerance: on each matrix's true relative
-                residual, recomputed in float64. Where it is not reached (a float32 factor at a
-                condition number beyond 1e7) that is logged, and to be read in ``residual``.
+                residual, recomputed in float64, and read back after each round. Where it is not
+                reached (a float32 factor at a condition number beyond 1e7) that is logged, and to
+                be read in ``residual``.
 
         Returns:
             A Solution; x is float64, of b's shape.
@@ -197,8 +75,7 @@ class DampedCholesky:
         if self.matrix is None:
             raise InputError("overwrite=True did away with A, which refinement needs; keep it")
         check_positive("tolerance", tolerance)
-        self.solve(b.to(self.factor.dtype))  # checks the shape; cheap beside the factorisation
-        vector = b.dim() == self.factor.dim() - 1
+        vector = _check_right_hand_side(self.factor, b.to(self.factor.dtype))
         order = self.factor.shape[-1]
         wide = self.matrix.double().reshape(-1, order, order)
         columns = (b.unsqueeze(-1) if vector else b).double()
@@ -229,7 +106,8 @@ class DampedCholesky:
         """
         if self.matrix is None:
             raise InputError("overwrite=True did away with A, which a sweep needs; keep it")
-        return _factor(self.matrix, damping, overwrite=False)
+        lam = check_positive("damping", damping)
+        return _factor(self.matrix, lam, overwrite=False, check=True)
 
     def logdet(self) -> Tensor:
         """``log det(A + lam I)``: [...]."""
@@ -242,8 +120,8 @@ class DampedCholesky:
         ``U^T U`` and with its inverse, from a seeded start.
         """
         upper = self.factor.triu()
-        generator = torch.Generator().manual_seed(0)
-        start = torch.randn(upper.shape[-1], generator=generator, dtype=torch.float64)
+        generator = torch.Generator("cpu").manual_seed(0)
+        start = torch.randn(upper.shape[-1], generator=generator, dtype=torch.float64, device="cpu")
         start = start.to(upper).expand(*upper.shape[:-1]).unsqueeze(-1)
 
         def largest(apply: Callable[[Tensor], Tensor]) -> Tensor:
@@ -257,49 +135,61 @@ class DampedCholesky:
         return largest(lambda x: upper.mT @ (upper @ x)) * largest(self.solve)
 
 
+# Where a factor and its solves are ours: its name, as in DampedCholesky.backend, and the module.
+_LIBRARIES = {"extension": lapack, "cuda": cusolver}
+
+
+def _backend(a: Tensor) -> str:
+    if a.device.type == "cpu" and lapack.extension() is not None:
+        return "extension"
+    if a.is_cuda and cusolver.can_factor(a):
+        return "cuda"
+    return "torch"
+
+
 def _check_shape(a: Tensor) -> None:
     if a.dim() < 2 or a.shape[-1] != a.shape[-2] or a.numel() == 0:
         raise InputError(f"A has shape {tuple(a.shape)}; pass square matrices [..., P, P]")
-    if a.dtype not in _KIND:
+    if a.dtype not in (torch.float32, torch.float64):
         raise InputError(f"A is {a.dtype}; pass float32 or float64")
 
 
-def _check_finite(a: Tensor) -> None:
-    if not bool(torch.isfinite(a).all()):
-        raise InputError("A is not finite; remove the NaN or infinite entries")
+def _check_right_hand_side(a: Tensor, b: Tensor) -> bool:
+    """Whether b is one vector per matrix of a, or raise InputError."""
+    check_same_device("A", a, "b", b)
+    if b.dtype != a.dtype:
+        raise InputError(f"b is {b.dtype}, A is {a.dtype}; convert one with .to()")
+    vector = b.dim() == a.dim() - 1
+    shape = b.shape if vector else b.shape[:-1]
+    if b.dim() not in (a.dim() - 1, a.dim()) or shape != a.shape[:-1]:
+        raise InputError(
+            f"b has shape {tuple(b.shape)}; expected {tuple(a.shape[:-1])}, or with "
+            "a last dimension of right-hand sides"
+        )
+    return vector
 
 
-def _factor(a: Tensor, damping: float, overwrite: bool) -> DampedCholesky:
-    """Factor, or raise SingularMatrixError."""
-    order, batch = a.shape[-1], a.shape[:-2]
-    found = _extension() if a.device.type == "cpu" else None
-    kept = None if overwrite else a
-    if found is None:
-        _check_finite(a)
-        damped = a.detach() if overwrite else a.detach().clone()
-        damped.diagonal(dim1=-2, dim2=-1).add_(damping)
-        factor, status = torch.linalg.cholesky_ex(damped, upper=True)
-        if overwrite:
-            factor = damped.copy_(factor)
-        result = DampedCholesky(factor, damping, "torch", kept)
-    else:
-        module, lapack = found
-        source, kind = a.detach().contiguous(), _KIND[a.dtype]
-        status = torch.empty(batch, dtype=torch.int32)
-        count = max(1, status.numel())
-        tail = (count, order, damping, status.data_ptr(), _threads(order))
-        if _is_small(order, count):
-            # A factor of what is not finite is not finite: the status says so, at no extra pass.
-            factor = source if overwrite else torch.empty_like(source)
-            run = getattr(module, f"small_factor_{kind}")
-            run(source.data_ptr(), factor.data_ptr(), *tail)
-        else:
-            _check_finite(a)
-            factor = source if overwrite else source.clone()
-            run = getattr(module, f"factor_{kind}")
-            run(lapack.potrf[a.dtype], lapack.set_threads, factor.data_ptr(), *tail)
-        result = DampedCholesky(factor, damping, "extension", kept)
-    if bool(status.any()):
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise InputError(f"{name} is not finite; remove the NaN or infinite entries")
+
+
+def _torch_factor(a: Tensor, damping: float, overwrite: bool) -> tuple[Tensor, Tensor]:
+    """As :func:`imu_fast.solvers.lapack.factor`, on any device."""
+    damped = a if overwrite else a.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(damping)
+    factor, status = torch.linalg.cholesky_ex(damped, upper=True)
+    factor = damped.copy_(factor) if overwrite else factor
+    return factor, lapack.settle(factor, status)
+
+
+def _factor(a: Tensor, damping: float, overwrite: bool, check: bool) -> DampedCholesky:
+    """Factor, or (where that is checked) raise SingularMatrixError or InputError."""
+    backend, order = _backend(a), a.shape[-1]
+    run = _torch_factor if backend == "torch" else _LIBRARIES[backend].factor
+    factor, status = run(a.detach(), damping, overwrite)
+    result = DampedCholesky(factor, damping, backend, None if overwrite else a)
+    if check and bool(status.any()):
         if overwrite:
             # A itself is gone, so what would have worked cannot be told.
             first = int(torch.nonzero(status.flatten())[0])
@@ -310,15 +200,23 @@ def _factor(a: Tensor, damping: float, overwrite: bool) -> DampedCholesky:
                 pivot=int(status.flatten()[first]),
                 index=None if a.dim() == 2 else first,
             )
-        _check_finite(a)
+        _check_finite("A", a)
         _raise_singular(a, damping, status)
     return result
 
 
 def damped_cholesky(
-    a: Tensor, damping: float, *, overwrite: bool = False, max_escalations: int = 0
+    a: Tensor,
+    damping: float,
+    *,
+    overwrite: bool = False,
+    max_escalations: int = 0,
+    check: bool = True,
 ) -> DampedCholesky:
     """Factor ``A + lam I`` for solving again and again.
+
+    On CUDA everything is enqueued on the current stream; the host waits once, to read the status,
+    or not at all.
 
     Args:
         a: [..., P, P], symmetric positive semi-definite, float32 or float64; only its upper
@@ -327,10 +225,12 @@ def damped_cholesky(
         overwrite: the factor may take a's memory (if a is contiguous); a is then lost.
         max_escalations: how often the damping (of the whole batch) may be multiplied by ten while
             a matrix stays indefinite (Levenberg 1944). Logged; ``.damping`` is what was used.
+        check: False does not read the status, so the host does not wait. Where a matrix is
+            indefinite or not finite all that is solved with its factor is NaN.
 
     Raises:
         InputError: shape, dtype, a non-finite entry, or damping not positive and finite;
-            escalation of a matrix that may be overwritten.
+            escalation of a matrix that may be overwritten, or unchecked.
         SingularMatrixError: a matrix is indefinite even after damping; names the matrix, the pivot
             and the smallest damping that works.
     """
@@ -339,9 +239,11 @@ def damped_cholesky(
     check_count("max_escalations", max_escalations, minimum=0)
     if overwrite and max_escalations:
         raise InputError("overwrite=True loses A at the first attempt; set max_escalations=0")
+    if max_escalations and not check:
+        raise InputError("check=False does not learn of a failure; set max_escalations=0")
     for attempt in range(max_escalations + 1):
         try:
-            found = _factor(a, lam, overwrite)
+            found = _factor(a, lam, overwrite, check)
         except SingularMatrixError:
             if attempt == max_escalations:
                 raise
@@ -373,16 +275,22 @@ def _raise_singular(a: Tensor, damping: float, status: Tensor) -> None:
     )
 
 
-def damped_cholesky_solve(a: Tensor, b: Tensor, damping: float) -> Tensor:
+def damped_cholesky_solve(a: Tensor, b: Tensor, damping: float, *, check: bool = True) -> Tensor:
     """``(A + lam I)^-1 b``, batched, on the CPU and on CUDA.
 
     Args:
         a: [..., P, P], symmetric positive semi-definite. b: [..., P] or [..., P, m].
-        damping: lam > 0.
+        damping: lam > 0. check: False reads nothing back from the device: the solution of a matrix
+            that is indefinite or not finite is NaN, and so is that for a b which is not finite.
 
     Returns:
         As b. Errors as in :func:`damped_cholesky` and :meth:`DampedCholesky.solve`.
     """
-    if isinstance(b, Tensor) and not bool(torch.isfinite(b).all()):
-        raise InputError("b is not finite; remove the NaN or infinite entries")
-    return damped_cholesky(a, damping).solve(b)
+    _check_shape(a)
+    _check_right_hand_side(a, b)
+    # The one read: a failed factor, and what is not finite in b, show in the solution.
+    x = damped_cholesky(a, damping, check=False).solve(b)
+    if check and not (x.numel() and bool(torch.isfinite(x).all())):
+        _check_finite("b", b)
+        damped_cholesky(a, damping)
+    return x
