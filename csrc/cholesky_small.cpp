@@ -19,8 +19,8 @@ namespace imu_fast {
 namespace {
 
 // A = U^T U, left-looking: a tile of U, ROWS x (V vectors of BYTES), stays in registers from the
-// first product to the last. ROWS x VECTORS accumulators must hide the latency of a multiply-add and
-// leave registers for its operands.
+// first product to the last. ROWS x VECTORS accumulators must hide the latency of a multiply-add
+// and leave registers for its operands.
 template <typename T, int BYTES, int ROWS, int VECTORS>
 struct Small {
   static constexpr int width = BYTES / sizeof(T);
@@ -181,17 +181,18 @@ struct Routines {
 };
 
 // One version: its name, its instruction set, and BYTES, ROWS, VECTORS.
-#define IMU_FAST_VERSION(NAME, TARGET, ...)                               \
-  template <typename T>                                                   \
-  TARGET int factor_##NAME(const T* a, T* u, T* w, int n, T damping) {    \
-    return Small<T, __VA_ARGS__>::factor(a, u, w, n, damping);            \
-  }                                                                       \
-  template <typename T>                                                   \
-  TARGET void solve_##NAME(const T* u, T* b, int n) {                     \
-    Small<T, __VA_ARGS__>::solve(u, b, n);                                \
-  }                                                                       \
-  template <typename T>                                                   \
-  constexpr Routines<T> NAME = {Small<T, __VA_ARGS__>::workspace, factor_##NAME<T>, solve_##NAME<T>};
+#define IMU_FAST_VERSION(NAME, TARGET, ...)                                         \
+  template <typename T>                                                             \
+  TARGET int factor_##NAME(const T* a, T* u, T* w, int n, T damping) {              \
+    return Small<T, __VA_ARGS__>::factor(a, u, w, n, damping);                      \
+  }                                                                                 \
+  template <typename T>                                                             \
+  TARGET void solve_##NAME(const T* u, T* b, int n) {                               \
+    Small<T, __VA_ARGS__>::solve(u, b, n);                                          \
+  }                                                                                 \
+  template <typename T>                                                             \
+  constexpr Routines<T> NAME = {Small<T, __VA_ARGS__>::workspace, factor_##NAME<T>, \
+                                solve_##NAME<T>};
 
 IMU_FAST_VERSION(plain, , 32, 4, 1)
 #ifdef IMU_FAST_X86
@@ -219,7 +220,8 @@ void small_factor(const T* a, T* u, int64_t batch, int n, T damping, int* status
     constexpr size_t line = 64 / sizeof(T);
     memory.resize(std::max(memory.size(), run.workspace(n) + line));
     const size_t misaligned = reinterpret_cast<uintptr_t>(memory.data()) / sizeof(T) % line;
-    status[i] = run.factor(a + i * size, u + i * size, memory.data() + line - misaligned, n, damping);
+    T* w = memory.data() + line - misaligned;
+    status[i] = run.factor(a + i * size, u + i * size, w, n, damping);
   });
 }
 
