@@ -2,140 +2,237 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <vector>
 
 #include "cholesky_small.h"
 #include "parallel.h"
 
-// One build for every machine: the compiler makes a version for each instruction set, and the
-// loader picks one. Elsewhere the plain version serves.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
-#define IMU_FAST_CLONES \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define IMU_FAST_CLONES
+// One build for every machine: x86 gets a version for each width of its vectors, chosen at run
+// time; elsewhere the plain version serves.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define IMU_FAST_X86
 #endif
 #define IMU_FAST_INLINE inline __attribute__((always_inline))
+// Loops over a tile disappear, so that the tile is in registers.
+#define IMU_FAST_UNROLL _Pragma("GCC unroll 8")
 
 namespace imu_fast {
 namespace {
 
-// Rows that are factored before the rest is updated: the update is a product of this inner length.
-constexpr int kBlock = 8;
-// Rows of the update that share each load of the factored block.
-constexpr int kRows = 4;
+// A = U^T U, left-looking: a tile of U, ROWS x (V vectors of BYTES), stays in registers from the
+// first product to the last. ROWS x VECTORS accumulators must hide the latency of a multiply-add
+// and leave registers for its operands.
+template <typename T, int BYTES, int ROWS, int VECTORS>
+struct Small {
+  static constexpr int width = BYTES / sizeof(T);
+  static_assert(width % ROWS == 0, "a diagonal block lies within one vector of columns");
+  typedef T Vector __attribute__((vector_size(BYTES), may_alias));
 
-// Columns of the update at once: 64 bytes twice, whatever the instruction set's width.
-template <typename T>
-struct Pack {
-  static constexpr int width = 64 / sizeof(T);
-  typedef T type __attribute__((vector_size(64)));
+  // Vector v of those that begin at element `offset` of the workspace.
+  static IMU_FAST_INLINE Vector& at(T* w, int offset, int v) {
+    return *reinterpret_cast<Vector*>(w + offset + v * width);
+  }
+
+  static int rounded(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+  // Columns of the workspace: an odd number of cache lines, so that a column meets every set.
+  static int stride(int n) {
+    constexpr int line = 64 / sizeof(T);
+    return (rounded(n, line) / line | 1) * line;
+  }
+
+  // Elements of the workspace of an n x n matrix.
+  static size_t workspace(int n) { return static_cast<size_t>(rounded(n, ROWS)) * stride(n); }
+
+  // Factors a diagonal block in place. Returns 0, or the order of the minor that is not positive
+  // definite (or not finite).
+  static IMU_FAST_INLINE int factor_diagonal(T (&d)[ROWS][ROWS], T (&inverse)[ROWS]) {
+    int status = 0;
+    IMU_FAST_UNROLL for (int r = 0; r < ROWS; ++r) {
+      const T pivot = d[r][r];
+      if (!status && (!(pivot > T(0)) || !std::isfinite(pivot))) status = r + 1;
+      inverse[r] = T(1) / std::sqrt(pivot);
+      IMU_FAST_UNROLL for (int c = r + 1; c < ROWS; ++c) d[r][c] *= inverse[r];
+      IMU_FAST_UNROLL for (int q = r + 1; q < ROWS; ++q)
+        IMU_FAST_UNROLL for (int c = q; c < ROWS; ++c) d[q][c] -= d[r][q] * d[r][c];
+    }
+    return status;
+  }
+
+  // Rows i.. and columns j.. of U: what the rows above leave of A, solved by the diagonal block,
+  // which the first tile of these rows (the one that holds it) factors into d and inverse.
+  template <int V>
+  static IMU_FAST_INLINE int tile(T* w, int ld, int i, int j, bool first, T (&d)[ROWS][ROWS],
+                                  T (&inverse)[ROWS]) {
+    Vector sum[ROWS][V];
+    IMU_FAST_UNROLL for (int r = 0; r < ROWS; ++r)
+      IMU_FAST_UNROLL for (int v = 0; v < V; ++v) sum[r][v] = at(w, (i + r) * ld + j, v);
+    for (int k = 0; k < i; ++k) {
+      const T* left = w + k * ld + i;
+      IMU_FAST_UNROLL for (int v = 0; v < V; ++v) {
+        const Vector above = at(w, k * ld + j, v);
+        IMU_FAST_UNROLL for (int r = 0; r < ROWS; ++r) sum[r][v] -= left[r] * above;
+      }
+    }
+    if (first) {
+      IMU_FAST_UNROLL for (int r = 0; r < ROWS; ++r) {
+        at(w, (i + r) * ld + j, 0) = sum[r][0];
+        std::memcpy(d[r], w + (i + r) * ld + i, sizeof(d[r]));
+      }
+      const int status = factor_diagonal(d, inverse);
+      if (status) return i + status;
+    }
+    IMU_FAST_UNROLL for (int r = 0; r < ROWS; ++r)
+      IMU_FAST_UNROLL for (int v = 0; v < V; ++v) {
+        IMU_FAST_UNROLL for (int q = 0; q < r; ++q) sum[r][v] -= d[q][r] * sum[q][v];
+        sum[r][v] *= inverse[r];
+        at(w, (i + r) * ld + j, v) = sum[r][v];
+      }
+    return 0;
+  }
+
+  // The workspace w has rows and columns that are aligned and padded with those of the identity.
+  static IMU_FAST_INLINE int factor(const T* a, T* u, T* w, int n, T damping) {
+    const int ld = stride(n), rows = rounded(n, ROWS), columns = rounded(n, width);
+    for (int i = 0; i < rows; ++i) {
+      T* row = w + i * ld;
+      if (i < n) std::memcpy(row + i, a + i * n + i, (n - i) * sizeof(T));
+      for (int j = i < n ? n : i; j < columns; ++j) row[j] = T(0);
+      row[i] = i < n ? row[i] + damping : T(1);
+    }
+    for (int i = 0; i < rows; i += ROWS) {
+      T d[ROWS][ROWS], inverse[ROWS];
+      for (int j = i / width * width, first = true; j < columns; first = false) {
+        const bool whole = j + VECTORS * width <= columns;
+        const int status = whole ? tile<VECTORS>(w, ld, i, j, first, d, inverse)
+                                 : tile<1>(w, ld, i, j, first, d, inverse);
+        if (status) return status;
+        j += whole ? VECTORS * width : width;
+      }
+      for (int k = i; k < i + ROWS && k < n; ++k)
+        std::memcpy(u + k * n + k, w + k * ld + k, (n - k) * sizeof(T));
+    }
+    return 0;
+  }
+
+  // x = U_ii^-T b for R rows from i; then their part of every later row.
+  template <int R>
+  static IMU_FAST_INLINE void forward(const T* u, T* b, int n, int i) {
+    T x[R];
+    for (int r = 0; r < R; ++r) {
+      const T inverse = T(1) / u[(i + r) * n + i + r];
+      x[r] = b[i + r];
+      for (int q = 0; q < r; ++q) x[r] -= u[(i + q) * n + i + r] * x[q];
+      b[i + r] = x[r] *= inverse;
+    }
+    int j = i + R;
+    for (; j + width <= n; j += width) {
+      Vector sum, row;
+      std::memcpy(&sum, b + j, sizeof(sum));
+      for (int r = 0; r < R; ++r) {
+        std::memcpy(&row, u + (i + r) * n + j, sizeof(row));
+        sum -= x[r] * row;
+      }
+      std::memcpy(b + j, &sum, sizeof(sum));
+    }
+    for (; j < n; ++j)
+      for (int r = 0; r < R; ++r) b[j] -= x[r] * u[(i + r) * n + j];
+  }
+
+  // x = U_ii^-1 (b - U_i,later x_later) for R rows from i.
+  template <int R>
+  static IMU_FAST_INLINE void backward(const T* u, T* b, int n, int i) {
+    Vector sum[R] = {};
+    int j = i + R;
+    for (; j + width <= n; j += width) {
+      Vector later, row;
+      std::memcpy(&later, b + j, sizeof(later));
+      for (int r = 0; r < R; ++r) {
+        std::memcpy(&row, u + (i + r) * n + j, sizeof(row));
+        sum[r] += row * later;
+      }
+    }
+    T rest[R] = {};
+    for (; j < n; ++j)
+      for (int r = 0; r < R; ++r) rest[r] += u[(i + r) * n + j] * b[j];
+    for (int r = R - 1; r >= 0; --r) {
+      const T inverse = T(1) / u[(i + r) * n + i + r];
+      for (int lane = 0; lane < width; ++lane) rest[r] += sum[r][lane];
+      T x = b[i + r] - rest[r];
+      for (int q = r + 1; q < R; ++q) x -= u[(i + r) * n + i + q] * b[i + q];
+      b[i + r] = x * inverse;
+    }
+  }
+
+  // U^T U x = b in place for one right-hand side.
+  static IMU_FAST_INLINE void solve(const T* u, T* b, int n) {
+    int i = 0;
+    for (; i + ROWS <= n; i += ROWS) forward<ROWS>(u, b, n, i);
+    for (; i < n; ++i) forward<1>(u, b, n, i);
+    for (--i; i >= n / ROWS * ROWS; --i) backward<1>(u, b, n, i);
+    for (i -= ROWS - 1; i >= 0; i -= ROWS) backward<ROWS>(u, b, n, i);
+  }
 };
 
-// a[i + r, j] -= sum_k u[k, i + r] u[k, j] for j >= i, with `u` the kBlock rows just factored.
-// Whole packs are taken from the right end; the leftmost may reach into the unused lower triangle.
-template <typename T, int ROWS>
-IMU_FAST_INLINE void update_rows(T* __restrict a, const T* __restrict u, int n, int i) {
-  using Vector = typename Pack<T>::type;
-  constexpr int width = Pack<T>::width;
-  T left[ROWS][kBlock];
-  for (int r = 0; r < ROWS; ++r)
-    for (int k = 0; k < kBlock; ++k) left[r][k] = u[k * n + i + r];
-  int stop = n;
-  for (; stop > i && stop >= 2 * width; stop -= 2 * width) {
-    const int j = stop - 2 * width;
-    Vector sum[ROWS][2];
-    for (int r = 0; r < ROWS; ++r) std::memcpy(sum[r], a + (i + r) * n + j, sizeof(sum[r]));
-#pragma GCC unroll 8
-    for (int k = 0; k < kBlock; ++k) {
-      Vector shared[2];
-      std::memcpy(shared, u + k * n + j, sizeof(shared));
-      for (int r = 0; r < ROWS; ++r) {
-        sum[r][0] -= left[r][k] * shared[0];
-        sum[r][1] -= left[r][k] * shared[1];
-      }
-    }
-    for (int r = 0; r < ROWS; ++r) std::memcpy(a + (i + r) * n + j, sum[r], sizeof(sum[r]));
-  }
-  for (int j = i; j < stop; ++j)
-    for (int r = 0; r < ROWS; ++r) {
-      T sum = 0;
-      for (int k = 0; k < kBlock; ++k) sum += left[r][k] * u[k * n + j];
-      a[(i + r) * n + j] -= sum;
-    }
-}
-
-// A = U^T U in place on the upper triangle, row by row within a block, block by block.
-// Returns 0, or the order of the leading minor that is not positive definite (or not finite).
 template <typename T>
-IMU_FAST_INLINE int factor_one(T* __restrict a, int n) {
-  for (int begin = 0; begin < n; begin += kBlock) {
-    const int end = std::min(n, begin + kBlock);
-    for (int k = begin; k < end; ++k) {
-      T* row = a + k * n;
-      const T pivot = row[k];
-      if (!(pivot > T(0)) || !std::isfinite(pivot)) return k + 1;
-      const T scale = T(1) / std::sqrt(pivot);
-      for (int j = k; j < n; ++j) row[j] *= scale;
-      for (int i = k + 1; i < end; ++i) {
-        T* below = a + i * n;
-        const T factor = row[i];
-        for (int j = i; j < n; ++j) below[j] -= factor * row[j];
-      }
-    }
-    // Only a whole block leaves rows behind it.
-    const T* block = a + begin * n;
-    int i = end;
-    for (; i + kRows <= n; i += kRows) update_rows<T, kRows>(a, block, n, i);
-    for (; i < n; ++i) update_rows<T, 1>(a, block, n, i);
-  }
-  return 0;
-}
+struct Routines {
+  size_t (*workspace)(int n);
+  int (*factor)(const T* a, T* u, T* w, int n, T damping);
+  void (*solve)(const T* u, T* b, int n);
+};
 
-// U^T U x = b in place for one right-hand side.
+// One version: its name, its instruction set, and BYTES, ROWS, VECTORS.
+#define IMU_FAST_VERSION(NAME, TARGET, ...)                                         \
+  template <typename T>                                                             \
+  TARGET int factor_##NAME(const T* a, T* u, T* w, int n, T damping) {              \
+    return Small<T, __VA_ARGS__>::factor(a, u, w, n, damping);                      \
+  }                                                                                 \
+  template <typename T>                                                             \
+  TARGET void solve_##NAME(const T* u, T* b, int n) {                               \
+    Small<T, __VA_ARGS__>::solve(u, b, n);                                          \
+  }                                                                                 \
+  template <typename T>                                                             \
+  constexpr Routines<T> NAME = {Small<T, __VA_ARGS__>::workspace, factor_##NAME<T>, \
+                                solve_##NAME<T>};
+
+IMU_FAST_VERSION(plain, , 32, 4, 1)
+#ifdef IMU_FAST_X86
+IMU_FAST_VERSION(avx2, __attribute__((target("arch=x86-64-v3"))), 32, 4, 2)
+IMU_FAST_VERSION(avx512, __attribute__((target("arch=x86-64-v4"))), 64, 8, 2)
+#endif
+
 template <typename T>
-IMU_FAST_INLINE void solve_one(const T* __restrict u, T* __restrict b, int n) {
-  for (int k = 0; k < n; ++k) {
-    const T* row = u + k * n;
-    const T value = b[k] /= row[k];
-    for (int i = k + 1; i < n; ++i) b[i] -= row[i] * value;
-  }
-  for (int k = n - 1; k >= 0; --k) {
-    const T* row = u + k * n;
-    T partial[16] = {};
-    int i = k + 1;
-    for (; i + 16 <= n; i += 16)
-      for (int lane = 0; lane < 16; ++lane) partial[lane] += row[i + lane] * b[i + lane];
-    T sum = 0;
-    for (; i < n; ++i) sum += row[i] * b[i];
-    for (int lane = 0; lane < 16; ++lane) sum += partial[lane];
-    b[k] = (b[k] - sum) / row[k];
-  }
+const Routines<T>& routines() {
+#ifdef IMU_FAST_X86
+  if (__builtin_cpu_supports("x86-64-v4")) return avx512<T>;
+  if (__builtin_cpu_supports("x86-64-v3")) return avx2<T>;
+#endif
+  return plain<T>;
 }
-
-IMU_FAST_CLONES int factor_any(float* a, int n) { return factor_one(a, n); }
-IMU_FAST_CLONES int factor_any(double* a, int n) { return factor_one(a, n); }
-IMU_FAST_CLONES void solve_any(const float* u, float* b, int n) { solve_one(u, b, n); }
-IMU_FAST_CLONES void solve_any(const double* u, double* b, int n) { solve_one(u, b, n); }
 
 }  // namespace
 
 template <typename T>
 void small_factor(const T* a, T* u, int64_t batch, int n, T damping, int* status, int threads) {
   const int64_t size = static_cast<int64_t>(n) * n;
+  const Routines<T>& run = routines<T>();
   parallel_for(batch, threads, [&](int64_t i) {
-    T* out = u + i * size;
-    if (a != u) std::memcpy(out, a + i * size, size * sizeof(T));
-    for (int k = 0; k < n; ++k) out[k * n + k] += damping;
-    status[i] = factor_any(out, n);
-    if (status[i] != 0) out[0] = std::numeric_limits<T>::quiet_NaN();
+    thread_local std::vector<T> memory;
+    constexpr size_t line = 64 / sizeof(T);
+    memory.resize(std::max(memory.size(), run.workspace(n) + line));
+    const size_t misaligned = reinterpret_cast<uintptr_t>(memory.data()) / sizeof(T) % line;
+    T* w = memory.data() + line - misaligned;
+    status[i] = run.factor(a + i * size, u + i * size, w, n, damping);
+    if (status[i] != 0) u[i * size] = std::numeric_limits<T>::quiet_NaN();
   });
 }
 
 template <typename T>
 void small_solve(const T* u, int64_t batch, int n, T* b, int m, int threads) {
   const int64_t size = static_cast<int64_t>(n) * n;
+  const Routines<T>& run = routines<T>();
   parallel_for(batch, threads, [&](int64_t i) {
-    for (int j = 0; j < m; ++j) solve_any(u + i * size, b + (i * m + j) * n, n);
+    for (int j = 0; j < m; ++j) run.solve(u + i * size, b + (i * m + j) * n, n);
   });
 }
 
