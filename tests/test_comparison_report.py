@@ -231,6 +231,7 @@ def test_blocks_are_sorted_and_mark_the_best():
         assert by_name[SOMETIMES].name == f"{SOMETIMES} (5/6)"
         assert by_name["IMU (head)"].marks["retain_accuracy"] == "*"
         assert by_name["IMU (head)"].marks["auc"] == by_name[BASELINE].marks["auc"] == ""
+        assert by_name[NEVER].marks == {}
         assert by_name["IMU (head)"].lr == "0.01-0.02"
 
 
@@ -290,6 +291,13 @@ def test_band_needs_half_of_the_runs():
     assert np.isnan([low[0], middle[0], high[0]]).all()  # one of three came so far
     np.testing.assert_allclose(middle[1:], [0.7, 0.8])
     assert (low[1:] <= middle[1:]).all() and (middle[1:] <= high[1:]).all()
+
+
+def test_a_depth_that_is_not_explained_is_refused():
+    results = make_results(n_tasks=1)
+    del results["depths"]["auc"]
+    with pytest.raises(InputError, match="depth='auc'; say in depths"):
+        blocks(results)
 
 
 def test_highlighted_methods():

@@ -60,7 +60,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Line:
-    """A method in a block; ``marks``: ``*`` or ``**`` per metric that differs from the baseline."""
+    """A method in a block; ``marks``: ``*`` or ``**`` by metric that differs from the baseline."""
 
     method: str
     forget_only: bool
@@ -112,13 +112,19 @@ class Block:
 
 
 def check_results(results: dict[str, Any]) -> None:
-    """Raise InputError unless the results have every part that is drawn."""
+    """Raise InputError unless the results have every part that is drawn, and explain it."""
     parts = ("config", "versions", "seconds", "methods", "tasks", "depths", "rows", "summary")
     missing = [name for name in parts if name not in results]
     if missing:
         raise InputError(f"results lacks {', '.join(missing)}; pass what the comparison returned")
     if not results["rows"]:
         raise InputError("results['rows'] is empty; nothing was compared, give a task and a method")
+    for one, all_of in (("task", "tasks"), ("depth", "depths")):
+        unknown = {row[one] for row in results["rows"]} - {*results[all_of], "none"}
+        if unknown:
+            raise InputError(
+                f"results['rows'] has {one}={unknown.pop()!r}; say in {all_of} what it is"
+            )
 
 
 def baseline_of(results: dict[str, Any]) -> str | None:
@@ -153,17 +159,19 @@ def blocks(results: dict[str, Any]) -> list[Block]:
     def line(key: tuple[str, str, str]) -> Line:
         method = key[2]
         runs = rows[key]
+        # A reference has no depth to get to.
+        reached = len(runs) if method in REFERENCES else sum(bool(r["reached"]) for r in runs)
         return Line(
             method=method,
             forget_only=results["methods"].get(method, {}).get("forget_only", False),
             runs=len(runs),
-            # A reference has no depth to get to.
-            reached=len(runs) if method in REFERENCES else sum(bool(r["reached"]) for r in runs),
+            reached=reached,
             lr=_range([number(r.get("lr")) for r in runs]),
             steps=_spread_of([number(r.get("steps")) for r in runs]),
             seconds=_spread_of([number(r.get("seconds")) for r in runs]),
             values={m.name: spread(summary.get(key, {}), m.name) for m in METRICS},
-            marks={m.name: marks.get((m.name, *key), "") for m in METRICS},
+            # Where no run got to the depth, nothing was compared at it.
+            marks={m.name: marks.get((m.name, *key), "") for m in METRICS} if reached else {},
         )
 
     arranged = []

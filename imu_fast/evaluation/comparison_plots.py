@@ -112,7 +112,7 @@ def trade_off(
 
 
 def retain_at_depth(path: Path, block: Block, rows: list[dict[str, Any]]) -> str:
-    """Mean and standard deviation of retain accuracy per method, sorted; runs as faint dots below."""
+    """Mean and standard deviation of retain accuracy per method, sorted; runs as faint dots."""
     methods = block.methods
     figure = new_figure(figsize=(8, 1.7 + 0.27 * len(methods)))
     axes = figure.subplots()

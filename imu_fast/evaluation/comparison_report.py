@@ -159,7 +159,10 @@ def _cells(line: Line) -> list[str]:
     """A line of the full table: reached, every metric with its mark, lr, steps, seconds."""
     return [
         "" if line.reference else f"{line.reached}/{line.runs}",
-        *(f"{line.values[m.name].text(m.digits)} {line.marks[m.name]}".rstrip() for m in METRICS),
+        *(
+            f"{line.values[m.name].text(m.digits)} {line.marks.get(m.name, '')}".rstrip()
+            for m in METRICS
+        ),
         line.lr,
         "" if line.reference else line.steps.text(0),
         line.seconds.text(1),
