@@ -45,10 +45,11 @@ def diagnose() -> list[tuple[str, str, str]]:
         )
     )
     compiled = backends()["cuda"]
+    built = compiled.reason.startswith("compiled")
     remedy = "damped Cholesky on CUDA"
-    if not compiled.available:
+    if not built:
         remedy = "install nvcc, then IMU_FAST_BUILD_CUDA=1 pip install --no-cache-dir ."
-    rows.append(("imu_fast._C_cuda", compiled.reason if compiled.available else "missing", remedy))
+    rows.append(("imu_fast._C_cuda", compiled.reason if built else "missing", remedy))
     library, found = find_cusolver()
     rows.append(
         ("cuSOLVER", "missing" if library is None else found, "large matrices of imu_fast._C_cuda")
