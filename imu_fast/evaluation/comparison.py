@@ -14,7 +14,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -73,8 +73,23 @@ def _write(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
-def _start_worker(threads: int) -> None:
-    torch.set_num_threads(threads)
+class _Here(Executor):
+    """Runs what is submitted at once, in this process."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def _pool(workers: int) -> Executor:
+    """Processes that share the cores among them; one is this one."""
+    if workers == 1:
+        return _Here()
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    return ProcessPoolExecutor(
+        workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
+    )
 
 
 def train_original(config: Configuration, cache: Path, arch: str, seed: int) -> None:
@@ -207,10 +222,7 @@ def run(config: Configuration, out: Path, *, progress: bool = True) -> tuple[Jso
     models = [(arch, seed) for arch in config.archs for seed in range(config.seeds)]
     tuning = [(arch, _TUNING_SEED) for arch in config.archs]
     jobs = [(*model, task) for task in config.tasks for model in models]
-    threads = max(1, (os.cpu_count() or 1) // config.workers)
-    pool = ProcessPoolExecutor(
-        config.workers, get_context("spawn"), initializer=_start_worker, initargs=(threads,)
-    )
+    pool = _pool(config.workers)
     total = len(models) + len(tuning) + len(config.archs) * len(kinds) + len(jobs)
     with tqdm(total=total, desc="compare", unit="part", disable=not progress) as bar:
         try:

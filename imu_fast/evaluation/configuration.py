@@ -37,7 +37,7 @@ class Configuration:
         methods: names of ``comparison_methods``; empty: all.
         epochs, lr: of training.
         max_steps: budget of each unlearning run.
-        workers: processes side by side.
+        workers: processes side by side, the cores shared among them.
     """
 
     data: str = "digits"
@@ -114,7 +114,8 @@ class Configuration:
 
     def as_dict(self) -> dict[str, Any]:
         """For the results; without the path, which is of one machine only."""
-        return {k: v for k, v in asdict(self).items() if k not in ("data_path", "workers")}
+        kept = {k: v for k, v in asdict(self).items() if k not in ("data_path", "workers")}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
 
 
 def _digest(value: Any) -> str:
