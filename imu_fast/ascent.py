@@ -25,7 +25,12 @@ from imu_fast.capture import (
 )
 from imu_fast.errors import InputError, check_positive
 from imu_fast.factors import IGNORE_INDEX, GradientFactors, check_labels
-from imu_fast.ops.head_ascent import head_ascent_gradient, head_logits, objective
+from imu_fast.ops.head_ascent import (
+    head_ascent,
+    head_ascent_gradient,
+    head_logits,
+    objective,
+)
 from imu_fast.solvers.cholesky import damped_cholesky_solve
 
 OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -221,6 +226,22 @@ def invert_second_moment(second_moment: Tensor, eps: float) -> Tensor:
     return damped_cholesky_solve(second_moment, eye, damping)
 
 
+def plain_sgd(optimizer: torch.optim.Optimizer) -> tuple[float, float, float] | None:
+    """lr, momentum and weight decay of an SGD that does nothing else; None for other optimizers.
+
+    Subclasses, hooks, schedulers that wrap ``step``, dampening and the like all do something else.
+    """
+    watched = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    if type(optimizer) is not torch.optim.SGD or "step" in vars(optimizer) or watched:
+        return None
+    group = optimizer.param_groups[0]
+    if any(group[key] for key in ("dampening", "nesterov", "maximize", "differentiable")):
+        return None
+    if isinstance(group["lr"], Tensor):
+        return None
+    return group["lr"], group["momentum"], group["weight_decay"]
+
+
 class HeadProblem:
     """Ascent of the classifier alone: features are captured once, gradients are in closed form.
 
@@ -255,9 +276,25 @@ class HeadProblem:
     def step(self, rows: Tensor, weights: Tensor) -> Tensor:
         features, labels = self.sets["forget"]
         rows = rows.to(features.device)
-        gradient, loss = head_ascent_gradient(
-            features[rows], labels[rows], weights, self.theta, self.has_bias, self.objective
-        )
+        batch = features[rows], labels[rows], weights, self.theta
+        rates = None if self.preconditioner is not None else plain_sgd(self.optimizer)
+        if rates is not None:
+            lr, momentum, weight_decay = rates
+            # The buffer lives where torch keeps it, so that a checkpoint finds it.
+            slots, buffer = self.optimizer.state[self.theta], None
+            if momentum:
+                buffer = slots.setdefault("momentum_buffer", torch.zeros_like(self.theta))
+            return head_ascent(
+                *batch,
+                buffer,
+                self.has_bias,
+                self.objective,
+                lr=lr,
+                momentum=momentum,
+                weight_decay=weight_decay,
+                alpha=self.alpha,
+            )
+        gradient, loss = head_ascent_gradient(*batch, self.has_bias, self.objective)
         if self.preconditioner is not None:
             moved = gradient @ self.preconditioner
             scale = gradient.norm() / moved.norm().clamp_min(torch.finfo(moved.dtype).tiny)

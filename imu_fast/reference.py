@@ -115,6 +115,35 @@ def objective(logits: Tensor, labels: Tensor, name: str) -> Tensor:
     return others.logsumexp(dim=1) - logits.logsumexp(dim=1)
 
 
+def head_ascent(
+    features: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    theta: Tensor,
+    buffer: Tensor | None,
+    has_bias: bool,
+    name: str,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    alpha: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One SGD step on ``- sum w f / sum w + alpha ||theta||_1``, SPEC section 5, by autograd.
+
+    Returns:
+        theta [C, D] and momentum buffer [C, D] after the step (buffer None before it: zero), and
+        the loss before it; float64.
+    """
+    t, w = theta.detach().double().requires_grad_(), weights.double()
+    with torch.enable_grad():
+        logits = augment(features.double(), has_bias) @ t.T
+        loss = -(w * objective(logits, labels, name)).sum() / w.sum() + alpha * t.abs().sum()
+    gradient = torch.autograd.grad(loss, t)[0] + weight_decay * t.detach()
+    old = torch.zeros_like(gradient) if buffer is None else buffer.double()
+    velocity = momentum * old + gradient
+    return t.detach() - lr * velocity, velocity, loss.detach()
+
+
 def ggn_product(
     p: Tensor, scale: Tensor, act: Tensor, v: Tensor, n: int, damping: float, has_bias: bool
 ) -> Tensor:

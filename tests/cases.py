@@ -108,3 +108,20 @@ def factors_of(case: Case, dtype: torch.dtype):
     p = case.make(torch.float64)
     delta, _ = reference.softmax_residual(p.logits, p.labels, p.scale)
     return delta.to(dtype), p.act.to(dtype), p.offsets, p.has_bias
+
+
+ASCENT_RATES = dict(lr=0.1, momentum=0.9, weight_decay=0.01, alpha=0.05)
+
+
+def ascent_arguments(case: Case, dtype: torch.dtype, name: str):
+    """A step's operands, features in ``dtype`` and theta at least float32; also the length of its
+    sums, which grows with the logits that are exponentiated, and their magnitude."""
+    p = case.make(torch.float64)
+    wide = torch.promote_types(dtype, torch.float32)
+    theta = torch.cat([p.weight, p.bias[:, None]], dim=1) if p.has_bias else p.weight
+    theta = theta.to(wide)
+    weights = (torch.rand(len(p.labels)) + 0.1).to(wide)
+    features = p.act.to(dtype)
+    args = (features, p.labels, weights, theta, torch.randn_like(theta), p.has_bias, name)
+    length = len(features) + case.classes + (case.features + 3) * int(p.logits.abs().max() + 1)
+    return args, length, float(features.abs().max()) + float(theta.abs().max()) + 1
