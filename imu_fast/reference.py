@@ -167,6 +167,24 @@ def ggn_matrix(
     return out
 
 
+def conjugate_gradient(
+    matrix: Tensor, v: Tensor, iterations: int, preconditioner: Tensor
+) -> Tensor:
+    """x after some iterations from zero (Hestenes, Stiefel 1952): [P], float64.
+
+    Args:
+        matrix: M [P, P]. v: [P]. preconditioner: about ``M^-1``, [P, P]; the identity for none.
+    """
+    m, inverse, r = matrix.double(), preconditioner.double(), v.double()
+    x, p, rho = torch.zeros_like(r), inverse @ r, r @ inverse @ r
+    for _ in range(iterations):
+        step = rho / (p @ m @ p)
+        x, r = x + step * p, r - step * m @ p
+        rho, old = r @ inverse @ r, rho
+        p = inverse @ r + rho / old * p
+    return x
+
+
 def gram(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
     """``K[i,j] = <g_i, g_j>``, SPEC section 2: [n, n], float64."""
     g = sample_gradients(delta, act, offsets, has_bias).flatten(1)

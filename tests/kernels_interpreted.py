@@ -11,12 +11,23 @@ import importlib
 
 import pytest
 import torch
-from cases import ASCENT_RATES, CASES, IDS, Case, ascent_arguments, assert_close, factors_of
+from cases import (
+    ASCENT_RATES,
+    CASES,
+    IDS,
+    Case,
+    ascent_arguments,
+    assert_close,
+    check_conjugate_gradient,
+    factors_of,
+    positive_systems,
+)
 
 from imu_fast import reference
 from imu_fast.backend import record_backends, use_backend
 from imu_fast.errors import BackendUnavailableError
 from imu_fast.ops.bilinear_scores import bilinear_scores, quadratic_scores
+from imu_fast.ops.conjugate_gradient import iterate, start
 from imu_fast.ops.fisher_diagonal import fisher_diagonal
 from imu_fast.ops.ggn_product import ggn_product
 from imu_fast.ops.gram import gram
@@ -247,6 +258,29 @@ def test_ggn_product_in_shipped_tiles(case, precision, monkeypatch):
     assert torch.equal(whole, ggn_product(*args))
     monkeypatch.setattr(kernel, "CHUNK_ELEMENTS", 70 * 2 * case.classes)
     assert_close(ggn_product(*args), ggn_truth(*args), length, size)
+
+
+# Within a block; several pieces, the last one short; pieces of several blocks.
+@pytest.mark.parametrize("block, pieces", [(64, 4), (16, 4), (4, 2)])
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_conjugate_gradient(block, pieces, preconditioned, monkeypatch):
+    kernel = importlib.import_module("imu_fast.kernels.conjugate_gradient")
+    monkeypatch.setattr(kernel, "BLOCK", block)
+    monkeypatch.setattr(kernel, "PIECES", pieces)
+    check_conjugate_gradient((3, 5, 7), preconditioned, torch.float32)
+
+
+def test_a_system_that_has_ended_stands_still():
+    """Bit for bit: the second is zero, the third's curvature negative."""
+    matrix, v, _ = positive_systems((3, 6), torch.float32)
+    v[1] = 0
+    sign = torch.tensor([1.0, 1.0, -1.0])[:, None]
+    state = start(v, v, tolerance=1e-6)
+    for _ in range(3):
+        state = iterate(state, sign * (state.p @ matrix))
+        assert state.moving.tolist() == [True, False, False]
+    assert not state.x[1:].any() and torch.equal(state.p[1:], v[1:])
+    assert state.x[0].any()
 
 
 def check_head_ascent(case, dtype, name, rates=ASCENT_RATES):
