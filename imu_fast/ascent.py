@@ -25,6 +25,7 @@ from imu_fast.capture import (
 )
 from imu_fast.errors import InputError, check_positive
 from imu_fast.factors import IGNORE_INDEX, GradientFactors, check_labels
+from imu_fast.head_run import StepSequence
 from imu_fast.ops.head_ascent import (
     head_ascent,
     head_ascent_gradient,
@@ -181,10 +182,14 @@ class StopRule:
 
 
 class Problem(Protocol):
-    """What the ascent loop drives."""
+    """What the ascent loop drives.
+
+    sequence: several steps at once, for where the loop has nothing to do between them; or None.
+    """
 
     n: int
     optimizer: torch.optim.Optimizer
+    sequence: StepSequence | None
 
     def step(self, rows: Tensor, weights: Tensor) -> Tensor:
         """One reweighted step on forget samples ``rows`` [B]; returns the loss (scalar tensor)."""
@@ -272,18 +277,24 @@ class HeadProblem:
             parts.append(head.bias.detach()[:, None])
         self.theta = torch.cat(parts, dim=1).to(dtype)
         self.optimizer = make_optimizer([self.theta])
+        graph = self.theta.is_cuda and self._rates() is not None
+        self.sequence: StepSequence | None = StepSequence(self.step, graph)
+
+    def _rates(self) -> tuple[float, float, float] | None:
+        """Those of :func:`plain_sgd`, where the step is that and nothing more."""
+        return None if self.preconditioner is not None else plain_sgd(self.optimizer)
 
     def step(self, rows: Tensor, weights: Tensor) -> Tensor:
         features, labels = self.sets["forget"]
         rows = rows.to(features.device)
         batch = features[rows], labels[rows], weights, self.theta
-        rates = None if self.preconditioner is not None else plain_sgd(self.optimizer)
-        if rates is not None:
+        if (rates := self._rates()) is not None:
             lr, momentum, weight_decay = rates
             # The buffer lives where torch keeps it, so that a checkpoint finds it.
-            slots, buffer = self.optimizer.state[self.theta], None
-            if momentum:
-                buffer = slots.setdefault("momentum_buffer", torch.zeros_like(self.theta))
+            slots = self.optimizer.state[self.theta]
+            if momentum and "momentum_buffer" not in slots:
+                slots["momentum_buffer"] = torch.zeros_like(self.theta)
+            buffer = slots["momentum_buffer"] if momentum else None
             return head_ascent(
                 *batch,
                 buffer,
@@ -376,6 +387,7 @@ class NetworkProblem:
         dropout: str,
         score_layers: Any,
     ) -> None:
+        self.sequence: StepSequence | None = None
         self.model, self.sets, self.objective, self.alpha = model, sets, objective, alpha
         self.batchnorm, self.dropout, self.score_layers = batchnorm, dropout, score_layers
         self.forget: ForgetSet = sets["forget"]

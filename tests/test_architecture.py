@@ -16,6 +16,7 @@ FLOORS = [
     ["evaluation", "methods", "data", "checkpoints", "scores_io", "doctor"],
     ["unlearn"],
     ["ascent", "capture"],
+    ["head_run"],
     ["influence", "weighting"],
     ["curvature", "solvers"],
     ["factors"],
