@@ -79,6 +79,25 @@ def ggn_product(kind: str, N: int, C: int, d: int, m: int = 1) -> Cost:
     return cost_of(moved, 4 * m * N * C * (d + 1), kind)
 
 
+def conjugate_gradient(kind: str, C: int, d: int, m: int = 1, preconditioned: int = 0) -> Cost:
+    """An iteration's vectors, without products: p.Mp, then x, r and p; r.z if preconditioned."""
+    entries = m * C * (d + 1)
+    dots = 2 + preconditioned
+    return cost_of((8 + 24 + 12 + 8 * preconditioned) * entries, (2 * dots + 6) * entries, kind)
+
+
+def head_ascent(kind: str, N: int, C: int, d: int) -> Cost:
+    """A step on N samples: the logits' product, the residual, and the gradient with its update.
+
+    theta is read for the logits, theta and its momentum read and written at the end; logits and
+    delta stay in L2. Half-precision features are multiplied in TF32.
+    """
+    products = 4 * N * C * (d + 1)
+    moved = 2 * N * d * SIZE[kind] + 5 * 4 * C * (d + 1)
+    update = cost_of(0, 9 * C * (d + 1) + 10 * N * C, "fp32")
+    return cost_of(moved, products, "fp32" if kind == "fp32" else "tf32") + update
+
+
 def normaliser(kind: str, N: int, C: int, d: int) -> Cost:
     """linear_softmax's first sweep: one product whose result stays in tiles."""
     return cost_of((N + C) * d * SIZE[kind] + 24 * N, 2 * N * C * d, kind)
@@ -122,6 +141,11 @@ PROBLEMS = [
     (ggn_product, "tf32", IMAGES),
     (ggn_product, "fp32", IMAGES),
     (ggn_product, "tf32", {**IMAGES, "m": 8}),
+    (conjugate_gradient, "fp32", {"C": 1_000, "d": 2_048}),
+    (conjugate_gradient, "fp32", {"C": 1_000, "d": 2_048, "m": 8, "preconditioned": 1}),
+    (head_ascent, "tf32", {"N": 256, "C": 1_000, "d": 2_048}),
+    (head_ascent, "fp32", {"N": 256, "C": 1_000, "d": 2_048}),
+    (head_ascent, "bf16", {"N": 4_096, "C": 1_000, "d": 2_048}),
     (scoring, "bf16", IMAGES),
     (normaliser, "bf16", {"N": 8_192, "C": 128_256, "d": 4_096}),
     (residual, "bf16", {"N": 8_192, "C": 4_096, "d": 4_096}),

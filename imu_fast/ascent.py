@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +26,8 @@ from imu_fast.capture import (
 )
 from imu_fast.errors import InputError, check_positive
 from imu_fast.factors import IGNORE_INDEX, GradientFactors, check_labels
-from imu_fast.ops.head_ascent import head_ascent_gradient, head_logits
+from imu_fast.head_run import StepSequence
+from imu_fast.ops.head_ascent import head_ascent, head_ascent_gradient, head_logits
 from imu_fast.ops.objective import objective
 
 OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -184,10 +186,16 @@ class Measured(Protocol):
 
 
 class Problem(Measured, Protocol):
-    """What the ascent loop drives."""
+    """What the ascent loop drives.
+
+    sequence: several steps at once, for where the loop has nothing to do between them; or None.
+    """
 
     n: int
     optimizer: torch.optim.Optimizer
+
+    @property
+    def sequence(self) -> StepSequence | None: ...
 
     def step(self, rows: Tensor, weights: Tensor) -> Tensor:
         """One reweighted step on forget samples ``rows`` [B]; returns the loss (scalar tensor)."""
@@ -204,6 +212,22 @@ class Problem(Measured, Protocol):
     def finish(self) -> None:
         """Leave the result in the user's model."""
         ...
+
+
+def plain_sgd(optimizer: torch.optim.Optimizer) -> tuple[float, float, float] | None:
+    """lr, momentum and weight decay of an SGD that does nothing else; None for other optimizers.
+
+    Subclasses, hooks, schedulers that wrap ``step``, dampening and the like all do something else.
+    """
+    watched = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    if type(optimizer) is not torch.optim.SGD or "step" in vars(optimizer) or watched:
+        return None
+    group = optimizer.param_groups[0]
+    if any(group[key] for key in ("dampening", "nesterov", "maximize", "differentiable")):
+        return None
+    if isinstance(group["lr"], Tensor):
+        return None
+    return group["lr"], group["momentum"], group["weight_decay"]
 
 
 class HeadProblem:
@@ -242,18 +266,39 @@ class HeadProblem:
         self.theta = torch.cat(parts, dim=1).to(dtype)
         self.optimizer = make_optimizer([self.theta])
 
+    @cached_property
+    def sequence(self) -> StepSequence | None:
+        """Several steps at once; a graph of them where a step only launches kernels."""
+        return StepSequence(self.step, self.theta.is_cuda and self._rates() is not None)
+
+    def _rates(self) -> tuple[float, float, float] | None:
+        """Those of :func:`plain_sgd`, where the step is that and nothing more."""
+        more = (self.preconditioner, self.auxiliary, self.frozen)
+        return plain_sgd(self.optimizer) if all(m is None for m in more) else None
+
     def step(self, rows: Tensor, weights: Tensor) -> Tensor:
         features, labels = self.sets["forget"]
         rows = rows.to(features.device)
-        gradient, loss = head_ascent_gradient(
-            features[rows],
-            labels[rows],
-            weights,
-            self.theta,
-            self.has_bias,
-            self.objective,
-            None if self.auxiliary is None else self.auxiliary[rows],
-        )
+        batch = features[rows], labels[rows], weights, self.theta
+        if (rates := self._rates()) is not None:
+            lr, momentum, weight_decay = rates
+            # The buffer lives where torch keeps it, so that a checkpoint finds it.
+            slots = self.optimizer.state[self.theta]
+            if momentum and "momentum_buffer" not in slots:
+                slots["momentum_buffer"] = torch.zeros_like(self.theta)
+            buffer = slots["momentum_buffer"] if momentum else None
+            return head_ascent(
+                *batch,
+                buffer,
+                self.has_bias,
+                self.objective,
+                lr=lr,
+                momentum=momentum,
+                weight_decay=weight_decay,
+                alpha=self.alpha,
+            )
+        auxiliary = None if self.auxiliary is None else self.auxiliary[rows]
+        gradient, loss = head_ascent_gradient(*batch, self.has_bias, self.objective, auxiliary)
         if self.preconditioner is not None:
             moved = self.preconditioner(gradient).to(gradient)
             scale = gradient.norm() / moved.norm().clamp_min(torch.finfo(moved.dtype).tiny)
@@ -335,6 +380,7 @@ class NetworkProblem:
         score_layers: Any,
         auxiliary: Tensor | None = None,
     ) -> None:
+        self.sequence = None
         self.model, self.sets, self.objective, self.alpha = model, sets, objective, alpha
         self.auxiliary = auxiliary
         self.batchnorm, self.dropout, self.score_layers = batchnorm, dropout, score_layers

@@ -279,7 +279,18 @@ class Run:
         order = torch.randperm(len(pool), generator=generator)
         losses: list[Tensor] = []
         end: tuple[str, float] | None = None
-        for chosen in order.split(s["batch_size"]):
+        batches = order.split(s["batch_size"])
+        if not per_batch and self._host_can_wait(len(batches)):
+            full = order[: len(order) // s["batch_size"] * s["batch_size"]]
+            full = full.view(-1, s["batch_size"])
+            if len(full):
+                assert problem.sequence is not None
+                losses += problem.sequence(pool[full], weights[full.to(weights.device)]).unbind()
+                self._measured.clear()
+                self.step += len(full)
+                bar.update(len(full))
+                batches = batches[len(full) :]
+        for chosen in batches:
             rows, batch_weights = pool[chosen], weights
             if per_batch:
                 try:
@@ -315,14 +326,21 @@ class Run:
                 end = ("max_steps", 1.0)
                 break
         self._check_finite(losses)
-        self.batch_losses += [float(loss) for loss in losses]
+        self.batch_losses += torch.stack(losses).tolist() if losses else []
         if s["record"] == "epoch" and (end is None or end[0] == "max_steps"):
             self._record(epoch + 1, weights)
         return end
 
+    def _host_can_wait(self, steps: int) -> bool:
+        """Whether nothing is measured, recorded or decided between the next steps."""
+        if self.problem.sequence is None or self.stop is not None or self.pending:
+            return False
+        limit = self.settings["max_steps"]
+        return self.settings["record"] == "epoch" and (limit is None or self.step + steps < limit)
+
     def _check_finite(self, losses: list[Tensor]) -> None:
         state = self.problem.state().values()
-        finite = all(bool(torch.isfinite(loss)) for loss in losses)
+        finite = not losses or bool(torch.isfinite(torch.stack(losses)).all())
         if not finite or not all(bool(torch.isfinite(t).all()) for t in state):
             raise self._diverged()
 

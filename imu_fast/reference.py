@@ -127,6 +127,35 @@ def objective(logits: Tensor, labels: Tensor, name: str, auxiliary: Tensor | Non
     return torch.stack(values)
 
 
+def head_ascent(
+    features: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    theta: Tensor,
+    buffer: Tensor | None,
+    has_bias: bool,
+    name: str,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    alpha: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One SGD step on ``- sum w f / sum w + alpha ||theta||_1``, SPEC section 5, by autograd.
+
+    Returns:
+        theta [C, D] and momentum buffer [C, D] after the step (buffer None before it: zero), and
+        the loss before it; float64.
+    """
+    t, w = theta.detach().double().requires_grad_(), weights.double()
+    with torch.enable_grad():
+        logits = augment(features.double(), has_bias) @ t.T
+        loss = -(w * objective(logits, labels, name)).sum() / w.sum() + alpha * t.abs().sum()
+    gradient = torch.autograd.grad(loss, t)[0] + weight_decay * t.detach()
+    old = torch.zeros_like(gradient) if buffer is None else buffer.double()
+    velocity = momentum * old + gradient
+    return t.detach() - lr * velocity, velocity, loss.detach()
+
+
 def ggn_product(
     p: Tensor, scale: Tensor, act: Tensor, v: Tensor, n: int, damping: float, has_bias: bool
 ) -> Tensor:
@@ -148,6 +177,24 @@ def ggn_matrix(
         jacobian = torch.diag(pt) - torch.outer(pt, pt)
         out += c / n * torch.kron(jacobian, torch.outer(a, a))
     return out
+
+
+def conjugate_gradient(
+    matrix: Tensor, v: Tensor, iterations: int, preconditioner: Tensor
+) -> Tensor:
+    """x after some iterations from zero (Hestenes, Stiefel 1952): [P], float64.
+
+    Args:
+        matrix: M [P, P]. v: [P]. preconditioner: about ``M^-1``, [P, P]; the identity for none.
+    """
+    m, inverse, r = matrix.double(), preconditioner.double(), v.double()
+    x, p, rho = torch.zeros_like(r), inverse @ r, r @ inverse @ r
+    for _ in range(iterations):
+        step = rho / (p @ m @ p)
+        x, r = x + step * p, r - step * m @ p
+        rho, old = r @ inverse @ r, rho
+        p = inverse @ r + rho / old * p
+    return x
 
 
 def gram(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from imu_fast import reference
+from imu_fast.ops.conjugate_gradient import iterate, start
 
 
 @dataclass(frozen=True)
@@ -108,3 +109,48 @@ def factors_of(case: Case, dtype: torch.dtype):
     p = case.make(torch.float64)
     delta, _ = reference.softmax_residual(p.logits, p.labels, p.scale)
     return delta.to(dtype), p.act.to(dtype), p.offsets, p.has_bias
+
+
+ASCENT_RATES = dict(lr=0.1, momentum=0.9, weight_decay=0.01, alpha=0.05)
+
+
+def ascent_arguments(case: Case, dtype: torch.dtype, name: str):
+    """A step's operands, features in ``dtype`` and theta at least float32; also the length of its
+    sums, which grows with the logits that are exponentiated, and their magnitude."""
+    p = case.make(torch.float64)
+    wide = torch.promote_types(dtype, torch.float32)
+    theta = torch.cat([p.weight, p.bias[:, None]], dim=1) if p.has_bias else p.weight
+    theta = theta.to(wide)
+    weights = (torch.rand(len(p.labels)) + 0.1).to(wide)
+    features = p.act.to(dtype)
+    args = (features, p.labels, weights, theta, torch.randn_like(theta), p.has_bias, name)
+    length = len(features) + case.classes + (case.features + 3) * int(p.logits.abs().max() + 1)
+    return args, length, float(features.abs().max()) + float(theta.abs().max()) + 1
+
+
+def positive_systems(shape: tuple[int, ...], dtype: torch.dtype):
+    """A matrix [P, P] of condition below 5, right-hand sides [m, ...] and about its inverse."""
+    order = torch.Size(shape[1:]).numel()
+    a = torch.randn(order, order, dtype=torch.float64)
+    matrix = torch.eye(order, dtype=torch.float64) + a @ a.T / order
+    inverse = torch.diag(1 / matrix.diagonal())
+    v = torch.randn(shape, dtype=torch.float64)
+    return matrix.to(dtype), v.to(dtype), inverse.to(dtype)
+
+
+def check_conjugate_gradient(shape: tuple[int, ...], preconditioned: bool, dtype: torch.dtype):
+    """Up to three iterations of each system, against the reference's."""
+    matrix, v, inverse = positive_systems(shape, dtype)
+    inverse = inverse if preconditioned else torch.eye(len(matrix), dtype=dtype)
+
+    def times(m: Tensor):
+        return lambda x: (x.flatten(1) @ m).view_as(x)
+
+    precondition = times(inverse) if preconditioned else None
+    state = start(v, times(inverse)(v), tolerance=0.0)
+    for iterations in range(1, min(3, len(matrix)) + 1):
+        state = iterate(state, times(matrix)(state.p), precondition)
+        for x, rhs in zip(state.x, v, strict=True):
+            truth = reference.conjugate_gradient(matrix, rhs.flatten(), iterations, inverse)
+            # Each iteration's rounding grows by at most the condition.
+            assert_close(x.flatten(), truth, 5 * iterations * (len(matrix) + 8))

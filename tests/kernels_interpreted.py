@@ -11,16 +11,29 @@ import importlib
 
 import pytest
 import torch
-from cases import CASES, IDS, Case, assert_close, factors_of
+from cases import (
+    ASCENT_RATES,
+    CASES,
+    IDS,
+    Case,
+    ascent_arguments,
+    assert_close,
+    check_conjugate_gradient,
+    factors_of,
+    positive_systems,
+)
 
 from imu_fast import reference
 from imu_fast.backend import record_backends, use_backend
 from imu_fast.errors import BackendUnavailableError
 from imu_fast.ops.bilinear_scores import bilinear_scores, quadratic_scores
+from imu_fast.ops.conjugate_gradient import iterate, start
 from imu_fast.ops.fisher_diagonal import fisher_diagonal
 from imu_fast.ops.ggn_product import ggn_product
 from imu_fast.ops.gram import gram
+from imu_fast.ops.head_ascent import head_ascent
 from imu_fast.ops.linear_softmax import Head, linear_softmax_scores, normaliser, residual_slabs
+from imu_fast.ops.objective import LABEL_OBJECTIVES
 from imu_fast.ops.softmax_residual import softmax_residual
 
 # Beside the shared cases: larger than a tile of 16, and than a shipped one, on every axis.
@@ -246,6 +259,65 @@ def test_ggn_product_in_shipped_tiles(case, precision, monkeypatch):
     assert torch.equal(whole, ggn_product(*args))
     monkeypatch.setattr(kernel, "CHUNK_ELEMENTS", 70 * 2 * case.classes)
     assert_close(ggn_product(*args), ggn_truth(*args), length, size)
+
+
+# Within a block; several pieces, the last one short; pieces of several blocks.
+@pytest.mark.parametrize("block, pieces", [(64, 4), (16, 4), (4, 2)])
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_conjugate_gradient(block, pieces, preconditioned, monkeypatch):
+    kernel = importlib.import_module("imu_fast.kernels.conjugate_gradient")
+    monkeypatch.setattr(kernel, "BLOCK", block)
+    monkeypatch.setattr(kernel, "PIECES", pieces)
+    check_conjugate_gradient((3, 5, 7), preconditioned, torch.float32)
+
+
+def test_a_system_that_has_ended_stands_still():
+    """Bit for bit: the second is zero, the third's curvature negative."""
+    matrix, v, _ = positive_systems((3, 6), torch.float32)
+    v[1] = 0
+    sign = torch.tensor([1.0, 1.0, -1.0])[:, None]
+    state = start(v, v, tolerance=1e-6)
+    for _ in range(3):
+        state = iterate(state, sign * (state.p @ matrix))
+        assert state.moving.tolist() == [True, False, False]
+    assert not state.x[1:].any() and torch.equal(state.p[1:], v[1:])
+    assert state.x[0].any()
+
+
+def check_head_ascent(case, dtype, name, rates=ASCENT_RATES):
+    """One step, made twice, from operands whose rows are apart."""
+    operands, length, size = ascent_arguments(case, dtype, name)
+    true_theta, true_buffer, true_loss = reference.head_ascent(*operands, **rates)
+    features, labels, weights, theta, buffer, *options = operands
+    runs = []
+    for _ in range(2):
+        state = strided(theta), strided(buffer) if rates["momentum"] else None
+        args = (strided(features), labels, weights, *state, *options)
+        runs.append((head_ascent(*args, **rates), *state))
+    loss, found, found_buffer = runs[0]
+    assert_close(found, true_theta, length, size)
+    if rates["momentum"]:
+        assert_close(found_buffer, true_buffer, length, size)
+    assert_close(loss, true_loss, length, float(theta.abs().sum()) + size)
+    assert torch.equal(loss, runs[1][0]) and torch.equal(found, runs[1][1])
+
+
+@pytest.mark.parametrize("name", LABEL_OBJECTIVES)
+@pytest.mark.parametrize("case", [c for c in ALL if c.classes > 1], ids=lambda c: c.why)
+@every_dtype
+def test_head_ascent(case, dtype, name, small_tiles):
+    small_tiles("head_ascent")
+    check_head_ascent(case, dtype, name)
+
+
+@pytest.mark.parametrize("name", LABEL_OBJECTIVES)
+def test_head_ascent_in_shipped_tiles(name, precision):
+    check_head_ascent(LARGE, torch.float32, name)
+
+
+def test_head_ascent_without_momentum_and_of_one_class():
+    check_head_ascent(MEDIUM, torch.float32, "ce", ASCENT_RATES | dict(momentum=0.0, alpha=0.0))
+    check_head_ascent(CASES[3], torch.float32, "ce")
 
 
 def linear_softmax_case(case, dtype):

@@ -15,6 +15,7 @@ FLOORS = [
     ["cli", "integrations"],
     ["unlearn", "evaluation", "methods", "data", "checkpoints", "scores_io", "doctor"],
     ["ascent", "loop", "edit", "preconditioners", "capture"],
+    ["head_run"],
     ["influence", "weighting"],
     ["curvature", "solvers"],
     ["factors"],

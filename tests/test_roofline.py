@@ -47,3 +47,14 @@ def test_every_row_is_printed(capsys):
     roofline.main()
     printed = capsys.readouterr().out
     assert all(row[-1] in printed for row in roofline.table())
+
+
+def test_vector_updates_are_bound_by_bytes():
+    """44 bytes per entry and system: two reads, then six, then three, of float32."""
+    one, eight = (roofline.conjugate_gradient("fp32", 1_000, 2_048, m) for m in (1, 8))
+    assert one.bound == eight.bound == "bytes"
+    assert one.bytes == 44 * 1_000 * 2_049 and eight.bytes == 8 * one.bytes
+    step = roofline.head_ascent("tf32", 256, 1_000, 2_048)
+    assert step.bound == "bytes" and step.bytes >= 5 * 4 * 1_000 * 2_049
+    # Beside its two products the step does little.
+    assert step.flops == pytest.approx(4 * 256 * 1_000 * 2_049, rel=0.02)

@@ -423,7 +423,7 @@ def test_nothing_negative():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(method="gradient"), "method='gradient' is unknown; choose one of imu"),
+        (dict(method="gradient"), "method='gradient' is unknown; choose one of auto, imu"),
         (dict(scope="body"), "scope='body'"),
         (dict(objective="mse"), "objective='mse'"),
         (dict(reweight="never"), "reweight='never'"),

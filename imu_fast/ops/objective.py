@@ -8,9 +8,10 @@ from torch import Tensor
 from imu_fast import backend
 from imu_fast.ops.softmax_residual import softmax_residual
 
-OBJECTIVES = ("ce", "margin", "log1mp", "npo", "relabel")
-# What an objective needs to know of each sample beside its label: see objective().
+# Of the label alone; and those that need to know more of each sample, see objective().
+LABEL_OBJECTIVES = ("ce", "margin", "log1mp")
 NEEDS_AUXILIARY = ("npo", "relabel")
+OBJECTIVES = (*LABEL_OBJECTIVES, *NEEDS_AUXILIARY)
 # Zhang et al. 2024: the weight of a sample falls to a half once its likelihood ratio is 1.
 NPO_BETA = 0.1
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from imu_fast.ops.conjugate_gradient import iterate, iterations_between_looks, start
+
 Operator = Callable[[Tensor], Tensor]
 Approximate = Callable[[Tensor], tuple[Tensor, int]]
 
@@ -39,7 +41,7 @@ def conjugate_gradient(
     """Solve ``M x = v`` for symmetric positive definite M, in v's dtype (Hestenes, Stiefel 1952).
 
     The m right-hand sides are m separate iterations in step, so that their products with M are
-    one; those that have converged stand still.
+    one; those that have converged stand still, and are left out at the next look.
 
     Args:
         apply: ``x -> M x``, row by row. v: [m, ...]. tolerance: on the recurrence's relative
@@ -49,40 +51,20 @@ def conjugate_gradient(
     Returns:
         x, and the number of products with M: rows times iterations.
     """
-
-    def dot(a: Tensor, b: Tensor) -> Tensor:
-        return torch.linalg.vecdot(a.flatten(1), b.flatten(1)).view(column)
-
-    column = (-1,) + (1,) * (v.dim() - 1)
     solution, products = torch.zeros_like(v), 0
     rows = torch.arange(len(v), device=v.device)
-    x, r = torch.zeros_like(v), v.clone()
-    z = r if precondition is None else precondition(r)
-    p, rho, size = z.clone(), dot(r, z), dot(r, r)
-    goal = tolerance**2 * size
-    for _ in range(max_iterations):
-        running = (size > goal).flatten()
-        if not bool(running.all()):
-            solution[rows] = x
-            if not bool(running.any()):
+    state = start(v, v if precondition is None else precondition(v), tolerance)
+    every = iterations_between_looks(v.device)
+    for iteration in range(max_iterations):
+        if iteration % every == 0 and not bool((moving := state.moving).all()):
+            solution[rows] = state.x
+            rows, state = rows[moving], state.keep(moving)
+            if not len(rows):
                 break
-            rows, x, r, p = rows[running], x[running], r[running], p[running]
-            rho, goal = rho[running], goal[running]
-        mp = apply(p)
-        products += len(p)
-        curvature = dot(p, mp)
-        # Not positive: rounding has used up the precision of this dtype; the row stops here.
-        usable = curvature > 0
-        step = torch.where(usable, rho / curvature, 0.0)
-        x.addcmul_(p, step)
-        r.addcmul_(mp, step, value=-1.0)
-        z = r if precondition is None else precondition(r)
-        rho_next = dot(r, z)
-        size = torch.where(usable, rho_next if precondition is None else dot(r, r), 0.0)
-        p.mul_(rho_next / rho).add_(z)
-        rho = rho_next
+        state = iterate(state, apply(state.p), precondition)
+        products += len(rows)
     else:
-        solution[rows] = x
+        solution[rows] = state.x
     return solution, products
 
 

@@ -1,0 +1,114 @@
+"""The vector updates and dot products of conjugate gradient, m systems in step, no scalar on the
+host (Hestenes, Stiefel 1952).
+
+    step = rho / p.Mp,   x += step p,   r -= step M p,   z = about M^-1 r,   p = z + (r.z / rho) p
+
+A system that has converged, or whose curvature ``p.Mp`` is not positive (rounding has used up the
+precision of this dtype), stands still from then on, so the host need not look at every iteration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from imu_fast import backend
+
+# Iterations between two looks at who still moves, where a look waits for a device: dearer than a
+# few iterations too many.
+LOOK_EVERY = 8
+
+
+class Iterates(NamedTuple):
+    """The state of m iterations.
+
+    x, r, p: [m, ...], solution, residual and direction. rho, size [m, 1 ...]: ``r.z`` and
+    ``r.r``. goal: a system has converged where ``size <= goal``. step: the last, 0 where a system
+    stands still.
+    """
+
+    x: Tensor
+    r: Tensor
+    p: Tensor
+    rho: Tensor
+    size: Tensor
+    goal: Tensor
+    step: Tensor
+
+    @property
+    def moving(self) -> Tensor:
+        """Which systems go on: [m], bool."""
+        return ((self.size > self.goal) & (self.step != 0)).flatten()
+
+    def keep(self, rows: Tensor) -> Iterates:
+        """The systems ``rows`` (a mask or indices) alone."""
+        return Iterates(*(tensor[rows] for tensor in self))
+
+
+def iterations_between_looks(device: torch.device) -> int:
+    """1 on a CPU, where a look is free and leaves out at once what has ended."""
+    return 1 if device.type == "cpu" else LOOK_EVERY
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """``a_j . b_j``: [m, 1 ...], to be broadcast over rows."""
+    column = (-1,) + (1,) * (a.dim() - 1)
+    return torch.linalg.vecdot(a.flatten(1), b.flatten(1)).view(column)
+
+
+def start(v: Tensor, z: Tensor, tolerance: float) -> Iterates:
+    """The state at x = 0, where r = v.
+
+    Args:
+        v: [m, ...], right-hand sides. z: ``M^-1 v``, about, or v itself.
+        tolerance: on the relative residual of each.
+    """
+    size = _dot(v, v)
+    goal = tolerance**2 * size
+    return Iterates(
+        torch.zeros_like(v, memory_format=torch.contiguous_format),
+        v.clone(memory_format=torch.contiguous_format),
+        z.clone(memory_format=torch.contiguous_format),
+        _dot(v, z),
+        size,
+        goal,
+        torch.ones_like(size),
+    )
+
+
+def iterate(
+    state: Iterates, mp: Tensor, precondition: Callable[[Tensor], Tensor] | None = None
+) -> Iterates:
+    """One iteration after its product; x, r and p change in place.
+
+    Args:
+        mp: ``M p``, [m, ...]. precondition: ``r -> about M^-1 r``, symmetric positive definite.
+    """
+    x, r, p, rho, size, goal, _ = state
+    limits = backend.kernel_limits(x)
+    if x.dtype in (torch.bfloat16, torch.float16):
+        limits = f"the vectors are {x.dtype}; the kernels take float32"
+    # Under "reference" the products are the reference's; the iteration around them is this one.
+    implemented = ("reference", "torch", "triton")
+    if backend.resolve("conjugate_gradient", implemented, x, limits) == "triton":
+        from imu_fast.kernels import conjugate_gradient as kernel
+
+        size, step = torch.empty_like(size), torch.empty_like(rho)
+        sizes = kernel.advance(x, r, p, mp.contiguous(), rho, state.size, goal, step)
+        z = r if precondition is None else precondition(r).contiguous()
+        rhos = sizes if precondition is None else kernel.dots(r, z)
+        rho = kernel.turn(p, z, rhos, sizes, step, rho, size)
+        return Iterates(x, r, p, rho, size, goal, step)
+    curvature = _dot(p, mp)
+    step = torch.where((curvature > 0) & (size > goal), rho / curvature, 0.0)
+    x.addcmul_(p, step)
+    r.addcmul_(mp, step, value=-1.0)
+    z = r if precondition is None else precondition(r)
+    new_rho = _dot(r, z)
+    size = new_rho if precondition is None else _dot(r, r)
+    moved = step != 0
+    p.mul_(torch.where(moved, new_rho / rho, 1.0)).addcmul_(z, moved.to(z.dtype))
+    return Iterates(x, r, p, new_rho, size, goal, step)

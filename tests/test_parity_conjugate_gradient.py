@@ -1,0 +1,53 @@
+"""Iterations of conjugate gradient against the textbook's, and systems that stand still."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import check_conjugate_gradient, every_dtype, positive_systems
+
+import imu_fast as imu
+from imu_fast.ops.conjugate_gradient import iterate, start
+from imu_fast.solvers import conjugate_gradient as solver
+
+
+@pytest.mark.parametrize("preconditioned", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5, 6)], ids=str)
+@every_dtype
+def test_iterations_are_the_textbooks(shape, preconditioned, dtype):
+    check_conjugate_gradient(shape, preconditioned, dtype)
+
+
+def test_a_system_that_has_ended_stands_still():
+    """The second is zero, the third's curvature negative; the first goes on beside them."""
+    matrix, v, _ = positive_systems((3, 6), torch.float64)
+    v[1] = 0
+    sign = torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64)[:, None]
+    state = start(v, v, tolerance=1e-12)
+    assert state.moving.tolist() == [True, False, True]
+    for _ in range(3):
+        state = iterate(state, sign * (state.p @ matrix))
+        assert state.moving.tolist() == [True, False, False]
+    assert not state.x[1:].any() and torch.equal(state.p[1:], v[1:])
+    assert state.keep(state.moving).x.shape == (1, 6)
+
+
+@pytest.mark.parametrize("every", [1, 3, 8])
+def test_looking_less_often_changes_products_and_no_digit_that_counts(every, monkeypatch):
+    matrix, v, _ = positive_systems((4, 9), torch.float64)
+    v[2] = 1e-9 * matrix @ v[0]
+    options = dict(tolerance=1e-6, max_iterations=40)
+    expected, products = solver.conjugate_gradient(lambda x: x @ matrix, v, **options)
+    monkeypatch.setattr(solver, "iterations_between_looks", lambda device: every)
+    x, more = solver.conjugate_gradient(lambda x: x @ matrix, v, **options)
+    torch.testing.assert_close(x, expected, rtol=1e-12, atol=0)
+    assert products <= more <= products + 4 * every
+
+
+def test_solves_under_the_reference_backend():
+    matrix, v, _ = positive_systems((2, 5), torch.float64)
+    with imu.use_backend("reference"):
+        x, _ = solver.conjugate_gradient(
+            lambda x: x @ matrix, v, tolerance=1e-12, max_iterations=20
+        )
+    torch.testing.assert_close(x @ matrix, v)
