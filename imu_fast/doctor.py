@@ -44,11 +44,11 @@ def diagnose() -> list[tuple[str, str, str]]:
             "for imu_fast._C" if lapack else "pip install scipy",
         )
     )
-    compiled = backends()["cuda"]
-    remedy = "damped Cholesky on CUDA"
-    if not compiled.available:
+    compiled, remedy = backends()["cuda"].reason, "damped Cholesky on CUDA"
+    if "does not load" in compiled:
+        compiled = "missing"
         remedy = "install nvcc, then IMU_FAST_BUILD_CUDA=1 pip install --no-cache-dir ."
-    rows.append(("imu_fast._C_cuda", compiled.reason if compiled.available else "missing", remedy))
+    rows.append(("imu_fast._C_cuda", compiled, remedy))
     library, found = find_cusolver()
     rows.append(
         ("cuSOLVER", "missing" if library is None else found, "large matrices of imu_fast._C_cuda")
