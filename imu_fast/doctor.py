@@ -44,11 +44,12 @@ def diagnose() -> list[tuple[str, str, str]]:
             "for imu_fast._C" if lapack else "pip install scipy",
         )
     )
-    compiled, remedy = backends()["cuda"].reason, "damped Cholesky on CUDA"
-    if "does not load" in compiled:
-        compiled = "missing"
+    compiled = backends()["cuda"]
+    built = compiled.reason.startswith("compiled")
+    remedy = "damped Cholesky on CUDA"
+    if not built:
         remedy = "install nvcc, then IMU_FAST_BUILD_CUDA=1 pip install --no-cache-dir ."
-    rows.append(("imu_fast._C_cuda", compiled, remedy))
+    rows.append(("imu_fast._C_cuda", compiled.reason if built else "missing", remedy))
     library, found = find_cusolver()
     rows.append(
         ("cuSOLVER", "missing" if library is None else found, "large matrices of imu_fast._C_cuda")
