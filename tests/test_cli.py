@@ -176,6 +176,7 @@ def test_weights_of_a_head_that_is_not_the_last_tensor(tmp_path):
 def test_doctor_and_version_and_help():
     text = run("doctor")
     assert "torch" in text and "imu_fast._C" in text and "LAPACK" in text
+    assert "imu_fast._C_cuda" in text and "cuSOLVER" in text
     assert run("--version") == imu.__version__
     for command in ("demo", "score", "unlearn", "doctor"):
         assert command in run("--help")
