@@ -77,5 +77,7 @@ def pytest_terminal_summary(terminalreporter, config):
                 )
     if rows:
         head = ["benchmark", "against", "us/sample", "baseline", "cost of ours", "faster by"]
-        terminalreporter.write_line("\nratios, medians of this run, CPU, one thread unless said")
+        terminalreporter.write_line(
+            "\nratios, medians of this run, CPU; one thread unless a suite says"
+        )
         terminalreporter.write_line(tabulate(rows, headers=head, colalign=("left",) * 6))

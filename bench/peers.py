@@ -36,7 +36,14 @@ def closed_form(head: nn.Linear, train: Samples, queries: Samples, damping: floa
         hessian = hessian.view(classes * width, -1)
         hessian.diagonal().add_(damping)
         factor = torch.linalg.cholesky(hessian)
+        if queries is train:
+            return torch.linalg.solve_triangular(factor, g.T, upper=False).square().sum(dim=0)
         return g @ torch.cholesky_solve(gradients(queries)[2].T, factor)
+
+
+def closed_form_self(head: nn.Linear, train: Samples, queries: Samples, damping: float) -> Tensor:
+    """Self-influence by the same closed form."""
+    return closed_form(head, train, train, damping)
 
 
 def _dattri(kind: str, head: nn.Linear, train: Samples, queries: Samples, **options) -> Tensor:
@@ -87,12 +94,11 @@ def pydvl_cg(head: nn.Linear, train: Samples, queries: Samples, damping: float) 
     return _pydvl("Cg", head, train, queries, regularization=damping, rtol=1e-6)
 
 
-def captum_tracin(head: nn.Linear, train: Samples, queries: Samples, damping: float) -> Tensor:
-    """captum's TracInCPFast at one checkpoint: inner products of gradients, no curvature."""
+def _tracin(head: nn.Linear, train: Samples):
     from captum.influence import TracInCPFast
 
     model = nn.Sequential(nn.Identity(), copy.deepcopy(head))
-    tracin = TracInCPFast(
+    return TracInCPFast(
         model,
         model[1],
         TensorDataset(*train),
@@ -101,11 +107,20 @@ def captum_tracin(head: nn.Linear, train: Samples, queries: Samples, damping: fl
         loss_fn=nn.CrossEntropyLoss(reduction="sum"),
         batch_size=len(train[0]),
     )
-    return tracin.influence(queries).detach().T
 
 
-def vmap_grad(head: nn.Linear, train: Samples, queries: Samples, damping: float) -> Tensor:
-    """Per-sample gradients by ``torch.func.vmap(grad)``, and their inner products."""
+def captum_tracin(head: nn.Linear, train: Samples, queries: Samples, damping: float) -> Tensor:
+    """captum's TracInCPFast at one checkpoint: inner products of gradients, no curvature."""
+    return _tracin(head, train).influence(queries).detach().T
+
+
+def captum_self(head: nn.Linear, train: Samples, queries: Samples, damping: float) -> Tensor:
+    """captum's TracInCPFast.self_influence at one checkpoint: squared norms of gradients."""
+    return _tracin(head, train).self_influence(train).detach()
+
+
+def _vmap_gradients(head: nn.Linear, samples: Samples) -> Tensor:
+    """Per-sample gradients [n, P] by ``torch.func.vmap(grad)``."""
     parameters = {k: v.detach() for k, v in head.named_parameters()}
 
     def loss(theta: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -113,11 +128,17 @@ def vmap_grad(head: nn.Linear, train: Samples, queries: Samples, damping: float)
         return nn.functional.cross_entropy(logits, y[None])
 
     per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
-    g, h = (
-        torch.cat([v.flatten(1) for v in per_sample(parameters, *s).values()], dim=1)
-        for s in (train, queries)
-    )
-    return g @ h.T
+    return torch.cat([v.flatten(1) for v in per_sample(parameters, *samples).values()], dim=1)
+
+
+def vmap_grad(head: nn.Linear, train: Samples, queries: Samples, damping: float) -> Tensor:
+    """Inner products of per-sample gradients by ``torch.func.vmap(grad)``."""
+    return _vmap_gradients(head, train) @ _vmap_gradients(head, queries).T
+
+
+def vmap_self(head: nn.Linear, train: Samples, queries: Samples, damping: float) -> Tensor:
+    """Squared norms of per-sample gradients by ``torch.func.vmap(grad)``."""
+    return _vmap_gradients(head, train).square().sum(dim=1)
 
 
 EXACT = {
@@ -127,4 +148,6 @@ EXACT = {
     "pyDVL Direct": pydvl_direct,
     "pyDVL Cg": pydvl_cg,
 }
+EXACT_SELF = {"closed form": closed_form_self}
 GRADIENT_PRODUCTS = {"captum TracInCPFast": captum_tracin, "vmap(grad)": vmap_grad}
+GRADIENT_NORMS = {"captum TracInCPFast": captum_self, "vmap(grad)": vmap_self}

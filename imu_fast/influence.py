@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from imu_fast import curvature as curvature_module
-from imu_fast.curvature.by_solves import gradient_slabs
 from imu_fast.errors import InputError
 from imu_fast.factors import GradientFactors
 from imu_fast.ops.bilinear_scores import bilinear_scores
@@ -179,12 +178,9 @@ def pairwise_influence(
     if len(all_layers) != len(all_queries):
         raise InputError(f"queries has {len(all_queries)} layers, factors {len(all_layers)}")
     _check_like("queries", all_layers, all_queries)
-    out = all_layers[0].delta.new_zeros(all_layers[0].n, all_queries[0].n)
+    total: Tensor | None = None
     for layer, query in zip(all_layers, all_queries, strict=True):
-        fitted = curvature_module.fit(curvature, layer, damping, **options)
-        for columns, h in gradient_slabs(query):
-            x = fitted.solve(h).to(layer.delta)
-            out[:, columns] -= bilinear_scores(
-                layer.delta, layer.act, x, layer.offsets, layer.has_bias
-            )
-    return out
+        part = curvature_module.fit(curvature, layer, damping, **options).pairwise(layer, query)
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total.neg_()

@@ -38,6 +38,10 @@ class Curvature(Protocol):
         """``g_i^T M^-1 g_i`` of every sample of ``factors``: [n]."""
         ...
 
+    def pairwise(self, factors: GradientFactors, queries: GradientFactors) -> Tensor:
+        """``g_i^T M^-1 h_j`` of the samples of both sets: [n, m]."""
+        ...
+
 
 _KNOWN: dict[str, Any] = {
     "ekfac": EKFAC,

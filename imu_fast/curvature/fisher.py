@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from imu_fast.curvature.by_solves import self_influence
+from imu_fast.curvature.by_solves import PairsBySolves, self_influence
 from imu_fast.errors import InputError, check_positive
 from imu_fast.factors import GradientFactors
 from imu_fast.ops.bilinear_scores import bilinear_scores
@@ -19,7 +19,7 @@ from imu_fast.solvers.conjugate_gradient import refine
 MAX_SAMPLES = 20_000
 
 
-class Fisher:
+class Fisher(PairsBySolves):
     """``1/n sum_i g_i g_i^T + lam I``; Woodbury with one damped Cholesky of ``K/n + lam I``.
 
     Everything is in float64: Woodbury's difference cancels by the condition number.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from imu_fast.curvature.by_solves import PairsBySolves
 from imu_fast.errors import check_choice
 from imu_fast.factors import GradientFactors
 from imu_fast.ops.bilinear_scores import quadratic_scores
@@ -13,7 +14,7 @@ from imu_fast.ops.fisher_diagonal import fisher_diagonal
 DAMPING_MODES = ("add", "clamp")
 
 
-class FisherDiag:
+class FisherDiag(PairsBySolves):
     """``diag(1/n sum_i g_i * g_i) + lam``, or ``max(diag, lam)`` with ``damping_mode="clamp"``.
 
     Attributes:

@@ -7,7 +7,7 @@ import logging
 import torch
 from torch import Tensor
 
-from imu_fast.curvature.by_solves import self_influence
+from imu_fast.curvature.by_solves import PairsBySolves, gradient_slabs, self_influence
 from imu_fast.curvature.kfac import KFAC
 from imu_fast.curvature.nystrom import NystromPreconditioner
 from imu_fast.curvature.probabilities import augmented, probabilities
@@ -26,8 +26,12 @@ PRECONDITIONERS = ("auto", "none", "kfac", "nystrom")
 MAX_DENSE_ORDER = 8192
 # What conjugate gradient is assumed to take: measured 10 to 330 on heads of 51,300 parameters.
 ASSUMED_ITERATIONS = 60
+# What K-FAC leaves to do: measured 12 to 36 on the same heads.
+_KFAC_ITERATIONS = 16
 # Elements of the [tokens, C D] rows that exist at once while the dense matrix is summed.
 _CHUNK_ELEMENTS = 1 << 22
+# Rows of the dense matrix at once: half of it need not be summed at all.
+_STRIP = 256
 # The inner solve in float32: deeper digits come cheaper from the next refinement round.
 _INNER_TOLERANCE = 1e-3
 
@@ -35,7 +39,7 @@ _INNER_TOLERANCE = 1e-3
 def solver_costs(tokens: int, classes: int, width: int, solves: int = 1) -> dict[str, float]:
     """FLOPs of each exact solver, with P = C D; what cannot be held (MAX_DENSE_ORDER) is left out.
 
-    ``primal``: building takes ``2 N P^2``, factoring ``P^3 / 3`` and each solve ``2 P^2``.
+    ``primal``: building takes ``N P^2``, factoring ``P^3 / 3`` and each solve ``2 P^2``.
     ``dual``: with Q = N C, building takes ``2 C Q^2``, factoring ``Q^3 / 3`` and each solve
     ``2 Q^2`` and two products of ``2 N P``. ``cg``: each solve takes ``ASSUMED_ITERATIONS``
     products of ``4 N P``.
@@ -43,7 +47,7 @@ def solver_costs(tokens: int, classes: int, width: int, solves: int = 1) -> dict
     p, q = classes * width, tokens * classes
     costs = {"cg": float(solves * ASSUMED_ITERATIONS * 4 * tokens * p)}
     if p <= MAX_DENSE_ORDER:
-        costs["primal"] = 2 * tokens * p**2 + p**3 / 3 + solves * 2 * p**2
+        costs["primal"] = tokens * p**2 + p**3 / 3 + solves * 2 * p**2
     if q <= MAX_DENSE_ORDER:
         costs["dual"] = 2 * classes * q**2 + q**3 / 3 + solves * (2 * q**2 + 4 * tokens * p)
     return costs
@@ -67,8 +71,21 @@ def choose_preconditioner(tokens: int, classes: int, width: int) -> str:
     return "kfac" if classes + width <= tokens and affordable else "none"
 
 
+def kfac_cost(tokens: int, classes: int, width: int) -> int:
+    """What making K-FAC costs, in GGN products.
+
+    Its factors take ``2 N (C^2 + D^2)`` FLOPs and its eigendecompositions about ``10 (C^3 + D^3)``,
+    in float64, which counts twice; and the latter run at a fifth of a matrix product's rate or
+    less (measured: 24 products at C=10, D=129 and 17 at C=100, D=513 of 2,000 tokens).
+    """
+    flops = 4 * tokens * (classes**2 + width**2) + 50 * (classes**3 + width**3)
+    return flops // (4 * tokens * classes * width)
+
+
 def ggn_matrix(p: Tensor, weight: Tensor, a: Tensor) -> Tensor:
     """The undamped GGN as a dense matrix [P, P]: class blocks minus one Gram matrix of p (x) a~.
+
+    Only its upper triangle is complete, which is what a factorisation reads.
 
     Args:
         p: [N, C]. weight: [N], ``c_t / n``. a: [N, D], augmented.
@@ -80,7 +97,9 @@ def ggn_matrix(p: Tensor, weight: Tensor, a: Tensor) -> Tensor:
         rows = slice(start, start + step)
         q, w, b = p[rows], weight[rows, None], a[rows]
         y = ((q * w.sqrt())[:, :, None] * b[:, None, :]).view(len(b), -1)
-        out.addmm_(y.t(), y, alpha=-1.0)
+        for first in range(0, len(out), _STRIP):
+            strip = slice(first, first + _STRIP)
+            out[strip, first:].addmm_(y[:, strip].t(), y[:, first:], alpha=-1.0)
         for c, scaled in enumerate((q * w).t()):
             block = slice(c * width, (c + 1) * width)
             out[block, block].addmm_((b * scaled[:, None]).t(), b)
@@ -101,7 +120,7 @@ def ggn_dual(p: Tensor, weight: Tensor, a: Tensor) -> Tensor:
     return dual.mul_((a @ a.t())[:, None, :, None]).view(tokens * classes, tokens * classes)
 
 
-class GGN:
+class GGN(PairsBySolves):
     """``1/n sum c (diag(p) - p p^T) (x) a~ a~^T + lam I``, solved exactly, with a certificate.
 
     Attributes:
@@ -147,8 +166,9 @@ class GGN:
             solver: ``"primal"`` (damped Cholesky of size C D), ``"dual"`` (of size N C),
                 ``"cg"``, or the cheapest by :func:`solver_costs`.
             tolerance: on the true relative residual.
-            preconditioner: of conjugate gradient: ``"none"``, ``"kfac"``, ``"nystrom"`` (a
-                randomised sketch of rank 32), or by :func:`choose_preconditioner`.
+            preconditioner: of conjugate gradient: ``"none"``, ``"kfac"`` (from the moment that it
+                pays, see :func:`kfac_cost`), ``"nystrom"`` (a randomised sketch of rank 32), or by
+                :func:`choose_preconditioner`.
 
         Raises:
             InputError: not a softmax head; a bad option; a dense solver beyond MAX_DENSE_ORDER.
@@ -184,10 +204,36 @@ class GGN:
             precondition=self._preconditioner(),
         )
 
+    def _plain_start(self) -> Approximate:
+        """Conjugate gradient without preconditioner, until it has cost as much as the other way.
+
+        Whether K-FAC pays is known only afterwards (measured: from nothing to 25x), so it is made
+        when it would have been the cheaper way: the whole costs at most twice the better one.
+        """
+        left = 0
+        if self._precondition is None:
+            left = kfac_cost(len(self.act), self.p.shape[1], self._factors.width)
+            left += _KFAC_ITERATIONS
+
+        def plain(r: Tensor) -> tuple[Tensor, int]:
+            nonlocal left
+            x, products = conjugate_gradient(
+                self.product, r.float(), tolerance=_INNER_TOLERANCE, max_iterations=left // len(r)
+            )
+            left -= products
+            return x, products
+
+        return plain
+
     def _approximates(self, solver: str) -> list[Approximate]:
         """In float32 where it can serve, then in float64, which takes over where that stalls."""
         if solver == "cg":
-            return [lambda r: self._conjugate_gradient(r.float()), self._conjugate_gradient]
+            start = [self._plain_start()] if self.preconditioner == "kfac" else []
+            return [
+                *start,
+                lambda r: self._conjugate_gradient(r.float()),
+                self._conjugate_gradient,
+            ]
         direct = self._primal if solver == "primal" else self._dual
         wide: list[Approximate] = [lambda r: (direct(r), 0)]
         # ||M|| is at most half the largest ||a~||^2: beyond 1/eps a float32 factor is noise.
@@ -269,6 +315,30 @@ class GGN:
         return solution.x if v.dim() == 3 else solution.x[0]
 
     def self_influence(self, factors: GradientFactors) -> Tensor:
-        """``g_i^T M^-1 g_i``: [n]; one solve per sample, many at once where the factor is dense."""
-        values, self.residual = self_influence(self, factors)
-        return values
+        """``g_i^T M^-1 g_i``: [n]; ``||U^-T g_i||^2`` where ``M = U^T U`` is dense."""
+        bound = self._backward_error()
+        if self._choose(factors.n) != "primal" or bound > self.tolerance:
+            values, self.residual = self_influence(self, factors)
+            return values
+        upper = self._factor("primal", torch.float64).factor
+        out = factors.delta.new_empty(factors.n)
+        for samples, g in gradient_slabs(factors):
+            rows = g.flatten(1).double()
+            half = torch.linalg.solve_triangular(upper, rows, upper=True, left=False)
+            out[samples] = torch.linalg.vecdot(half, half).to(out)
+        self.residual, self.iterations = bound, 0
+        return out
+
+    def _backward_error(self) -> float:
+        """An upper bound on the relative residual of a solve by the float64 factor of M.
+
+        What is factored and solved is ``M + E`` with ``||E||_F <= (N + 2 P) eps tr(M)``: rounding
+        of N summands, of the factorisation and of the triangular solve (Higham 2002, theorems
+        10.3 and 8.5, and ``|| |U^T| |U| ||_F <= tr(U^T U)``); ``||E x|| <= ||E|| ||v|| / lam``.
+        """
+        a2 = self.act.double().square().sum(dim=1) + float(self.has_bias)
+        trace = float((self.scale / self.n * a2 * (1 - self.p.square().sum(dim=1))).sum())
+        order = self.p.shape[1] * self._factors.width
+        trace += order * self.damping
+        length = len(self.act) + 2 * order
+        return length * torch.finfo(torch.float64).eps * trace / self.damping

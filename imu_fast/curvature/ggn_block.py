@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from imu_fast.curvature.by_solves import PairsBySolves
 from imu_fast.curvature.probabilities import augmented, probabilities
 from imu_fast.factors import GradientFactors
 from imu_fast.ops.tokens import sum_over_tokens
@@ -16,7 +17,7 @@ from imu_fast.solvers.cholesky import DampedCholesky, damped_cholesky
 _BLOCK_ELEMENTS = 1 << 27
 
 
-class GGNBlock:
+class GGNBlock(PairsBySolves):
     """Class block c is ``1/n sum_t c_t p_c (1 - p_c) a~ a~^T + lam I``, in float64.
 
     Memory: all C factors where they fit into a gigabyte; else they are made anew, slab of classes

@@ -8,6 +8,7 @@ from torch import Tensor
 from imu_fast.errors import check_choice
 from imu_fast.factors import GradientFactors
 from imu_fast.ops.bilinear_scores import quadratic_scores
+from imu_fast.ops.gram import cross_gram
 
 
 class Identity:
@@ -29,3 +30,11 @@ class Identity:
         """``||g_i||^2``: [n]."""
         ones = torch.ones_like(factors.delta[:1, :1]).expand(factors.num_classes, factors.width)
         return quadratic_scores(factors.delta, factors.act, ones, factors.offsets, factors.has_bias)
+
+    def pairwise(self, factors: GradientFactors, queries: GradientFactors) -> Tensor:
+        """``<g_i, h_j>``: [n, m]; no gradient is formed."""
+        return cross_gram(
+            (factors.delta, factors.act, factors.offsets),
+            (queries.delta, queries.act, queries.offsets),
+            factors.has_bias,
+        )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from imu_fast.curvature.by_solves import PairsBySolves
 from imu_fast.curvature.probabilities import augmented, probabilities
 from imu_fast.factors import GradientFactors
 from imu_fast.ops.bilinear_scores import quadratic_scores
 
 
-class KroneckerEigenbasis:
+class KroneckerEigenbasis(PairsBySolves):
     """``(Q_B (x) Q_A) diag(eigenvalues + lam) (Q_B (x) Q_A)^T``, in float64.
 
     Attributes:

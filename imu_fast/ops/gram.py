@@ -13,6 +13,9 @@ _TILE_ELEMENTS = 1 << 22
 # The kernel's grid has one program per pair of ragged samples, and CUDA's limit is 2^31 - 1.
 MAX_KERNEL_SAMPLES = 46_340
 
+Operands = tuple[Tensor, Tensor, Tensor]
+"""delta [N, C], act [N, d] and offsets [n+1] of one set of samples."""
+
 
 def gram(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
     """``K[i,j] = sum_{s,t} (delta_is . delta_jt)(a~_is . a~_jt)``.
@@ -40,16 +43,31 @@ def gram(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
         from imu_fast import reference
 
         return reference.gram(delta, act, offsets, has_bias).to(delta.dtype)
-    tokens, n = len(delta), len(offsets) - 1
-    flat = is_flat(offsets)
-    per_token = delta.new_empty(tokens, n)
-    step = max(1, _TILE_ELEMENTS // max(tokens, 1))
-    for start in range(0, tokens, step):
+    k = _cross_products((delta, act, offsets), (delta, act, offsets), has_bias)
+    return torch.tril(k) + torch.tril(k, -1).t()
+
+
+def cross_gram(left: Operands, right: Operands, has_bias: bool) -> Tensor:
+    """``<g_i, h_j>`` of the samples of two sets: [n, m] in delta's dtype; see :func:`gram`."""
+    which = backend.resolve("cross_gram", ("reference", "torch"), needs_kernel=False)
+    if which == "reference":
+        from imu_fast import reference
+
+        g, h = (reference.sample_gradients(*one, has_bias).flatten(1) for one in (left, right))
+        return (g @ h.T).to(left[0].dtype)
+    return _cross_products(left, right, has_bias)
+
+
+def _cross_products(left: Operands, right: Operands, has_bias: bool) -> Tensor:
+    (delta, act, offsets), (other_delta, other_act, other_offsets) = left, right
+    flat, other_flat = is_flat(offsets), is_flat(other_offsets)
+    per_token = delta.new_empty(len(delta), len(other_offsets) - 1)
+    step = max(1, _TILE_ELEMENTS // max(len(other_delta), 1))
+    for start in range(0, len(delta), step):
         rows = slice(start, start + step)
-        tile = act[rows] @ act.t()
+        tile = act[rows] @ other_act.t()
         if has_bias:
             tile.add_(1.0)
-        tile.mul_(delta[rows] @ delta.t())
-        per_token[rows] = tile if flat else sum_over_tokens(tile.t(), offsets).t()
-    k = per_token if flat else sum_over_tokens(per_token, offsets)
-    return torch.tril(k) + torch.tril(k, -1).t()
+        tile.mul_(delta[rows] @ other_delta.t())
+        per_token[rows] = tile if other_flat else sum_over_tokens(tile.t(), other_offsets).t()
+    return per_token if flat else sum_over_tokens(per_token, offsets)
