@@ -47,7 +47,8 @@ logger = logging.getLogger("imu_fast")
 RULE = (
     "Learning rate: of a grid, the one with the best accuracy on validation images, the mean over "
     "the depths reached within a third of the step budget, on a model of its own (seed 100) that "
-    "the report does not use; chosen once per architecture for a class and once for random sets."
+    "the report does not use; chosen once per architecture for a class and once for random sets. "
+    "Where it diverges on a model of the report, the next smaller one."
 )
 # The model that learning rates are chosen on: no seed of a report is as large.
 _TUNING_SEED = 100
@@ -176,14 +177,20 @@ def run_methods(
 
 
 def _rows(setting: Setting, name: str, entry: Entry, rate: float | None, max_steps: int) -> Json:
-    """One method: a row per depth (without metrics, where it was not reached), and its way."""
+    """One method: a row per depth (without metrics, where it was not reached), and its way.
+
+    Where it diverges the next smaller learning rate is taken, as anybody would who saw that.
+    """
     found: dict[str, Reached] = {}
     way: list[tuple[float, float]] = []
-    if rate is not None:
+    for smaller in [r for r in entry.rates if rate is not None and r <= rate]:
+        rate = smaller
         try:
             found, way = setting.run(entry, rate, max_steps)
         except DivergedError as error:
             logger.info("%s: %s", name, error)
+        else:
+            break
     rows: list[Json] = []
     for depth in setting.milestones():
         row: Json = {"method": name, "depth": depth, "reached": depth in found, "lr": rate}
