@@ -27,6 +27,7 @@ _EXPORTS = {
     "influence_scores": "influence",
     "influence_weights": "weighting",
     "linear_layers_matching": "capture",
+    "methods": "methods",
     "pairwise_influence": "influence",
     "self_influence": "influence",
     "unlearn": "unlearn",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from imu_fast.influence import influence_scores as influence_scores
     from imu_fast.influence import pairwise_influence as pairwise_influence
     from imu_fast.influence import self_influence as self_influence
+    from imu_fast.methods import methods as methods
     from imu_fast.solvers.cholesky import damped_cholesky_solve as damped_cholesky_solve
     from imu_fast.unlearn import UnlearnResult as UnlearnResult
     from imu_fast.unlearn import unlearn as unlearn

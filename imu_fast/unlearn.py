@@ -164,12 +164,18 @@ def unlearn(
     started = time.perf_counter()
     check_choice("preset", preset or "none", ("none", "paper"))
     check_choice("method", method, methods())
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
     recipe = METHODS[method]
+    options = dict(recipe.options)
     forget: ForgetSet | None = None
     if recipe.choose is not None:
         forget = ForgetSet(forget_loader, check_count("batch_size", batch_size))
         method = recipe.choose(_labels(forget), find_head(model, layers)[1].out_features)
         recipe = METHODS[method]
+        options |= recipe.options
+        if stop is None and not milestones:
+            stop = StopRule(forget_accuracy=0.0)
     given = {
         "lr": lr,
         "epochs": epochs,
@@ -183,7 +189,7 @@ def unlearn(
         "rows": rows,
     }
     given = {key: value for key, value in given.items() if value is not None}
-    chosen = _DEFAULTS | (_PAPER if preset == "paper" else {}) | dict(recipe.options) | given
+    chosen = _DEFAULTS | (_PAPER if preset == "paper" else {}) | options | given
     precondition = chosen["precondition"]
     settings: dict[str, Any] = {
         "method": method,
@@ -208,7 +214,7 @@ def unlearn(
         "precondition": describe(precondition),
     }
     depths = dict(milestones or {})
-    _check(settings, recipe, model, [*depths.values(), stop])
+    _check(settings, recipe, [*depths.values(), stop])
 
     forget = forget or ForgetSet(forget_loader, batch_size)
     loaders: dict[str, Any] = {"forget": forget}
@@ -301,10 +307,8 @@ def _labels(forget: ForgetSet) -> Tensor:
     return torch.cat([split_batch(batch)[2].flatten().cpu() for batch in forget])
 
 
-def _check(settings: dict[str, Any], recipe: Method, model: Any, rules: list[Any]) -> None:
+def _check(settings: dict[str, Any], recipe: Method, rules: list[Any]) -> None:
     """Every argument that can be checked without touching the model."""
-    if not isinstance(model, nn.Module):
-        raise InputError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
     choices: dict[str, tuple[str, ...] | list[str]] = {
         "scope": SCOPES,
         "objective": OBJECTIVES,

@@ -269,3 +269,11 @@ def test_bad_input(problem):
     with pytest.raises(InputError, match="several unseen loaders"):
         imu.unlearn(model, forget, milestones=rules)
     assert METHODS["imu"].weights == "influence"
+
+
+def test_auto_without_a_stop_rule_forgets_all(problem):
+    model, x, y = problem
+    for rows in (y == 4, torch.arange(200) < 25):
+        result = imu.unlearn(model, (x[rows], y[rows]), method="auto", inplace=False)
+        assert result.stopped_by == "forget_accuracy"
+        assert accuracy(result.model, x[rows], y[rows]) == 0.0

@@ -4,7 +4,7 @@
   kept class cannot get worse that way: only the forgotten class's own logit moves.
 * Samples drawn across classes: the margin edit, the smallest disturbance that flips them.
 
-Both change the head alone: what the features know of the forgotten remains (the probe and the
+Without a stop rule it goes to forget accuracy zero. Both change the head alone: what the features know of the forgotten remains (the probe and the
 relearning steps of a comparison show it). Where that matters, ``method="npo", scope="all"`` or
 retraining is what there is.
 """
@@ -31,4 +31,9 @@ def choose(labels: Tensor, classes: int) -> str:
     return "single_row" if is_class(labels, classes) else "margin_edit"
 
 
-METHOD = Method("single_row for a class, margin_edit for samples drawn across them", choose=choose)
+# A single row moves no other class, so its step may be large: bisection finds the depth.
+METHOD = Method(
+    "single_row for a class, margin_edit for samples drawn across classes",
+    options={"lr": 1.0, "epochs": 1000},
+    choose=choose,
+)

@@ -25,7 +25,7 @@ class Method:
         auxiliary: ``(model, forget set, seed) -> [n]``, what the objective needs to know of each
             sample, computed before the first step.
         edits: no ascent: the head is computed at once, in ``imu_fast.edit``.
-        choose: ``(labels [n], C) -> name`` of the method to run instead.
+        choose: ``(labels [n], C) -> name`` of the method to run instead, under these options.
     """
 
     summary: str
