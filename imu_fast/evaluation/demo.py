@@ -22,6 +22,7 @@ from imu_fast.storage import replacing
 from imu_fast.unlearn import DivergedError, UnlearnResult, unlearn
 
 METHODS: dict[str, dict[str, Any]] = {
+    "auto (head)": {"method": "auto"},
     "IMU (head)": {},
     "permuted weights (head)": {"method": "permuted"},
     "uniform ascent (head)": {"method": "uniform"},
@@ -97,9 +98,13 @@ def _row(task: digits.DigitsTask, name: str, model: nn.Module, seed: int, **extr
 
 def forget_with(
     model: nn.Module, task: digits.DigitsTask, options: dict[str, Any], seed: int
-) -> tuple[UnlearnResult, float]:
-    """Unlearn a copy of the model at the learning rate that the stated rule chooses."""
-    for lr in LEARNING_RATES:
+) -> tuple[UnlearnResult, float | None]:
+    """Unlearn a copy of the model at the learning rate that the stated rule chooses.
+
+    ``auto`` has its own, and returns None.
+    """
+    rates = (None,) if options.get("method") == "auto" else LEARNING_RATES
+    for lr in rates:
         try:
             result = unlearn(
                 copy.deepcopy(model),
@@ -128,7 +133,7 @@ def run(out: Path, *, seed: int = 0, quick: bool = False, progress: bool = True)
     """
     training, test = digits.load(seed)
     epochs = 5 if quick else 20
-    methods = dict(list(METHODS.items())[:: 2 if quick else 1][: 2 if quick else None])
+    methods = dict(list(METHODS.items())[: 3 if quick else None : 2 if quick else 1])
     tasks = [digits.class_task(training, test, 3), digits.random_task(training, test, 50, seed)]
     out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []

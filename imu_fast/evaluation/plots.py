@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def trajectories(path: Path, title: str, paths: dict[str, list[dict[str, float]]
     """Retain against forget accuracy, one line per method, read from right to left."""
     figure = new_figure(figsize=(6.4, 4.2))
     axes = figure.subplots()
-    for (name, records), style in zip(paths.items(), ("-", "--", "-.", ":", "-"), strict=False):
+    for (name, records), style in zip(paths.items(), cycle(("-", "--", "-.", ":")), strict=False):
         forget = [r["forget_accuracy"] for r in records]
         retain = [r["retain_accuracy"] for r in records]
         (line,) = axes.plot(forget, retain, style, label=name, linewidth=1.8)

@@ -4,9 +4,9 @@
   kept class cannot get worse that way: only the forgotten class's own logit moves.
 * Samples drawn across classes: the margin edit, the smallest disturbance that flips them.
 
-Without a stop rule it goes to forget accuracy zero. Both change the head alone: what the features know of the forgotten remains (the probe and the
-relearning steps of a comparison show it). Where that matters, ``method="npo", scope="all"`` or
-retraining is what there is.
+Without a stop rule both go to forget accuracy zero. Both change the head alone: what the features
+know of the forgotten remains, as the probe and the relearning steps of a comparison show. Where
+that matters, ``method="npo", scope="all"`` or retraining is what there is.
 """
 
 from __future__ import annotations
