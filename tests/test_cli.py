@@ -192,8 +192,8 @@ def test_quick_demo(tmp_path):
     assert {row["method"] for row in results["rows"]} == {
         "original",
         "retrained without",
+        "auto (head)",
         "IMU (head)",
-        "uniform ascent (head)",
     }
     for row in results["rows"]:
         assert f"{row['retain']:.3f}" in text
