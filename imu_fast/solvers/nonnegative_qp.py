@@ -52,7 +52,9 @@ def _sweep(q: np.ndarray, diagonal: np.ndarray, alpha: np.ndarray, gradient: np.
         change = np.asarray(own) - alpha[block]
         if change.any():
             alpha[block] = own
-            gradient -= change @ rows
+            # Not BLAS, whose threads wait for each other at every block: on shared cores that
+            # costs several times what its faster product saves.
+            gradient -= np.einsum("i,ij->j", change, rows)
 
 
 def _backward_error(q: Tensor) -> float:
