@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from imu_fast.ascent import HeadProblem, Measurement, StopRule
+from imu_fast.errors import InfeasibleError
 from imu_fast.loop import BISECTIONS, OnMilestone, UnlearnResult
 from imu_fast.solvers.margin_edit import margin_edit
 
@@ -112,7 +113,27 @@ class Edit:
         return chosen.cpu(), scale, reached
 
     def _solve(self, count: int) -> tuple[Tensor, Tensor]:
+        """The edit [C, D] for ``count`` samples, and which they are.
+
+        Samples already wrong come first, for free; where holding them so contradicts the others,
+        only samples that still have their label are edited, which is always possible.
+        """
         features, labels = self.problem.sets["forget"]
+        try:
+            return self._edit(features, labels, count)
+        except InfeasibleError:
+            right = torch.nonzero(self._measure_trained().correct).flatten()
+            count = count - (len(labels) - len(right))
+            logger.info("margin_edit leaves out %d samples already wrong", len(labels) - len(right))
+            step, chosen = self._edit(features[right], labels[right], max(1, count))
+            return step, right[chosen]
+
+    def _measure_trained(self) -> Measurement:
+        """The forget set's measurement before any edit."""
+        self._set(self.trained, 0.0)
+        return self.measure("forget")
+
+    def _edit(self, features: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
         found = margin_edit(
             features,
             labels,

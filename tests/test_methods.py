@@ -277,3 +277,16 @@ def test_auto_without_a_stop_rule_forgets_all(problem):
         result = imu.unlearn(model, (x[rows], y[rows]), method="auto", inplace=False)
         assert result.stopped_by == "forget_accuracy"
         assert accuracy(result.model, x[rows], y[rows]) == 0.0
+
+
+def test_margin_edit_where_wrong_samples_contradict_the_others():
+    """The same image under two labels: one of the two stays wrong for free, and cannot be held."""
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.Linear(3, 2, bias=False))
+    x = torch.eye(3)[[0, 0, 1]]
+    with torch.no_grad():
+        head[0].weight.copy_(torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]))
+    y = torch.tensor([0, 1, 0])  # the second is wrong already, and would be right after the edit
+    result = imu.unlearn(head, (x, y), method="margin_edit", inplace=False)
+    assert (result.model(x).argmax(dim=1) == y).tolist() == [False, True, False]
+    assert result.indices.tolist() == [0, 2] or result.indices.tolist() == [2, 0]

@@ -16,7 +16,6 @@ from imu_fast.errors import (
     check_positive,
     check_same_device,
 )
-from imu_fast.ops.gram import gram
 from imu_fast.solvers.cholesky import DampedCholesky, damped_cholesky
 from imu_fast.solvers.nonnegative_qp import maximise_nonnegative
 
@@ -127,9 +126,11 @@ def margin_edit(
     to that class and the program is solved again: the last edit satisfies the new constraints (the
     new rival is ahead of the old one), so every round can only find a smaller one (the
     convex-concave procedure: Yuille, Rangarajan 2003). Adding a constraint instead would hold both
-    rivals above the label, which nobody asked for.
+    rivals above the label, which nobody asked for. First runners-up that contradict each other
+    (possible once misclassified samples are among the chosen) are replaced in the same way, by the
+    classes that lead at the best compromise.
 
-    Everything is float64; memory is about ``24 count^2`` bytes beside the features.
+    Everything is float64; memory is about ``32 count^2`` bytes beside the features.
 
     Args:
         features: [n, d]. labels: [n] int64 in [0, C). theta: [C, D] as ``[W, b]``.
@@ -143,8 +144,9 @@ def margin_edit(
     Raises:
         InputError: shapes, labels, devices, values that are not finite, count outside [1, n],
             eps <= 0, margin < 0.
-        InfeasibleError: no edit, or none with less than a thousand times the head's own energy,
-            meets all constraints. Samples that all still had their label can always be met.
+        InfeasibleError: in the last round no edit, or none with less than about a thousand times
+            the head's own energy, meets all constraints. Without misclassified samples among the
+            chosen some edit always does: the negated head, scaled.
     """
     _check(features, labels, theta, has_bias, second_moment)
     if check_count("count", count) > len(features):
@@ -160,7 +162,10 @@ def margin_edit(
     wide = theta.double()
     moment = act.T @ act / len(act) if second_moment is None else second_moment.double()
     if not bool(moment.trace() > 0):
-        raise InputError("the second moment is zero or not finite: all features are zero")
+        raise InputError(
+            f"the second moment has trace {float(moment.trace()):g}; it must be positive (are all "
+            "features zero?)"
+        )
     factor = damped_cholesky(moment, eps * float(moment.trace()) / len(moment))
     # Rows U^-T a~, so that their inner products are a~^T M a~.
     white = torch.linalg.solve_triangular(factor.factor.triu().T, act.T, upper=False).T
@@ -179,30 +184,33 @@ def margin_edit(
 
     logits = act @ wide.T
     alpha, sweeps = torch.zeros(count, dtype=torch.float64), 0
-    offsets = torch.arange(count + 1)
+    inner = white @ white.T
     for rounds in range(1, max_rounds + 1):
         d = _directions(labels, rivals, len(theta))
-        q = gram(d, white, offsets, has_bias=False).cpu()
+        q = (d @ d.T).mul_(inner).cpu()
         b = (_against(logits, labels, rivals) + m).cpu()
         alone = 0.5 * float((b.clamp_min(0).square() / q.diagonal()).sum())
         limit = _MAX_ENERGY * (_energy(wide, factor) + alone)
         found = maximise_nonnegative(q, b, alpha, tolerance=tolerance, limit=limit)
         alpha, sweeps = found.alpha, sweeps + found.sweeps
-        if found.value > limit:
-            raise InfeasibleError(
-                f"the margins of these count={count} samples cannot all be brought to "
-                f"-{m:g}: samples already misclassified contradict the others (features too few "
-                "or repeated); lower count or leave the misclassified ones out"
-            )
         step = -(alpha.to(d.device)[:, None] * d).T @ factor.solve(act.T).T
         leading = _margins(act @ (wide + step).T, labels)[1]
-        if bool((leading == rivals).all()) or rounds == max_rounds:
+        last = rounds == max_rounds or bool((leading == rivals).all())
+        if found.value > limit:
+            if last:
+                raise InfeasibleError(
+                    f"the margins of these count={count} samples cannot all be brought to {-m:g}: "
+                    "samples already misclassified contradict the others (few or repeated "
+                    "features); lower count or leave the misclassified ones out"
+                )
+            alpha = torch.zeros_like(alpha)  # but the classes that lead now may be compatible
+        if last:
             break
         rivals = leading
 
     step = step.to(theta.dtype)
     gap = _certificate(step.double(), act, logits, labels, rivals, alpha, m, factor)
-    if gap > 10 * tolerance:
+    if gap > 10 * tolerance:  # the rounding of a float32 step is not worth a warning
         logger.warning("margin_edit stopped at gap %.2g, above tolerance %.2g", gap, tolerance)
     return MarginEdit(step, chosen, rounds, sweeps, gap)
 
