@@ -244,7 +244,8 @@ def compare(
     archs: Annotated[str | None, typer.Option(help="resnet,vgg")] = None,
     tasks: Annotated[str | None, typer.Option(help="class,random-1,random-5,...")] = None,
     methods: Annotated[
-        str | None, typer.Option(help="Names, separated by semicolons; default all.")
+        str | None,
+        typer.Option(help="Names, separated by semicolons, or all; digits: a quick choice."),
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="Models per architecture.")] = None,
     train: Annotated[int | None, typer.Option(help="Training images, drawn by seed.")] = None,

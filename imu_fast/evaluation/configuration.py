@@ -11,11 +11,18 @@ from typing import Any
 
 from imu_fast.data.tasks import DATASETS, check_task
 from imu_fast.errors import InputError, check_choice, check_count, check_positive
+from imu_fast.evaluation.entries import ALL, QUICK
 from imu_fast.evaluation.networks import NETWORKS
 
 # Data sets' own defaults; digits fit into three minutes.
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "digits": {"tasks": ("class", "random-5"), "seeds": 5, "epochs": 12, "train": None},
+    "digits": {
+        "tasks": ("class", "random-5"),
+        "seeds": 5,
+        "epochs": 12,
+        "train": None,
+        "methods": QUICK,
+    },
     "cifar10": {
         "tasks": ("class", "random-1", "random-5", "random-10"),
         "seeds": 5,
@@ -34,7 +41,7 @@ class Configuration:
         train: training images, drawn by seed; None: all.
         archs: of ``NETWORKS``. seeds: models per architecture, from seed 0.
         tasks: ``class``, ``random-P``.
-        methods: names of ``comparison_methods``; empty: all.
+        methods: names of ``entries.ENTRIES``, or "all"; digits have a quick choice of their own.
         epochs, lr: of training.
         max_steps: budget of each unlearning run.
         workers: processes side by side, the cores shared among them.
@@ -46,7 +53,7 @@ class Configuration:
     archs: tuple[str, ...] = tuple(NETWORKS)
     seeds: int = 5
     tasks: tuple[str, ...] = ("class", "random-5")
-    methods: tuple[str, ...] = ()
+    methods: tuple[str, ...] = (ALL,)
     epochs: int = 12
     lr: float = 0.1
     max_steps: int = 180

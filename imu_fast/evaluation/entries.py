@@ -123,13 +123,29 @@ HIGHLIGHT = (
 )
 
 
+# What a comparison of a few minutes has room for.
+QUICK = (
+    "imu/all/train",
+    "imu/head/eval",
+    "permuted/head/eval",
+    "uniform/all/eval",
+    "npo, network",
+    "random label, network",
+    "precond. features, margin",
+    "single row",
+    "margin edit",
+    AUTO,
+)
+ALL = "all"
+
+
 def entries_named(names: tuple[str, ...]) -> dict[str, Entry]:
-    """The entries of these names, and the baselines; all, if none is named.
+    """The entries of these names, and the baselines; ``"all"`` names every one.
 
     Raises:
         InputError: unknown name.
     """
     for name in names:
-        check_choice("methods", name, ENTRIES)
-    wanted = (BASELINE, HEAD_BASELINE, *names) if names else tuple(ENTRIES)
+        check_choice("methods", name, (ALL, *ENTRIES))
+    wanted = tuple(ENTRIES) if ALL in names else (BASELINE, HEAD_BASELINE, *names)
     return {name: entry for name, entry in ENTRIES.items() if name in wanted}
