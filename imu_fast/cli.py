@@ -245,7 +245,7 @@ def compare(
     tasks: Annotated[str | None, typer.Option(help="class,random-1,random-5,...")] = None,
     methods: Annotated[
         str | None,
-        typer.Option(help="Names, separated by semicolons, or all; digits: a quick choice."),
+        typer.Option(help="Names with semicolons between, or all; digits: a few."),
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="Models per architecture.")] = None,
     train: Annotated[int | None, typer.Option(help="Training images, drawn by seed.")] = None,
