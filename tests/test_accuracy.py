@@ -102,3 +102,24 @@ def test_relative_error_and_certificate(kind, name, options, goal):
     wide = matrix.numpy().astype(np.longdouble) @ x.numpy() - rhs.numpy()
     true = float(np.linalg.norm(wide.astype(np.float64)) / rhs.norm())
     assert true <= 2 * fitted.residual + floor, "the certificate understates the residual"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_self_influence_and_its_bound(kind):
+    """One triangular solve for all samples: its residual is a bound, which must be one."""
+    f, damping = problem(kind)
+    fitted = curvature.fit("ggn", f, damping, solver="primal")
+    values = fitted.self_influence(f).double()
+    matrix = dense("ggn", f, damping, fitted)
+    g = reference.sample_gradients(f.delta, f.act, f.offsets, f.has_bias).flatten(1)
+    inverse = torch.linalg.inv(matrix)
+    truth = ((g @ inverse) * g).sum(dim=1)
+    # Of the value by the residual: |g^T (x - M^-1 g)| <= residual |g|^2 / lam, and float32 out.
+    slack = fitted.residual * g.square().sum(dim=1) / damping
+    slack += 4 * torch.finfo(torch.float32).eps * truth.abs() + 1e-12
+    assert bool(((values - truth).abs() <= slack).all())
+    # The same solves, with their residuals recomputed: never above the bound.
+    upper = fitted._factor("primal", torch.float64).factor
+    x = torch.cholesky_solve(g.T, upper.triu(), upper=True).T
+    true = (x @ matrix - g).norm(dim=1) / g.norm(dim=1).clamp_min(1e-300)
+    assert float(true.max()) <= 2 * fitted._backward_error()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from cases import CASES, IDS
 
 import imu_fast as imu
 from imu_fast import curvature, reference
+from imu_fast.curvature.kfac import KFAC
 from imu_fast.curvature.probabilities import probabilities
 
 OF_THE_GGN = {
@@ -124,12 +127,20 @@ def test_scores_self_influence_and_pairs(name, case):
 
 @pytest.mark.parametrize("preconditioner", ["none", "kfac", "nystrom"])
 @pytest.mark.parametrize("case", [CASES[1], CASES[5], CASES[6], CASES[7]], ids=lambda c: c.why)
-def test_preconditioned_conjugate_gradient(preconditioner, case):
+def test_preconditioned_conjugate_gradient(preconditioner, case, monkeypatch):
+    module = sys.modules["imu_fast.curvature.ggn"]
+    # K-FAC from the first iteration: these problems are solved before it would pay.
+    monkeypatch.setattr(module, "kfac_cost", lambda *_: 0)
+    monkeypatch.setattr(module, "_KFAC_ITERATIONS", 0)
+    made = []
+    fit = KFAC.fit
+    monkeypatch.setattr(KFAC, "fit", lambda *args: made.append(1) or fit(*args))
     f = make(case, torch.float32)
     v = torch.randn(case.classes, f.width)
     options = dict(solver="cg", preconditioner=preconditioner, tolerance=1e-9)
     fitted, _ = check("ggn", f, 1e-3, v, **options)
     assert fitted.residual <= 1e-9
+    assert len(made) == (preconditioner == "kfac")
 
 
 def test_many_right_hand_sides_are_solved_each_to_the_tolerance():
@@ -144,8 +155,6 @@ def test_many_right_hand_sides_are_solved_each_to_the_tolerance():
 
 
 def test_blocks_made_slab_by_slab(monkeypatch):
-    import sys
-
     f = make(CASES[7], torch.float64)
     v = torch.randn(f.num_classes, f.width, dtype=torch.float64)
     whole = curvature.fit("ggn_block", f, 1e-2)

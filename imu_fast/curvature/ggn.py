@@ -322,9 +322,9 @@ class GGN(PairsBySolves):
             return values
         upper = self._factor("primal", torch.float64).factor
         out = factors.delta.new_empty(factors.n)
-        for samples, g in gradient_slabs(factors):
-            rows = g.flatten(1).double()
-            half = torch.linalg.solve_triangular(upper, rows, upper=True, left=False)
+        # In float64 from the start: an ill-conditioned M magnifies the rounding of products.
+        for samples, g in gradient_slabs(factors.to(dtype=torch.float64)):
+            half = torch.linalg.solve_triangular(upper, g.flatten(1), upper=True, left=False)
             out[samples] = torch.linalg.vecdot(half, half).to(out)
         self.residual, self.iterations = bound, 0
         return out
