@@ -40,7 +40,8 @@ def gradient_slabs(factors: GradientFactors) -> Iterator[tuple[slice, Tensor]]:
 def self_influence(fitted: Any, factors: GradientFactors) -> tuple[Tensor, float]:
     """``g_i^T M^-1 g_i`` [n] by one solve per sample, and the largest residual of them."""
     out, worst = factors.delta.new_empty(factors.n), 0.0
-    for samples, g in gradient_slabs(factors):
+    # In float64 from the start: an ill-conditioned M magnifies the rounding of products.
+    for samples, g in gradient_slabs(factors.to(dtype=torch.float64)):
         out[samples] = (fitted.solve(g) * g).sum(dim=(1, 2)).to(out)
         worst = max(worst, fitted.residual)
     return out, worst

@@ -322,7 +322,6 @@ class GGN(PairsBySolves):
             return values
         upper = self._factor("primal", torch.float64).factor
         out = factors.delta.new_empty(factors.n)
-        # In float64 from the start: an ill-conditioned M magnifies the rounding of products.
         for samples, g in gradient_slabs(factors.to(dtype=torch.float64)):
             half = torch.linalg.solve_triangular(upper, g.flatten(1), upper=True, left=False)
             out[samples] = torch.linalg.vecdot(half, half).to(out)
