@@ -307,7 +307,8 @@ def _collect(config: Configuration, parts: list[Json]) -> tuple[Json, Json]:
     methods[RETRAINED] = nothing | {"summary": "trained anew without the forget set"}
     return {
         "config": config.as_dict()
-        | {"seeds": list(range(config.seeds)), "rule": RULE, "highlight": list(HIGHLIGHT)},
+        | {"seeds": list(range(config.seeds)), "rule": RULE, "baseline": BASELINE}
+        | {"highlight": list(HIGHLIGHT)},
         "versions": {
             "imu_fast": imu_fast.__version__,
             "torch": torch.__version__,

@@ -35,10 +35,16 @@ METRICS = (
     Metric("auc", "memb. AUC", 3, "how well confidence tells forget from unseen data; 0.5: not"),
     Metric("ks", "memb. KS", 3, "Kolmogorov-Smirnov distance of the same confidences; 0: equal"),
     Metric("svc", "SVC", 3, "fraction of the forget set that an SVC attack calls training data"),
-    Metric("w1", "W1", 3, "Wasserstein-1 distance of the outputs to the retrained model's"),
-    Metric("kl", "KL", 3, "Kullback-Leibler divergence of the outputs to the retrained model's"),
-    Metric("agreement", "agreement", 3, "fraction of predictions equal to the retrained model's"),
-    Metric("relearn", "relearn", 1, "steps of training until the forgotten data is back"),
+    Metric(
+        "w1", "W1", 3, "Wasserstein-1 distance of confidence to the retrained model's, forget set"
+    ),
+    Metric("kl", "KL", 3, "divergence in nats from the retrained model's outputs, forget set"),
+    Metric(
+        "agreement", "agreement", 3, "fraction of forget predictions equal to the retrained model's"
+    ),
+    Metric(
+        "relearn", "relearn", 1, "steps of training the head until 0.9 of it is back; 50: it is not"
+    ),
     Metric("probe", "probe", 3, "accuracy on the forget set of a linear probe on the features"),
 )
 
