@@ -6,6 +6,7 @@ An edit of the classifier may reach any depth that outputs show and leave the kn
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -146,6 +147,7 @@ def linear_probe(features: Tensor, labels: Tensor, forget_mask: Tensor, *, seed:
     Raises:
         InputError: shapes do not fit, features are not finite, or fewer than two forget samples.
     """
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -174,4 +176,7 @@ def linear_probe(features: Tensor, labels: Tensor, forget_mask: Tensor, *, seed:
     if len(set(y[train])) == 1:  # the fit of one class is that class, whatever the features
         return float((y[test] == y[train][0]).mean())
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=_PROBE_ITERATIONS))
-    return float(probe.fit(x[train], y[train]).score(x[test], y[test]))
+    with warnings.catch_warnings():
+        # Stopped at _PROBE_ITERATIONS it is a probe all the same, and the same for every method.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return float(probe.fit(x[train], y[train]).score(x[test], y[test]))
