@@ -43,8 +43,11 @@ def per_sample(entry) -> float:
 
 def pytest_terminal_summary(terminalreporter, config):
     """Each benchmark beside its group's baselines: cost as a fraction, and speed as a factor."""
-    from tabulate import tabulate
-
+    try:
+        from tabulate import tabulate
+    except ImportError:
+        terminalreporter.write_line("no table of ratios: pip install tabulate")
+        return
     session = getattr(config, "_benchmarksession", None)
     if session is None or not session.benchmarks:
         return
