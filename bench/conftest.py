@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 
 import pytest
+import report
 import torch
 
 
@@ -36,11 +37,6 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     }
 
 
-def per_sample(entry) -> float:
-    """Median seconds per sample: baselines too slow for all samples run on fewer."""
-    return entry["median"] / entry["extra_info"]["samples"]
-
-
 def pytest_terminal_summary(terminalreporter, config):
     """Each benchmark beside its group's baselines: cost as a fraction, and speed as a factor."""
     try:
@@ -51,42 +47,24 @@ def pytest_terminal_summary(terminalreporter, config):
     session = getattr(config, "_benchmarksession", None)
     if session is None or not session.benchmarks:
         return
-    entries = [b.as_dict(include_data=False, flat=True) for b in session.benchmarks]
+    entries = [report.timing(b.as_dict(include_data=False)) for b in session.benchmarks]
     rows = []
-    for group in sorted({e["group"] for e in entries}):
-        members = [e for e in entries if e["group"] == group and "samples" in e["extra_info"]]
-        ours = [e for e in members if e["extra_info"].get("role") == "imu_fast"]
-        for mine in ours:
-            for other in members:
-                role = other["extra_info"]["role"]
-                if role == "imu_fast" or role not in mine["extra_info"].get("against", [role]):
-                    continue
-                ratio = per_sample(mine) / per_sample(other)
-                rows.append(
-                    [
-                        mine["name"],
-                        other["name"],
-                        f"{1e6 * per_sample(mine):.2f}",
-                        f"{1e6 * per_sample(other):.2f}",
-                        f"{100 * ratio:.4f} %",
-                        f"{1 / ratio:,.0f}x",
-                    ]
-                )
-            floor = mine["extra_info"].get("floor_s")
-            if floor:
-                # Minima of both: what another process took is in neither.
-                reached = floor / mine["min"]
-                kind = mine["extra_info"].get("floor", "matmul")
-                rows.append(
-                    [
-                        mine["name"],
-                        f"its {kind} floor",
-                        "",
-                        "",
-                        f"{100 * reached:.0f} % reached",
-                        "",
-                    ]
-                )
+    for mine, others in report.comparisons([entry for entry in entries if entry]):
+        for other in others:
+            ratio = mine.per_sample / other.per_sample
+            rows.append(
+                [
+                    mine.name,
+                    other.name,
+                    f"{1e6 * mine.per_sample:.2f}",
+                    f"{1e6 * other.per_sample:.2f}",
+                    f"{100 * ratio:.4f} %",
+                    f"{1 / ratio:,.2f}x",
+                ]
+            )
+        if mine.reached is not None:
+            reached = f"{100 * mine.reached:.0f} % reached"
+            rows.append([mine.name, f"its {mine.floor_kind} floor", "", "", reached, ""])
     if rows:
         head = ["benchmark", "against", "us/sample", "baseline", "cost of ours", "faster by"]
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU paths"
