@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 DEMO_OUT ?= imu-fast-demo
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench studies sanitize roofline clean
+.PHONY: demo test lint bench bench-report studies sanitize roofline clean
 
 demo: $(VENV)/.demo
 	$(BIN)/imu-fast demo --out $(DEMO_OUT)
@@ -21,6 +21,10 @@ lint: $(VENV)/.test
 # Throughput suites: ratios against baselines in the same run, one thread.
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest bench --benchmark-json=bench/results/cpu.json
+
+# One table and one figure of all results in bench/results; bench/gpu.sh adds a GPU's.
+bench-report: $(VENV)/.test
+	$(BIN)/python bench/report.py
 
 # Score orderings by curvature, and preconditioners; DATA names CIFAR-10 as an .npz of JPEG files.
 studies: $(VENV)/.test

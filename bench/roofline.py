@@ -9,38 +9,61 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Ceilings of an H200. Measured: device copy (read plus written), bf16 matrix product on random
-# data. Assumed from the data sheet's ratios: TF32 at half the bf16 rate, float32 at 67 TFLOP/s.
-BYTES_PER_SECOND = 4.3e12
-FLOPS_PER_SECOND = {"bf16": 790e12, "tf32": 395e12, "fp32": 67e12}
 SIZE = {"bf16": 2, "tf32": 4, "fp32": 4}
 
 
 @dataclass(frozen=True)
+class Ceilings:
+    """What a device can do: bytes and, per arithmetic, FLOPs of a matrix product, per second."""
+
+    bytes_per_second: float
+    flops_per_second: dict[str, float]
+
+
+# Measured: device copy (read plus written), bf16 matrix product on random data. Assumed from the
+# data sheet's ratios: TF32 at half the bf16 rate, float32 at 67 TFLOP/s.
+H200 = Ceilings(4.3e12, {"bf16": 790e12, "tf32": 395e12, "fp32": 67e12})
+
+
+@dataclass(frozen=True)
 class Cost:
-    """What one launch must do: bytes to move, FLOPs, and the seconds that these FLOPs take."""
+    """What one launch must do: bytes to move, and FLOPs by the arithmetic they are done in."""
 
     bytes: float
-    flops: float
-    compute: float
+    work: dict[str, float]
 
     def __add__(self, other: Cost) -> Cost:
-        compute = self.compute + other.compute
-        return Cost(self.bytes + other.bytes, self.flops + other.flops, compute)
+        kinds = {**self.work, **other.work}
+        work = {kind: self.work.get(kind, 0) + other.work.get(kind, 0) for kind in kinds}
+        return Cost(self.bytes + other.bytes, work)
+
+    @property
+    def flops(self) -> float:
+        return sum(self.work.values())
+
+    def _seconds(self, device: Ceilings) -> tuple[float, float]:
+        """What the bytes alone take, and the FLOPs alone."""
+        compute = sum(flops / device.flops_per_second[kind] for kind, flops in self.work.items())
+        return self.bytes / device.bytes_per_second, compute
+
+    def seconds_on(self, device: Ceilings) -> float:
+        """The roofline's bound on the time of one launch."""
+        return max(self._seconds(device))
 
     @property
     def seconds(self) -> float:
-        """The roofline's bound on the time of one launch."""
-        return max(self.bytes / BYTES_PER_SECOND, self.compute)
+        """On an H200."""
+        return self.seconds_on(H200)
 
     @property
     def bound(self) -> str:
-        return "bytes" if self.bytes / BYTES_PER_SECOND > self.compute else "FLOPs"
+        moving, computing = self._seconds(H200)
+        return "bytes" if moving > computing else "FLOPs"
 
 
 def cost_of(moved: float, flops: float, kind: str) -> Cost:
     """Bytes, and FLOPs in the arithmetic ``kind``: "bf16", "tf32" or "fp32"."""
-    return Cost(moved, flops, flops / FLOPS_PER_SECOND[kind])
+    return Cost(moved, {kind: flops})
 
 
 # N tokens, n samples, C classes, d features, D = d + 1, m vectors; outputs are float32.

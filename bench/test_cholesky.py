@@ -7,7 +7,6 @@ work. Floor: ``batch P^3 / 3`` multiply-adds to factor, counted as two FLOPs eac
 from __future__ import annotations
 
 import pytest
-import scipy.linalg
 import torch
 
 import imu_fast as imu
@@ -46,10 +45,10 @@ def by_torch_unchecked(a, b):
 
 
 def by_scipy(a, b):
-    found = []
+    linalg, found = pytest.importorskip("scipy.linalg"), []
     for matrix, rhs in zip(damped(a).numpy(), b.numpy(), strict=True):
-        factor = scipy.linalg.cho_factor(matrix, overwrite_a=True, check_finite=False)
-        found.append(torch.from_numpy(scipy.linalg.cho_solve(factor, rhs, check_finite=False)))
+        factor = linalg.cho_factor(matrix, overwrite_a=True, check_finite=False)
+        found.append(torch.from_numpy(linalg.cho_solve(factor, rhs, check_finite=False)))
     return torch.stack(found)
 
 

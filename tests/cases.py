@@ -25,7 +25,16 @@ class Case:
     duplicated: bool = False
 
     def make(self, dtype: torch.dtype) -> Problem:
-        """Random data of these sizes."""
+        """Random data of these sizes, the same on every default device; offsets are on the CPU."""
+        with torch.device("cpu"):
+            problem = self._make(dtype)
+        device = torch.get_default_device()
+        act, weight, bias, labels, offsets, scale = (
+            None if x is None else x.to(device) for x in vars(problem).values()
+        )
+        return Problem(act, weight, bias, labels, offsets.cpu(), scale)
+
+    def _make(self, dtype: torch.dtype) -> Problem:
         generator = torch.Generator().manual_seed(len(self.why))
         tokens, wide = sum(self.lengths), torch.float64
         act = torch.randn(tokens, self.features, generator=generator, dtype=wide)
@@ -84,16 +93,28 @@ CASES = [
 IDS = [case.why for case in CASES]
 
 
-def assert_close(actual: Tensor, truth: Tensor, length: int, scale: float | None = None) -> None:
+# Two operands cut, not rounded, to TF32's ten bits, and as much again for what is made of them.
+TF32_ERROR = 4 * 2**-10
+
+
+def assert_close(
+    actual: Tensor,
+    truth: Tensor,
+    length: int,
+    scale: float | None = None,
+    tf32: bool = False,
+) -> None:
     """Compare with a float64 truth.
 
     A sum of ``length`` products in a dtype of unit roundoff u has error at most about
     ``length * u`` times the largest sum of magnitudes; half a dozen roundings of the factors come
     on top. ``scale``: that magnitude, where cancellation makes the truth smaller than its terms.
+    ``tf32``: whether the factors were cut to TF32.
     """
     scale = float(truth.abs().max()) if scale is None else scale
     eps = torch.finfo(actual.dtype).eps
-    bound = (length + 8) * eps * max(scale, torch.finfo(actual.dtype).tiny)
+    bound = (length + 8) * eps + (TF32_ERROR if tf32 else 0.0)
+    bound *= max(scale, torch.finfo(actual.dtype).tiny)
     error = float((actual.double() - truth.double()).abs().max()) if truth.numel() else 0.0
     assert actual.shape == truth.shape
     assert error <= bound, f"error {error:.3g} > {bound:.3g}"
