@@ -9,6 +9,15 @@ import report
 import torch
 
 
+@pytest.fixture
+def two_threads():
+    """Two threads for one test, where others have one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     before = torch.get_num_threads()

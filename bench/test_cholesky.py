@@ -11,6 +11,8 @@ import torch
 
 import imu_fast as imu
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 LAM = 1e-2
 # What ggn_block solves; what the primal GGN of a small head does; a large single matrix.
 SIZES = [(100, 129), (1, 129), (1, 2048)]
@@ -20,14 +22,6 @@ CUDA_SIZES = [
     *((1, order) for order in (256, 1024, 4096, 16384)),
     *((100, 129), (1000, 65), (1000, 257), (64, 512)),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def damped(a):

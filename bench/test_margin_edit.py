@@ -12,15 +12,9 @@ from torch import nn
 
 from imu_fast.solvers.margin_edit import margin_edit
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 CLASSES = 10
-
-
-@pytest.fixture(autouse=True)
-def _two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def trained_head(n, d):
