@@ -111,7 +111,7 @@ def row(mine: Timing, one: Timing) -> tuple[str, ...]:
     return (
         mine.group,
         mine.device,
-        one.role if one.role != OURS else one.name,
+        one.role if one.role in one.name or one.role != OURS else one.name,
         f"{1e3 * one.median:.3f}",
         f"{1e3 * one.q1:.3f} - {1e3 * one.q3:.3f}",
         f"{one.per_sample / mine.per_sample:.2f}",
@@ -135,8 +135,11 @@ def print_table(timings: list[Timing]) -> None:
 
     table = Table(*HEADINGS, title="medians per round; time / ours is per sample")
     for line in rows(timings):
-        table.add_row(*line, end_section=False)
-    Console().print(table)
+        table.add_row(*line)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160  # a log's lines may be long
+    console.print(table)
 
 
 def draw(path: Path, timings: list[Timing]) -> None:
@@ -170,6 +173,7 @@ def draw(path: Path, timings: list[Timing]) -> None:
                 fontsize=6,
             )
     left.set_xscale("log")
+    left.xaxis.set_major_formatter("{x:g}")
     left.margins(x=0.12)
     left.axvline(1, color="black", linewidth=1)
     names = {mine.group: mine.group.replace(", ", "\n", 1) for mine, _ in compared}
@@ -180,10 +184,10 @@ def draw(path: Path, timings: list[Timing]) -> None:
         left.legend(fontsize=7)
     for i, (mine, _) in enumerate(compared):
         if mine.reached is not None:
-            right.barh(i, mine.reached, 0.6, color="#4477aa")
-            right.text(mine.reached, i, f" {100 * mine.reached:.0f} %", va="center", fontsize=7)
+            right.barh(i, mine.reached, 0.6, color="#99bbdd")
+            right.text(0.03, i, f"{100 * mine.reached:.0f} %", va="center", fontsize=7)
     right.axvline(1, color="black", linewidth=1)
-    right.margins(x=0.2)
+    right.margins(x=0.1)
     right.set_xlabel("fraction of the floor reached")
     figure.suptitle("imu_fast on " + ", ".join(sorted({mine.device for mine, _ in compared})))
     save(figure, path)
