@@ -94,7 +94,7 @@ def pydvl_cg(head: nn.Linear, train: Samples, queries: Samples, damping: float) 
     return _pydvl("Cg", head, train, queries, regularization=damping, rtol=1e-6)
 
 
-def _tracin(head: nn.Linear, train: Samples):
+def _tracin(head: nn.Linear, train: Samples, batch_size: int):
     from captum.influence import TracInCPFast
 
     model = nn.Sequential(nn.Identity(), copy.deepcopy(head))
@@ -105,18 +105,23 @@ def _tracin(head: nn.Linear, train: Samples):
         [model.state_dict()],
         checkpoints_load_func=lambda m, state: m.load_state_dict(state) and 1.0,
         loss_fn=nn.CrossEntropyLoss(reduction="sum"),
-        batch_size=len(train[0]),
+        batch_size=batch_size,
     )
 
 
 def captum_tracin(head: nn.Linear, train: Samples, queries: Samples, damping: float) -> Tensor:
     """captum's TracInCPFast at one checkpoint: inner products of gradients, no curvature."""
-    return _tracin(head, train).influence(queries).detach().T
+    return _tracin(head, train, len(train[0])).influence(queries).detach().T
+
+
+def captum_default(head: nn.Linear, train: Samples, queries: Samples, damping: float) -> Tensor:
+    """The same with the batch size that captum takes when it is not told another: one sample."""
+    return _tracin(head, train, 1).influence(queries).detach().T
 
 
 def captum_self(head: nn.Linear, train: Samples, queries: Samples, damping: float) -> Tensor:
     """captum's TracInCPFast.self_influence at one checkpoint: squared norms of gradients."""
-    return _tracin(head, train).self_influence(train).detach()
+    return _tracin(head, train, len(train[0])).self_influence(train).detach()
 
 
 def _vmap_gradients(head: nn.Linear, samples: Samples) -> Tensor:
@@ -149,5 +154,9 @@ EXACT = {
     "pyDVL Cg": pydvl_cg,
 }
 EXACT_SELF = {"closed form": closed_form_self}
-GRADIENT_PRODUCTS = {"captum TracInCPFast": captum_tracin, "vmap(grad)": vmap_grad}
+GRADIENT_PRODUCTS = {
+    "captum TracInCPFast": captum_tracin,
+    "captum TracInCPFast, batches of 1": captum_default,
+    "vmap(grad)": vmap_grad,
+}
 GRADIENT_NORMS = {"captum TracInCPFast": captum_self, "vmap(grad)": vmap_self}
