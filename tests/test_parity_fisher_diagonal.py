@@ -32,3 +32,13 @@ def test_fisher_diagonal_of_tokens_does_not_depend_on_the_tile(monkeypatch, tile
     torch.testing.assert_close(
         quadratic_scores(*f[:2], x, *f[2:]), reference.quadratic_scores(*f[:2], x, *f[2:])
     )
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_samples_whose_gradients_are_large_stand_alone(has_bias):
+    classes, d = 130, 140  # 18,200 entries, beyond the 16,384 of what is batched
+    offsets = torch.tensor([0, 0, 3, 10, 10, 11])
+    delta, act = torch.randn(11, classes).double(), torch.randn(11, d).double()
+    found = fisher_diagonal(delta, act, offsets, has_bias)
+    truth = reference.fisher_diagonal(delta, act, offsets, has_bias)
+    torch.testing.assert_close(found, truth)

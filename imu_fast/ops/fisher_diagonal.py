@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from imu_fast.ops.tokens import groups_of_equal_length, is_flat
 CHUNK_TOKENS = 1024
 # Elements of the [samples, classes, D] tile of per-sample gradients for ragged tokens.
 TILE_ELEMENTS = 1 << 22
+# From this many entries on, a sample's gradient is worth a matrix product of its own, on views;
+# smaller ones are batched by length, which copies their tokens.
+_ALONE = 1 << 14
 
 
 def gradient_tiles(
@@ -76,6 +80,16 @@ def fisher_diagonal(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool)
             add_gradients(total, d2, a2, has_bias, beta=float(start > 0), alpha=1 / n)
         return total
     total = delta.new_zeros(shape)
+    if total.numel() >= _ALONE:
+        d = act.shape[1]
+        g, body = delta.new_empty(shape[0], d), total[:, :d]
+        for first, last in pairwise(offsets.tolist()):
+            tokens = slice(first, last)
+            torch.mm(delta[tokens].t(), act[tokens], out=g)
+            body.addcmul_(g, g)
+            if has_bias:
+                total[:, d] += delta[tokens].sum(dim=0).square_()
+        return total.div_(n)
     for _, slab, g in gradient_tiles(delta, act, offsets, has_bias):
         total[slab] += g.square_().sum(dim=0)
     return total.div_(n)
