@@ -143,52 +143,45 @@ def print_table(timings: list[Timing]) -> None:
 
 
 def draw(path: Path, timings: list[Timing]) -> None:
-    """Left: baselines' time per sample over ours, a bar each. Right: fraction of the floor."""
+    """Above: a bar per baseline, its time per sample over ours. Below: fractions of the floors."""
     from imu_fast.evaluation.plots import new_figure, save
 
     compared = list(comparisons(timings))
-    roles = sorted({other.role for _, others in compared for other in others})
-    thick = 0.8 / max(1, len(roles))
-    figure = new_figure(figsize=(12, 1.6 + 0.22 * len(compared) * max(2, len(roles))))
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
-    for k, role in enumerate(roles):
-        bars = [
-            (i + thick * (k + 0.5) - 0.4, other.per_sample / mine.per_sample)
-            for i, (mine, others) in enumerate(compared)
-            for other in others
-            if other.role == role
-        ]
-        at, ratios = zip(*bars, strict=True)
-        # From 1, where both take as long: to the right ours is faster.
-        left.barh(at, [r - 1 for r in ratios], thick, left=1, label=role)
-        for y, ratio in bars:
-            side, shift = ("left", 3) if ratio >= 1 else ("right", -3)
-            left.annotate(
-                f"{ratio:.3g}",
-                (ratio, y),
+    pairs = [
+        (f"{mine.group}: {other.role}", other.per_sample / mine.per_sample)
+        for mine, others in compared
+        for other in others
+    ]
+    floors = [(mine.group, mine.reached) for mine, _ in compared if mine.reached is not None]
+    heights = [1 + len(pairs), 1 + len(floors)]
+    figure = new_figure(figsize=(10, 1.5 + 0.17 * sum(heights)))
+    above, below = figure.subplots(2, 1, height_ratios=heights)
+    for axes, bars in ((above, pairs), (below, floors)):
+        for i, (_, value) in enumerate(bars):
+            # From 1, where both take as long: to the right ours is faster.
+            left = 1 if axes is above else 0
+            axes.barh(
+                i, value - left, 0.7, left=left, color="#4477aa" if value >= left else "#cc6677"
+            )
+            side, shift = ("left", 3) if value >= left else ("right", -3)
+            text = f"{value:.3g}" if axes is above else f"{100 * value:.0f} %"
+            axes.annotate(
+                text,
+                (value, i),
                 (shift, 0),
                 textcoords="offset points",
                 ha=side,
                 va="center",
-                fontsize=6,
+                size=6,
             )
-    left.set_xscale("log")
-    left.xaxis.set_major_formatter("{x:g}")
-    left.margins(x=0.12)
-    left.axvline(1, color="black", linewidth=1)
-    names = {mine.group: mine.group.replace(", ", "\n", 1) for mine, _ in compared}
-    left.set_yticks(range(len(compared)), [names[mine.group] for mine, _ in compared], fontsize=7)
-    left.invert_yaxis()
-    left.set_xlabel("baseline's time per sample / ours (log scale; right of 1: ours is faster)")
-    if roles:
-        left.legend(fontsize=7)
-    for i, (mine, _) in enumerate(compared):
-        if mine.reached is not None:
-            right.barh(i, mine.reached, 0.6, color="#99bbdd")
-            right.text(0.03, i, f"{100 * mine.reached:.0f} %", va="center", fontsize=7)
-    right.axvline(1, color="black", linewidth=1)
-    right.margins(x=0.1)
-    right.set_xlabel("fraction of the floor reached")
+        axes.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=6)
+        axes.set_ylim(len(bars) - 0.4, -0.6)
+        axes.axvline(1, color="black", linewidth=1)
+        axes.margins(x=0.12)
+    above.set_xscale("log")
+    above.xaxis.set_major_formatter("{x:g}")
+    above.set_xlabel("baseline's time per sample / ours (log scale; right of 1: ours is faster)")
+    below.set_xlabel("fraction of the floor reached")
     figure.suptitle("imu_fast on " + ", ".join(sorted({mine.device for mine, _ in compared})))
     save(figure, path)
 
