@@ -112,7 +112,7 @@ def score(
     data: Data,
     out: Annotated[Path, typer.Option(help="Scores: .npz, .parquet or .csv.")] = Path("scores.csv"),
     curvature: Annotated[
-        str, typer.Option(help="identity, fisher_diag, fisher or ggn.")
+        str, typer.Option(help="identity, fisher_diag, fisher, ggn, ggn_block, kfac or ekfac.")
     ] = "fisher_diag",
     damping: Annotated[float, typer.Option(help="> 0.")] = 1e-2,
     classes: Classes = None,

@@ -84,6 +84,7 @@ class Edit:
         n = self.problem.n
         self._set(self.trained, 0.0)
         if rule is not None and (already := rule.reached(self)):
+            self.trajectory[:] = [self._entry(0.0)]
             return torch.arange(0), 0.0, already
         high = n
         if rule is not None and rule.forget_accuracy is not None:
