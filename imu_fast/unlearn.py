@@ -214,7 +214,7 @@ def unlearn(
         "precondition": describe(precondition),
     }
     depths = dict(milestones or {})
-    _check(settings, recipe, [*depths.values(), stop])
+    _check(settings, recipe, [*depths.values(), *([] if stop is None else [stop])])
 
     forget = forget or ForgetSet(forget_loader, batch_size)
     loaders: dict[str, Any] = {"forget": forget}
@@ -356,8 +356,10 @@ def _check(settings: dict[str, Any], recipe: Method, rules: list[Any]) -> None:
             "features captured once, in evaluation mode; use scope='layers' (default: the head)"
         )
     for rule in rules:
-        if rule is not None and not isinstance(rule, StopRule):
-            raise InputError(f"stop is a {type(rule).__name__}; pass imu_fast.StopRule(...)")
+        if not isinstance(rule, StopRule):
+            raise InputError(
+                f"stop or a milestone is a {type(rule).__name__}; pass imu_fast.StopRule(...)"
+            )
 
 
 def _trained_layers(

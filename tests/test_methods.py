@@ -262,6 +262,7 @@ def test_bad_input(problem):
         (dict(method="magic"), "method='magic' is unknown"),
         (dict(precondition=3.0), "precondition is a float"),
         (dict(milestones={"a": 0.5}), "pass imu_fast.StopRule"),
+        (dict(milestones={"a": None}), "pass imu_fast.StopRule"),
         (dict(method="margin_edit", margin=0.0), "margin=0.0"),
     ):
         with pytest.raises(InputError, match=match):
