@@ -105,6 +105,19 @@ def test_relative_error_and_certificate(kind, name, options, goal):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_many_right_hand_sides_and_their_bound(kind):
+    f, damping = problem(kind)
+    fitted = curvature.fit("ggn", f, damping, solver="primal")
+    v = torch.randn(40, f.num_classes, f.width)
+    x = fitted.solve(v)
+    matrix, rhs = dense("ggn", f, damping, fitted), v.double().flatten(1)
+    true = (x.flatten(1) @ matrix - rhs).norm(dim=1) / rhs.norm(dim=1)
+    floor = torch.finfo(torch.float64).eps * float(torch.linalg.cond(matrix))
+    assert x.shape == v.shape and fitted.residual <= fitted.tolerance
+    assert float(true.max()) <= 2 * fitted.residual + floor
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_self_influence_and_its_bound(kind):
     """One triangular solve for all samples: its residual is a bound, which must be one."""
     f, damping = problem(kind)

@@ -32,6 +32,9 @@ _KFAC_ITERATIONS = 16
 _CHUNK_ELEMENTS = 1 << 22
 # Rows of the dense matrix at once: half of it need not be summed at all.
 _STRIP = 256
+# From this many right-hand sides on, a float64 factor and the bound that it comes with are cheaper
+# than a float32 one and the two float64 products of N P each that certify it.
+_MANY = 32
 # The inner solve in float32: deeper digits come cheaper from the next refinement round.
 _INNER_TOLERANCE = 1e-3
 
@@ -125,7 +128,7 @@ class GGN(PairsBySolves):
 
     Attributes:
         residual: relative residual of the last solve, recomputed in float64 (the largest of
-            several right-hand sides).
+            several right-hand sides); of many at once by a float64 factor, an upper bound.
         iterations: conjugate-gradient iterations of the last solve.
         solver: "primal", "dual" or "cg"; where it is "auto" each call of ``solve`` takes the
             cheapest for its number of right-hand sides.
@@ -302,7 +305,13 @@ class GGN(PairsBySolves):
         A residual above the tolerance is logged, and always to be read in ``residual``.
         """
         many = v if v.dim() == 3 else v[None]
-        approximates = self._approximates(self._choose(len(many)))
+        solver = self._choose(len(many))
+        if solver == "primal" and len(many) >= _MANY:
+            bound = self._backward_error()
+            if bound <= self.tolerance:
+                self.residual, self.iterations = bound, 0
+                return self._primal(many.double())
+        approximates = self._approximates(solver)
         solution = refine(self.product, approximates, many, tolerance=self.tolerance)
         self.residual, self.iterations = solution.residual, solution.iterations
         if self.residual > self.tolerance:
