@@ -145,6 +145,8 @@ def test_another_budget_or_training_is_another_run():
     longer, other = (Configuration.of(TINY | {k: 5}) for k in ("max_steps", "epochs"))
     assert base.training_key("vgg", 0, "") == longer.training_key("vgg", 0, "")
     assert base.training_key("vgg", 0, "") != other.training_key("vgg", 0, "")
+    here, there = (Configuration(data="folder", data_path=path) for path in ("a", "b"))
+    assert here.training_key("vgg", 0, "") != there.training_key("vgg", 0, "")
     assert base.run_key("vgg", 0, "class", 1) != longer.run_key("vgg", 0, "class", 1)
     assert base.run_key("vgg", 0, "class", 1) != base.run_key("vgg", 0, "class", 2)
 
@@ -157,6 +159,7 @@ def test_configuration_from_yaml_and_flags(tmp_path):
     assert Configuration.of({"data": "cifar10"}).train == 10_000
     for text, match in (
         ("seeds: many", "seeds='many'"),
+        ("seeds: 101", "at most 100"),
         ("color: red", "setting='color' is unknown"),
         ("- a", "no mapping"),
         ("a: [", "cannot be read"),

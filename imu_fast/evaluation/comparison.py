@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 import imu_fast
 from imu_fast.data.tasks import Dataset, load_dataset, make_task
-from imu_fast.evaluation.configuration import Configuration
+from imu_fast.evaluation.configuration import TUNING_SEED, Configuration
 from imu_fast.evaluation.entries import (
     AUTO,
     BASELINE,
@@ -50,8 +50,6 @@ RULE = (
     "the report does not use; chosen once per architecture for a class and once for random sets. "
     "Where it diverges on a model of the report, the next smaller one."
 )
-# The model that learning rates are chosen on: no seed of a report is as large.
-_TUNING_SEED = 100
 # Raised whenever runs of an older version must not be taken over.
 _VERSION = 1
 _TESTED = ("retain_accuracy", "test_accuracy")
@@ -119,12 +117,12 @@ def choose_rates(config: Configuration, cache: Path, arch: str, kind: str) -> Js
             chosen[name] = entry.rates[0]
             continue
         extra = [dict(entry.options), entry.rates, "rate"]
-        path = _run_path(config, cache, arch, _TUNING_SEED, task, name, extra)
+        path = _run_path(config, cache, arch, TUNING_SEED, task, name, extra)
         if not path.is_file():
             if setting is None:
-                data = _load(config, _TUNING_SEED)
-                model = trained_model(config, cache, data, arch, _TUNING_SEED)
-                setting = Setting(model, make_task(task, data, _TUNING_SEED), None, _TUNING_SEED)
+                data = _load(config, TUNING_SEED)
+                model = trained_model(config, cache, data, arch, TUNING_SEED)
+                setting = Setting(model, make_task(task, data, TUNING_SEED), None, TUNING_SEED)
             _write(path, setting.choose_rate(entry, config.max_steps))
         chosen[name] = json.loads(path.read_text())
     return chosen
@@ -227,7 +225,7 @@ def run(config: Configuration, out: Path, *, progress: bool = True) -> tuple[Jso
     cache = out / "cache"
     kinds = [k for k in ("class", "random") if _tuning_task(config, k) is not None]
     models = [(arch, seed) for arch in config.archs for seed in range(config.seeds)]
-    tuning = [(arch, _TUNING_SEED) for arch in config.archs]
+    tuning = [(arch, TUNING_SEED) for arch in config.archs]
     jobs = [(*model, task) for task in config.tasks for model in models]
     pool = _pool(config.workers)
     total = len(models) + len(tuning) + len(config.archs) * len(kinds) + len(jobs)

@@ -14,6 +14,8 @@ from imu_fast.errors import InputError, check_choice, check_count, check_positiv
 from imu_fast.evaluation.entries import ALL, QUICK
 from imu_fast.evaluation.networks import NETWORKS
 
+# The model that learning rates are chosen on, beyond the seeds of a report.
+TUNING_SEED = 100
 # Data sets' own defaults; digits fit into three minutes.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": {
@@ -70,6 +72,11 @@ class Configuration:
             check_task(task)
         for name in ("seeds", "epochs", "max_steps", "workers"):
             check_count(name, getattr(self, name))
+        if self.seeds > TUNING_SEED:
+            raise InputError(
+                f"seeds={self.seeds} reaches the model that learning rates are chosen on; use at "
+                f"most {TUNING_SEED}"
+            )
         if self.train is not None:
             check_count("train", self.train)
         check_positive("lr", self.lr)
@@ -113,6 +120,8 @@ class Configuration:
         """Names a trained model: everything that its weights depend on."""
         names = ("data", "train", "epochs", "lr")
         settings = {name: getattr(self, name) for name in names}
+        if self.data == "folder":  # of the others the name says what they are
+            settings["data_path"] = self.data_path
         return _digest([settings, arch, seed, task])
 
     def run_key(self, arch: str, seed: int, task: str, version: Any) -> str:
