@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -35,8 +34,6 @@ from imu_fast.ops.objective import NEEDS_AUXILIARY, OBJECTIVES
 from imu_fast.preconditioners import Precondition, describe, preconditioner
 
 __all__ = ["DivergedError", "UnlearnResult", "unlearn"]
-
-logger = logging.getLogger("imu_fast")
 
 SCOPES = ("head", "layers", "all")
 _DEFAULTS: dict[str, Any] = {
