@@ -108,7 +108,7 @@ def test_bad_options():
     with pytest.raises(InputError, match="not of a softmax head"):
         imu.influence_scores(other, curvature="ggn")
     wide = imu.GradientFactors.from_head(
-        torch.randn(2, 900), torch.randn(10, 900), None, torch.tensor([0, 1])
+        torch.randn(2, 900), torch.randn(11, 900), None, torch.tensor([0, 1])
     )
     with pytest.raises(InputError, match="order 9000.*use 'cg'"):
         curvature.fit("ggn", wide, 0.1, solver="primal")

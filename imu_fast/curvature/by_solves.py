@@ -29,9 +29,11 @@ def gradients(factors: GradientFactors) -> Tensor:
     return out
 
 
-def gradient_slabs(factors: GradientFactors) -> Iterator[tuple[slice, Tensor]]:
-    """Per-sample gradients ``(samples, [k, C, D])``, a few at a time."""
-    step = max(1, _ELEMENTS // (factors.num_classes * factors.width))
+def gradient_slabs(
+    factors: GradientFactors, elements: int = _ELEMENTS
+) -> Iterator[tuple[slice, Tensor]]:
+    """Per-sample gradients ``(samples, [k, C, D])``, about so many elements at a time."""
+    step = max(1, elements // (factors.num_classes * factors.width))
     for start in range(0, factors.n, step):
         samples = slice(start, min(start + step, factors.n))
         yield samples, gradients(factors.select(torch.arange(samples.start, samples.stop)))

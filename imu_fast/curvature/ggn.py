@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from imu_fast.curvature.by_solves import PairsBySolves, gradient_slabs, self_influence
+from imu_fast.curvature.ggn_dense import contrasts, dual_matrix, primal_matrix
 from imu_fast.curvature.kfac import KFAC
 from imu_fast.curvature.nystrom import NystromPreconditioner
 from imu_fast.curvature.probabilities import augmented, probabilities
@@ -28,31 +30,31 @@ MAX_DENSE_ORDER = 8192
 ASSUMED_ITERATIONS = 60
 # What K-FAC leaves to do: measured 12 to 36 on the same heads.
 _KFAC_ITERATIONS = 16
-# Elements of the [tokens, C D] rows that exist at once while the dense matrix is summed.
-_CHUNK_ELEMENTS = 1 << 22
-# Rows of the dense matrix at once: half of it need not be summed at all.
-_STRIP = 256
 # From this many right-hand sides on, a float64 factor and the bound that it comes with are cheaper
 # than a float32 one and the two float64 products of N P each that certify it.
 _MANY = 32
+# Elements of the per-sample gradients that self-influence solves for at once: in cache.
+_HALVES = 1 << 20
 # The inner solve in float32: deeper digits come cheaper from the next refinement round.
 _INNER_TOLERANCE = 1e-3
 
 
 def solver_costs(tokens: int, classes: int, width: int, solves: int = 1) -> dict[str, float]:
-    """FLOPs of each exact solver, with P = C D; what cannot be held (MAX_DENSE_ORDER) is left out.
+    """FLOPs of each exact solver; what cannot be held (MAX_DENSE_ORDER) is left out.
 
-    ``primal``: building takes ``N P^2``, factoring ``P^3 / 3`` and each solve ``2 P^2``.
+    ``primal``: with P = (C - 1) D, building takes ``N P^2`` (at half the rate of a plain matrix
+    product, so twice that is counted), factoring ``P^3 / 3`` and each solve ``2 P^2``.
     ``dual``: with Q = N C, building takes ``2 C Q^2``, factoring ``Q^3 / 3`` and each solve
-    ``2 Q^2`` and two products of ``2 N P``. ``cg``: each solve takes ``ASSUMED_ITERATIONS``
-    products of ``4 N P``.
+    ``2 Q^2`` and two products of ``2 N C D``. ``cg``: each solve takes ``ASSUMED_ITERATIONS``
+    products of ``4 N C D``.
     """
-    p, q = classes * width, tokens * classes
-    costs = {"cg": float(solves * ASSUMED_ITERATIONS * 4 * tokens * p)}
+    p, q = (classes - 1) * width, tokens * classes
+    product = 4 * tokens * classes * width
+    costs = {"cg": float(solves * ASSUMED_ITERATIONS * product)}
     if p <= MAX_DENSE_ORDER:
-        costs["primal"] = tokens * p**2 + p**3 / 3 + solves * 2 * p**2
+        costs["primal"] = 2 * tokens * p**2 + p**3 / 3 + solves * 2 * p**2
     if q <= MAX_DENSE_ORDER:
-        costs["dual"] = 2 * classes * q**2 + q**3 / 3 + solves * (2 * q**2 + 4 * tokens * p)
+        costs["dual"] = 2 * classes * q**2 + q**3 / 3 + solves * (2 * q**2 + product)
     return costs
 
 
@@ -85,44 +87,6 @@ def kfac_cost(tokens: int, classes: int, width: int) -> int:
     return flops // (4 * tokens * classes * width)
 
 
-def ggn_matrix(p: Tensor, weight: Tensor, a: Tensor) -> Tensor:
-    """The undamped GGN as a dense matrix [P, P]: class blocks minus one Gram matrix of p (x) a~.
-
-    Only its upper triangle is complete, which is what a factorisation reads.
-
-    Args:
-        p: [N, C]. weight: [N], ``c_t / n``. a: [N, D], augmented.
-    """
-    classes, width = p.shape[1], a.shape[1]
-    out = a.new_zeros(classes * width, classes * width)
-    step = max(1, _CHUNK_ELEMENTS // (classes * width))
-    for start in range(0, len(a), step):
-        rows = slice(start, start + step)
-        q, w, b = p[rows], weight[rows, None], a[rows]
-        y = ((q * w.sqrt())[:, :, None] * b[:, None, :]).view(len(b), -1)
-        for first in range(0, len(out), _STRIP):
-            strip = slice(first, first + _STRIP)
-            out[strip, first:].addmm_(y[:, strip].t(), y[:, first:], alpha=-1.0)
-        for c, scaled in enumerate((q * w).t()):
-            block = slice(c * width, (c + 1) * width)
-            out[block, block].addmm_((b * scaled[:, None]).t(), b)
-    return out
-
-
-def ggn_dual(p: Tensor, weight: Tensor, a: Tensor) -> Tensor:
-    """``J J^T`` [N C, N C], where ``GGN = J^T J`` and token t's rows of J are ``S_t^T (x) a~_t``.
-
-    ``S_t = sqrt(c_t/n) (diag(sqrt p) - p sqrt(p)^T)``, so the dual is the elementwise product of
-    the Gram matrix of the S_t and that of the a~_t. Arguments as :func:`ggn_matrix`.
-    """
-    tokens, classes = p.shape
-    root = p.sqrt()
-    s = torch.diag_embed(root) - p[:, :, None] * root[:, None, :]
-    columns = (s * weight.sqrt()[:, None, None]).transpose(0, 1).reshape(classes, -1)
-    dual = (columns.t() @ columns).view(tokens, classes, tokens, classes)
-    return dual.mul_((a @ a.t())[:, None, :, None]).view(tokens * classes, tokens * classes)
-
-
 class GGN(PairsBySolves):
     """``1/n sum c (diag(p) - p p^T) (x) a~ a~^T + lam I``, solved exactly, with a certificate.
 
@@ -144,8 +108,9 @@ class GGN(PairsBySolves):
         preconditioner: str,
     ) -> None:
         self.p, self.scale = probabilities(factors)
-        # Conjugate gradient reads them at every product.
+        # Conjugate gradient reads them at every product, class by class.
         self._p32 = self.p.float() if solver in ("auto", "cg") else self.p
+        self._p32 = self._p32.t().contiguous().t()
         self._factors = factors
         self.act, self.n, self.has_bias = factors.act, factors.n, factors.has_bias
         self.damping, self.solver, self.tolerance = damping, solver, tolerance
@@ -166,7 +131,7 @@ class GGN(PairsBySolves):
         """Fit on a softmax head's factors.
 
         Args:
-            solver: ``"primal"`` (damped Cholesky of size C D), ``"dual"`` (of size N C),
+            solver: ``"primal"`` (damped Cholesky of size (C-1) D), ``"dual"`` (of size N C),
                 ``"cg"``, or the cheapest by :func:`solver_costs`.
             tolerance: on the true relative residual.
             preconditioner: of conjugate gradient: ``"none"``, ``"kfac"`` (from the moment that it
@@ -183,7 +148,8 @@ class GGN(PairsBySolves):
         if preconditioner == "auto":
             preconditioner = choose_preconditioner(*sizes)
         if solver != "auto" and solver not in solver_costs(*sizes):
-            order = factors.num_classes * (sizes[2] if solver == "primal" else sizes[0])
+            tokens, classes, width = sizes
+            order = (classes - 1) * width if solver == "primal" else tokens * classes
             raise InputError(
                 f"solver={solver!r} needs a dense matrix of order {order}; use 'cg' beyond "
                 f"{MAX_DENSE_ORDER}"
@@ -269,13 +235,20 @@ class GGN(PairsBySolves):
 
     def _factor(self, solver: str, dtype: torch.dtype) -> DampedCholesky:
         if (solver, dtype) not in self._choleskys:
-            matrix = (ggn_matrix if solver == "primal" else ggn_dual)(*self._dense(dtype))
+            build = primal_matrix if solver == "primal" else dual_matrix
+            matrix = build(*self._dense(dtype))
             self._choleskys[solver, dtype] = damped_cholesky(matrix, self.damping, overwrite=True)
         return self._choleskys[solver, dtype]
 
     def _primal(self, r: Tensor) -> Tensor:
-        x = self._factor("primal", r.dtype).solve(r.flatten(1).t().contiguous())
-        return x.t().reshape(r.shape)
+        """Between the contrasts by the factor; the mean over the classes meets lam alone."""
+        mean = r.mean(dim=1, keepdim=True) / self.damping
+        if r.shape[1] == 1:
+            return mean
+        basis = contrasts(r.shape[1]).to(r)
+        between = (basis.t() @ r).flatten(1)
+        x = self._factor("primal", r.dtype).solve(between.t()).t()
+        return (basis @ x.reshape(len(r), -1, r.shape[2])).add_(mean)
 
     def _dual(self, r: Tensor) -> Tensor:
         """Woodbury: ``(r - J^T (J J^T + lam I)^-1 J r) / lam``."""
@@ -324,29 +297,40 @@ class GGN(PairsBySolves):
         return solution.x if v.dim() == 3 else solution.x[0]
 
     def self_influence(self, factors: GradientFactors) -> Tensor:
-        """``g_i^T M^-1 g_i``: [n]; ``||U^-T g_i||^2`` where ``M = U^T U`` is dense."""
+        """``g_i^T M^-1 g_i``: [n]; ``||U^-T g_i||^2`` where ``M = U^T U`` is dense.
+
+        Between the contrasts of the classes; their mean is divided by lam.
+        """
         bound = self._backward_error()
         if self._choose(factors.n) != "primal" or bound > self.tolerance:
             values, self.residual = self_influence(self, factors)
             return values
-        upper = self._factor("primal", torch.float64).factor
-        out = factors.delta.new_empty(factors.n)
-        for samples, g in gradient_slabs(factors.to(dtype=torch.float64)):
-            half = torch.linalg.solve_triangular(upper, g.flatten(1), upper=True, left=False)
-            out[samples] = torch.linalg.vecdot(half, half).to(out)
+        wide = factors.to(dtype=torch.float64)
+        # What is constant over the classes: C times their mean gradient, squared.
+        mean = replace(wide, delta=wide.delta.mean(dim=1, keepdim=True))
+        scale = wide.num_classes / self.damping
+        out = torch.cat([g.square().sum(dim=(1, 2)) for _, g in gradient_slabs(mean)]) * scale
+        if wide.num_classes > 1:
+            upper = self._factor("primal", torch.float64).factor
+            between = replace(wide, delta=wide.delta @ contrasts(wide.num_classes).to(wide.delta))
+            for samples, g in gradient_slabs(between, _HALVES):
+                # Column-major on both sides: neither is copied, and rows of the result are whole.
+                half = torch.linalg.solve_triangular(upper.t(), g.flatten(1).t(), upper=False)
+                out[samples] += torch.linalg.vector_norm(half.t(), dim=1).square_()
         self.residual, self.iterations = bound, 0
-        return out
+        return out.to(factors.delta)
 
     def _backward_error(self) -> float:
         """An upper bound on the relative residual of a solve by the float64 factor of M.
 
-        What is factored and solved is ``M + E`` with ``||E||_F <= (N + 2 P) eps tr(M)``: rounding
-        of N summands, of the factorisation and of the triangular solve (Higham 2002, theorems
-        10.3 and 8.5, and ``|| |U^T| |U| ||_F <= tr(U^T U)``); ``||E x|| <= ||E|| ||v|| / lam``.
+        What is factored and solved is ``M + E``. Rounding of N summands, each a covariance of
+        2 C roundings, leaves ``||E||_F <= (N + 2 C) eps sum_t w_t ||a~_t||^2``, for probabilities
+        sum to one; the factor and its solves leave ``3 P eps tr(M)`` (Higham 2002, theorem 10.4,
+        and ``|| |U^T| |U| ||_F <= tr(U^T U)``), the change of basis 2 C eps ||M||. And
+        ``||E x|| <= ||E|| ||v|| / lam``.
         """
         a2 = self.act.double().square().sum(dim=1) + float(self.has_bias)
-        trace = float((self.scale / self.n * a2 * (1 - self.p.square().sum(dim=1))).sum())
-        order = self.p.shape[1] * self._factors.width
-        trace += order * self.damping
-        length = len(self.act) + 2 * order
+        classes, order = self.p.shape[1], self.p.shape[1] * self._factors.width
+        trace = float((self.scale / self.n * a2).sum()) + order * self.damping
+        length = len(self.act) + 3 * order + 4 * classes
         return length * torch.finfo(torch.float64).eps * trace / self.damping

@@ -9,6 +9,10 @@ from imu_fast import backend
 from imu_fast.ops.fisher_diagonal import CHUNK_TOKENS, TILE_ELEMENTS, gradient_tiles
 from imu_fast.ops.tokens import is_flat, sum_over_tokens
 
+# Elements of the per-token gradients that exist at once where they are formed: 1 MB in float32.
+_GRADIENT_ELEMENTS = 1 << 18
+_FEWEST_TOKENS = 64
+
 
 def _token_scores(delta: Tensor, act: Tensor, x: Tensor, has_bias: bool) -> Tensor:
     """``delta_t^T X a~_t`` per token: [N], by chunks of rows; x [C, D]."""
@@ -25,15 +29,30 @@ def _token_scores(delta: Tensor, act: Tensor, x: Tensor, has_bias: bool) -> Tens
 
 
 def _many_scores(delta: Tensor, act: Tensor, x: Tensor, has_bias: bool) -> Tensor:
-    """``delta_t^T X_j a~_t`` for every j: [N, m]; ``a~_t X_j^T`` is one product for all of them."""
-    d, classes = act.shape[1], x.shape[1]
+    """``delta_t^T X_j a~_t`` for every j: [N, m], in either order, whichever stores less.
+
+    ``(a~_t X_j^T) . delta_t`` makes C m numbers of a token, ``(delta_t (x) a~_t) . X_j`` C D.
+    """
+    d, (many, classes, width) = act.shape[1], x.shape
+    out = delta.new_empty(delta.shape[0], many)
+    if many >= width:
+        step = max(_FEWEST_TOKENS, _GRADIENT_ELEMENTS // (classes * width))
+        flat = x.flatten(1).t()
+        gradient = delta.new_empty(min(step, len(delta)), classes, width)
+        for start in range(0, delta.shape[0], step):
+            signal = delta[start : start + step, :, None]
+            g = gradient[: len(signal)]
+            torch.mul(signal, act[start : start + step, None, :], out=g[..., :d])
+            if has_bias:
+                g[..., d:] = signal
+            torch.mm(g.flatten(1), flat, out=out[start : start + step])
+        return out
     tall = x.flatten(0, 1)
     weight, bias = tall[:, :d], tall[:, d] if has_bias else None
-    out = delta.new_empty(delta.shape[0], x.shape[0])
     step = max(1, TILE_ELEMENTS // max(1, len(tall)))
     for start in range(0, delta.shape[0], step):
         rows = slice(start, start + step)
-        u = torch.nn.functional.linear(act[rows], weight, bias).view(-1, x.shape[0], classes)
+        u = torch.nn.functional.linear(act[rows], weight, bias).view(-1, many, classes)
         torch.bmm(u, delta[rows, :, None], out=out[rows, :, None])
     return out
 

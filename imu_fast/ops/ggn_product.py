@@ -46,17 +46,19 @@ def ggn_product(
             return reference.ggn_product(p, scale, act, v, n, damping, has_bias).to(v.dtype)
         products = [reference.ggn_product(p, scale, act, vj, n, damping, has_bias) for vj in v]
         return torch.stack(products).to(v.dtype)
-    # Several V are one tall one: their classes side by side in both matrix products.
+    # Several V are one tall one: their classes one below the other in both matrix products. Class
+    # by class, s [m C, tokens], both are as fast as the widest of their sides allows.
     classes, d = p.shape[1], act.shape[1]
     tall = v.reshape(-1, v.shape[-1])
-    weight, bias = tall[:, :d], tall[:, d] if has_bias else None
+    weight, bias = tall[:, :d], tall[:, d, None] if has_bias else None
     out = tall * damping
     step = max(1, CHUNK_ELEMENTS // max(len(tall), d))
     for start in range(0, len(act), step):
         rows = slice(start, start + step)
-        a, q = act[rows].to(v.dtype), p[rows, None].to(v.dtype)
-        s = torch.nn.functional.linear(a, weight, bias).view(len(a), -1, classes).mul_(q)
-        s.addcmul_(q, s.sum(dim=2, keepdim=True), value=-1.0)
-        s.mul_(scale[rows, None, None].to(v.dtype))
-        add_gradients(out, s.flatten(1), a, has_bias, beta=1.0, alpha=1 / n)
+        a, q = act[rows].to(v.dtype), p[rows].t().to(v.dtype)
+        u = weight @ a.t() if bias is None else torch.addmm(bias, weight, a.t())
+        s = u.view(-1, classes, len(a)).mul_(q)
+        s.addcmul_(q, s.sum(dim=1, keepdim=True), value=-1.0)
+        s.mul_(scale[rows].to(v.dtype))
+        add_gradients(out, s.flatten(0, 1).t(), a, has_bias, beta=1.0, alpha=1 / n)
     return out.view(v.shape)

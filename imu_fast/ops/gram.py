@@ -65,9 +65,13 @@ def _cross_products(left: Operands, right: Operands, has_bias: bool) -> Tensor:
     step = max(1, _TILE_ELEMENTS // max(len(other_delta), 1))
     for start in range(0, len(delta), step):
         rows = slice(start, start + step)
-        tile = act[rows] @ other_act.t()
-        if has_bias:
-            tile.add_(1.0)
-        tile.mul_(delta[rows] @ other_delta.t())
-        per_token[rows] = tile if other_flat else sum_over_tokens(tile.t(), other_offsets).t()
+        if other_flat:
+            tile = torch.mm(delta[rows], other_delta.t(), out=per_token[rows])
+        else:
+            tile = delta[rows] @ other_delta.t()
+        features = act[rows] @ other_act.t()
+        # k (1 + a.a') of the augmented a~ = [a, 1], and k a.a' without a bias.
+        tile = tile.addcmul_(tile, features) if has_bias else tile.mul_(features)
+        if not other_flat:
+            per_token[rows] = sum_over_tokens(tile.t(), other_offsets).t()
     return per_token if flat else sum_over_tokens(per_token, offsets)

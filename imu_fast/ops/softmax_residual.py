@@ -7,6 +7,9 @@ from torch import Tensor
 
 from imu_fast import backend
 
+# Up to so many classes a softmax over rows leaves most of a vector register empty.
+_NARROW = 16
+
 
 def softmax_residual(
     logits: Tensor, labels: Tensor, scale: Tensor | None = None
@@ -38,11 +41,19 @@ def softmax_residual(
         delta, loss = reference.softmax_residual(logits, labels, ones)
         return delta.to(logits.dtype), loss.to(logits.dtype)
     compute = logits.dtype if logits.dtype == torch.float64 else torch.float32
-    log_p = torch.log_softmax(logits, dim=1, dtype=compute)
-    loss = -log_p.gather(1, labels[:, None]).squeeze(1)
-    delta = log_p.exp_().scatter_(1, labels[:, None], 0.0)
+    column = labels[:, None]
+    # Few classes are normalised with the tokens side by side.
+    if logits.shape[1] <= _NARROW:
+        delta = torch.softmax(logits.t(), dim=0, dtype=compute).t()
+    else:
+        delta = torch.softmax(logits, dim=1, dtype=compute)
+    # -log p_y out of the logits, where p_y underflows: the largest p is 1 over the normaliser.
+    behind = logits.amax(dim=1).to(compute) - logits.gather(1, column)[:, 0].to(compute)
+    loss = behind.sub_(delta.amax(dim=1).log_())
+    delta.scatter_(1, column, 0.0)
     others = delta.sum(dim=1)
-    delta.scatter_(1, labels[:, None], -others[:, None])
+    delta.scatter_(1, column, -others[:, None])
+    delta = delta.contiguous()
     loss = torch.where(others < 0.5, -torch.log1p(-others), loss)
     if scale is not None:
         scale = scale.to(compute)
