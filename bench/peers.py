@@ -46,7 +46,14 @@ def closed_form_self(head: nn.Linear, train: Samples, queries: Samples, damping:
     return closed_form(head, train, train, damping)
 
 
-def _dattri(kind: str, head: nn.Linear, train: Samples, queries: Samples, **options) -> Tensor:
+def _dattri(
+    kind: str,
+    head: nn.Linear,
+    train: Samples,
+    queries: Samples,
+    batch_size: int | None = None,
+    **options,
+) -> Tensor:
     from dattri.algorithm import influence_function
     from dattri.task import AttributionTask
 
@@ -57,16 +64,32 @@ def _dattri(kind: str, head: nn.Linear, train: Samples, queries: Samples, **opti
 
     task = AttributionTask(loss_func=loss, model=head, checkpoints=head.state_dict())
     attributor = getattr(influence_function, f"IFAttributor{kind}")(task, **options)
-    loaders = [
-        DataLoader(TensorDataset(*s), batch_size=len(s[0]), shuffle=False) for s in (train, queries)
-    ]
-    attributor.cache(loaders[0])
-    return attributor.attribute(*loaders).detach()
+
+    def loader(samples: Samples, size: int | None) -> DataLoader:
+        return DataLoader(TensorDataset(*samples), batch_size=size or len(samples[0]))
+
+    # What defines the Hessian is one batch: of several the inverses would be summed.
+    attributor.cache(loader(train, None))
+    return attributor.attribute(loader(train, batch_size), loader(queries, batch_size)).detach()
 
 
 def dattri_explicit(head: nn.Linear, train: Samples, queries: Samples, damping: float) -> Tensor:
     """dattri's IFAttributorExplicit: the Hessian by automatic differentiation, solved densely."""
     return _dattri("Explicit", head, train, queries, regularization=damping)
+
+
+def dattri_explicit_batches(
+    head: nn.Linear, train: Samples, queries: Samples, damping: float
+) -> Tensor:
+    """The same with samples and queries in batches of 500, as its MNIST example has them."""
+    return _dattri("Explicit", head, train, queries, batch_size=500, regularization=damping)
+
+
+def dattri_explicit_self(
+    head: nn.Linear, train: Samples, queries: Samples, damping: float
+) -> Tensor:
+    """Self-influence as its example of noisy labels has it: the diagonal of all pairs."""
+    return dattri_explicit(head, train, train, damping).diagonal()
 
 
 def dattri_cg(head: nn.Linear, train: Samples, queries: Samples, damping: float) -> Tensor:
@@ -87,6 +110,11 @@ def _pydvl(kind: str, head: nn.Linear, train: Samples, queries: Samples, **optio
 def pydvl_direct(head: nn.Linear, train: Samples, queries: Samples, damping: float) -> Tensor:
     """pyDVL's DirectInfluence."""
     return _pydvl("Direct", head, train, queries, regularization=damping)
+
+
+def pydvl_direct_self(head: nn.Linear, train: Samples, queries: Samples, damping: float) -> Tensor:
+    """Self-influence by the same: the diagonal of all pairs."""
+    return pydvl_direct(head, train, train, damping).diagonal()
 
 
 def pydvl_cg(head: nn.Linear, train: Samples, queries: Samples, damping: float) -> Tensor:
@@ -124,6 +152,13 @@ def captum_self(head: nn.Linear, train: Samples, queries: Samples, damping: floa
     return _tracin(head, train, len(train[0])).self_influence(train).detach()
 
 
+def captum_self_default(
+    head: nn.Linear, train: Samples, queries: Samples, damping: float
+) -> Tensor:
+    """The same over the data set it was given, in batches of one sample, its default."""
+    return _tracin(head, train, 1).self_influence().detach()
+
+
 def _vmap_gradients(head: nn.Linear, samples: Samples) -> Tensor:
     """Per-sample gradients [n, P] by ``torch.func.vmap(grad)``."""
     parameters = {k: v.detach() for k, v in head.named_parameters()}
@@ -149,14 +184,23 @@ def vmap_self(head: nn.Linear, train: Samples, queries: Samples, damping: float)
 EXACT = {
     "closed form": closed_form,
     "dattri Explicit": dattri_explicit,
+    "dattri Explicit, batches of 500": dattri_explicit_batches,
     "dattri CG": dattri_cg,
     "pyDVL Direct": pydvl_direct,
     "pyDVL Cg": pydvl_cg,
 }
-EXACT_SELF = {"closed form": closed_form_self}
+EXACT_SELF = {
+    "closed form": closed_form_self,
+    "dattri Explicit": dattri_explicit_self,
+    "pyDVL Direct": pydvl_direct_self,
+}
 GRADIENT_PRODUCTS = {
     "captum TracInCPFast": captum_tracin,
     "captum TracInCPFast, batches of 1": captum_default,
     "vmap(grad)": vmap_grad,
 }
-GRADIENT_NORMS = {"captum TracInCPFast": captum_self, "vmap(grad)": vmap_self}
+GRADIENT_NORMS = {
+    "captum TracInCPFast": captum_self,
+    "captum TracInCPFast, batches of 1": captum_self_default,
+    "vmap(grad)": vmap_self,
+}

@@ -92,7 +92,8 @@ def test_influence(benchmark, problem, group, role):
     benchmark.group = group
     # Per pair, so that the table compares 10 queries with 200.
     benchmark.extra_info.update(role=role, samples=N * max(1, count), dtype="float32")
-    slow = theirs is peers.EXACT and role not in ("imu_fast", "closed form")
+    exact = theirs is peers.EXACT or theirs is peers.EXACT_SELF
+    slow = exact and role not in ("imu_fast", "closed form")
     rounds = 2 if slow or role.endswith("batches of 1") else 15
     benchmark.pedantic(lambda: function(*arguments), rounds=rounds, iterations=1)
 

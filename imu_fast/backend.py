@@ -103,9 +103,11 @@ def kernel_limits(*tensors: Tensor) -> str:
 def input_precision() -> str:
     """How kernels multiply float32: "ieee", or "tf32" on request.
 
-    The request is torch's own: ``torch.set_float32_matmul_precision("high")`` or ``"medium"``.
+    The request is torch's own: ``torch.backends.cuda.matmul.fp32_precision = "tf32"``, or the older
+    ``torch.set_float32_matmul_precision("high")`` or ``"medium"``, which sets it too (while the
+    older setting's getter raises once the newer one has been used).
     """
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def current_backend() -> str:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import imu_fast as imu
 from imu_fast import reference
-from imu_fast.backend import record_backends
+from imu_fast.backend import input_precision, record_backends
 from imu_fast.errors import BackendUnavailableError, InputError
 
 
@@ -307,3 +307,20 @@ def test_bad_arguments():
         imu.GradientFactors(f.delta[:0], f.act[:0], torch.tensor([0]), True)
     with pytest.raises(InputError, match="same N"):
         imu.GradientFactors(f.delta[:3], f.act, f.offsets, True)
+
+
+@pytest.mark.parametrize("setting, expected", [("tf32", "tf32"), ("ieee", "ieee")])
+def test_precision_follows_either_of_torchs_settings(setting, expected):
+    """The newer one makes the older one's getter raise, even where both would agree."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        torch.set_float32_matmul_precision("high" if setting == "tf32" else "highest")
+        assert input_precision() == expected
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = setting
+        assert input_precision() == expected
+    finally:
+        matmul.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before

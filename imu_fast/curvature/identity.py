@@ -27,7 +27,11 @@ class Identity:
         return v if out is None or out is v else out.copy_(v)
 
     def self_influence(self, factors: GradientFactors) -> Tensor:
-        """``||g_i||^2``: [n]."""
+        """``||g_i||^2``: [n]; of a single token ``||delta||^2 ||a~||^2`` (Goodfellow 2015)."""
+        if factors.is_flat:
+            signal = torch.linalg.vecdot(factors.delta, factors.delta)
+            features = torch.linalg.vecdot(factors.act, factors.act)
+            return signal.mul_(features.add_(float(factors.has_bias)))
         ones = torch.ones_like(factors.delta[:1, :1]).expand(factors.num_classes, factors.width)
         return quadratic_scores(factors.delta, factors.act, ones, factors.offsets, factors.has_bias)
 

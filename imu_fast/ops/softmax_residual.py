@@ -11,6 +11,15 @@ from imu_fast import backend
 _NARROW = 16
 
 
+def head_logits(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``features W^T + b``: [N, C], class by class in memory where few classes make that faster."""
+    if len(weight) > _NARROW or not features.device.type == "cpu":
+        return torch.nn.functional.linear(features, weight, bias)
+    if bias is None:
+        return (weight @ features.t()).t()
+    return torch.addmm(bias[:, None], weight, features.t()).t()
+
+
 def softmax_residual(
     logits: Tensor, labels: Tensor, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
