@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from imu_fast.backend import logger
+from imu_fast.backend import logger, use_backend
 from imu_fast.errors import (
     InputError,
     SingularMatrixError,
@@ -121,6 +121,8 @@ class DampedCholesky:
 
     def _refined_each(self, a: Tensor, columns: Tensor, tolerance: float) -> Solution:
         """Matrix by matrix, right-hand side by right-hand side, by conjugate gradient."""
+        if not columns.numel():
+            return Solution(columns, 0.0, 0)
         order = a.shape[-1]
         each = zip(
             a.reshape(-1, order, order),
@@ -131,7 +133,7 @@ class DampedCholesky:
         found = [self._refined_one(*one, tolerance) for one in each]
         return Solution(
             torch.stack([one.x for one in found]),
-            max((one.residual for one in found if one.x.numel()), default=0.0),
+            max(one.residual for one in found),
             sum(one.iterations for one in found),
         )
 
@@ -145,14 +147,15 @@ class DampedCholesky:
             return one.solve(r.mT).mT
 
         def approximate(r: Tensor) -> tuple[Tensor, int]:
-            # Half: the residual of the recurrence is not quite the true one.
-            return conjugate_gradient(
-                product,
-                r,
-                tolerance=tolerance / 2,
-                max_iterations=_MAX_ITERATIONS,
-                precondition=precondition,
-            )
+            # The iteration's kernels are float32's, which would take more solves with the factor.
+            with use_backend("torch"):
+                return conjugate_gradient(
+                    product,
+                    r,
+                    tolerance=tolerance / 2,  # the recurrence's residual is not quite the true one
+                    max_iterations=_MAX_ITERATIONS,
+                    precondition=precondition,
+                )
 
         solution = refine(product, [approximate], b.mT, tolerance=tolerance)
         return replace(solution, x=solution.x.mT)
