@@ -154,18 +154,18 @@ def test_a_run_in_cuda_graphs_is_the_run_step_by_step(monkeypatch, caplog, optim
 def test_cholesky_in_matrix_units_is_its_emulation_within_the_bound(order, precision):
     """And waits for nothing, whatever torch's own setting, which stays."""
     x = torch.randn(order, 2 * order)
-    a, settings = x @ x.mT / order, torch.backends.cuda.matmul
-    before, damping = settings.fp32_precision, 0.1
+    a, damping = x @ x.mT / order, 0.1
+    before = torch.get_float32_matmul_precision()
     options = dict(precision=precision, check=False)
     factor = damped_cholesky(a, damping, **options)  # handles and memory, which may wait
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
-    settings.fp32_precision = "tf32"
+    torch.set_float32_matmul_precision("high")
     try:
         again = damped_cholesky(a, damping, **options)
-        assert settings.fp32_precision == "tf32"
+        assert torch.get_float32_matmul_precision() == "high"
     finally:
-        settings.fp32_precision = before
+        torch.set_float32_matmul_precision(before)
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(again.factor.triu(), factor.factor.triu())
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import imu_fast as imu
 from imu_fast.errors import InputError, SingularMatrixError
 from imu_fast.solvers import lapack, low_precision
-from imu_fast.solvers.cholesky import damped_cholesky
+from imu_fast.solvers.cholesky import _factor_plain, damped_cholesky
 
 BLOCK = 32
 # One block and a bit; no multiple of the block; a multiple.
@@ -293,7 +293,7 @@ def test_failures_are_those_of_every_factor(path, precision):
     factor = damped_cholesky(a, 0.5, precision=precision, max_escalations=2)
     assert factor.damping == 50.0 and factor.precision == precision
     damped_cholesky(a, info.value.smallest_damping, precision=precision)
-    status = low_precision.factor(a, 0.5, False, precision, lapack_block)[1]
+    status = low_precision.factor(a, 0.5, False, precision, _factor_plain)[1]
     assert status.tolist() == [0, 71, 0]
     for i, j in ((0, 99), (40, 41), (99, 99)):
         for value in (torch.nan, torch.inf, -torch.inf):
@@ -305,12 +305,6 @@ def test_failures_are_those_of_every_factor(path, precision):
                 torch.ones(2, 100)
             )
             assert x.isnan().all(1).tolist() == [False, True] and bool(x[0].isfinite().all())
-
-
-def lapack_block(a, damping):
-    from imu_fast.solvers.cholesky import _factor_block
-
-    return _factor_block(a, damping)
 
 
 class ReadsNothing(TorchDispatchMode):

@@ -245,6 +245,13 @@ def _torch_factor(a: Tensor, damping: float, overwrite: bool) -> tuple[Tensor, T
     return factor, lapack.settle(factor, status)
 
 
+def _factor_plain(a: Tensor, damping: float, overwrite: bool) -> tuple[Tensor, Tensor]:
+    """As :func:`imu_fast.solvers.lapack.factor`, wherever a is."""
+    backend = _backend(a)
+    run = _torch_factor if backend == "torch" else _LIBRARIES[backend].factor
+    return run(a, damping, overwrite)
+
+
 def _factor(
     a: Tensor, damping: float, overwrite: bool, check: bool, precision: str = "ieee"
 ) -> DampedCholesky:
@@ -253,7 +260,7 @@ def _factor(
     kept = None if overwrite else a
     if precision != "ieee" and order > low_precision.BLOCK:
         factor, status = low_precision.factor(
-            a.detach(), damping, overwrite, precision, _factor_block
+            a.detach(), damping, overwrite, precision, _factor_plain
         )
         if not check or not bool(status.any()):
             return DampedCholesky(factor, damping, _backend(factor), kept, precision)
@@ -270,22 +277,13 @@ def _factor(
             precision,
         )
         return found
-    backend = _backend(a)
-    run = _torch_factor if backend == "torch" else _LIBRARIES[backend].factor
-    factor, status = run(a.detach(), damping, overwrite)
+    factor, status = _factor_plain(a.detach(), damping, overwrite)
     if check and bool(status.any()):
         if overwrite:
             _raise_overwritten(damping, status, order)
         _check_finite("A", a)
         _raise_singular(a, damping, status)
-    return DampedCholesky(factor, damping, backend, kept)
-
-
-def _factor_block(a: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """A diagonal block of a factor in a lower precision, and its status."""
-    backend = _backend(a)
-    run = _torch_factor if backend == "torch" else _LIBRARIES[backend].factor
-    return run(a, damping, False)
+    return DampedCholesky(factor, damping, _backend(a), kept)
 
 
 def _raise_overwritten(damping: float, status: Tensor, order: int, where: str = "") -> NoReturn:
@@ -329,7 +327,7 @@ def damped_cholesky(
             indefinite or not finite all that is solved with its factor is NaN.
         precision: of the products inside. "ieee" is A's own dtype. "tf32" and "bf16" make a float32
             factor, of a float64 A too, that is up to about ``||A||`` 2^-11 and 2^-8 off, for
-            matrix units of CUDA (a CPU gives the same numbers, slower): a factor for
+            matrix units of CUDA (a CPU emulates them, slowly): a factor for
             :meth:`DampedCholesky.solve_refined`. It may not exist where lam is below that
             (:mod:`imu_fast.solvers.low_precision` says when): then A's dtype is used after all,
             which is logged. So it is up to order 512, where there is nothing to gain. The factor's

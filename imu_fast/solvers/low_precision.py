@@ -42,11 +42,12 @@ from imu_fast.solvers.lapack import settle
 # Unit roundoff, rounding to nearest.
 ROUNDOFF = {"tf32": 2.0**-11, "bf16": 2.0**-8}
 
-# Rows at a time, and the order up to which all is float32: what is not a product of blocks is a
-# part of about P / block of the FLOPs. Chosen by counting, not yet measured on a GPU.
+# Rows at a time, and the order up to which all is float32. The triangular solves, which stay in
+# float32, are 3 block / 2 P of the FLOPs: of order 4,096 19 %, of 1,024 most. By counting; not yet
+# measured on a GPU.
 BLOCK = 512
 
-FactorBlock = Callable[[Tensor, float], tuple[Tensor, Tensor]]
+FactorBlock = Callable[[Tensor, float, bool], tuple[Tensor, Tensor]]
 
 
 def round_tf32(x: Tensor) -> Tensor:
@@ -83,6 +84,7 @@ def _cuda_multiplies_in(arithmetic: str) -> Iterator[None]:
     """float32 products and triangular solves enqueued on CUDA meanwhile are in "ieee" or "tf32".
 
     torch keeps this per process, not per thread: products of other threads follow it meanwhile.
+    Its products read this setting; the older ``allow_tf32`` does not follow, and is left alone.
     """
     settings = torch.backends.cuda.matmul
     before = settings.fp32_precision
@@ -151,7 +153,7 @@ def _factor_one(
         rows, right = slice(start, end), slice(end, order)
         if start:
             done.subtract_product(rows, slice(start, order))
-        upper, failed = factor_block(u[rows, rows], damping)
+        upper, failed = factor_block(u[rows, rows], damping, True)
         u[rows, rows] = upper
         status = torch.where((status == 0) & (failed != 0), failed + start, status)
         if end < order:
@@ -176,9 +178,8 @@ def factor(
     Args:
         a: [..., P, P], float32 or float64 (of which the float32 copy is factored).
         overwrite: the factor takes a's memory, if a is float32 and contiguous.
-        precision: "tf32" or "bf16". factor_block: ``(A_kk, lam) -> upper factor, status`` of a
-            diagonal block, float32, as :func:`imu_fast.solvers.lapack.factor`. block: rows at a
-            time, :data:`BLOCK` if None.
+        precision: "tf32" or "bf16". factor_block: :func:`imu_fast.solvers.lapack.factor`, or its
+            like, of a diagonal block, float32. block: rows at a time, :data:`BLOCK` if None.
 
     Returns:
         As :func:`imu_fast.solvers.lapack.factor`.
