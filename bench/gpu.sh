@@ -81,7 +81,8 @@ nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,cl
 stage build 120 env IMU_FAST_BUILD_EXT=1 IMU_FAST_BUILD_CUDA=1 \
     "$PYTHON" -m pip install --no-build-isolation --no-deps -e .
 run_pytest tests_kernels 150 tests/test_kernels_gpu.py
-run_pytest tests_solvers 50 tests/test_cholesky.py tests/test_cusolver.py tests/test_head_run.py
+run_pytest tests_solvers 60 tests/test_cholesky.py tests/test_cusolver.py tests/test_low_precision.py \
+    tests/test_head_run.py
 
 # One odd shape and one ragged one of every kernel; caches are warm from the tests. The caching
 # allocator would hide what runs past a tensor's end.
@@ -103,4 +104,6 @@ for suite in bilinear_scores fisher_diagonal softmax_residual head_ascent conjug
     run_pytest "bench_$suite" 60 "bench/test_$suite.py" --benchmark-json="$OUT/$suite.json"
 done
 run_pytest bench_cholesky 40 bench/test_cholesky.py -k on_cuda --benchmark-json="$OUT/cholesky.json"
+run_pytest bench_mixed_precision 40 bench/test_cholesky.py -k mixed_precision \
+    --benchmark-json="$OUT/mixed_precision.json"
 finish

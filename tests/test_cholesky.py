@@ -105,6 +105,15 @@ def test_layouts_and_rank_deficiency(path):
     assert torch.equal(single_column, kept)
 
 
+def test_the_default_device_may_be_another(path):
+    a, b = spd(40, (2,)), torch.randn(2, 40, dtype=torch.float64)
+    expected = imu.damped_cholesky_solve(a, b, 0.5)
+    with torch.device("meta"):
+        assert torch.equal(imu.damped_cholesky_solve(a, b, 0.5), expected)
+        found = damped_cholesky(a, 0.5).solve_refined(b)
+    torch.testing.assert_close(found.x, expected)
+
+
 def test_factor_is_reusable_and_knows_its_determinant(path):
     a = spd(12, (2,))
     factor = damped_cholesky(a, 0.5)

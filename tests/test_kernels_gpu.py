@@ -23,7 +23,7 @@ from torch import nn
 
 import imu_fast as imu
 from imu_fast import ascent
-from imu_fast.backend import interpreted
+from imu_fast.backend import interpreted, record_backends
 from imu_fast.head_run import StepSequence
 from imu_fast.ops.bilinear_scores import bilinear_scores
 from imu_fast.ops.conjugate_gradient import iterate, start
@@ -33,6 +33,8 @@ from imu_fast.ops.gram import gram
 from imu_fast.ops.head_ascent import head_ascent
 from imu_fast.ops.linear_softmax import linear_softmax_scores
 from imu_fast.ops.softmax_residual import softmax_residual
+from imu_fast.solvers.cholesky import damped_cholesky
+from imu_fast.solvers.low_precision import BLOCK, rounding_bound
 
 if not torch.cuda.is_available() or interpreted():
     pytest.skip("kernels are compiled for a CUDA device; none here", allow_module_level=True)
@@ -145,3 +147,40 @@ def test_a_run_in_cuda_graphs_is_the_run_step_by_step(monkeypatch, caplog, optim
     assert made and all(sequence._replay is not None for sequence in made)
     assert result.steps == alone.steps
     torch.testing.assert_close(result.model.weight, alone.model.weight)
+
+
+@pytest.mark.parametrize("order", [BLOCK + 1, 3 * BLOCK, 3 * BLOCK + 77])
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_cholesky_in_matrix_units_is_its_emulation_within_the_bound(order, precision):
+    """And waits for nothing, whatever torch's own setting, which stays."""
+    x = torch.randn(order, 2 * order)
+    a, damping = x @ x.mT / order, 0.1
+    before = torch.get_float32_matmul_precision()
+    options = dict(precision=precision, check=False)
+    factor = damped_cholesky(a, damping, **options)  # handles and memory, which may wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    torch.set_float32_matmul_precision("high")
+    try:
+        again = damped_cholesky(a, damping, **options)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(again.factor.triu(), factor.factor.triu())
+
+    eye = torch.eye(order, dtype=torch.float64)
+    trace = float(a.double().trace()) + order * damping
+    float32 = (order + 8) * torch.finfo(torch.float32).eps * trace
+    bound = float(rounding_bound(a, damping, precision)) + float32
+    emulated = damped_cholesky(a.cpu(), damping, **options).factor.to(a.device)
+    found, expected = (u.double().triu() for u in (factor.factor, emulated))
+    found, expected = found.mT @ found, expected.mT @ expected
+    assert float((found - (a.double() + damping * eye)).norm()) <= bound
+    assert float((found - expected).norm()) <= 2 * bound
+
+    with record_backends():  # none of them a kernel's
+        b = torch.randn(order, 3, dtype=torch.float64)
+        solution = factor.solve_refined(b)
+    residual = (a.double() @ solution.x + damping * solution.x - b).norm() / b.norm()
+    assert solution.residual <= 1e-12 and float(residual) <= 1e-12

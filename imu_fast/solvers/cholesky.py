@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from imu_fast.backend import logger
+from imu_fast.backend import logger, use_backend
 from imu_fast.errors import (
     InputError,
     SingularMatrixError,
+    check_choice,
     check_count,
     check_positive,
     check_same_device,
 )
-from imu_fast.solvers import cusolver, lapack
-from imu_fast.solvers.conjugate_gradient import Solution, refine
+from imu_fast.solvers import cusolver, lapack, low_precision
+from imu_fast.solvers.conjugate_gradient import Solution, conjugate_gradient, refine
+
+# Of conjugate gradient in a round of refinement. A factor that exists by its bound takes 22 for
+# 1e-12; what has not converged after these gains little from more.
+_MAX_ITERATIONS = 100
 
 
 @dataclass(frozen=True)
@@ -29,21 +35,28 @@ class DampedCholesky:
         damping: lam, as it was used: larger than asked for after an escalation.
         backend: "extension" (the CPU's), "cuda" or "torch".
         matrix: A, kept by reference for other dampings and refinement; None if overwritten.
+        precision: what its products were made in: "ieee" (A's own dtype), "tf32" or "bf16" (the
+            factor is float32). Also "ieee" where a lower one was asked for and not used.
     """
 
     factor: Tensor
     damping: float
     backend: str
     matrix: Tensor | None = None
+    precision: str = "ieee"
 
     def solve(self, b: Tensor) -> Tensor:
-        """``(A + lam I)^-1 b``; b [..., P] or [..., P, m] with the factor's batch, same dtype.
+        """``(A + lam I)^-1 b``; b [..., P] or [..., P, m] with A's batch and dtype.
 
-        A vector per matrix is meant where b has one dimension less than the factor.
+        A vector per matrix is meant where b has one dimension less than the factor. In a lower
+        precision this is an approximation, of relative error about ``||E|| / lam`` at worst
+        (:mod:`imu_fast.solvers.low_precision`); :meth:`solve_refined` has no such error.
 
         Raises:
             InputError: shape, dtype or device does not match.
         """
+        if self.precision != "ieee" and b.dtype == torch.float64:  # A may have been float64
+            return self.solve(b.float()).double()
         vector = _check_right_hand_side(self.factor, b)
         columns = b.unsqueeze(-1) if vector else b
         if self.backend == "torch":
@@ -60,11 +73,14 @@ class DampedCholesky:
     def solve_refined(self, b: Tensor, tolerance: float = 1e-12) -> Solution:
         """The same to float64 accuracy, by iterative refinement with this factor.
 
+        A factor in a lower precision preconditions conjugate gradient, in float64, in each round:
+        with the factor alone refinement would stall at condition numbers beyond 1e3 (TF32) or 1e2.
+
         Args:
             b: as in :meth:`solve`, any floating dtype. tolerance: on each matrix's true relative
-                residual, recomputed in float64, and read back after each round. Where it is not
-                reached (a float32 factor at a condition number beyond 1e7) that is logged, and to
-                be read in ``residual``.
+                residual (in a lower precision each right-hand side's), recomputed in float64, and
+                read back after each round. Where it is not reached (a float32 factor at a condition
+                number beyond 1e7) that is logged, and to be read in ``residual``.
 
         Returns:
             A Solution; x is float64, of b's shape.
@@ -76,19 +92,9 @@ class DampedCholesky:
             raise InputError("overwrite=True did away with A, which refinement needs; keep it")
         check_positive("tolerance", tolerance)
         vector = _check_right_hand_side(self.factor, b.to(self.factor.dtype))
-        order = self.factor.shape[-1]
-        wide = self.matrix.double().reshape(-1, order, order)
         columns = (b.unsqueeze(-1) if vector else b).double()
-        flat = columns.reshape(len(wide), order, -1)
-
-        def product(x: Tensor) -> Tensor:
-            return wide @ x + self.damping * x
-
-        def approximate(r: Tensor) -> tuple[Tensor, int]:
-            x = self.solve(r.to(self.factor.dtype).reshape(columns.shape))
-            return x.double().reshape(flat.shape), 0
-
-        solution = refine(product, [approximate], flat, tolerance=tolerance, together=True)
+        how = self._refined_together if self.precision == "ieee" else self._refined_each
+        solution = how(self.matrix, columns, tolerance)
         if solution.residual > tolerance:
             logger.warning(
                 "refinement stopped at relative residual %.2g, above %.2g: condition about %.2g",
@@ -98,8 +104,64 @@ class DampedCholesky:
             )
         return replace(solution, x=solution.x.reshape(b.shape))
 
+    def _refined_together(self, a: Tensor, columns: Tensor, tolerance: float) -> Solution:
+        """All matrices at once, b = columns [..., P, m]; x [batch, P, m]."""
+        order = a.shape[-1]
+        wide = a.double().reshape(-1, order, order)
+        flat = columns.reshape(len(wide), order, -1)
+
+        def product(x: Tensor) -> Tensor:
+            return wide @ x + self.damping * x
+
+        def approximate(r: Tensor) -> tuple[Tensor, int]:
+            x = self.solve(r.to(self.factor.dtype).reshape(columns.shape))
+            return x.double().reshape(flat.shape), 0
+
+        return refine(product, [approximate], flat, tolerance=tolerance, together=True)
+
+    def _refined_each(self, a: Tensor, columns: Tensor, tolerance: float) -> Solution:
+        """Matrix by matrix, right-hand side by right-hand side, by conjugate gradient."""
+        if not columns.numel():
+            return Solution(columns, 0.0, 0)
+        order = a.shape[-1]
+        each = zip(
+            a.reshape(-1, order, order),
+            self.factor.reshape(-1, order, order),
+            columns.reshape(-1, order, columns.shape[-1]),
+            strict=True,
+        )
+        found = [self._refined_one(*one, tolerance) for one in each]
+        return Solution(
+            torch.stack([one.x for one in found]),
+            max(one.residual for one in found),
+            sum(one.iterations for one in found),
+        )
+
+    def _refined_one(self, a: Tensor, factor: Tensor, b: Tensor, tolerance: float) -> Solution:
+        wide, one = a.double(), replace(self, factor=factor, matrix=None)
+
+        def product(x: Tensor) -> Tensor:
+            return torch.addmm(x, x, wide, beta=self.damping)
+
+        def precondition(r: Tensor) -> Tensor:
+            return one.solve(r.mT).mT
+
+        def approximate(r: Tensor) -> tuple[Tensor, int]:
+            # The iteration's kernels are float32's, which would take more solves with the factor.
+            with use_backend("torch"):
+                return conjugate_gradient(
+                    product,
+                    r,
+                    tolerance=tolerance / 2,  # the recurrence's residual is not quite the true one
+                    max_iterations=_MAX_ITERATIONS,
+                    precondition=precondition,
+                )
+
+        solution = refine(product, [approximate], b.mT, tolerance=tolerance)
+        return replace(solution, x=solution.x.mT)
+
     def with_damping(self, damping: float) -> DampedCholesky:
-        """The factor of ``A + damping I`` of the same A: one point of a sweep of dampings.
+        """The factor of ``A + damping I`` of the same A, in the same precision: a sweep's point.
 
         Each costs ``P^3 / 3``. For more than about 25 dampings of one matrix its eigenvalues
         (``torch.linalg.eigh``, about ``9 P^3``) are cheaper.
@@ -107,7 +169,7 @@ class DampedCholesky:
         if self.matrix is None:
             raise InputError("overwrite=True did away with A, which a sweep needs; keep it")
         lam = check_positive("damping", damping)
-        return _factor(self.matrix, lam, overwrite=False, check=True)
+        return _factor(self.matrix, lam, overwrite=False, check=True, precision=self.precision)
 
     def logdet(self) -> Tensor:
         """``log det(A + lam I)``: [...]."""
@@ -183,26 +245,61 @@ def _torch_factor(a: Tensor, damping: float, overwrite: bool) -> tuple[Tensor, T
     return factor, lapack.settle(factor, status)
 
 
-def _factor(a: Tensor, damping: float, overwrite: bool, check: bool) -> DampedCholesky:
-    """Factor, or (where that is checked) raise SingularMatrixError or InputError."""
-    backend, order = _backend(a), a.shape[-1]
+def _factor_plain(a: Tensor, damping: float, overwrite: bool) -> tuple[Tensor, Tensor]:
+    """As :func:`imu_fast.solvers.lapack.factor`, wherever a is."""
+    backend = _backend(a)
     run = _torch_factor if backend == "torch" else _LIBRARIES[backend].factor
-    factor, status = run(a.detach(), damping, overwrite)
-    result = DampedCholesky(factor, damping, backend, None if overwrite else a)
+    return run(a, damping, overwrite)
+
+
+def _factor(
+    a: Tensor, damping: float, overwrite: bool, check: bool, precision: str = "ieee"
+) -> DampedCholesky:
+    """Factor, or (where that is checked) raise SingularMatrixError or InputError."""
+    order = a.shape[-1]
+    kept = None if overwrite else a
+    if precision != "ieee" and order > low_precision.BLOCK:
+        factor, status = low_precision.factor(
+            a.detach(), damping, overwrite, precision, _factor_plain
+        )
+        if not check or not bool(status.any()):
+            return DampedCholesky(factor, damping, _backend(factor), kept, precision)
+        if overwrite:
+            _raise_overwritten(damping, status, order, f" in {precision}")
+        found = _factor(a, damping, overwrite, check)
+        logger.warning(
+            "A + %g I has no Cholesky factor in %s, so it is factored in %s; "
+            "a damping of about %.2g would do for %s",
+            damping,
+            precision,
+            a.dtype,
+            float(low_precision.rounding_bound(a, damping, precision).max()),
+            precision,
+        )
+        return found
+    factor, status = _factor_plain(a.detach(), damping, overwrite)
     if check and bool(status.any()):
         if overwrite:
-            # A itself is gone, so what would have worked cannot be told.
-            first = int(torch.nonzero(status.flatten())[0])
-            raise SingularMatrixError(
-                f"A + {damping:g} I is not positive definite or not finite: pivot "
-                f"{int(status.flatten()[first])} of {order} failed; pass overwrite=False to be "
-                "told the smallest damping that works",
-                pivot=int(status.flatten()[first]),
-                index=None if a.dim() == 2 else first,
-            )
+            _raise_overwritten(damping, status, order)
         _check_finite("A", a)
         _raise_singular(a, damping, status)
-    return result
+    return DampedCholesky(factor, damping, _backend(a), kept)
+
+
+def _raise_overwritten(damping: float, status: Tensor, order: int, where: str = "") -> NoReturn:
+    """A itself is gone, so what would have worked cannot be told."""
+    first = int(torch.nonzero(status.flatten())[0])
+    raise SingularMatrixError(
+        f"A + {damping:g} I is not positive definite{where} or not finite: pivot "
+        f"{int(status.flatten()[first])} of {order} failed; pass overwrite=False to "
+        + (
+            "have it factored in its own dtype"
+            if where
+            else "be told the smallest damping that works"
+        ),
+        pivot=int(status.flatten()[first]),
+        index=None if status.dim() == 0 else first,
+    )
 
 
 def damped_cholesky(
@@ -212,6 +309,7 @@ def damped_cholesky(
     overwrite: bool = False,
     max_escalations: int = 0,
     check: bool = True,
+    precision: str = "ieee",
 ) -> DampedCholesky:
     """Factor ``A + lam I`` for solving again and again.
 
@@ -227,15 +325,23 @@ def damped_cholesky(
             a matrix stays indefinite (Levenberg 1944). Logged; ``.damping`` is what was used.
         check: False does not read the status, so the host does not wait. Where a matrix is
             indefinite or not finite all that is solved with its factor is NaN.
+        precision: of the products inside. "ieee" is A's own dtype. "tf32" and "bf16" make a float32
+            factor, of a float64 A too, that is up to about ``||A||`` 2^-11 and 2^-8 off, for
+            matrix units of CUDA (a CPU emulates them, slowly): a factor for
+            :meth:`DampedCholesky.solve_refined`. It may not exist where lam is below that
+            (:mod:`imu_fast.solvers.low_precision` says when): then A's dtype is used after all,
+            which is logged. So it is up to order 512, where there is nothing to gain. The factor's
+            ``precision`` is what was used. Not yet run on a GPU.
 
     Raises:
-        InputError: shape, dtype, a non-finite entry, or damping not positive and finite;
-            escalation of a matrix that may be overwritten, or unchecked.
+        InputError: shape, dtype, a non-finite entry, damping not positive and finite, or an
+            unknown precision; escalation of a matrix that may be overwritten, or unchecked.
         SingularMatrixError: a matrix is indefinite even after damping; names the matrix, the pivot
             and the smallest damping that works.
     """
     _check_shape(a)
     lam = check_positive("damping", damping)
+    check_choice("precision", precision, ("ieee", *low_precision.ROUNDOFF))
     check_count("max_escalations", max_escalations, minimum=0)
     if overwrite and max_escalations:
         raise InputError("overwrite=True loses A at the first attempt; set max_escalations=0")
@@ -243,7 +349,7 @@ def damped_cholesky(
         raise InputError("check=False does not learn of a failure; set max_escalations=0")
     for attempt in range(max_escalations + 1):
         try:
-            found = _factor(a, lam, overwrite, check)
+            found = _factor(a, lam, overwrite, check, precision)
         except SingularMatrixError:
             if attempt == max_escalations:
                 raise

@@ -142,7 +142,7 @@ def factor(a: Tensor, damping: float, overwrite: bool) -> tuple[Tensor, Tensor]:
     """
     module, lapack = _loaded()
     source, kind, order = a.contiguous(), _KIND[a.dtype], a.shape[-1]
-    status = torch.empty(a.shape[:-2], dtype=torch.int32)
+    status = torch.empty(a.shape[:-2], dtype=torch.int32, device=a.device)
     tail = (status.numel(), order, damping, status.data_ptr(), _threads(order))
     if _is_small(order, status.numel()):
         out = source if overwrite else torch.empty_like(source)
