@@ -68,7 +68,7 @@ def choose_preconditioner(tokens: int, classes: int, width: int) -> str:
     """``"kfac"`` where it costs little beside the products it saves, else ``"none"``.
 
     Applying it takes ``4 (C + D) C D`` FLOPs against a product's ``4 N C D``; its two
-    eigendecompositions about ``10 (C^3 + D^3)`` in float64, which must not exceed
+    eigendecompositions about ``10 (C^3 + D^3)``, which must not exceed
     ``ASSUMED_ITERATIONS`` products. What it saves is measured in bench/preconditioners.py.
     """
     product = 4 * tokens * classes * width
@@ -77,13 +77,12 @@ def choose_preconditioner(tokens: int, classes: int, width: int) -> str:
 
 
 def kfac_cost(tokens: int, classes: int, width: int) -> int:
-    """What making K-FAC costs, in GGN products.
+    """What making K-FAC costs, in GGN products, both in float32.
 
-    Its factors take ``2 N (C^2 + D^2)`` FLOPs and its eigendecompositions about ``10 (C^3 + D^3)``,
-    in float64, which counts twice; and the latter run at a fifth of a matrix product's rate or
-    less (measured: 24 products at C=10, D=129 and 17 at C=100, D=513 of 2,000 tokens).
+    Its factors take ``2 N (C^2 + D^2)`` FLOPs and its eigendecompositions about ``10 (C^3 + D^3)``
+    (of 2,000 tokens 9 by this count and 7 measured at C=10, D=129; 6 and 7 at C=100, D=513).
     """
-    flops = 4 * tokens * (classes**2 + width**2) + 50 * (classes**3 + width**3)
+    flops = 2 * tokens * (classes**2 + width**2) + 10 * (classes**3 + width**3)
     return flops // (4 * tokens * classes * width)
 
 
@@ -220,7 +219,7 @@ class GGN(PairsBySolves):
 
     def _preconditioner(self) -> Operator | None:
         if self._precondition is None and self.preconditioner == "kfac":
-            kfac = KFAC.fit(self._factors, self.damping).float()
+            kfac = KFAC.fit(self._factors, self.damping, torch.float32)
             self._precondition = lambda r: kfac.apply_inverse(r.float()).to(r)
         elif self._precondition is None and self.preconditioner == "nystrom":
             shape = (self.p.shape[1], self._factors.width)
@@ -230,8 +229,8 @@ class GGN(PairsBySolves):
         return self._precondition
 
     def _dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        a = augmented(self.act, self.has_bias)
-        return self.p.to(dtype), (self.scale / self.n).to(dtype), a.to(dtype)
+        a = augmented(self.act, self.has_bias, dtype)
+        return self.p.to(dtype), (self.scale / self.n).to(dtype), a
 
     def _factor(self, solver: str, dtype: torch.dtype) -> DampedCholesky:
         if (solver, dtype) not in self._choleskys:

@@ -29,12 +29,6 @@ class KroneckerEigenbasis(PairsBySolves):
         rotated = self.basis_out.T @ v @ self.basis_in
         return self.basis_out @ (rotated * self.damped) @ self.basis_in.T
 
-    def float(self) -> KroneckerEigenbasis:
-        """The same in float32, for preconditioning."""
-        return KroneckerEigenbasis(
-            self.basis_out.float(), self.basis_in.float(), self.damped.float()
-        )
-
     def apply_inverse(self, v: Tensor) -> Tensor:
         """``M^-1 v`` in the bases' dtype; v [..., C, D]."""
         rotated = self.basis_out.T @ v @ self.basis_in
@@ -79,15 +73,20 @@ class KFAC(KroneckerEigenbasis):
     """``mean(diag(p) - p p^T) (x) mean(a~ a~^T) + lam I`` (Martens and Grosse 2015)."""
 
     @classmethod
-    def fit(cls, factors: GradientFactors, damping: float) -> KFAC:
+    def fit(
+        cls, factors: GradientFactors, damping: float, dtype: torch.dtype = torch.float64
+    ) -> KFAC:
         """Fit on a softmax head's factors: two eigendecompositions, ``O(C^3 + D^3)``.
+
+        Args:
+            dtype: of the computation and the bases; float32 is enough for a preconditioner.
 
         Raises:
             InputError: not a softmax head.
         """
         p, scale = probabilities(factors)
-        a = augmented(factors.act, factors.has_bias)
-        b, a = kronecker_factors(p, scale / factors.n, a)
+        a = augmented(factors.act, factors.has_bias, dtype)
+        b, a = kronecker_factors(p.to(dtype), (scale / factors.n).to(dtype), a)
         values_b, basis_b, values_a, basis_a = _eigenbasis(b, a)
         return cls(basis_b, basis_a, torch.outer(values_b, values_a) + damping)
 

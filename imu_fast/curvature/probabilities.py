@@ -32,7 +32,7 @@ def probabilities(factors: GradientFactors) -> tuple[Tensor, Tensor]:
     return p.div_(p.sum(dim=1, keepdim=True)), scale
 
 
-def augmented(act: Tensor, has_bias: bool) -> Tensor:
-    """``a~ = [act, 1]`` in float64: [N, d] to [N, D]."""
-    wide = act.double()
+def augmented(act: Tensor, has_bias: bool, dtype: torch.dtype = torch.float64) -> Tensor:
+    """``a~ = [act, 1]``: [N, d] to [N, D]."""
+    wide = act.to(dtype)
     return torch.cat([wide, torch.ones_like(wide[:, :1])], dim=1) if has_bias else wide

@@ -75,6 +75,7 @@ class DampedCholesky:
 
         A factor in a lower precision preconditions conjugate gradient, in float64, in each round:
         with the factor alone refinement would stall at condition numbers beyond 1e3 (TF32) or 1e2.
+        All of A is read, not its upper triangle alone.
 
         Args:
             b: as in :meth:`solve`, any floating dtype. tolerance: on each matrix's true relative
