@@ -12,7 +12,7 @@ from torch import Tensor
 
 from imu_fast.errors import InputError, check_count, check_finite_rows, check_same_device
 from imu_fast.ops.mean_gradient import mean_gradient
-from imu_fast.ops.softmax_residual import head_logits, softmax_residual
+from imu_fast.ops.softmax_residual import linear_logits, softmax_residual
 from imu_fast.ops.tokens import is_flat, sum_over_tokens
 
 IGNORE_INDEX = -100
@@ -160,7 +160,7 @@ class GradientFactors:
         token_losses = act.new_empty(len(act))
         for start in range(0, len(act), chunk):
             rows = slice(start, start + chunk)
-            logits = head_logits(act[rows], weight, bias)
+            logits = linear_logits(act[rows], weight, bias)
             delta[rows], token_losses[rows] = softmax_residual(
                 logits, labels[rows], None if scale is None else scale[rows]
             )

@@ -10,6 +10,8 @@ from imu_fast.ops.tokens import is_flat, sum_over_tokens
 
 # Elements of the two [rows, N] products that exist at once.
 _TILE_ELEMENTS = 1 << 22
+# Samples in a strip of rows of the symmetric K, of which only what is right of it is computed.
+_STRIP = 256
 # The kernel's grid has one program per pair of ragged samples, and CUDA's limit is 2^31 - 1.
 MAX_KERNEL_SAMPLES = 46_340
 
@@ -21,7 +23,7 @@ def gram(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
     """``K[i,j] = sum_{s,t} (delta_is . delta_jt)(a~_is . a~_jt)``.
 
     The elementwise product of two Gram matrices of tokens, summed over both samples' tokens, in
-    tiles of rows.
+    tiles of rows; what is left of the diagonal is copied, not computed.
 
     Args:
         delta: [N, C]. act: [N, d]. offsets: [n+1]. has_bias: whether a~ has a trailing 1.
@@ -43,8 +45,23 @@ def gram(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
         from imu_fast import reference
 
         return reference.gram(delta, act, offsets, has_bias).to(delta.dtype)
-    k = _cross_products((delta, act, offsets), (delta, act, offsets), has_bias)
-    return torch.tril(k) + torch.tril(k, -1).t()
+    n = len(offsets) - 1
+    k = delta.new_empty(n, n)
+    for start in range(0, n, _STRIP):
+        stop = min(start + _STRIP, n)
+        rows = _samples(delta, act, offsets, start, stop)
+        strip = _cross_products(rows, _samples(delta, act, offsets, start, n), has_bias)
+        square = strip[:, : stop - start]
+        square.copy_(square.triu() + square.triu(1).t())
+        k[start:stop, start:] = strip
+        k[stop:, start:stop] = strip[:, stop - start :].t()
+    return k
+
+
+def _samples(delta: Tensor, act: Tensor, offsets: Tensor, first: int, last: int) -> Operands:
+    """The operands of samples first to last alone, as views."""
+    tokens = slice(int(offsets[first]), int(offsets[last]))
+    return delta[tokens], act[tokens], offsets[first : last + 1] - offsets[first]
 
 
 def cross_gram(left: Operands, right: Operands, has_bias: bool) -> Tensor:

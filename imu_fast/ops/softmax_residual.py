@@ -11,7 +11,7 @@ from imu_fast import backend
 _NARROW = 16
 
 
-def head_logits(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear_logits(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``features W^T + b``: [N, C], class by class in memory where few classes make that faster."""
     if len(weight) > _NARROW or not features.device.type == "cpu":
         return torch.nn.functional.linear(features, weight, bias)
