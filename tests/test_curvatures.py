@@ -12,6 +12,7 @@ import imu_fast as imu
 from imu_fast import curvature, reference
 from imu_fast.curvature.kfac import KFAC
 from imu_fast.curvature.probabilities import probabilities
+from imu_fast.solvers.conjugate_gradient import conjugate_gradient
 
 OF_THE_GGN = {
     "ggn": reference.ggn_matrix,
@@ -130,8 +131,8 @@ def test_scores_self_influence_and_pairs(name, case):
 def test_preconditioned_conjugate_gradient(preconditioner, case, monkeypatch):
     module = sys.modules["imu_fast.curvature.ggn"]
     # K-FAC from the first iteration: these problems are solved before it would pay.
-    monkeypatch.setattr(module, "kfac_cost", lambda *_: 0)
-    monkeypatch.setattr(module, "_KFAC_ITERATIONS", 0)
+    monkeypatch.setattr(module, "kfac_cost", lambda *_: -1e9)
+    monkeypatch.setattr(module, "_FIRST_GUESS", 0)
     made = []
     fit = KFAC.fit
     monkeypatch.setattr(KFAC, "fit", lambda *args: made.append(1) or fit(*args))
@@ -141,6 +142,38 @@ def test_preconditioned_conjugate_gradient(preconditioner, case, monkeypatch):
     fitted, _ = check("ggn", f, 1e-3, v, **options)
     assert fitted.residual <= 1e-9
     assert len(made) == (preconditioner == "kfac")
+
+
+@pytest.mark.parametrize("damping, expected", [(1.0, 0), (1e-4, 1)])
+def test_kfac_is_made_where_the_first_iterations_say_that_it_pays(damping, expected, monkeypatch):
+    """Features with a large mean are slow at a small damping; at a large one nothing is."""
+    made, fit = [], KFAC.fit
+    monkeypatch.setattr(KFAC, "fit", lambda *args: made.append(1) or fit(*args))
+    weight = torch.randn(20, 40) / 6
+    f = imu.GradientFactors.from_head(
+        torch.rand(400, 40) + 1, weight, None, torch.randint(20, (400,))
+    )
+    fitted = curvature.fit("ggn", f, damping, solver="cg")
+    fitted.solve(f.mean_gradient())
+    assert fitted.residual <= fitted.tolerance
+    assert len(made) == expected
+
+
+def test_conjugate_gradient_gives_up_where_it_is_told_to():
+    matrix = torch.diag(torch.arange(1.0, 31.0))
+    asked = []
+
+    def give_up(iterations, ahead):
+        asked.append(ahead)
+        return iterations == 4
+
+    v = torch.ones(1, 30)
+    options = dict(tolerance=1e-6, max_iterations=50)
+    x, products = conjugate_gradient(lambda p: p @ matrix, v, give_up=give_up, **options)
+    assert products == 4 and len(asked) == 5
+    # What is ahead is what the residual has to be reduced by.
+    true = float((v - x @ matrix).norm() / v.norm())
+    assert true / 1e-6 == pytest.approx(asked[-1], rel=1e-3)
 
 
 def test_many_right_hand_sides_are_solved_each_to_the_tolerance():

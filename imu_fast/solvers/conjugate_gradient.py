@@ -37,6 +37,7 @@ def conjugate_gradient(
     tolerance: float,
     max_iterations: int,
     precondition: Operator | None = None,
+    give_up: Callable[[int, float], bool] | None = None,
 ) -> tuple[Tensor, int]:
     """Solve ``M x = v`` for symmetric positive definite M, in v's dtype (Hestenes, Stiefel 1952).
 
@@ -47,6 +48,8 @@ def conjugate_gradient(
         apply: ``x -> M x``, row by row. v: [m, ...]. tolerance: on the recurrence's relative
             residual of each row.
         precondition: ``r -> about M^-1 r``, symmetric positive definite.
+        give_up: asked at each look with the iterations so far and the factor that the worst
+            residual is still to be reduced by; True ends all where they are.
 
     Returns:
         x, and the number of products with M: rows times iterations.
@@ -60,6 +63,11 @@ def conjugate_gradient(
             solution[rows] = state.x
             rows, state = rows[moving], state.keep(moving)
             if not len(rows):
+                break
+        if give_up is not None and iteration % every == 0:
+            ahead = float((state.size / state.goal).max().sqrt())
+            if give_up(iteration, ahead):
+                solution[rows] = state.x
                 break
         state = iterate(state, apply(state.p), precondition)
         products += len(rows)
