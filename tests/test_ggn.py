@@ -73,9 +73,9 @@ def test_a_zero_right_hand_side_and_a_missed_tolerance(caplog):
 
 def test_refinement_stops_where_nothing_is_gained():
     v = torch.ones(1, 3)
-    useless = refine(lambda x: x, [lambda r: (torch.zeros_like(r), 1)], v, tolerance=1e-6)
+    useless = refine(lambda x: x, [lambda r, _: (torch.zeros_like(r), 1)], v, tolerance=1e-6)
     assert (useless.residual, useless.iterations) == (1.0, 1)
-    worse = refine(lambda x: x, [lambda r: (5 * r, 1)], v, tolerance=1e-6)
+    worse = refine(lambda x: x, [lambda r, _: (5 * r, 1)], v, tolerance=1e-6)
     assert worse.residual == 1.0 and not worse.x.any()
 
 

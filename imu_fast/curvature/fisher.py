@@ -69,7 +69,7 @@ class Fisher(PairsBySolves):
         """``M v``: [m, C, D] float64."""
         return self._add_adjoint(v * self.damping, self._forward(v), 1 / self.factors.n)
 
-    def _approximate(self, r: Tensor) -> tuple[Tensor, int]:
+    def _approximate(self, r: Tensor, _: float) -> tuple[Tensor, int]:
         alpha = self._cholesky.solve(self._forward(r))
         return self._add_adjoint(r.clone(), alpha, -1 / self.factors.n) / self.damping, 0
 

@@ -114,7 +114,7 @@ class DampedCholesky:
         def product(x: Tensor) -> Tensor:
             return wide @ x + self.damping * x
 
-        def approximate(r: Tensor) -> tuple[Tensor, int]:
+        def approximate(r: Tensor, _: float) -> tuple[Tensor, int]:
             x = self.solve(r.to(self.factor.dtype).reshape(columns.shape))
             return x.double().reshape(flat.shape), 0
 
@@ -147,13 +147,13 @@ class DampedCholesky:
         def precondition(r: Tensor) -> Tensor:
             return one.solve(r.mT).mT
 
-        def approximate(r: Tensor) -> tuple[Tensor, int]:
+        def approximate(r: Tensor, goal: float) -> tuple[Tensor, int]:
             # The iteration's kernels are float32's, which would take more solves with the factor.
             with use_backend("torch"):
                 return conjugate_gradient(
                     product,
                     r,
-                    tolerance=tolerance / 2,  # the recurrence's residual is not quite the true one
+                    tolerance=goal / 2,  # the recurrence's residual is not quite the true one
                     max_iterations=_MAX_ITERATIONS,
                     precondition=precondition,
                 )

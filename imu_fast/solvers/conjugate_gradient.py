@@ -11,7 +11,8 @@ from torch import Tensor
 from imu_fast.ops.conjugate_gradient import iterate, iterations_between_looks, start
 
 Operator = Callable[[Tensor], Tensor]
-Approximate = Callable[[Tensor], tuple[Tensor, int]]
+# ``r, goal -> about M^-1 r, iterations``: goal is the relative residual that would be enough.
+Approximate = Callable[[Tensor, float], tuple[Tensor, int]]
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,9 @@ def refine(
 
     Args:
         apply64: ``x -> M x`` in float64, row by row of [k, ...].
-        approximates: of rising precision, each ``r -> (about M^-1 r, iterations)`` for r [k, ...]
-            float64 with rows of unit norm; the next takes over the rows where one stalls.
+        approximates: of rising precision, each ``r, goal -> (about M^-1 r, iterations)`` for r
+            [k, ...] float64 with rows of unit norm, where a relative residual of goal would end
+            it; the next takes over the rows where one stalls.
         v: [m, ...], m right-hand sides. tolerance: on the true relative residual of each.
         together: always pass all m rows on (each has its own M), while one is above the tolerance.
 
@@ -111,7 +113,8 @@ def refine(
             # Scaled to unit norm: a small residual must not underflow in a float32 solver.
             scale = residual[active].flatten(1).norm(dim=1).view(column)
             scale = scale.where(scale > 0, 1.0)
-            correction, iterations = approximate(residual[active] / scale)
+            goal = tolerance / float(relative[active].max())
+            correction, iterations = approximate(residual[active] / scale, goal)
             total += iterations
             candidate = x[active] + correction.double() * scale
             new_residual = v[active] - apply64(candidate)
