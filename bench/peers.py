@@ -181,8 +181,34 @@ def vmap_self(head: nn.Linear, train: Samples, queries: Samples, damping: float)
     return _vmap_gradients(head, train).square().sum(dim=1)
 
 
+def vmap_exact(head: nn.Linear, train: Samples, queries: Samples, damping: float) -> Tensor:
+    """As it is written by hand: ``vmap(grad)``, ``torch.func.hessian`` and a dense solve."""
+    parameters = {k: v.detach() for k, v in head.named_parameters()}
+    shapes = [v.shape for v in parameters.values()]
+    flat = torch.cat([v.flatten() for v in parameters.values()])
+
+    def loss(theta: Tensor) -> Tensor:
+        pieces = theta.split([shape.numel() for shape in shapes])
+        named = zip(parameters, pieces, shapes, strict=True)
+        values = {name: piece.view(shape) for name, piece, shape in named}
+        logits = torch.func.functional_call(head, values, (train[0],))
+        return nn.functional.cross_entropy(logits, train[1])
+
+    hessian = torch.func.hessian(loss)(flat)
+    hessian.diagonal().add_(damping)
+    return _vmap_gradients(head, train) @ torch.linalg.solve(
+        hessian, _vmap_gradients(head, queries).T
+    )
+
+
+def vmap_exact_self(head: nn.Linear, train: Samples, queries: Samples, damping: float) -> Tensor:
+    """Self-influence by the same: the diagonal of all pairs."""
+    return vmap_exact(head, train, train, damping).diagonal()
+
+
 EXACT = {
     "closed form": closed_form,
+    "vmap(grad) and hessian": vmap_exact,
     "dattri Explicit": dattri_explicit,
     "dattri Explicit, batches of 500": dattri_explicit_batches,
     "dattri CG": dattri_cg,
@@ -191,6 +217,7 @@ EXACT = {
 }
 EXACT_SELF = {
     "closed form": closed_form_self,
+    "vmap(grad) and hessian": vmap_exact_self,
     "dattri Explicit": dattri_explicit_self,
     "pyDVL Direct": pydvl_direct_self,
 }
