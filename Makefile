@@ -19,8 +19,11 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 
 # Throughput suites: ratios against baselines in the same run, one thread.
+# The solvers apart, with those of dattri, pyDVL and captum that are installed.
+SOLVERS = bench/test_cholesky.py bench/test_solvers.py bench/test_margin_edit.py
 bench: $(VENV)/.test
-	$(BIN)/python -m pytest bench --benchmark-json=bench/results/cpu.json
+	$(BIN)/python -m pytest bench $(SOLVERS:%=--ignore=%) --benchmark-json=bench/results/cpu.json
+	$(BIN)/python -m pytest $(SOLVERS) --benchmark-json=bench/results/solvers.json
 
 # One table and one figure of all results in bench/results; bench/gpu.sh adds a GPU's.
 bench-report: $(VENV)/.test

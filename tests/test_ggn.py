@@ -82,6 +82,8 @@ def test_refinement_stops_where_nothing_is_gained():
 def test_cost_model():
     assert choose_solver(tokens=1000, classes=2, width=5) == "primal"
     assert choose_solver(tokens=2000, classes=100, width=513) == "cg"
+    # Fewer FLOPs by conjugate gradient, but more of its small operations.
+    assert choose_solver(tokens=130, classes=10, width=33) == "primal"
     # One product of order P against N P^2 for the matrix: many solves repay it.
     assert choose_solver(tokens=400, classes=10, width=65) == "cg"
     assert choose_solver(tokens=400, classes=10, width=65, solves=1000) == "primal"
