@@ -99,11 +99,13 @@ else
 fi
 
 # One process and one JSON per suite: a slow one costs no other its results.
+run_pytest bench_cholesky 40 bench/test_cholesky.py -k on_cuda --benchmark-json="$OUT/cholesky.json"
+run_pytest bench_mixed_precision 30 bench/test_cholesky.py -k "mixed_precision and not 16384" \
+    --benchmark-json="$OUT/mixed_precision.json"
 for suite in bilinear_scores fisher_diagonal softmax_residual head_ascent conjugate_gradient \
     ggn_product gram mean_gradient linear_softmax; do
     run_pytest "bench_$suite" 60 "bench/test_$suite.py" --benchmark-json="$OUT/$suite.json"
 done
-run_pytest bench_cholesky 40 bench/test_cholesky.py -k on_cuda --benchmark-json="$OUT/cholesky.json"
-run_pytest bench_mixed_precision 40 bench/test_cholesky.py -k mixed_precision \
-    --benchmark-json="$OUT/mixed_precision.json"
+run_pytest bench_mixed_precision_large 60 bench/test_cholesky.py -k "mixed_precision and 16384" \
+    --benchmark-json="$OUT/mixed_precision_large.json"
 finish

@@ -43,7 +43,7 @@ def test_margin_edit(benchmark, n, d, share):
     # No timing on a red gate: everything chosen has lost its label.
     assert not bool((logits.argmax(dim=1) == y)[edit.chosen].any())
     benchmark.group = "margin edit, two threads"
-    flops = 2 * count**2 * (d + 1) + 2 * count**3 // 3
+    flops = 2 * count**2 * (d + 1) + count**3 // 3
     benchmark.extra_info.update(role="imu_fast", samples=n, flops=flops, threads=2, gap=edit.gap)
     rounds = 5 if n <= 1000 else 2
     benchmark.pedantic(

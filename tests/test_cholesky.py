@@ -237,6 +237,36 @@ def test_refinement_says_when_it_stalls(path, caplog):
     assert zero.residual == 0.0 and not zero.x.any()
 
 
+def test_the_certificate_is_of_each_right_hand_side_of_a_as_it_is(path):
+    """Of sizes a norm would lose, and of an A that is not quite symmetric."""
+    a = spd(20, (3,), torch.float64)
+    a = a + 1e-6 * torch.randn_like(a).tril(-1)
+    b = torch.randn(3, 20, 5, dtype=torch.float64)
+    b *= torch.tensor([1e-200, 1e-30, 1.0, 1e30, 1e200], dtype=torch.float64)
+    solution = damped_cholesky(a, 0.1).solve_refined(b)
+    damped = a + 0.1 * torch.eye(20, dtype=torch.float64)
+    # Scaled, so that the test's own norms neither underflow nor overflow.
+    size = b.abs().amax(dim=-2, keepdim=True)
+    error = (damped @ (solution.x / size) - b / size).norm(dim=-2) / (b / size).norm(dim=-2)
+    assert float(error.max()) <= 2 * solution.residual + 1e-14
+    assert solution.residual <= 1e-12
+
+
+def test_refinement_names_a_right_hand_side_that_is_not_finite(path):
+    factor, b = damped_cholesky(spd(5, (), torch.float32), 0.1), torch.ones(5)
+    b[2] = torch.nan
+    with pytest.raises(InputError, match="b is not finite"):
+        factor.solve_refined(b)
+
+
+def test_solutions_carry_no_gradient(path):
+    """Where a gradient is not propagated none may be made up."""
+    a = spd(6, (), torch.float64).requires_grad_()
+    b = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    factor = damped_cholesky(a, 0.1)
+    assert not factor.solve(b).requires_grad and not factor.solve_refined(b).x.requires_grad
+
+
 @pytest.mark.parametrize("order", [1, 5, 40, 129, 300])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_every_entry_that_is_not_finite_is_found(path, order, value):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import cuda_stand_in
 import pytest
@@ -446,3 +448,42 @@ def test_matrix_units_and_emulation_multiply_the_same_numbers(path, monkeypatch,
     emulated = damped_cholesky(a, 0.1, precision=precision)
     difference = backward_error(found, a) - backward_error(emulated, a)
     assert float(difference.norm()) <= 2 * bound(a, 0.1, precision)
+
+
+@every_precision
+def test_the_certificate_is_of_a_as_it_is(path, precision):
+    a = matrix("condition 1e2", 150).float()
+    a = a + 1e-6 * float(a.abs().max()) * torch.randn_like(a).tril(-1)
+    b = torch.randn(150, 2)
+    factor = damped_cholesky(a, 0.2 * float(a.diagonal().max()), precision=precision)
+    assert factor.precision == precision
+    solution = factor.solve_refined(b)
+    true = damped(a.double(), factor.damping) @ solution.x - b.double()
+    assert float((true.norm(dim=0) / b.norm(dim=0)).max()) <= 2 * solution.residual + 1e-14
+
+
+@every_precision
+def test_right_hand_sides_have_the_matrixs_dtype_and_any_size(path, precision):
+    """A float64 A has a float32 factor, out of whose range b may lie."""
+    a = matrix("condition 1e2", 150)
+    factor = damped_cholesky(a, float(a.diagonal().max()), precision=precision)
+    assert factor.precision == precision and factor.factor.dtype == torch.float32
+    with pytest.raises(InputError, match="b is torch.float32, A is torch.float64"):
+        factor.solve(torch.ones(150))
+    b = torch.randn(150, 3, dtype=torch.float64)
+    sizes = torch.tensor([1e-100, 1.0, 1e100], dtype=torch.float64)
+    torch.testing.assert_close(factor.solve(b * sizes), factor.solve(b) * sizes, rtol=1e-5, atol=0)
+
+
+def test_factorisations_in_two_threads_leave_the_setting_alone(path, monkeypatch):
+    monkeypatch.setattr(low_precision, "_on_matrix_units", lambda tensor: True)
+    a = matrix("condition 1e2", 150).float()
+    damping, before = float(a.diagonal().max()), torch.backends.cuda.matmul.fp32_precision
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda _: damped_cholesky(a, damping, precision="tf32"), range(20)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert torch.backends.cuda.matmul.fp32_precision == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -89,7 +90,7 @@ class GGNBlock(PairsBySolves):
         out = a.new_zeros(factors.n)
         for slab, factor in self._factors():
             for c in range(slab.start, slab.stop):
-                one = DampedCholesky(factor.factor[c - slab.start], factor.damping, factor.backend)
+                one = replace(factor, factor=factor.factor[c - slab.start], matrix=None)
                 g = sum_over_tokens(a * factors.delta[:, c, None].double(), factors.offsets)
                 out += (one.solve(g.T).T * g).sum(dim=1)
         return out.to(factors.delta)

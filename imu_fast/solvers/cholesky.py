@@ -34,6 +34,7 @@ class DampedCholesky:
         factor: [..., P, P]; its upper triangle is U, the strict lower one is not used.
         damping: lam, as it was used: larger than asked for after an escalation.
         backend: "extension" (the CPU's), "cuda" or "torch".
+        dtype: A's, and that of right-hand sides.
         matrix: A, kept by reference for other dampings and refinement; None if overwritten.
         precision: what its products were made in: "ieee" (A's own dtype), "tf32" or "bf16" (the
             factor is float32). Also "ieee" where a lower one was asked for and not used.
@@ -42,11 +43,13 @@ class DampedCholesky:
     factor: Tensor
     damping: float
     backend: str
+    dtype: torch.dtype
     matrix: Tensor | None = None
     precision: str = "ieee"
 
+    @torch.no_grad()
     def solve(self, b: Tensor) -> Tensor:
-        """``(A + lam I)^-1 b``; b [..., P] or [..., P, m] with A's batch and dtype.
+        """``(A + lam I)^-1 b``; b [..., P] or [..., P, m] with A's batch and dtype. No autograd.
 
         A vector per matrix is meant where b has one dimension less than the factor. In a lower
         precision this is an approximation, of relative error about ``||E|| / lam`` at worst
@@ -55,50 +58,58 @@ class DampedCholesky:
         Raises:
             InputError: shape, dtype or device does not match.
         """
-        if self.precision != "ieee" and b.dtype == torch.float64:  # A may have been float64
-            return self.solve(b.float()).double()
-        vector = _check_right_hand_side(self.factor, b)
+        vector = _check_right_hand_side(self.factor, self.dtype, b)
         columns = b.unsqueeze(-1) if vector else b
-        if self.backend == "torch":
-            out = torch.cholesky_solve(columns, self.factor, upper=True)
+        if self.dtype == self.factor.dtype:
+            out = self._solve_columns(columns)
         else:
-            # One right-hand side per row: LAPACK's and cuSOLVER's column-major b.
-            rows = columns.mT.contiguous()
-            rows = rows.clone() if rows.data_ptr() == b.data_ptr() else rows
-            if rows.numel():
-                _LIBRARIES[self.backend].solve(self.factor, rows)
-            out = rows.mT
+            # A float64 A has a float32 factor, whose range may not hold b.
+            size = _largest(columns, dim=-2)
+            out = self._solve_columns((columns / size).to(self.factor.dtype)).to(b) * size
         return out.squeeze(-1) if vector else out
 
+    def _solve_columns(self, columns: Tensor) -> Tensor:
+        if self.backend == "torch":
+            return torch.cholesky_solve(columns, self.factor, upper=True)
+        # One right-hand side per row: LAPACK's and cuSOLVER's column-major b.
+        rows = columns.mT.contiguous()
+        rows = rows.clone() if rows.data_ptr() == columns.data_ptr() else rows
+        if rows.numel():
+            _LIBRARIES[self.backend].solve(self.factor, rows)
+        return rows.mT
+
+    @torch.no_grad()
     def solve_refined(self, b: Tensor, tolerance: float = 1e-12) -> Solution:
-        """The same to float64 accuracy, by iterative refinement with this factor.
+        """The same to float64 accuracy, by iterative refinement with this factor. No autograd.
 
         A factor in a lower precision preconditions conjugate gradient, in float64, in each round:
         with the factor alone refinement would stall at condition numbers beyond 1e3 (TF32) or 1e2.
         All of A is read, not its upper triangle alone.
 
         Args:
-            b: as in :meth:`solve`, any floating dtype. tolerance: on each matrix's true relative
-                residual (in a lower precision each right-hand side's), recomputed in float64, and
-                read back after each round. Where it is not reached (a float32 factor at a condition
-                number beyond 1e7) that is logged, and to be read in ``residual``.
+            b: as in :meth:`solve`, any floating dtype. tolerance: on each right-hand side's true
+                relative residual, recomputed in float64, and read back after each round. Where it
+                is not reached (a float32 factor at a condition number beyond 1e7, an A that is not
+                symmetric) that is logged, and to be read in ``residual``.
 
         Returns:
             A Solution; x is float64, of b's shape.
 
         Raises:
-            InputError: as :meth:`solve`, or A was overwritten.
+            InputError: as :meth:`solve`, b is not finite, or A was overwritten.
         """
         if self.matrix is None:
             raise InputError("overwrite=True did away with A, which refinement needs; keep it")
         check_positive("tolerance", tolerance)
-        vector = _check_right_hand_side(self.factor, b.to(self.factor.dtype))
+        vector = _check_right_hand_side(self.factor, b.dtype, b)
+        _check_finite("b", b)
         columns = (b.unsqueeze(-1) if vector else b).double()
         how = self._refined_together if self.precision == "ieee" else self._refined_each
         solution = how(self.matrix, columns, tolerance)
         if solution.residual > tolerance:
             logger.warning(
-                "refinement stopped at relative residual %.2g, above %.2g: condition about %.2g",
+                "refinement stopped at relative residual %.2g, above %.2g: condition about %.2g, "
+                "or A is not symmetric (all of it is read)",
                 solution.residual,
                 tolerance,
                 float(self.condition().max()),
@@ -107,21 +118,28 @@ class DampedCholesky:
 
     def _refined_together(self, a: Tensor, columns: Tensor, tolerance: float) -> Solution:
         """All matrices at once, b = columns [..., P, m]; x [batch, P, m]."""
-        order = a.shape[-1]
+        if not columns.numel():
+            return Solution(columns, 0.0, 0)
+        order, many = columns.shape[-2:]
         wide = a.double().reshape(-1, order, order)
-        flat = columns.reshape(len(wide), order, -1)
+
+        def each(x: Tensor) -> Tensor:
+            """The right-hand sides as rows [batch m, P], or back: [batch, P, m]."""
+            return x.reshape(-1, many, order).mT if x.dim() == 2 else x.mT.reshape(-1, order)
 
         def product(x: Tensor) -> Tensor:
-            return wide @ x + self.damping * x
+            return each(wide @ each(x)) + self.damping * x
 
         def approximate(r: Tensor, _: float) -> tuple[Tensor, int]:
-            x = self.solve(r.to(self.factor.dtype).reshape(columns.shape))
-            return x.double().reshape(flat.shape), 0
+            x = self.solve(each(r).to(self.dtype).reshape(columns.shape))
+            return each(x.double().reshape(-1, order, many)), 0
 
-        return refine(product, [approximate], flat, tolerance=tolerance, together=True)
+        b = each(columns.reshape(-1, order, many))
+        solution = refine(product, [approximate], b, tolerance=tolerance, together=True)
+        return replace(solution, x=each(solution.x))
 
     def _refined_each(self, a: Tensor, columns: Tensor, tolerance: float) -> Solution:
-        """Matrix by matrix, right-hand side by right-hand side, by conjugate gradient."""
+        """Matrix by matrix, by conjugate gradient; the same shapes."""
         if not columns.numel():
             return Solution(columns, 0.0, 0)
         order = a.shape[-1]
@@ -139,10 +157,11 @@ class DampedCholesky:
         )
 
     def _refined_one(self, a: Tensor, factor: Tensor, b: Tensor, tolerance: float) -> Solution:
-        wide, one = a.double(), replace(self, factor=factor, matrix=None)
+        wide = a.double()
+        one = replace(self, factor=factor, matrix=None, dtype=torch.float64)
 
         def product(x: Tensor) -> Tensor:
-            return torch.addmm(x, x, wide, beta=self.damping)
+            return torch.addmm(x, x, wide.mT, beta=self.damping)
 
         def precondition(r: Tensor) -> Tensor:
             return one.solve(r.mT).mT
@@ -162,7 +181,9 @@ class DampedCholesky:
         return replace(solution, x=solution.x.mT)
 
     def with_damping(self, damping: float) -> DampedCholesky:
-        """The factor of ``A + damping I`` of the same A, in the same precision: a sweep's point.
+        """The factor of ``A + damping I`` of the same A: one point of a sweep of dampings.
+
+        In the precision that this factor has, "ieee" if it fell back to that.
 
         Each costs ``P^3 / 3``. For more than about 25 dampings of one matrix its eigenvalues
         (``torch.linalg.eigh``, about ``9 P^3``) are cheaper.
@@ -195,7 +216,7 @@ class DampedCholesky:
                 x = y / size
             return size.flatten(-2).squeeze(-1)
 
-        return largest(lambda x: upper.mT @ (upper @ x)) * largest(self.solve)
+        return largest(lambda x: upper.mT @ (upper @ x)) * largest(self._solve_columns)
 
 
 # Where a factor and its solves are ours: its name, as in DampedCholesky.backend, and the module.
@@ -217,11 +238,17 @@ def _check_shape(a: Tensor) -> None:
         raise InputError(f"A is {a.dtype}; pass float32 or float64")
 
 
-def _check_right_hand_side(a: Tensor, b: Tensor) -> bool:
-    """Whether b is one vector per matrix of a, or raise InputError."""
+def _largest(x: Tensor, dim: int) -> Tensor:
+    """Largest magnitude along ``dim``, kept; 1 where all is zero."""
+    size = x.abs().amax(dim=dim, keepdim=True)
+    return size.where(size > 0, 1.0)
+
+
+def _check_right_hand_side(a: Tensor, dtype: torch.dtype, b: Tensor) -> bool:
+    """Whether b, of that dtype, is one vector per matrix of a, or raise InputError."""
     check_same_device("A", a, "b", b)
-    if b.dtype != a.dtype:
-        raise InputError(f"b is {b.dtype}, A is {a.dtype}; convert one with .to()")
+    if b.dtype != dtype:
+        raise InputError(f"b is {b.dtype}, A is {dtype}; convert one with .to()")
     vector = b.dim() == a.dim() - 1
     shape = b.shape if vector else b.shape[:-1]
     if b.dim() not in (a.dim() - 1, a.dim()) or shape != a.shape[:-1]:
@@ -257,14 +284,12 @@ def _factor(
     a: Tensor, damping: float, overwrite: bool, check: bool, precision: str = "ieee"
 ) -> DampedCholesky:
     """Factor, or (where that is checked) raise SingularMatrixError or InputError."""
-    order = a.shape[-1]
+    a, order = a.detach(), a.shape[-1]
     kept = None if overwrite else a
     if precision != "ieee" and order > low_precision.BLOCK:
-        factor, status = low_precision.factor(
-            a.detach(), damping, overwrite, precision, _factor_plain
-        )
+        factor, status = low_precision.factor(a, damping, overwrite, precision, _factor_plain)
         if not check or not bool(status.any()):
-            return DampedCholesky(factor, damping, _backend(factor), kept, precision)
+            return DampedCholesky(factor, damping, _backend(factor), a.dtype, kept, precision)
         if overwrite:
             _raise_overwritten(damping, status, order, f" in {precision}")
         found = _factor(a, damping, overwrite, check)
@@ -278,13 +303,13 @@ def _factor(
             precision,
         )
         return found
-    factor, status = _factor_plain(a.detach(), damping, overwrite)
+    factor, status = _factor_plain(a, damping, overwrite)
     if check and bool(status.any()):
         if overwrite:
             _raise_overwritten(damping, status, order)
         _check_finite("A", a)
         _raise_singular(a, damping, status)
-    return DampedCholesky(factor, damping, _backend(a), kept)
+    return DampedCholesky(factor, damping, _backend(a), a.dtype, kept)
 
 
 def _raise_overwritten(damping: float, status: Tensor, order: int, where: str = "") -> NoReturn:
@@ -319,13 +344,13 @@ def damped_cholesky(
 
     Args:
         a: [..., P, P], symmetric positive semi-definite, float32 or float64; only its upper
-            triangle is read.
+            triangle is read (by ``solve_refined`` all of it).
         damping: lam > 0.
         overwrite: the factor may take a's memory (if a is contiguous); a is then lost.
         max_escalations: how often the damping (of the whole batch) may be multiplied by ten while
             a matrix stays indefinite (Levenberg 1944). Logged; ``.damping`` is what was used.
         check: False does not read the status, so the host does not wait. Where a matrix is
-            indefinite or not finite all that is solved with its factor is NaN.
+            indefinite or not finite all that ``solve`` gives with its factor is NaN.
         precision: of the products inside. "ieee" is A's own dtype. "tf32" and "bf16" make a float32
             factor, of a float64 A too, that is up to about ``||A||`` 2^-11 and 2^-8 off, for
             matrix units of CUDA (a CPU emulates them, slowly): a factor for
@@ -394,7 +419,7 @@ def damped_cholesky_solve(a: Tensor, b: Tensor, damping: float, *, check: bool =
         As b. Errors as in :func:`damped_cholesky` and :meth:`DampedCholesky.solve`.
     """
     _check_shape(a)
-    _check_right_hand_side(a, b)
+    _check_right_hand_side(a, a.dtype, b)
     # The one read: a failed factor, and what is not finite in b, show in the solution.
     x = damped_cholesky(a, damping, check=False).solve(b)
     if check and not (x.numel() and bool(torch.isfinite(x).all())):

@@ -96,13 +96,17 @@ def refine(
         v: [m, ...], m right-hand sides. tolerance: on the true relative residual of each.
         together: always pass all m rows on (each has its own M), while one is above the tolerance.
 
-    A row stops at the tolerance; it has stalled when a round no longer halves its residual.
+    A row stops at the tolerance, one of zeros at once; it has stalled when a round no longer halves
+    its residual.
     """
-    v = v.double()
+    column = (-1,) + (1,) * (v.dim() - 1)
+    # Of unit size, so that norms neither underflow nor overflow; a NaN stays one.
+    size = v.double().flatten(1).abs().amax(dim=1).view(column)
+    size = size.where((size != 0) & ~size.isinf(), 1.0)
+    v = v.double() / size
     norms = v.flatten(1).norm(dim=1)
     x, residual, total = torch.zeros_like(v), v.clone(), 0
-    relative = (norms > 0).double()
-    column = (-1,) + (1,) * (v.dim() - 1)
+    relative = (norms != 0).double()
     for approximate in approximates:
         active = torch.nonzero(relative > tolerance).flatten()
         if together and len(active):
@@ -125,4 +129,4 @@ def refine(
             relative[rows] = new[better]
             going = better & (new > tolerance) & (new <= old / 2)
             active = active if together and bool(going.any()) else active[going]
-    return Solution(x, float(relative.max()), total)
+    return Solution(x * size, float(relative.max()), total)

@@ -15,8 +15,9 @@ most ``A_kk + lam I``, and the squares of U sum up to the trace of ``A + lam I =
     ||E||_F <= u sqrt(2 max_k ||B_kk||_2 tr B) + (P + 8) eps32 tr B
 
 The first term is :func:`rounding_bound`. The second is float32 Cholesky's own, for sums of P
-products in any order, which in practice is far from reached. Rounding is relative to each entry, so
-the same holds for A scaled to a unit diagonal: graded matrices do no harm.
+products in any order, rounded or (by matrix units) cut off, which in practice is far from reached.
+Rounding is relative to each entry, so the same holds for A scaled to a unit diagonal: graded
+matrices do no harm.
 
 U exists if ``lam > ||E||`` for A positive semi-definite (else a leading block of ``B + E`` would be
 indefinite). As ``max_k ||B_kk|| <= ||B||``, the first term is at most ``u sqrt(2 r) ||B||``, with
@@ -33,6 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from threading import RLock
 
 import torch
 from torch import Tensor
@@ -43,9 +45,11 @@ from imu_fast.solvers.lapack import settle
 ROUNDOFF = {"tf32": 2.0**-11, "bf16": 2.0**-8}
 
 # Rows at a time, and the order up to which all is float32. The triangular solves, which stay in
-# float32, are 3 block / 2 P of the FLOPs: of order 4,096 19 %, of 1,024 most. By counting; not yet
-# measured on a GPU.
+# float32, are 3 block (P - block) / 2 P^2 of the FLOPs, 16 % of order 4,096, and with the diagonal
+# blocks 63 % of order 1,024. By counting; not yet measured on a GPU.
 BLOCK = 512
+# torch's setting is one for the process, so two factorisations may not interleave.
+_setting = RLock()
 
 FactorBlock = Callable[[Tensor, float, bool], tuple[Tensor, Tensor]]
 
@@ -83,16 +87,20 @@ def rounding_bound(a: Tensor, damping: float, precision: str, block: int | None 
 def _cuda_multiplies_in(arithmetic: str) -> Iterator[None]:
     """float32 products and triangular solves enqueued on CUDA meanwhile are in "ieee" or "tf32".
 
-    torch keeps this per process, not per thread: products of other threads follow it meanwhile.
-    Its products read this setting; the older ``allow_tf32`` does not follow, and is left alone.
+    torch keeps this per process, not per thread: what other threads multiply meanwhile follows it,
+    and the older setting's getters (``allow_tf32``, ``get_float32_matmul_precision``) raise there.
+    A value inherited from ``torch.backends.fp32_precision`` is restored as the product's own.
     """
     settings = torch.backends.cuda.matmul
-    before = settings.fp32_precision
-    settings.fp32_precision = arithmetic
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
+    with _setting:
+        before = settings.fp32_precision
+        if before != arithmetic:
+            settings.fp32_precision = arithmetic
+        try:
+            yield
+        finally:
+            if before != arithmetic:
+                settings.fp32_precision = before
 
 
 def _on_matrix_units(tensor: Tensor) -> bool:
@@ -120,13 +128,10 @@ class _Rows:
 
     def store(self, rows: slice, columns: slice, x: Tensor) -> None:
         """``U[rows, columns] = round(x)``."""
-        target = self._u[rows, columns]
-        if self._precision == "tf32":
-            target.copy_(round_tf32(x))
-        elif self._bf16 is None:
-            target.copy_(x.bfloat16())
-        else:
-            target.copy_(self._bf16[rows, columns].copy_(x))
+        rounded = round_tf32(x) if self._precision == "tf32" else x.bfloat16()
+        self._u[rows, columns] = rounded
+        if self._bf16 is not None:
+            self._bf16[rows, columns] = rounded
 
     def subtract_product(self, rows: slice, columns: slice) -> None:
         """``U[rows, columns] -= U[above, rows]^T U[above, columns]``, above all of rows."""
@@ -134,12 +139,8 @@ class _Rows:
         if self._bf16 is not None:
             target.sub_(_multiply_bf16(self._bf16[above, rows].mT, self._bf16[above, columns]))
             return
-        operands = self._u[above, rows].mT, self._u[above, columns]
-        if self._cuda:
-            with _cuda_multiplies_in("tf32"):
-                target.addmm_(*operands, alpha=-1)
-        else:
-            target.addmm_(*operands, alpha=-1)
+        with _cuda_multiplies_in("tf32") if self._cuda else nullcontext():
+            target.addmm_(self._u[above, rows].mT, self._u[above, columns], alpha=-1)
 
 
 def _factor_one(
