@@ -8,9 +8,10 @@ from cases import CASES, IDS
 
 import imu_fast as imu
 from imu_fast import curvature, reference
+from imu_fast.curvature import ggn_dense
 from imu_fast.curvature.ggn import choose_preconditioner, choose_solver
-from imu_fast.curvature.probabilities import probabilities
-from imu_fast.errors import InputError
+from imu_fast.curvature.probabilities import augmented, probabilities
+from imu_fast.errors import InputError, SingularMatrixError
 from imu_fast.solvers.conjugate_gradient import refine
 
 
@@ -77,6 +78,71 @@ def test_refinement_stops_where_nothing_is_gained():
     assert (useless.residual, useless.iterations) == (1.0, 1)
     worse = refine(lambda x: x, [lambda r, _: (5 * r, 1)], v, tolerance=1e-6)
     assert worse.residual == 1.0 and not worse.x.any()
+
+
+@pytest.mark.parametrize("build", [ggn_dense._by_strips, ggn_dense._by_pairs, ggn_dense._whole])
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_every_way_to_the_dense_matrix(build, case, monkeypatch):
+    """Of the GGN between contrasts of the classes, in chunks and strips that do not divide."""
+    monkeypatch.setattr(ggn_dense, "_STRIP_ELEMENTS", 500)
+    monkeypatch.setattr(ggn_dense, "_WHOLE_ELEMENTS", 200)
+    monkeypatch.setattr(ggn_dense, "_WHOLE_STRIP", 7)
+    monkeypatch.setattr(ggn_dense, "_STRIP", 3)
+    factors = make(case, torch.float64)
+    p, scale = probabilities(factors)
+    a = augmented(factors.act, factors.has_bias)
+    basis = ggn_dense.contrasts(case.classes)
+    eye = torch.eye(case.classes - 1, dtype=torch.float64)
+    torch.testing.assert_close(basis.T @ basis, eye, rtol=0, atol=1e-14)
+    rotation = torch.kron(basis, torch.eye(factors.width, dtype=torch.float64))
+    truth = rotation.T @ dense(factors, 0.0) @ rotation
+    found = build(p, scale / factors.n, a, basis)
+    size = float((scale / factors.n * a.square().sum(dim=1)).sum())
+    eps = torch.finfo(torch.float64).eps
+    bound = (len(a) + 4 * case.classes) * eps * size
+    assert float((found - truth).triu().abs().max()) <= bound if len(truth) else True
+
+
+def test_the_way_to_the_dense_matrix_follows_its_shape():
+    assert ggn_dense._route(2000, 9, 129) is ggn_dense._by_strips
+    assert ggn_dense._route(2000, 99, 65) is ggn_dense._by_pairs
+    assert ggn_dense._route(50, 9, 33) is ggn_dense._whole
+    assert ggn_dense._route(2000, 999, 3) is ggn_dense._whole
+
+
+def test_a_damping_below_float32s_rounding_is_still_solved():
+    """Float32 eigenvalues of K-FAC would be noise there."""
+    generator = torch.Generator().manual_seed(1)
+    act = torch.randn(400, 24, generator=generator) + 0.5
+    weight = torch.randn(12, 24, generator=generator) / 5
+    labels = torch.randint(12, (400,), generator=generator)
+    factors = imu.GradientFactors.from_head(act, weight, None, labels)
+    fitted = curvature.fit("ggn", factors, 1e-9, solver="cg", preconditioner="kfac")
+    fitted.solve(factors.mean_gradient())
+    assert fitted.residual <= fitted.tolerance and fitted.iterations <= 200
+
+
+def test_no_tokens_and_right_hand_sides_that_are_not_finite():
+    labels = torch.full((3,), -100)
+    empty = imu.GradientFactors.from_head(torch.randn(3, 4), torch.randn(5, 4), None, labels)
+    v = torch.randn(5, 4)
+    for solver in ("auto", "cg", "primal", "dual"):
+        fitted = curvature.fit("ggn", empty, 0.5, solver=solver, preconditioner="kfac")
+        torch.testing.assert_close(fitted.solve(v), v.double() / 0.5)
+    with pytest.raises(InputError, match="right-hand side is not finite at vector 0"):
+        curvature.fit("ggn", make(CASES[1], torch.float32), 0.5).solve(
+            torch.full((7, 6), torch.inf)
+        )
+
+
+def test_a_matrix_that_is_indefinite_in_float64_says_what_to_do():
+    act = torch.ones(4, 3) * 1e9
+    factors = imu.GradientFactors.from_head(
+        act, torch.zeros(2, 3), None, torch.tensor([0, 1, 0, 1])
+    )
+    fitted = curvature.fit("ggn", factors, 1e-6, solver="primal")
+    with pytest.raises(SingularMatrixError, match="raise the damping, or take solver='cg'"):
+        fitted.solve(torch.randn(2, 3))
 
 
 def test_cost_model():

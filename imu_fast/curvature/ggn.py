@@ -15,7 +15,13 @@ from imu_fast.curvature.ggn_dense import contrasts, dual_matrix, primal_matrix
 from imu_fast.curvature.kfac import KFAC
 from imu_fast.curvature.nystrom import NystromPreconditioner
 from imu_fast.curvature.probabilities import augmented, probabilities
-from imu_fast.errors import InputError, SingularMatrixError, check_choice, check_positive
+from imu_fast.errors import (
+    InputError,
+    SingularMatrixError,
+    check_choice,
+    check_finite_rows,
+    check_positive,
+)
 from imu_fast.factors import GradientFactors
 from imu_fast.ops.ggn_product import ggn_product
 from imu_fast.ops.mean_gradient import add_gradients
@@ -124,9 +130,10 @@ class GGN(PairsBySolves):
         preconditioner: str,
     ) -> None:
         self.p, self.scale = probabilities(factors)
-        # Conjugate gradient reads them at every product, class by class.
+        # Conjugate gradient reads them at every product, on a CPU class by class.
         self._p32 = self.p.float() if solver in ("auto", "cg") else self.p
-        self._p32 = self._p32.t().contiguous().t()
+        if self.p.device.type == "cpu":
+            self._p32 = self._p32.t().contiguous().t()
         self._factors = factors
         self.act, self.n, self.has_bias = factors.act, factors.n, factors.has_bias
         self.damping, self.solver, self.tolerance = damping, solver, tolerance
@@ -253,14 +260,25 @@ class GGN(PairsBySolves):
 
     def _preconditioner(self) -> Operator | None:
         if self._precondition is None and self.preconditioner == "kfac":
-            kfac = KFAC.fit(self._factors, self.damping, torch.float32)
-            self._precondition = lambda r: kfac.apply_inverse(r.float()).to(r)
+            kfac = self._kfac()
+            self._precondition = lambda r: kfac.apply_inverse(r.to(kfac.damped)).to(r)
         elif self._precondition is None and self.preconditioner == "nystrom":
             shape = (self.p.shape[1], self._factors.width)
             self._precondition = NystromPreconditioner.fit(
                 lambda v: self.product(v) - self.damping * v, shape, self.damping, self.act
             )
         return self._precondition
+
+    def _kfac(self) -> KFAC:
+        """In float32, unless the rounding of its eigenvalues would swamp the damping there."""
+        try:
+            kfac = KFAC.fit(self._factors, self.damping, torch.float32)
+            noise = 16 * torch.finfo(torch.float32).eps * float(kfac.damped.max())
+            if self.damping >= noise:
+                return kfac
+        except torch.linalg.LinAlgError:  # squares beyond float32's range
+            pass
+        return KFAC.fit(self._factors, self.damping)
 
     def _dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         a = augmented(self.act, self.has_bias, dtype)
@@ -270,7 +288,16 @@ class GGN(PairsBySolves):
         if (solver, dtype) not in self._choleskys:
             build = primal_matrix if solver == "primal" else dual_matrix
             matrix = build(*self._dense(dtype))
-            self._choleskys[solver, dtype] = damped_cholesky(matrix, self.damping, overwrite=True)
+            try:
+                factor = damped_cholesky(matrix, self.damping, overwrite=True)
+            except SingularMatrixError as error:
+                raise SingularMatrixError(
+                    f"the GGN at damping={self.damping:g} is not positive definite in {dtype} "
+                    f"(pivot {error.pivot} of {len(matrix)}); raise the damping, or take "
+                    "solver='cg'",
+                    pivot=error.pivot,
+                ) from error
+            self._choleskys[solver, dtype] = factor
         return self._choleskys[solver, dtype]
 
     def _primal(self, r: Tensor) -> Tensor:
@@ -309,8 +336,16 @@ class GGN(PairsBySolves):
         """``X = M^-1 v``; v [C, D] or [m, C, D]. X is float64 (``out`` is not used).
 
         A residual above the tolerance is logged, and always to be read in ``residual``.
+
+        Raises:
+            InputError: v is not finite.
+            SingularMatrixError: M is not positive definite in float64.
         """
         many = v if v.dim() == 3 else v[None]
+        check_finite_rows("right-hand side", many, "vector")
+        if not len(self.act):
+            self.residual, self.iterations = 0.0, 0
+            return v.double() / self.damping
         solver = self._choose(len(many))
         if solver == "primal" and len(many) >= _MANY:
             bound = self._backward_error()
@@ -364,6 +399,7 @@ class GGN(PairsBySolves):
         """
         a2 = self.act.double().square().sum(dim=1) + float(self.has_bias)
         classes, order = self.p.shape[1], self.p.shape[1] * self._factors.width
-        trace = float((self.scale / self.n * a2).sum()) + order * self.damping
+        # At least the trace of M.
+        size = float((self.scale / self.n * a2).sum()) + order * self.damping
         length = len(self.act) + 3 * order + 4 * classes
-        return length * torch.finfo(torch.float64).eps * trace / self.damping
+        return length * torch.finfo(torch.float64).eps * size / self.damping

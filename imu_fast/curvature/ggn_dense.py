@@ -6,17 +6,24 @@ contrasts (vectors that sum to zero) the GGN has order ``(C - 1) D``, and is lam
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-# Elements of the largest array that exists at once beside the result: it stays in cache.
-_CHUNK_ELEMENTS = 1 << 19
+# Elements of a strip's rows, or of all products of two features, at once: they stay in cache.
+_STRIP_ELEMENTS = 1 << 19
 # Features at once: half of each block, which is symmetric, need not be summed at all.
 _STRIP = 16
+# Elements of the [tokens, C D] rows that exist at once, and rows of the result at once.
+_WHOLE_ELEMENTS = 1 << 22
+_WHOLE_STRIP = 512
+
+Route = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
+@lru_cache(maxsize=4)
 def contrasts(classes: int) -> Tensor:
     """Helmert's orthonormal basis of the vectors that sum to zero: [C, C-1], float64.
 
@@ -80,36 +87,72 @@ def _unpack(blocks: Tensor, packed: list[Tensor]) -> None:
         blocks[c, :, c:] = row[:, where].transpose(0, 1)
 
 
+def _by_strips(p: Tensor, weight: Tensor, a: Tensor, basis: Tensor) -> Tensor:
+    classes, width = basis.shape[1], a.shape[1]
+    out = a.new_zeros(classes * width, classes * width)
+    blocks = out.view(classes, width, classes, width)
+    step = max(64, _STRIP_ELEMENTS // max(1, classes * _STRIP))
+    for start in range(0, len(a), step):
+        rows = slice(start, start + step)
+        _add_strips(blocks, p[rows], weight[rows], a[rows], basis)
+    _mirror(blocks)
+    return out
+
+
+def _by_pairs(p: Tensor, weight: Tensor, a: Tensor, basis: Tensor) -> Tensor:
+    classes, width = basis.shape[1], a.shape[1]
+    out = a.new_empty(classes * width, classes * width)
+    pairs = width * (width + 1) // 2
+    packed = [a.new_zeros(classes - c, pairs) for c in range(classes)]
+    step = max(64, _STRIP_ELEMENTS // max(pairs, classes))
+    for start in range(0, len(a), step):
+        rows = slice(start, start + step)
+        _add_pairs(packed, p[rows], weight[rows], a[rows], basis)
+    _unpack(out.view(classes, width, classes, width), packed)
+    return out
+
+
+def _whole(p: Tensor, weight: Tensor, a: Tensor, basis: Tensor) -> Tensor:
+    """What is linear in p by one product for all classes, and one Gram matrix of ``B^T p (x) a~``.
+
+    ``B^T diag(p) B`` of contrasts c < e is ``s_e (B^T p)_c``, see :func:`_covariances`.
+    """
+    classes, width = p.shape[1], a.shape[1]
+    count, order = classes - 1, (classes - 1) * width
+    moments = a.new_zeros(classes * width, width)
+    gram = a.new_zeros(order, order)
+    step = max(1, _WHOLE_ELEMENTS // (classes * width))
+    for start in range(0, len(a), step):
+        q, w, b = p[start : start + step], weight[start : start + step, None], a[start:][:step]
+        moments.addmm_(((q * w)[:, :, None] * b[:, None]).flatten(1).t(), b)
+        y = (((q @ basis) * w.sqrt())[:, :, None] * b[:, None]).flatten(1)
+        for first in range(0, order, _WHOLE_STRIP):
+            strip = slice(first, first + _WHOLE_STRIP)
+            gram[strip, first:].addmm_(y[:, strip].t(), y[:, first:])
+    flat, own = moments.view(classes, -1), torch.arange(count, device=a.device)
+    linear = (basis.t() @ flat).view(count, width, 1, width) * basis[0][:, None]
+    linear[own, :, own] = (basis.square().t() @ flat).view(count, width, width)
+    return linear.view(order, order).sub_(gram)
+
+
+def _route(tokens: int, count: int, width: int) -> Route:
+    """The fastest as measured; where tokens or features are few, small products cost more."""
+    if width > 2 * count:
+        return _by_strips if tokens * width >= 10_000 else _whole
+    return _by_pairs if tokens >= 200 and width >= 5 else _whole
+
+
 def primal_matrix(p: Tensor, weight: Tensor, a: Tensor) -> Tensor:
     """``sum_t w_t B^T (diag(p) - p p^T) B (x) a~ a~^T``, B the contrasts: ``(C-1) D`` squared.
 
-    Only its upper triangle is complete, which is what a factorisation reads. About ``N P^2 / 2``
-    multiplications and additions each, P the order: half of what blocks of a symmetric matrix
-    take that are not known to be symmetric themselves.
+    Only its upper triangle is complete, which is what a factorisation reads. About ``N P^2``
+    FLOPs, P the order, where tokens are many (blocks are symmetric themselves), else twice that.
 
     Args:
         p: [N, C], summing to one. weight: [N], ``c_t / n``. a: [N, D], augmented.
     """
-    classes, width = p.shape[1] - 1, a.shape[1]
     basis = contrasts(p.shape[1]).to(a)
-    out = a.new_zeros(classes * width, classes * width)
-    blocks = out.view(classes, width, classes, width)
-    pairs = width * (width + 1) // 2
-    by_pairs = 2 * classes >= width
-    packed = [a.new_zeros(classes - c, pairs) for c in range(classes)] if by_pairs else []
-    largest = max(pairs, classes) if by_pairs else classes * _STRIP
-    step = max(64, _CHUNK_ELEMENTS // max(1, largest))
-    for start in range(0, len(a), step):
-        rows = slice(start, start + step)
-        if by_pairs:
-            _add_pairs(packed, p[rows], weight[rows], a[rows], basis)
-        else:
-            _add_strips(blocks, p[rows], weight[rows], a[rows], basis)
-    if by_pairs:
-        _unpack(blocks, packed)
-    else:
-        _mirror(blocks)
-    return out
+    return _route(len(a), basis.shape[1], a.shape[1])(p, weight, a, basis)
 
 
 def dual_matrix(p: Tensor, weight: Tensor, a: Tensor) -> Tensor:

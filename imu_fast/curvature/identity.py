@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from imu_fast.errors import check_choice
 from imu_fast.factors import GradientFactors
-from imu_fast.ops.bilinear_scores import quadratic_scores
+from imu_fast.ops.bilinear_scores import gradient_norms
 from imu_fast.ops.gram import cross_gram
 
 
@@ -27,13 +26,8 @@ class Identity:
         return v if out is None or out is v else out.copy_(v)
 
     def self_influence(self, factors: GradientFactors) -> Tensor:
-        """``||g_i||^2``: [n]; of a single token ``||delta||^2 ||a~||^2`` (Goodfellow 2015)."""
-        if factors.is_flat:
-            signal = torch.linalg.vecdot(factors.delta, factors.delta)
-            features = torch.linalg.vecdot(factors.act, factors.act)
-            return signal.mul_(features.add_(float(factors.has_bias)))
-        ones = torch.ones_like(factors.delta[:1, :1]).expand(factors.num_classes, factors.width)
-        return quadratic_scores(factors.delta, factors.act, ones, factors.offsets, factors.has_bias)
+        """``||g_i||^2``: [n]."""
+        return gradient_norms(factors.delta, factors.act, factors.offsets, factors.has_bias)
 
     def pairwise(self, factors: GradientFactors, queries: GradientFactors) -> Tensor:
         """``<g_i, h_j>``: [n, m]; no gradient is formed."""

@@ -118,3 +118,13 @@ def quadratic_scores(
     for samples, slab, g in gradient_tiles(delta, act, offsets, has_bias):
         out[samples] += (g.square_() * x[slab]).sum(dim=(1, 2))
     return out
+
+
+def gradient_norms(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
+    """``||g_i||^2``: [n]; of a single token ``||delta||^2 ||a~||^2`` (Goodfellow 2015)."""
+    which = backend.resolve("gradient_norms", ("reference", "torch"), needs_kernel=False)
+    if which == "torch" and is_flat(offsets):
+        signal, features = (torch.linalg.vector_norm(x, dim=1).square_() for x in (delta, act))
+        return signal.mul_(features.add_(float(has_bias)))
+    ones = delta.new_ones(1, 1).expand(delta.shape[1], act.shape[1] + has_bias)
+    return quadratic_scores(delta, act, ones, offsets, has_bias)

@@ -13,7 +13,7 @@ _NARROW = 16
 
 def linear_logits(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``features W^T + b``: [N, C], class by class in memory where few classes make that faster."""
-    if len(weight) > _NARROW or not features.device.type == "cpu":
+    if len(weight) > _NARROW or features.device.type != "cpu":
         return torch.nn.functional.linear(features, weight, bias)
     if bias is None:
         return (weight @ features.t()).t()
