@@ -163,7 +163,9 @@ def draw(path: Path, timings: list[Timing]) -> None:
             axes.barh(
                 i, value - left, 0.7, left=left, color="#4477aa" if value >= left else "#cc6677"
             )
-            side, shift = ("left", 3) if value >= left else ("right", -3)
+            # Right of a bar that grows to the right; before the line where it would cross it.
+            crosses = axes is below and 0.9 < value < 1
+            side, shift = ("left", 3) if value >= left and not crosses else ("right", -3)
             text = f"{value:.3g}" if axes is above else f"{100 * value:.0f} %"
             axes.annotate(
                 text,

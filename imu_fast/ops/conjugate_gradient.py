@@ -20,6 +20,9 @@ from imu_fast import backend
 # Iterations between two looks at who still moves, where a look waits for a device: dearer than a
 # few iterations too many.
 LOOK_EVERY = 8
+# Elements of a row at once on a CPU, where vecdot stores all products before it sums them: memory
+# that is new to the process costs more than the products.
+_PIECE = 1 << 17
 
 
 class Iterates(NamedTuple):
@@ -56,7 +59,11 @@ def iterations_between_looks(device: torch.device) -> int:
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """``a_j . b_j``: [m, 1 ...], to be broadcast over rows."""
     column = (-1,) + (1,) * (a.dim() - 1)
-    return torch.linalg.vecdot(a.flatten(1), b.flatten(1)).view(column)
+    a, b = a.flatten(1), b.flatten(1)
+    if a.device.type != "cpu" or a.shape[1] <= _PIECE:
+        return torch.linalg.vecdot(a, b).view(column)
+    pieces = zip(a.split(_PIECE, dim=1), b.split(_PIECE, dim=1), strict=True)
+    return torch.stack([torch.linalg.vecdot(*piece) for piece in pieces]).sum(dim=0).view(column)
 
 
 def start(v: Tensor, z: Tensor, tolerance: float) -> Iterates:
