@@ -231,7 +231,8 @@ class GGN(PairsBySolves):
             if plain:
                 return x, products
             rest = r - self.product(x)
-            correction, more = self._conjugate_gradient(rest, goal / float(_norms(rest).max()))
+            largest = max(goal, float(_norms(rest).max()))
+            correction, more = self._conjugate_gradient(rest, goal / largest)
             return x + correction, products + len(r) + more
 
         return solve
