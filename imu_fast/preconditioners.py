@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from imu_fast import curvature
-from imu_fast.curvature.ggn import choose_solver
+from imu_fast.curvature.ggn_costs import choose_solver
 from imu_fast.curvature.probabilities import augmented, probabilities
 from imu_fast.errors import InputError, check_positive
 from imu_fast.factors import GradientFactors

@@ -9,7 +9,7 @@ from cases import CASES, IDS
 import imu_fast as imu
 from imu_fast import curvature, reference
 from imu_fast.curvature import ggn_dense
-from imu_fast.curvature.ggn import choose_preconditioner, choose_solver
+from imu_fast.curvature.ggn_costs import choose_preconditioner, choose_solver
 from imu_fast.curvature.probabilities import augmented, probabilities
 from imu_fast.errors import InputError, SingularMatrixError
 from imu_fast.solvers.conjugate_gradient import refine

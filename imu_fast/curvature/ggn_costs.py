@@ -1,0 +1,58 @@
+"""What the GGN's solvers cost, and which is chosen."""
+
+from __future__ import annotations
+
+# Beyond this order the dense matrix is not an option: 8,192^2 float64 is 537 MB.
+MAX_DENSE_ORDER = 8192
+# What conjugate gradient is assumed to take: measured 10 to 330 on heads of 51,300 parameters.
+ASSUMED_ITERATIONS = 60
+# FLOPs that the dozens of small operations of an iteration take the time of; measured by what small
+# problems take (130 samples, C=10, D=33: 3.0 ms, by the dense matrix 1.4 ms).
+_ITERATION = 1_000_000
+
+
+def solver_costs(tokens: int, classes: int, width: int, solves: int = 1) -> dict[str, float]:
+    """FLOPs of each exact solver; what cannot be held (MAX_DENSE_ORDER) is left out.
+
+    ``primal``: with P = (C - 1) D, building takes ``N P^2`` (at half the rate of a plain matrix
+    product, so twice that is counted), factoring ``P^3 / 3`` and each solve ``2 P^2``.
+    ``dual``: with Q = N C, building takes ``2 C Q^2``, factoring ``Q^3 / 3`` and each solve
+    ``2 Q^2`` and two products of ``2 N C D``. ``cg``: each solve takes ``ASSUMED_ITERATIONS``
+    products of ``4 N C D``, and all in step the time of ``_ITERATION`` FLOPs for small operations.
+    """
+    p, q = (classes - 1) * width, tokens * classes
+    product = 4 * tokens * classes * width
+    costs = {"cg": float(ASSUMED_ITERATIONS * (solves * product + _ITERATION))}
+    if p <= MAX_DENSE_ORDER:
+        costs["primal"] = 2 * tokens * p**2 + p**3 / 3 + solves * 2 * p**2
+    if q <= MAX_DENSE_ORDER:
+        costs["dual"] = 2 * classes * q**2 + q**3 / 3 + solves * (2 * q**2 + product)
+    return costs
+
+
+def choose_solver(tokens: int, classes: int, width: int, solves: int = 1) -> str:
+    """The cheapest of :func:`solver_costs`."""
+    costs = solver_costs(tokens, classes, width, solves)
+    return min(costs, key=lambda name: costs[name])
+
+
+def choose_preconditioner(tokens: int, classes: int, width: int) -> str:
+    """``"kfac"`` where it costs little beside the products it saves, else ``"none"``.
+
+    Applying it takes ``4 (C + D) C D`` FLOPs against a product's ``4 N C D``; its two
+    eigendecompositions about ``10 (C^3 + D^3)``, which must not exceed
+    ``ASSUMED_ITERATIONS`` products. What it saves is measured in bench/preconditioners.py.
+    """
+    product = 4 * tokens * classes * width
+    affordable = 10 * (classes**3 + width**3) <= ASSUMED_ITERATIONS * product
+    return "kfac" if classes + width <= tokens and affordable else "none"
+
+
+def kfac_cost(tokens: int, classes: int, width: int) -> int:
+    """What making K-FAC costs, in GGN products, both in float32.
+
+    Its factors take ``2 N (C^2 + D^2)`` FLOPs and its eigendecompositions about ``10 (C^3 + D^3)``
+    (of 2,000 tokens 9 by this count and 7 measured at C=10, D=129; 6 and 7 at C=100, D=513).
+    """
+    flops = 2 * tokens * (classes**2 + width**2) + 10 * (classes**3 + width**3)
+    return flops // (4 * tokens * classes * width)
