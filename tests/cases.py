@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from imu_fast import reference
 from imu_fast.ops.conjugate_gradient import iterate, start
@@ -175,3 +176,15 @@ def check_conjugate_gradient(shape: tuple[int, ...], preconditioned: bool, dtype
             truth = reference.conjugate_gradient(matrix, rhs.flatten(), iterations, inverse)
             # Each iteration's rounding grows by at most the condition.
             assert_close(x.flatten(), truth, 5 * iterations * (len(matrix) + 8))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the largest number of elements that any operation returned."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.largest = max(self.largest, out.untyped_storage().nbytes() // out.itemsize)
+        return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, IDS
+from cases import CASES, IDS, LargestTensor
 
 import imu_fast as imu
 from imu_fast import curvature, reference
@@ -180,3 +180,17 @@ def test_bad_options():
     )
     with pytest.raises(InputError, match="order 9000.*use 'cg'"):
         curvature.fit("ggn", wide, 0.1, solver="primal")
+
+
+def test_a_head_of_51_300_parameters_without_a_matrix_of_that_order():
+    """A dense Hessian of it would take 10 GB: nothing beyond the features in float64 exists."""
+    n, d, classes = 2000, 512, 100
+    act, weight = torch.randn(n, d).relu(), torch.randn(classes, d) / d**0.5
+    labels = torch.randint(classes, (n,))
+    factors = imu.GradientFactors.from_head(act, weight, torch.zeros(classes), labels)
+    v = factors.mean_gradient()
+    with LargestTensor() as mode:
+        fitted = curvature.fit("ggn", factors, 1e-4)
+        x = fitted.solve(v)
+    assert mode.largest <= n * (d + 1)
+    assert float((fitted.product(x) - v.double()).norm() / v.double().norm()) <= 1e-6

@@ -7,10 +7,9 @@ import sys
 
 import pytest
 import torch
-from cases import CASES, IDS
+from cases import CASES, IDS, LargestTensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import imu_fast as imu
 from imu_fast import reference
@@ -177,18 +176,6 @@ def test_an_operation_that_a_backend_lacks():
     with pytest.raises(BackendUnavailableError, match="does not implement"):
         with imu.use_backend("reference"):
             backend.resolve("an operation", ("torch",))
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the largest number of elements that any operation returned."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor):
-            self.largest = max(self.largest, out.untyped_storage().nbytes() // out.itemsize)
-        return out
 
 
 def test_nothing_of_size_ncd_exists():
