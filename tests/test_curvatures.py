@@ -144,6 +144,14 @@ def test_preconditioned_conjugate_gradient(preconditioner, case, monkeypatch):
     assert len(made) == (preconditioner == "kfac")
 
 
+@pytest.mark.parametrize("name", ["kfac", "ekfac"])
+def test_chunks_of_tokens_change_nothing(name, monkeypatch):
+    f = make(CASES[1], torch.float64)
+    expected = curvature.fit(name, f, 0.1).damped
+    monkeypatch.setattr(sys.modules["imu_fast.curvature.kfac"], "_CHUNK_ELEMENTS", 20)
+    torch.testing.assert_close(curvature.fit(name, f, 0.1).damped, expected)
+
+
 @pytest.mark.parametrize("damping, expected", [(1.0, 0), (1e-4, 1)])
 def test_kfac_is_made_where_the_first_iterations_say_that_it_pays(damping, expected, monkeypatch):
     """Features with a large mean are slow at a small damping; at a large one nothing is."""

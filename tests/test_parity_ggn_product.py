@@ -35,7 +35,7 @@ def test_ggn_product(case, dtype):
 def test_chunks_change_nothing(monkeypatch, chunk):
     args = arguments(Case("odd and prime", (1,) * 13, 7, 5), torch.float64)
     expected = ggn_product(*args)
-    monkeypatch.setattr(sys.modules["imu_fast.ops.ggn_product"], "CHUNK_ELEMENTS", 7 * chunk)
+    monkeypatch.setattr(sys.modules["imu_fast.ops.ggn_product"], "CHUNK_BYTES", 8 * 7 * chunk)
     torch.testing.assert_close(ggn_product(*args), expected)
 
 

@@ -10,6 +10,9 @@ from imu_fast.curvature.probabilities import augmented, probabilities
 from imu_fast.factors import GradientFactors
 from imu_fast.ops.bilinear_scores import quadratic_scores
 
+# Elements of a~ that exist at once: large enough for products at full speed.
+_CHUNK_ELEMENTS = 1 << 18
+
 
 class KroneckerEigenbasis(PairsBySolves):
     """``(Q_B (x) Q_A) diag(eigenvalues + lam) (Q_B (x) Q_A)^T``, in float64.
@@ -51,15 +54,26 @@ class KroneckerEigenbasis(PairsBySolves):
         return values.to(factors.delta)
 
 
-def kronecker_factors(p: Tensor, weight: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+def kronecker_factors(
+    p: Tensor, weight: Tensor, act: Tensor, has_bias: bool, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
     """``B = mean(diag(p) - p p^T)`` [C, C] and ``A = mean(a~ a~^T)`` [D, D], tokens by ``weight``.
 
     weight [N] is ``c_t / n``. B carries the total weight, so that ``B (x) A`` is the GGN where p
-    is the same for every token, samples without tokens included.
+    is the same for every token, samples without tokens included. Converted to dtype, augmented and
+    summed some tokens at a time.
     """
-    weighted = p * weight[:, None]
-    b = torch.diag(weighted.sum(dim=0)) - weighted.T @ p
-    return b, (a * weight[:, None]).T @ a / weight.sum().clamp_min(torch.finfo(a.dtype).tiny)
+    p, weight = p.to(dtype), weight.to(dtype)[:, None]
+    classes, width = p.shape[1], act.shape[1] + has_bias
+    b, a = p.new_zeros(classes, classes), p.new_zeros(width, width)
+    step = max(1, _CHUNK_ELEMENTS // max(classes, width))
+    for start in range(0, len(act), step):
+        rows = slice(start, start + step)
+        q, w, wide = p[rows], weight[rows], augmented(act[rows], has_bias, dtype)
+        b.addmm_((q * w).T, q, alpha=-1.0)
+        a.addmm_((wide * w).T, wide)
+    b.diagonal().add_((p * weight).sum(dim=0))
+    return b, a / weight.sum().clamp_min(torch.finfo(dtype).tiny)
 
 
 def _eigenbasis(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -85,8 +99,7 @@ class KFAC(KroneckerEigenbasis):
             InputError: not a softmax head.
         """
         p, scale = probabilities(factors)
-        a = augmented(factors.act, factors.has_bias, dtype)
-        b, a = kronecker_factors(p.to(dtype), (scale / factors.n).to(dtype), a)
+        b, a = kronecker_factors(p, scale / factors.n, factors.act, factors.has_bias, dtype)
         values_b, basis_b, values_a, basis_a = _eigenbasis(b, a)
         return cls(basis_b, basis_a, torch.outer(values_b, values_a) + damping)
 
@@ -108,9 +121,9 @@ class EKFAC(KroneckerEigenbasis):
         """
         p, scale = probabilities(factors)
         weight = scale / factors.n
-        a = augmented(factors.act, factors.has_bias)
-        _, basis_b, _, basis_a = _eigenbasis(*kronecker_factors(p, weight, a))
+        act, has_bias = factors.act, factors.has_bias
+        _, basis_b, _, basis_a = _eigenbasis(*kronecker_factors(p, weight, act, has_bias))
         variance = p @ basis_b.square() - (p @ basis_b).square()
-        second = (a @ basis_a).square()
+        second = (augmented(act, has_bias) @ basis_a).square()
         values = (variance * weight[:, None]).T @ second
         return cls(basis_b, basis_a, values.clamp_min(0) + damping)

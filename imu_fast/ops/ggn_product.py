@@ -8,9 +8,9 @@ from torch import Tensor
 from imu_fast import backend
 from imu_fast.ops.mean_gradient import add_gradients
 
-# Elements of a chunk's largest array; three or four of them, 8 MB each in float32, stay in cache,
-# and each product is long enough to run at full speed.
-CHUNK_ELEMENTS = 1 << 21
+# Bytes of a chunk's largest array; three or four of them stay in cache, and each product is long
+# enough to run at full speed.
+CHUNK_BYTES = 1 << 22
 
 
 def ggn_product(
@@ -52,7 +52,7 @@ def ggn_product(
     tall = v.reshape(-1, v.shape[-1])
     weight, bias = tall[:, :d], tall[:, d, None] if has_bias else None
     out = tall * damping
-    step = max(1, CHUNK_ELEMENTS // max(len(tall), d))
+    step = max(1, CHUNK_BYTES // (v.itemsize * max(len(tall), d)))
     for start in range(0, len(act), step):
         rows = slice(start, start + step)
         a, q = act[rows].to(v.dtype), p[rows].t().to(v.dtype)
