@@ -46,7 +46,7 @@ sanitize: $(VENV)/.test
 	nm -D $(VENV)/sanitized/imu_fast/*.so | grep -q __asan_init
 	cd $(VENV)/sanitized && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=.:$(abspath tests) $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider \
-	    $(abspath tests)/test_cholesky.py --rootdir . -c /dev/null --import-mode=importlib
+	    $(abspath tests)/solvers/cholesky/test_cholesky.py --rootdir . -c /dev/null --import-mode=importlib
 
 # Predicted time per kernel on an H200, from counted bytes and FLOPs.
 roofline: $(VENV)/.test

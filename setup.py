@@ -114,6 +114,6 @@ def extensions():
 setup(
     packages=[*find_packages(include=["imu_fast", "imu_fast.*"]), "imu_fast.kernels"],
     package_dir={"imu_fast": "imu_fast", "imu_fast.kernels": "kernels"},
-    package_data={"imu_fast": ["py.typed"], "imu_fast.evaluation": ["report.html.j2"]},
+    package_data={"imu_fast": ["py.typed"], "imu_fast.study.report": ["report.html.j2"]},
     **({} if set(CHOICES.values()) == {"0"} else extensions()),
 )

@@ -80,9 +80,9 @@ nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,cl
 
 stage build 120 env IMU_FAST_BUILD_EXT=1 IMU_FAST_BUILD_CUDA=1 \
     "$PYTHON" -m pip install --no-build-isolation --no-deps -e .
-run_pytest tests_kernels 150 tests/test_kernels_gpu.py
-run_pytest tests_solvers 60 tests/test_cholesky.py tests/test_cusolver.py tests/test_low_precision.py \
-    tests/test_head_run.py
+run_pytest tests_kernels 150 tests/kernels/test_kernels_gpu.py
+run_pytest tests_solvers 60 tests/solvers/cholesky \
+    tests/unlearning/ascent/test_graph.py
 
 # One odd shape and one ragged one of every kernel; caches are warm from the tests. The caching
 # allocator would hide what runs past a tensor's end.
@@ -91,7 +91,7 @@ if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck initcheck; do
         stage "sanitizer_$tool" 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
             compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes all \
-            "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_kernels_gpu.py -k "$SMALL"
+            "$PYTHON" -m pytest -q -p no:cacheprovider tests/kernels/test_kernels_gpu.py -k "$SMALL"
     done
 else
     say "stage sanitizer: FAILED, no compute-sanitizer on PATH"

@@ -17,7 +17,7 @@ from problems import problems, random_problem
 from tabulate import tabulate
 
 import imu_fast as imu
-from imu_fast import curvature
+from imu_fast.curvature import named as curvature
 from imu_fast.storage import replacing
 
 PRECONDITIONERS = ("none", "kfac", "nystrom")

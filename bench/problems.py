@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import imu_fast as imu
-from imu_fast.data import cifar, digits
+from imu_fast.study.data import cifar, digits
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ def print_table(timings: list[Timing]) -> None:
 
 def draw(path: Path, timings: list[Timing]) -> None:
     """Above: a bar per baseline, its time per sample over ours. Below: fractions of the floors."""
-    from imu_fast.evaluation.plots import new_figure, save
+    from imu_fast.study.report.demo_plots import new_figure, save
 
     compared = list(comparisons(timings))
     pairs = [

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import imu_fast as imu
-from imu_fast.solvers import low_precision
-from imu_fast.solvers.cholesky import damped_cholesky
+from imu_fast.solvers.cholesky import low_precision
+from imu_fast.solvers.cholesky.cholesky import damped_cholesky
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 

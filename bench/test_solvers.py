@@ -17,7 +17,7 @@ from problems import random_problem
 from torch import nn
 
 import imu_fast as imu
-from imu_fast import curvature
+from imu_fast.curvature import named as curvature
 
 N, D, CLASSES, QUERIES, LAM = 2000, 128, 10, 200, 1e-2
 # Peers that take one conjugate gradient per query get this many queries of the 200; their time per

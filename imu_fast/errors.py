@@ -117,3 +117,9 @@ def check_same_device(first: str, a: Tensor, second: str, b: Tensor) -> None:
         raise InputError(
             f"{second} is on {b.device} but {first} is on {a.device}; move one with .to()"
         )
+
+
+def brief(error: Exception, length: int = 300) -> str:
+    """An error of another library on one line, with its kind where it says nothing else."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= length else f"{text[:length]}..."

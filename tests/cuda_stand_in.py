@@ -11,8 +11,8 @@ import sys
 import torch
 
 from imu_fast import _C
-from imu_fast.solvers import cholesky, cusolver
-from imu_fast.solvers.lapack import find_lapack
+from imu_fast.solvers.cholesky import cholesky, cusolver
+from imu_fast.solvers.cholesky.lapack import find_lapack
 
 # As if little fitted shared memory, so that the suite's sizes take every route.
 SMALL = {torch.float32: 40, torch.float64: 20}

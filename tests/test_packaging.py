@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TEMPLATE = "imu_fast/evaluation/report.html.j2"
+TEMPLATE = "imu_fast/study/report/report.html.j2"
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from imu_fast.curvature.by_solves import PairsBySolves, self_influence
+from imu_fast.curvature.base import PairsBySolves, self_influence
 from imu_fast.errors import InputError, check_positive
-from imu_fast.factors import GradientFactors
+from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.ops.bilinear_scores import bilinear_scores
 from imu_fast.ops.gram import gram
 from imu_fast.ops.mean_gradient import add_gradients
 from imu_fast.ops.tokens import sample_of_token
-from imu_fast.solvers.cholesky import damped_cholesky
+from imu_fast.solvers.cholesky.cholesky import damped_cholesky
 from imu_fast.solvers.conjugate_gradient import refine
 
 # The Gram matrix and its factor are [n, n] float64: 20,000 samples are 3.2 GB each.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from imu_fast.curvature.by_solves import PairsBySolves
+from imu_fast.curvature.base import PairsBySolves
 from imu_fast.errors import check_choice
-from imu_fast.factors import GradientFactors
+from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.ops.bilinear_scores import quadratic_scores
 from imu_fast.ops.fisher_diagonal import fisher_diagonal
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from imu_fast.curvature.by_solves import PairsBySolves
-from imu_fast.curvature.probabilities import augmented, probabilities
-from imu_fast.factors import GradientFactors
+from imu_fast.curvature.base import PairsBySolves
+from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.factors.probabilities import augmented, probabilities
 from imu_fast.ops.tokens import sum_over_tokens
-from imu_fast.solvers.cholesky import DampedCholesky, damped_cholesky
+from imu_fast.solvers.cholesky.cholesky import DampedCholesky, damped_cholesky
 
 # Elements of the [classes, D, D] float64 factors that exist at once: 1 GB.
 _BLOCK_ELEMENTS = 1 << 27

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from imu_fast.errors import check_choice
-from imu_fast.factors import GradientFactors
+from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.ops.bilinear_scores import gradient_norms
 from imu_fast.ops.gram import cross_gram
 

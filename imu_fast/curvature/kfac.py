@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from imu_fast.curvature.by_solves import PairsBySolves
-from imu_fast.curvature.probabilities import augmented, probabilities
-from imu_fast.factors import GradientFactors
+from imu_fast.curvature.base import PairsBySolves
+from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.factors.probabilities import augmented, probabilities
 from imu_fast.ops.bilinear_scores import quadratic_scores
 
 # Elements of a~ that exist at once: large enough for products at full speed.

@@ -1,1 +1,1 @@
-"""Data sets that the command line and the demo read."""
+"""Users' data files."""

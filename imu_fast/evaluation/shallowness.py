@@ -13,16 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from imu_fast.ascent import ForgetSet
-from imu_fast.capture import capture_features, device_of, logits_of, split_batch, to_device
-from imu_fast.errors import (
-    InputError,
-    check_choice,
-    check_count,
-    check_finite_rows,
-    check_positive,
-)
-from imu_fast.evaluation.metrics import outputs_of
+from imu_fast.errors import InputError, check_choice, check_count, check_finite_rows, check_positive
+from imu_fast.model.batches import ForgetSet, device_of, split_batch, to_device
+from imu_fast.model.capture import capture_features
+from imu_fast.model.outputs import logits_of, outputs_of
 from imu_fast.ops.head_ascent import head_logits
 from imu_fast.ops.mean_gradient import add_gradients
 from imu_fast.ops.softmax_residual import softmax_residual

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imu_fast.solvers.cholesky import damped_cholesky
+from imu_fast.solvers.cholesky.cholesky import damped_cholesky
 
 # Coordinates whose mutual updates stay in cache; the rest of the gradient is updated once a block.
 _BLOCK = 128

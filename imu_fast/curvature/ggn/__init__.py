@@ -1,0 +1,1 @@
+"""The generalised Gauss-Newton matrix of a head, solved exactly."""

@@ -1,0 +1,1 @@
+"""Influence scores, and the weights made of them."""

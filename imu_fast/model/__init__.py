@@ -1,0 +1,1 @@
+"""From a user's model and data to gradient factors."""

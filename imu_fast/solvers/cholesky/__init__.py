@@ -1,0 +1,1 @@
+"""Damped Cholesky factors and solves, on the CPU and on CUDA."""

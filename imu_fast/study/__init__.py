@@ -1,0 +1,1 @@
+"""Studies: the demo, the comparison, their data and reports."""

@@ -1,0 +1,138 @@
+"""What a comparison compares: one frozen record, from flags or a yaml file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from imu_fast.errors import InputError, check_choice, check_count, check_positive
+from imu_fast.study.data.tasks import DATASETS, check_task
+from imu_fast.study.entries import ALL, QUICK
+from imu_fast.study.networks import NETWORKS
+
+# The model that learning rates are chosen on, beyond the seeds of a report.
+TUNING_SEED = 100
+# Data sets' own defaults; digits fit into three minutes.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "digits": {
+        "tasks": ("class", "random-5"),
+        "seeds": 5,
+        "epochs": 12,
+        "train": None,
+        "methods": QUICK,
+    },
+    "cifar10": {
+        "tasks": ("class", "random-1", "random-5", "random-10"),
+        "seeds": 5,
+        "epochs": 12,
+        "train": 10_000,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Settings of a comparison.
+
+    Attributes:
+        data, data_path: a data set of ``DATASETS``, and where its files are.
+        train: training images, drawn by seed; None: all.
+        archs: of ``NETWORKS``. seeds: models per architecture, from seed 0.
+        tasks: ``class``, ``random-P``.
+        methods: names of ``entries.ENTRIES``, or "all"; digits have a quick choice of their own.
+        epochs, lr: of training.
+        max_steps: budget of each unlearning run.
+        workers: processes side by side, the cores shared among them.
+    """
+
+    data: str = "digits"
+    data_path: str | None = None
+    train: int | None = None
+    archs: tuple[str, ...] = tuple(NETWORKS)
+    seeds: int = 5
+    tasks: tuple[str, ...] = ("class", "random-5")
+    methods: tuple[str, ...] = (ALL,)
+    epochs: int = 12
+    lr: float = 0.1
+    max_steps: int = 180
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        check_choice("data", self.data, DATASETS)
+        for name, value in (("archs", self.archs), ("tasks", self.tasks)):
+            if not value:
+                raise InputError(f"{name} is empty; name at least one")
+        for arch in self.archs:
+            check_choice("archs", arch, NETWORKS)
+        for task in self.tasks:
+            check_task(task)
+        for name in ("seeds", "epochs", "max_steps", "workers"):
+            check_count(name, getattr(self, name))
+        if self.seeds > TUNING_SEED:
+            raise InputError(
+                f"seeds={self.seeds} reaches the model that learning rates are chosen on; use at "
+                f"most {TUNING_SEED}"
+            )
+        if self.train is not None:
+            check_count("train", self.train)
+        check_positive("lr", self.lr)
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Configuration:
+        """From a mapping (a yaml file, flags); the data set's own defaults fill in the rest.
+
+        Raises:
+            InputError: unknown names, or values out of range.
+        """
+        known = [f.name for f in fields(cls)]
+        for name in given:
+            check_choice("setting", name, known)
+        values = {**_DEFAULTS.get(given.get("data", "digits"), {}), **given}
+        for name in ("archs", "tasks", "methods"):
+            if isinstance(values.get(name), str):
+                values[name] = values[name].split(",")
+            if name in values:
+                values[name] = tuple(values[name])
+        return cls(**values)
+
+    @classmethod
+    def read(cls, path: Path, given: Mapping[str, Any]) -> Configuration:
+        """From a yaml file; ``given`` (flags) wins.
+
+        Raises:
+            InputError: no readable yaml mapping.
+        """
+        import yaml
+
+        try:
+            values = yaml.safe_load(path.read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"config={str(path)!r} cannot be read: {error}") from error
+        if not isinstance(values, dict):
+            raise InputError(f"config={str(path)!r} is no mapping of settings to values")
+        return cls.of({**values, **given})
+
+    def training_key(self, arch: str, seed: int, task: str) -> str:
+        """Names a trained model: everything that its weights depend on."""
+        names = ("data", "train", "epochs", "lr")
+        settings = {name: getattr(self, name) for name in names}
+        if self.data == "folder":  # of the others the name says what they are
+            settings["data_path"] = self.data_path
+        return _digest([settings, arch, seed, task])
+
+    def run_key(self, arch: str, seed: int, task: str, version: Any) -> str:
+        """Names the runs of one model and task: also what the methods and budgets are."""
+        return _digest([self.training_key(arch, seed, task), self.max_steps, version])
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the results; without the path, which is of one machine only."""
+        kept = {k: v for k, v in asdict(self).items() if k not in ("data_path", "workers")}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

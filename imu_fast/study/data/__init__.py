@@ -1,0 +1,1 @@
+"""Data sets of the studies, and what is forgotten of them."""

@@ -1,0 +1,162 @@
+"""The demo: IMU, its controls and its rivals on real digits, all stopped at the same depth."""
+
+from __future__ import annotations
+
+import copy
+import json
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+import imu_fast
+from imu_fast.evaluation.evaluate import evaluate
+from imu_fast.evaluation.metrics import membership_accuracy
+from imu_fast.storage import replacing
+from imu_fast.study.data import digits
+from imu_fast.study.networks import train_small_network
+from imu_fast.study.report import demo_plots as plots
+from imu_fast.unlearning.depth import StopRule
+from imu_fast.unlearning.unlearn import DivergedError, UnlearnResult, unlearn
+
+METHODS: dict[str, dict[str, Any]] = {
+    "auto (head)": {"method": "auto"},
+    "IMU (head)": {},
+    "permuted weights (head)": {"method": "permuted"},
+    "uniform ascent (head)": {"method": "uniform"},
+    "uniform ascent (network)": {"method": "uniform", "scope": "all"},
+    "preconditioned margin (head)": {
+        "method": "uniform",
+        "objective": "margin",
+        "precondition": "features",
+    },
+}
+LEARNING_RATES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 3e-4, 1e-4)
+RULE = "learning rate: the largest of the grid with which the depth takes 20 steps or more"
+_MIN_STEPS, _MAX_STEPS = 20, 2000
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; accuracies in [0, 1], ``member``: see membership_accuracy."""
+
+    task: str
+    method: str
+    forget: float
+    retain: float
+    test: float
+    member: float
+    lr: float | None = None
+    steps: int | None = None
+    seconds: float | None = None
+    stopped_by: str | None = None
+
+
+def _row(task: digits.DigitsTask, name: str, model: nn.Module, seed: int, **extra: Any) -> Row:
+    forget, retain, test = (evaluate(model, s) for s in (task.forget, task.retain, task.test))
+    member = membership_accuracy(
+        retain["confidence"], test["confidence"], forget["confidence"], seed=seed
+    )
+    return Row(
+        task.name, name, forget["accuracy"], retain["accuracy"], test["accuracy"], member, **extra
+    )
+
+
+def forget_with(
+    model: nn.Module, task: digits.DigitsTask, options: dict[str, Any], seed: int
+) -> tuple[UnlearnResult, float | None]:
+    """Unlearn a copy of the model at the learning rate that the stated rule chooses.
+
+    ``auto`` has its own, and returns None.
+    """
+    rates = (None,) if options.get("method") == "auto" else LEARNING_RATES
+    for lr in rates:
+        try:
+            result = unlearn(
+                copy.deepcopy(model),
+                task.forget,
+                lr=lr,
+                epochs=_MAX_STEPS,
+                max_steps=_MAX_STEPS,
+                stop=StopRule(forget_accuracy=task.depth),
+                watch={"retain": task.retain},
+                record="step",
+                seed=seed,
+                **options,
+            )
+        except DivergedError:
+            continue
+        if result.steps >= _MIN_STEPS:
+            break
+    return result, lr
+
+
+def run(out: Path, *, seed: int = 0, quick: bool = False, progress: bool = True) -> dict[str, Any]:
+    """Run the demo; writes plots and ``results.json`` into ``out``, and returns what it wrote.
+
+    Args:
+        quick: two methods and a shorter training, for tests.
+    """
+    training, test = digits.load(seed)
+    epochs = 5 if quick else 20
+    methods = dict(list(METHODS.items())[: 2 if quick else None])
+    tasks = [digits.class_task(training, test, 3), digits.random_task(training, test, 50, seed)]
+    out.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    files: list[str] = []
+    total = 1 + len(tasks) * (1 + len(methods))
+    with tqdm(total=total, desc="demo", unit="run", disable=not progress) as bar:
+        model = train_small_network(training, seed, epochs)
+        bar.update()
+        for task in tasks:
+            rows.append(_row(task, "original", model, seed))
+            retrained = train_small_network(task.retain, seed + 1, epochs)
+            rows.append(_row(task, "retrained without", retrained, seed))
+            bar.update()
+            paths: dict[str, list[dict[str, float]]] = {}
+            for name, options in methods.items():
+                result, lr = forget_with(model, task, options, seed)
+                paths[name] = result.trajectory
+                rows.append(
+                    _row(
+                        task,
+                        name,
+                        result.model,
+                        seed,
+                        lr=lr,
+                        steps=result.steps,
+                        seconds=result.seconds,
+                        stopped_by=result.stopped_by,
+                    )
+                )
+                bar.update()
+            scores = imu_fast.influence_scores(model, task.forget)
+            stem = task.name.replace(" ", "-")
+            files += [
+                plots.trajectories(out / f"{stem}-trajectory.png", task.name, paths),
+                plots.histogram(out / f"{stem}-influence.png", task.name, scores),
+                plots.extremes(out / f"{stem}-images.png", task.name, *task.forget, scores),
+            ]
+    results = {
+        "rows": [asdict(row) for row in rows],
+        "depth": {task.name: task.depth for task in tasks},
+        "sizes": {task.name: len(task.forget[1]) for task in tasks},
+        "rule": RULE,
+        "settings": {name: options for name, options in methods.items()},
+        "seed": seed,
+        "quick": quick,
+        "versions": {
+            "imu_fast": imu_fast.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        },
+        "files": files,
+    }
+    with replacing(out / "results.json") as temporary:
+        temporary.write_text(json.dumps(results, indent=1) + "\n")
+    return results

@@ -1,0 +1,1 @@
+"""Reweighted gradient ascent."""

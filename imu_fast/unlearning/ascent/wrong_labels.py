@@ -1,0 +1,52 @@
+"""Wrong labels that a forget sample is moved to: drawn at random, or the nearest class."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from imu_fast.errors import InputError
+from imu_fast.model.batches import ForgetSet, device_of, split_batch, to_device
+from imu_fast.model.guard import preserved
+from imu_fast.model.outputs import logits_of, outputs_of
+
+# Of the input's own standard deviation: the reach of the single adversarial step.
+_REACH = 0.1
+
+
+def nearest_wrong_labels(model: nn.Module, forget: ForgetSet, seed: int) -> Tensor:
+    """The likeliest class other than the label after one signed gradient step: [n] int64.
+
+    Raises:
+        InputError: the inputs are not floating tensors (token ids have no gradient).
+    """
+    found, device = [], device_of(model)
+    with preserved(model):
+        model.eval()
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for batch in forget:
+            inputs, kwargs, labels = to_device(split_batch(batch), device)
+            if kwargs or not inputs[0].is_floating_point():
+                raise InputError(
+                    "method='boundary_shrink' moves the inputs, which must be one floating tensor; "
+                    "use method='random_label'"
+                )
+            x = inputs[0].detach().requires_grad_()
+            with torch.enable_grad():
+                loss = nn.functional.cross_entropy(logits_of(model(x, *inputs[1:])), labels)
+                (gradient,) = torch.autograd.grad(loss, x)
+            with torch.no_grad():
+                step = _REACH * x.std() * gradient.sign()
+                moved = logits_of(model(x + step, *inputs[1:]))
+            found.append(moved.scatter(1, labels[:, None], -torch.inf).argmax(dim=1))
+    return torch.cat(found)
+
+
+def random_wrong_labels(model: nn.Module, forget: ForgetSet, seed: int) -> Tensor:
+    """A class other than its label for each forget sample, uniform: [n] int64."""
+    outputs = outputs_of(model, forget)
+    classes = outputs.logits.shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    shift = torch.randint(1, classes, outputs.labels.shape, generator=generator)
+    return (outputs.labels + shift.to(outputs.labels.device)) % classes

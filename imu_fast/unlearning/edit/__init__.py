@@ -1,0 +1,1 @@
+"""The smallest edit of the head, by a quadratic program."""
