@@ -1,0 +1,128 @@
+"""How much each forget sample weighs in the ascent."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from imu_fast.curvature.base import Curvature
+from imu_fast.curvature.named import CURVATURES, CurvatureName
+from imu_fast.errors import check_choice, check_fraction
+from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.influence.scores import influence_scores
+from imu_fast.influence.weights import influence_weights
+from imu_fast.options import Choice, Options, Table, option, options
+
+
+def _check_reweight(name: str, value: str) -> None:
+    check_choice(name, value, ("once", "epoch", "batch"))
+
+
+def _check_empty(name: str, value: str) -> None:
+    check_choice(name, value, ("error", "uniform"))
+
+
+class Weights(Options):
+    """Which forget samples are ascended, and their weights.
+
+    Attributes:
+        reweight: when they are computed: ``"once"``, each ``"epoch"``, or each ``"batch"`` of its
+            own samples (a batch without negative scores is skipped).
+    """
+
+    reweight: str = "once"
+
+    def scores(self, factors: list[GradientFactors]) -> Tensor | None:
+        """What weights are made of: [n], negative supports forgetting; None: all weigh alike."""
+        return None
+
+    def weigh(self, scores: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Indices [k] and weights [k] out of scores [n]."""
+        raise NotImplementedError
+
+
+@options
+class Uniform(Weights):
+    """Every forget sample alike: plain gradient ascent (Thudi et al. 2022)."""
+
+    name = "uniform"
+
+    def weigh(self, scores: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        return torch.arange(len(scores)), torch.ones_like(scores)
+
+
+class _Selected(Weights):
+    """Weights by :func:`imu_fast.influence_weights`."""
+
+    top_fraction: float
+    clip_quantile: float
+    on_empty: str
+    _permute = False
+
+    def weigh(self, scores: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        return influence_weights(
+            scores,
+            self.top_fraction,
+            self.clip_quantile,
+            on_empty=self.on_empty,
+            permute=self._permute,
+            seed=seed,
+        )
+
+
+@options
+class Influence(_Selected):
+    """IMU (arXiv 2508.01620): the root of the influence at the classifier.
+
+    Args:
+        curvature: and its options, see :func:`imu_fast.influence_scores`.
+        top_fraction, clip_quantile, on_empty: see :func:`imu_fast.influence_weights`.
+        first_row_is_mean: a defect of the authors' code, see :func:`imu_fast.influence_scores`.
+    """
+
+    name = "influence"
+    curvature: Choice[Curvature, CurvatureName] = Choice(CURVATURES, "fisher_diag")
+    top_fraction: float = option(default=1.0, check=check_fraction)
+    clip_quantile: float = option(default=0.93, check=check_fraction)
+    on_empty: Literal["error", "uniform"] = option(default="error", check=_check_empty)
+    first_row_is_mean: bool = option(default=False)
+    reweight: Literal["once", "epoch", "batch"] = option(default="once", check=_check_reweight)
+
+    def scores(self, factors: list[GradientFactors]) -> Tensor:
+        return influence_scores(
+            factors, curvature=self.curvature, first_row_is_mean=self.first_row_is_mean
+        )
+
+
+@options
+class Permuted(Influence):
+    """IMU's control: the same weights, shuffled among the same samples."""
+
+    name = "permuted"
+    _permute = True
+
+
+@options
+class LossWeights(_Selected):
+    """IMU's cheapest rival: a sample weighs what its loss is, by IMU's own rule."""
+
+    name = "loss"
+    top_fraction: float = option(default=1.0, check=check_fraction)
+    clip_quantile: float = option(default=0.93, check=check_fraction)
+    on_empty: Literal["error", "uniform"] = option(default="error", check=_check_empty)
+    reweight: Literal["once", "epoch", "batch"] = option(default="once", check=_check_reweight)
+
+    def scores(self, factors: list[GradientFactors]) -> Tensor:
+        losses = factors[0].losses
+        assert losses is not None
+        return -losses
+
+
+WeightsName = Literal["uniform", "influence", "permuted", "loss"]
+WEIGHTS: Table[Weights] = Table(
+    "weights",
+    Weights,
+    {"uniform": Uniform, "influence": Influence, "permuted": Permuted, "loss": LossWeights},
+)
