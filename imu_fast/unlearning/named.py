@@ -117,3 +117,4 @@ class MethodOptions(CurvatureOptions, total=False):
     record: Literal["epoch", "step"]
     preset: Literal["paper"]
     margin: float
+    moment: Tensor
