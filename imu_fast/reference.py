@@ -7,6 +7,9 @@ d features, D = d + bias, and ``offsets [n+1]`` says which tokens belong to whic
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import torch
 from torch import Tensor
 
@@ -88,16 +91,30 @@ def influence(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool, x: Te
 
 
 def influence_weights(
-    scores: Tensor, top_fraction: float, clip_quantile: float
+    scores: Tensor, top_fraction: float, clip_quantile: float, quantile_over: str = "kept"
 ) -> tuple[list[int], list[float]]:
-    """SPEC section 4 by sorting Python numbers; ties keep the order of the samples."""
-    negative = [(-s, i) for i, s in enumerate(scores.double().tolist()) if s < 0]
-    keep = max(1, round(top_fraction * len(negative))) if negative else 0
-    chosen = sorted(sorted(negative, key=lambda pair: -pair[0])[:keep], key=lambda pair: pair[1])
-    weights = torch.tensor([value for value, _ in chosen], dtype=torch.float64).sqrt()
-    if len(chosen):
-        weights = weights.clamp_max(torch.quantile(weights, clip_quantile))
-    return [i for _, i in chosen], weights.tolist()
+    """Who has ``influence < 0``, by descending magnitude, and ``min(|influence| ** 0.5, clip)``.
+
+    Of these as many as are at most ``top_fraction`` of them, at least one; ties keep the samples'
+    order, and a fraction is known to 2^-52. ``clip``: the ``clip_quantile`` quantile of the kept
+    weights, or of "all" samples' weights, which are zero where not kept.
+    """
+    values = scores.double().tolist()
+    negative = [i for i in range(len(values)) if values[i] < 0]
+    limit = Fraction(top_fraction) + Fraction(1, 2**52)
+    fitting = [k for k in range(1, len(negative) + 1) if Fraction(k, len(negative)) <= limit]
+    kept = sorted(negative, key=lambda i: (values[i], i))[: max(fitting, default=1)]
+    weights = [math.sqrt(-values[i]) for i in kept]
+    zeros = [] if quantile_over == "kept" else [0.0] * (len(values) - len(kept))
+    clip = quantile(weights + zeros, clip_quantile) if kept else math.inf
+    return kept, [min(w, clip) for w in weights]
+
+
+def quantile(values: list[float], q: float) -> float:
+    """Linear interpolation between the two order statistics next to ``q (count - 1)``."""
+    ordered, position = sorted(values), q * (len(values) - 1)
+    low, high = math.floor(position), math.ceil(position)
+    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
 
 
 def objective(logits: Tensor, labels: Tensor, name: str, auxiliary: Tensor | None = None) -> Tensor:
