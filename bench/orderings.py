@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
 import imu_fast as imu
+from imu_fast.curvature.named import CURVATURES
 from imu_fast.storage import replacing
 
 OTHERS = ("identity", "fisher_diag", "fisher", "ggn_block", "kfac", "ekfac")
@@ -72,7 +73,8 @@ def rows_of(problem: Problem, damping: float) -> list[dict[str, Any]]:
     rows = []
     for against, truth in exact.items():
         for name in (*OTHERS, "ggn") if against != "exact head" else OTHERS:
-            scores = imu.influence_scores(f, curvature=name, damping=damping)
+            lam = damping if "damping" in CURVATURES[name].paths() else None
+            scores = imu.influence_scores(f, curvature=name, damping=lam)
             rows.append(
                 {"problem": problem.name, "n": f.n, "against": against, "curvature": name}
                 | compare(scores, truth)

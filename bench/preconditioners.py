@@ -17,7 +17,6 @@ from problems import problems, random_problem
 from tabulate import tabulate
 
 import imu_fast as imu
-from imu_fast.curvature import named as curvature
 from imu_fast.storage import replacing
 
 PRECONDITIONERS = ("none", "kfac", "nystrom")
@@ -39,7 +38,7 @@ def main(
                 best = float("inf")
                 for _ in range(3):
                     start = time.perf_counter()
-                    fitted = curvature.fit("ggn", f, damping, solver="cg", preconditioner=name)
+                    fitted = imu.fit("ggn", f, damping=damping, solver="cg", preconditioner=name)
                     fitted.solve(v)
                     best = min(best, time.perf_counter() - start)
                 rows.append(

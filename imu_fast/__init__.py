@@ -15,13 +15,23 @@ _EXPORTS = {
     "backends": "backend",
     "capture": "model.capture",
     "capture_features": "model.capture",
+    "Curvature": "curvature.base",
     "curvatures": "curvature.named",
     "damped_cholesky_solve": "solvers.cholesky.cholesky",
+    "EKFAC": "curvature.kfac",
     "evaluate": "evaluation.evaluate",
     "find_head": "model.head",
+    "Fisher": "curvature.fisher",
+    "FisherDiag": "curvature.fisher_diag",
+    "fit": "curvature.named",
+    "Fitted": "curvature.base",
+    "GGN": "curvature.ggn.ggn",
+    "GGNBlock": "curvature.ggn_block",
     "GradientFactors": "factors.gradient_factors",
+    "Identity": "curvature.identity",
     "influence_scores": "influence.scores",
     "influence_weights": "influence.weights",
+    "KFAC": "curvature.kfac",
     "linear_layers_matching": "model.head",
     "methods": "unlearning.named",
     "pairwise_influence": "influence.scores",
@@ -36,7 +46,17 @@ __all__ = ["__version__", *sorted(_EXPORTS)]
 if TYPE_CHECKING:
     from imu_fast.backend import backends as backends
     from imu_fast.backend import use_backend as use_backend
+    from imu_fast.curvature.base import Curvature as Curvature
+    from imu_fast.curvature.base import Fitted as Fitted
+    from imu_fast.curvature.fisher import Fisher as Fisher
+    from imu_fast.curvature.fisher_diag import FisherDiag as FisherDiag
+    from imu_fast.curvature.ggn.ggn import GGN as GGN
+    from imu_fast.curvature.ggn_block import GGNBlock as GGNBlock
+    from imu_fast.curvature.identity import Identity as Identity
+    from imu_fast.curvature.kfac import EKFAC as EKFAC
+    from imu_fast.curvature.kfac import KFAC as KFAC
     from imu_fast.curvature.named import curvatures as curvatures
+    from imu_fast.curvature.named import fit as fit
     from imu_fast.evaluation.evaluate import evaluate as evaluate
     from imu_fast.factors.gradient_factors import GradientFactors as GradientFactors
     from imu_fast.influence.scores import influence_scores as influence_scores

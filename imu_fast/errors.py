@@ -6,7 +6,7 @@ Every message names the argument, the value it had and what to do about it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -64,6 +64,8 @@ def check_positive(name: str, value: float, *, allow_zero: bool = False) -> floa
     """Return ``value`` as a float, or raise InputError unless it is finite and > 0 (>= 0)."""
     bound = ">= 0" if allow_zero else "> 0"
     try:
+        if isinstance(value, (bool, str)):  # float() would take True and "1"
+            raise TypeError
         number = float(value)
     except (TypeError, ValueError):
         raise InputError(f"{name}={value!r} is not a number; pass a number {bound}") from None
@@ -93,6 +95,11 @@ def check_choice(name: str, value: object, known: Iterable[str]) -> str:
     if value not in choices:
         raise InputError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")
     return str(value)
+
+
+def one_of(*known: str) -> Callable[[str, object], str]:
+    """:func:`check_choice` with these choices."""
+    return lambda name, value: check_choice(name, value, known)
 
 
 def check_finite_rows(name: str, tensor: Tensor, what: str = "sample") -> None:

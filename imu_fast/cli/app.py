@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from imu_fast.errors import ImuFastError, InputError, check_choice, check_count, check_positive
+from imu_fast.errors import ImuFastError, InputError, check_count
 
 app = typer.Typer(
     help="Influence-guided machine unlearning: score, reweight, unlearn.",
@@ -114,7 +114,9 @@ def score(
     curvature: Annotated[
         str, typer.Option(help="identity, fisher_diag, fisher, ggn, ggn_block, kfac or ekfac.")
     ] = "fisher_diag",
-    damping: Annotated[float, typer.Option(help="> 0.")] = 1e-2,
+    damping: Annotated[
+        float | None, typer.Option(help="> 0; default 0.01. identity has none.")
+    ] = None,
     classes: Classes = None,
     image_size: ImageSize = 224,
     batch_size: BatchSize = 64,
@@ -124,15 +126,14 @@ def score(
 
     from imu_fast.cli.model_files import build_model, count_classes
     from imu_fast.cli.score_files import check_ending, check_out, save_scores, writing
-    from imu_fast.curvature.named import curvatures
+    from imu_fast.curvature.named import CURVATURES
     from imu_fast.data.image_files import load_data
     from imu_fast.influence.scores import influence_scores
     from imu_fast.influence.weights import influence_weights
 
     check_ending(out)
     check_out(out)
-    check_choice("curvature", curvature, curvatures())
-    check_positive("damping", damping)
+    spec = CURVATURES.choose(curvature, damping=damping)
     model = build_model(arch, weights)
     loader, names = load_data(
         data,
@@ -141,9 +142,7 @@ def score(
         image_size=image_size,
         batch_size=batch_size,
     )
-    scores = influence_scores(
-        model, loader, curvature=curvature, damping=damping, progress=sys.stderr.isatty()
-    )
+    scores = influence_scores(model, loader, curvature=spec, progress=sys.stderr.isatty())
     selected, kept = influence_weights(scores, on_empty="uniform")
     weight = torch.zeros_like(scores).index_put_((selected,), kept)
     with writing(out):

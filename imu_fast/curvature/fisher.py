@@ -1,17 +1,18 @@
-"""The whole empirical Fisher, solved exactly through its dual of size n (SPEC section 2)."""
+"""The whole empirical Fisher, solved exactly through its dual of size n."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from imu_fast.curvature.base import PairsBySolves, self_influence
+from imu_fast.curvature.base import Curvature, Fitted, self_influence
 from imu_fast.errors import InputError, check_positive
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.ops.bilinear_scores import bilinear_scores
 from imu_fast.ops.gram import gram
 from imu_fast.ops.mean_gradient import add_gradients
 from imu_fast.ops.tokens import sample_of_token
+from imu_fast.options import option, options
 from imu_fast.solvers.cholesky.cholesky import damped_cholesky
 from imu_fast.solvers.conjugate_gradient import refine
 
@@ -19,8 +20,35 @@ from imu_fast.solvers.conjugate_gradient import refine
 MAX_SAMPLES = 20_000
 
 
-class Fisher(PairsBySolves):
-    """``1/n sum_i g_i g_i^T + lam I``; Woodbury with one damped Cholesky of ``K/n + lam I``.
+@options
+class Fisher(Curvature):
+    """``1/n sum_i g_i g_i^T + lam I``, the empirical Fisher.
+
+    Attributes:
+        damping: lam > 0, in units of squared gradients.
+        tolerance: of the true relative residual of a solve.
+    """
+
+    name = "fisher"
+    damping: float = option(default=1e-2, check=check_positive)
+    tolerance: float = option(default=1e-6, check=check_positive)
+
+    def fit(self, factors: GradientFactors) -> FittedFisher:
+        """The Gram matrix of the gradients [n, n], and its factor.
+
+        Raises:
+            InputError: more than MAX_SAMPLES samples.
+        """
+        if factors.n > MAX_SAMPLES:
+            raise InputError(
+                f"curvature='fisher' with n={factors.n} needs an [n, n] matrix; use at most "
+                f"{MAX_SAMPLES} samples, or 'fisher_diag'"
+            )
+        return FittedFisher(factors, self.damping, self.tolerance)
+
+
+class FittedFisher(Fitted):
+    """Woodbury with one damped Cholesky of ``K/n + lam I``, K the gradients' Gram matrix.
 
     Everything is in float64: Woodbury's difference cancels by the condition number.
 
@@ -37,21 +65,6 @@ class Fisher(PairsBySolves):
         k = gram(f.delta, f.act, f.offsets, f.has_bias)
         self._cholesky = damped_cholesky(k.div_(f.n), damping, overwrite=True)
 
-    @classmethod
-    def fit(cls, factors: GradientFactors, damping: float, tolerance: float = 1e-6) -> Fisher:
-        """Fit on ``factors``; ``tolerance`` is on the true relative residual.
-
-        Raises:
-            InputError: more than MAX_SAMPLES samples.
-        """
-        check_positive("tolerance", tolerance)
-        if factors.n > MAX_SAMPLES:
-            raise InputError(
-                f"curvature='fisher' with n={factors.n} needs an [n, n] matrix; use at most "
-                f"{MAX_SAMPLES} samples, or 'fisher_diag'"
-            )
-        return cls(factors, damping, tolerance)
-
     def _forward(self, v: Tensor) -> Tensor:
         """``G v``: [n, m] for v [m, C, D]."""
         f = self.factors
@@ -66,8 +79,10 @@ class Fisher(PairsBySolves):
         return out
 
     def product(self, v: Tensor) -> Tensor:
-        """``M v``: [m, C, D] float64."""
-        return self._add_adjoint(v * self.damping, self._forward(v), 1 / self.factors.n)
+        """``M v``; v [C, D] or [m, C, D], in v's dtype."""
+        many = (v if v.dim() == 3 else v[None]).double()
+        out = self._add_adjoint(many * self.damping, self._forward(many), 1 / self.factors.n)
+        return out.view_as(v).to(v.dtype)
 
     def _approximate(self, r: Tensor, _: float) -> tuple[Tensor, int]:
         alpha = self._cholesky.solve(self._forward(r))

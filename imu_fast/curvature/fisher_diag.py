@@ -1,39 +1,55 @@
-"""The diagonal of the empirical Fisher, damped: the authors' curvature (SPEC section 2)."""
+"""The diagonal of the empirical Fisher, damped: the curvature of the IMU authors."""
 
 from __future__ import annotations
+
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from imu_fast.curvature.base import PairsBySolves
-from imu_fast.errors import check_choice
+from imu_fast.curvature.base import Curvature, Fitted
+from imu_fast.errors import check_positive, one_of
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.ops.bilinear_scores import quadratic_scores
 from imu_fast.ops.fisher_diagonal import fisher_diagonal
+from imu_fast.options import option, options
 
-DAMPING_MODES = ("add", "clamp")
+DampingMode = Literal["add", "clamp"]
 
 
-class FisherDiag(PairsBySolves):
+@options
+class FisherDiag(Curvature):
     """``diag(1/n sum_i g_i * g_i) + lam``, or ``max(diag, lam)`` with ``damping_mode="clamp"``.
+
+    Attributes:
+        damping: lam > 0, in units of squared gradients. damping_mode: "add" or "clamp".
+    """
+
+    name = "fisher_diag"
+    damping: float = option(default=1e-2, check=check_positive)
+    damping_mode: DampingMode = option(default="add", check=one_of(*get_args(DampingMode)))
+
+    def fit(self, factors: GradientFactors) -> FittedFisherDiag:
+        """One matrix product of squares where every sample has one token; else tile by tile."""
+        diagonal = fisher_diagonal(factors.delta, factors.act, factors.offsets, factors.has_bias)
+        if self.damping_mode == "add":
+            return FittedFisherDiag(diagonal.add_(self.damping))
+        return FittedFisherDiag(diagonal.clamp_min_(self.damping))
+
+
+class FittedFisherDiag(Fitted):
+    """A diagonal matrix.
 
     Attributes:
         diagonal: [C, D], damped.
     """
 
-    residual = 0.0
-
     def __init__(self, diagonal: Tensor) -> None:
         self.diagonal = diagonal
 
-    @classmethod
-    def fit(cls, factors: GradientFactors, damping: float, damping_mode: str = "add") -> FisherDiag:
-        """Fit on ``factors``; ``damping_mode`` is ``"add"`` or ``"clamp"``."""
-        check_choice("damping_mode", damping_mode, DAMPING_MODES)
-        diagonal = fisher_diagonal(factors.delta, factors.act, factors.offsets, factors.has_bias)
-        if damping_mode == "add":
-            return cls(diagonal.add_(damping))
-        return cls(diagonal.clamp_min_(damping))
+    def product(self, v: Tensor) -> Tensor:
+        """``v * diagonal``; v [C, D] or [m, C, D]."""
+        return (v * self.diagonal).to(v.dtype)
 
     def solve(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         """``X = v / diagonal``; v [C, D] or [m, C, D]."""

@@ -1,4 +1,4 @@
-"""The GGN's diagonal class blocks: C damped Cholesky solves of size D, batched (SPEC section 2)."""
+"""The GGN's diagonal class blocks: C damped Cholesky solves of size D, batched."""
 
 from __future__ import annotations
 
@@ -8,18 +8,44 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from imu_fast.curvature.base import PairsBySolves
+from imu_fast.curvature.base import Curvature, Fitted
+from imu_fast.errors import check_positive
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.probabilities import augmented, probabilities
 from imu_fast.ops.tokens import sum_over_tokens
+from imu_fast.options import option, options
 from imu_fast.solvers.cholesky.cholesky import DampedCholesky, damped_cholesky
 
 # Elements of the [classes, D, D] float64 factors that exist at once: 1 GB.
 _BLOCK_ELEMENTS = 1 << 27
 
 
-class GGNBlock(PairsBySolves):
-    """Class block c is ``1/n sum_t c_t p_c (1 - p_c) a~ a~^T + lam I``, in float64.
+@options
+class GGNBlock(Curvature):
+    """The GGN's class blocks alone: ``1/n sum_t c_t p_c (1 - p_c) a~ a~^T + lam I`` for class c.
+
+    Attributes:
+        damping: lam > 0, in units of squared gradients.
+    """
+
+    name = "ggn_block"
+    damping: float = option(default=1e-2, check=check_positive)
+
+    def fit(self, factors: GradientFactors) -> FittedGGNBlock:
+        """Of a softmax head; the blocks are made where they are first needed.
+
+        Raises:
+            InputError: not a softmax head.
+        """
+        p, scale = probabilities(factors)
+        variance = p * (1 - p) * (scale / factors.n)[:, None]
+        # 1 - p cancels to a tiny negative number where p rounds above one.
+        a = augmented(factors.act, factors.has_bias)
+        return FittedGGNBlock(variance.clamp_min(0), a, self.damping)
+
+
+class FittedGGNBlock(Fitted):
+    """C damped Cholesky factors [D, D], in float64.
 
     Memory: all C factors where they fit into a gigabyte; else they are made anew, slab of classes
     by slab, for each call.
@@ -28,23 +54,9 @@ class GGNBlock(PairsBySolves):
         residual: relative residual of the last solve, recomputed (the largest of several).
     """
 
-    residual = 0.0
-
     def __init__(self, variance: Tensor, a: Tensor, damping: float) -> None:
         self._variance, self._a, self.damping = variance, a, damping
         self._kept: list[tuple[slice, DampedCholesky]] | None = None
-
-    @classmethod
-    def fit(cls, factors: GradientFactors, damping: float) -> GGNBlock:
-        """Fit on a softmax head's factors.
-
-        Raises:
-            InputError: not a softmax head.
-        """
-        p, scale = probabilities(factors)
-        variance = p * (1 - p) * (scale / factors.n)[:, None]
-        # 1 - p cancels to a tiny negative number where p rounds above one.
-        return cls(variance.clamp_min(0), augmented(factors.act, factors.has_bias), damping)
 
     def _factors(self) -> Iterator[tuple[slice, DampedCholesky]]:
         """Cholesky factors [classes, D, D], slab of classes by slab."""
@@ -66,9 +78,13 @@ class GGNBlock(PairsBySolves):
         self._kept = kept or None
 
     def product(self, v: Tensor) -> Tensor:
-        """``M v``: [C, D] float64."""
-        s = (self._a @ v.T).mul_(self._variance)
-        return (s.T @ self._a).add_(v, alpha=self.damping)
+        """``M v``; v [C, D] or [m, C, D], in v's dtype."""
+        many = (v if v.dim() == 3 else v[None]).double()
+        out = many * self.damping
+        for one, rhs in zip(out, many, strict=True):
+            s = (self._a @ rhs.T).mul_(self._variance)
+            one.addmm_(s.T, self._a)
+        return out.view_as(v).to(v.dtype)
 
     def solve(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         """``X = M^-1 v``; v [C, D] or [m, C, D]. X is float64 (``out`` is not used)."""

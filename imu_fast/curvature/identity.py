@@ -4,26 +4,36 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from imu_fast.errors import check_choice
+from imu_fast.curvature.base import Curvature, Fitted
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.ops.bilinear_scores import gradient_norms
 from imu_fast.ops.gram import cross_gram
+from imu_fast.options import options
 
 
-class Identity:
-    """The identity; ``damping`` is checked like everywhere and has no effect (SPEC section 2)."""
+@options
+class Identity(Curvature):
+    """``I``; there is nothing to damp."""
 
-    residual = 0.0
+    name = "identity"
 
-    @classmethod
-    def fit(cls, factors: GradientFactors, damping: float, damping_mode: str = "add") -> Identity:
-        """Nothing to fit; the options are those of ``fisher_diag`` so that names can be swapped."""
-        check_choice("damping_mode", damping_mode, ("add", "clamp"))
-        return cls()
+    def fit(self, factors: GradientFactors) -> FittedIdentity:
+        """Nothing is read."""
+        return FittedIdentity()
+
+
+class FittedIdentity(Fitted):
+    """``I``."""
+
+    def product(self, v: Tensor) -> Tensor:
+        """``v``, a copy."""
+        return v.clone()
 
     def solve(self, v: Tensor, out: Tensor | None = None) -> Tensor:
-        """``X = v``."""
-        return v if out is None or out is v else out.copy_(v)
+        """``X = v``, a copy unless ``out`` is v."""
+        if out is None:
+            return v.clone()
+        return v if out is v else out.copy_(v)
 
     def self_influence(self, factors: GradientFactors) -> Tensor:
         """``||g_i||^2``: [n]."""

@@ -1,20 +1,22 @@
-"""K-FAC and EK-FAC of a softmax head: a Kronecker eigenbasis, diagonal in it (SPEC section 2)."""
+"""K-FAC and EK-FAC of a softmax head: a Kronecker eigenbasis, diagonal in it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from imu_fast.curvature.base import PairsBySolves
+from imu_fast.curvature.base import Curvature, Fitted
+from imu_fast.errors import check_positive
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.probabilities import augmented, probabilities
 from imu_fast.ops.bilinear_scores import quadratic_scores
+from imu_fast.options import option, options
 
 # Elements of a~ that exist at once: large enough for products at full speed.
 _CHUNK_ELEMENTS = 1 << 18
 
 
-class KroneckerEigenbasis(PairsBySolves):
+class KroneckerEigenbasis(Fitted):
     """``(Q_B (x) Q_A) diag(eigenvalues + lam) (Q_B (x) Q_A)^T``, in float64.
 
     Attributes:
@@ -25,12 +27,11 @@ class KroneckerEigenbasis(PairsBySolves):
 
     def __init__(self, basis_out: Tensor, basis_in: Tensor, damped: Tensor) -> None:
         self.basis_out, self.basis_in, self.damped = basis_out, basis_in, damped
-        self.residual = 0.0
 
     def product(self, v: Tensor) -> Tensor:
-        """``M v``; v [..., C, D] float64."""
-        rotated = self.basis_out.T @ v @ self.basis_in
-        return self.basis_out @ (rotated * self.damped) @ self.basis_in.T
+        """``M v``; v [..., C, D]; in v's dtype."""
+        rotated = self.basis_out.T @ v.to(self.damped) @ self.basis_in
+        return (self.basis_out @ (rotated * self.damped) @ self.basis_in.T).to(v.dtype)
 
     def apply_inverse(self, v: Tensor) -> Tensor:
         """``M^-1 v`` in the bases' dtype; v [..., C, D]."""
@@ -83,38 +84,57 @@ def _eigenbasis(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return values_b.clamp_min(0), basis_b, values_a.clamp_min(0), basis_a
 
 
-class KFAC(KroneckerEigenbasis):
-    """``mean(diag(p) - p p^T) (x) mean(a~ a~^T) + lam I`` (Martens and Grosse 2015)."""
+def fit_kfac(
+    factors: GradientFactors, damping: float, dtype: torch.dtype = torch.float64
+) -> KroneckerEigenbasis:
+    """K-FAC; in float32 it is good enough for a preconditioner, and takes a third of the time.
 
-    @classmethod
-    def fit(
-        cls, factors: GradientFactors, damping: float, dtype: torch.dtype = torch.float64
-    ) -> KFAC:
-        """Fit on a softmax head's factors: two eigendecompositions, ``O(C^3 + D^3)``.
+    Raises:
+        InputError: not a softmax head.
+    """
+    p, scale = probabilities(factors)
+    b, a = kronecker_factors(p, scale / factors.n, factors.act, factors.has_bias, dtype)
+    values_b, basis_b, values_a, basis_a = _eigenbasis(b, a)
+    return KroneckerEigenbasis(basis_b, basis_a, torch.outer(values_b, values_a) + damping)
 
-        Args:
-            dtype: of the computation and the bases; float32 is enough for a preconditioner.
+
+@options
+class KFAC(Curvature):
+    """``mean(diag(p) - p p^T) (x) mean(a~ a~^T) + lam I`` (Martens and Grosse 2015).
+
+    Attributes:
+        damping: lam > 0, in units of squared gradients.
+    """
+
+    name = "kfac"
+    damping: float = option(default=1e-2, check=check_positive)
+
+    def fit(self, factors: GradientFactors) -> KroneckerEigenbasis:
+        """Of a softmax head: two eigendecompositions, ``O(C^3 + D^3)``.
 
         Raises:
             InputError: not a softmax head.
         """
-        p, scale = probabilities(factors)
-        b, a = kronecker_factors(p, scale / factors.n, factors.act, factors.has_bias, dtype)
-        values_b, basis_b, values_a, basis_a = _eigenbasis(b, a)
-        return cls(basis_b, basis_a, torch.outer(values_b, values_a) + damping)
+        return fit_kfac(factors, self.damping)
 
 
-class EKFAC(KroneckerEigenbasis):
+@options
+class EKFAC(Curvature):
     """K-FAC's eigenbasis with the GGN's own diagonal in it (George et al. 2018).
 
     ``eigenvalue[i,j] = 1/n sum_t c_t (Q_B^T (diag(p) - p p^T) Q_B)[i,i] (Q_A^T a~)[j]^2``: of all
     diagonals in this basis the nearest to the GGN. The expectation over the model's labels is
     exact, not sampled.
+
+    Attributes:
+        damping: lam > 0, in units of squared gradients.
     """
 
-    @classmethod
-    def fit(cls, factors: GradientFactors, damping: float) -> EKFAC:
-        """Fit on a softmax head's factors: K-FAC, and two products of ``N C^2`` and ``N D^2``.
+    name = "ekfac"
+    damping: float = option(default=1e-2, check=check_positive)
+
+    def fit(self, factors: GradientFactors) -> KroneckerEigenbasis:
+        """Of a softmax head: K-FAC, and two products of ``N C^2`` and ``N D^2``.
 
         Raises:
             InputError: not a softmax head.
@@ -126,4 +146,4 @@ class EKFAC(KroneckerEigenbasis):
         variance = p @ basis_b.square() - (p @ basis_b).square()
         second = (augmented(act, has_bias) @ basis_a).square()
         values = (variance * weight[:, None]).T @ second
-        return cls(basis_b, basis_a, values.clamp_min(0) + damping)
+        return KroneckerEigenbasis(basis_b, basis_a, values.clamp_min(0) + self.damping)

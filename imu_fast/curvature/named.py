@@ -1,55 +1,98 @@
-"""Curvatures ``M`` of SPEC section 2: one file each, all with ``fit(factors) -> .solve(v)``.
+"""The table of curvatures, and fitting one by name.
 
-Adding one: a class with :class:`Curvature`'s methods in its own file, and a line in ``_KNOWN``.
+Adding one: a file with its options and its fitted class, and its line here.
 """
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
+from typing import Any, Literal
 
-from imu_fast.curvature.base import Curvature
+from torch import nn
+from typing_extensions import TypedDict, Unpack
+
+from imu_fast.curvature.base import Curvature, Fitted
 from imu_fast.curvature.fisher import Fisher
-from imu_fast.curvature.fisher_diag import FisherDiag
-from imu_fast.curvature.ggn.ggn import GGN
+from imu_fast.curvature.fisher_diag import DampingMode, FisherDiag
+from imu_fast.curvature.ggn.ggn import GGN, Preconditioner, Solver
 from imu_fast.curvature.ggn_block import GGNBlock
 from imu_fast.curvature.identity import Identity
 from imu_fast.curvature.kfac import EKFAC, KFAC
-from imu_fast.errors import check_choice, check_positive
+from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.options import Table
 
-_KNOWN: dict[str, Any] = {
-    "ekfac": EKFAC,
-    "fisher": Fisher,
-    "fisher_diag": FisherDiag,
-    "ggn": GGN,
-    "ggn_block": GGNBlock,
-    "identity": Identity,
-    "kfac": KFAC,
-}
+CURVATURES: Table[Curvature] = Table(
+    "curvature",
+    Curvature,  # type: ignore[type-abstract]
+    {
+        "ekfac": EKFAC,
+        "fisher": Fisher,
+        "fisher_diag": FisherDiag,
+        "ggn": GGN,
+        "ggn_block": GGNBlock,
+        "identity": Identity,
+        "kfac": KFAC,
+    },
+)
+CurvatureName = Literal["ekfac", "fisher", "fisher_diag", "ggn", "ggn_block", "identity", "kfac"]
+
+
+class OwnOptions(TypedDict, total=False):
+    """Flat options that some curvatures have."""
+
+    damping_mode: DampingMode
+    solver: Solver
+    tolerance: float
+    preconditioner: Preconditioner
+
+
+class CurvatureOptions(OwnOptions, total=False):
+    """Flat options of all curvatures."""
+
+    damping: float
 
 
 def curvatures() -> list[str]:
     """Names that ``curvature=`` accepts."""
-    return sorted(_KNOWN)
+    return sorted(CURVATURES)
 
 
-def fit(name: str, factors: GradientFactors, damping: float, **options: Any) -> Curvature:
-    """Fit a curvature by name.
+def fit(
+    curvature: CurvatureName | Curvature,
+    factors: GradientFactors,
+    **options: Unpack[CurvatureOptions],
+) -> Fitted:
+    """A curvature of these samples: ``M @ v``, ``M.solve(v)``, self-influence and pairs.
 
     Args:
-        factors: the samples that define it.
-        damping: lam > 0.
-        options: of that curvature, such as ``damping_mode`` of ``fisher_diag``.
+        curvature: an object such as ``imu.GGN(damping=1e-3)``, or a name out of
+            :func:`imu_fast.curvatures`, which is short for the object with its defaults.
+        factors: the samples that define it, of one layer.
+        options: of the named curvature, such as ``damping=1e-3``.
 
     Raises:
-        InputError: unknown name or option, damping not positive and finite.
+        InputError: unknown name or option, a bad value, an object together with options, or
+            factors that the curvature cannot be made of.
     """
-    check_choice("curvature", name, curvatures())
-    check_positive("damping", damping)
-    fit_one = _KNOWN[name].fit
-    known = [k for k in inspect.signature(fit_one).parameters if k not in ("factors", "damping")]
-    for option in options:
-        check_choice(f"options of curvature={name!r}", option, known)
-    fitted: Curvature = fit_one(factors, float(damping), **options)
-    return fitted
+    spec = CURVATURES.choose(curvature, **options)
+    check_factors(factors)
+    return spec.fit(factors)
+
+
+def check_factors(factors: Any) -> None:
+    """Raise InputError unless these are the factors of one layer."""
+    if isinstance(factors, (list, tuple)):
+        raise InputError(
+            f"factors is a list of {len(factors)} layers; a curvature is of one layer: fit each, "
+            "[imu_fast.fit(curvature, layer) for layer in factors]"
+        )
+    if isinstance(factors, nn.Module):
+        raise InputError(
+            f"factors is a model ({type(factors).__name__}); capture it first: "
+            "factors = imu_fast.capture(model, data)"
+        )
+    if not isinstance(factors, GradientFactors):
+        raise InputError(
+            f"factors is a {type(factors).__name__}; pass GradientFactors, which "
+            "imu_fast.capture(model, data) makes"
+        )

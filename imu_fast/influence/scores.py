@@ -1,4 +1,4 @@
-"""Influence of forget samples at the classifier: SPEC section 3."""
+"""Influence of samples at a linear layer: ``- g_i^T M^-1 v``, its diagonal and its pairs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from imu_fast.curvature import named as curvature_module
+from imu_fast.curvature.base import Curvature
+from imu_fast.curvature.named import CURVATURES, CurvatureName, OwnOptions
 from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.ops.bilinear_scores import bilinear_scores
@@ -31,16 +33,16 @@ def _as_layers(value: Any, name: str) -> list[GradientFactors]:
     return layers
 
 
-def _factors_of(source: Any, loader: Any, layers: Any, progress: bool) -> list[GradientFactors]:
+def _factors_of(source: Any, data: Any, layers: Any, progress: bool) -> list[GradientFactors]:
     if isinstance(source, nn.Module):
-        if loader is None:
-            raise InputError("loader=None: pass the forget loader after the model")
+        if data is None:
+            raise InputError("data=None: pass the samples after the model")
         from imu_fast.model.capture import capture
 
-        source = capture(source, loader, layers=layers, progress=progress)
-    elif loader is not None:
-        raise InputError("loader is only used with a model; pass factors alone")
-    return _as_layers(source, "factors")
+        source = capture(source, data, layers=layers, progress=progress)
+    elif data is not None:
+        raise InputError("data is only used with a model; pass factors alone")
+    return _as_layers(source, "source")
 
 
 def _check_like(name: str, layers: list[GradientFactors], others: list[GradientFactors]) -> None:
@@ -76,47 +78,49 @@ def _target_vectors(target: Any, layers: list[GradientFactors]) -> list[Tensor]:
 
 
 def influence_scores(
-    factors: Factors | nn.Module,
-    loader: Any = None,
+    source: Factors | nn.Module,
+    data: Any = None,
     *,
-    curvature: str = "fisher_diag",
-    damping: float = 1e-2,
+    curvature: CurvatureName | Curvature = "fisher_diag",
+    damping: float | None = None,
     target: Any = None,
-    first_row_is_mean: bool = False,
     layers: Any = "head",
+    first_row_is_mean: bool = False,
     progress: bool = False,
-    **options: Any,
+    **options: Unpack[OwnOptions],
 ) -> Tensor:
-    """``influence_i = - g_i^T M^-1 v`` for every forget sample (SPEC section 3; IMU eq. of scores).
+    """``influence_i = - g_i^T M^-1 v`` of every sample.
 
-    Negative means that the sample pulls with the mean forget direction.
+    Negative means that the sample pulls with the mean gradient.
 
     Args:
-        factors: GradientFactors, a list of them (one per layer: scores add up, ``M`` is block
-            diagonal over layers), or a model, captured over ``loader`` in one batched pass.
-        curvature: a name out of :func:`imu_fast.curvatures`.
-        damping: lam > 0, in units of squared gradients.
-        target: what ``v`` is: None for the mean forget gradient; factors of a query or validation
+        source: GradientFactors, a list of them (one per layer: scores add up, ``M`` is block
+            diagonal over layers), or a model, captured over ``data`` in one batched pass.
+        curvature: what M is: a name out of :func:`imu_fast.curvatures`, or an object with its own
+            options, such as ``imu.GGN(damping=1e-3)``.
+        damping: lam > 0 of the named curvature, in units of squared gradients; None: its default.
+        target: what ``v`` is: None for the samples' mean gradient; factors of a query or validation
             set, whose mean gradient is taken; or a tensor [C, D] (a list with one per layer).
-        first_row_is_mean: reproduce a defect of the authors' published code, whose in-place sum
-            overwrites sample 0's gradient with the mean: its score becomes ``-gbar^T M^-1 gbar``.
         layers: which layers to capture, if a model is given.
-        options: of the curvature, such as ``damping_mode="clamp"``.
+        first_row_is_mean: reproduce a defect of the IMU authors' published code, whose in-place sum
+            overwrites sample 0's gradient with the mean: its score becomes ``-gbar^T M^-1 gbar``.
+        options: others of the named curvature, such as ``damping_mode="clamp"``.
 
     Returns:
         [n], in the factors' dtype and on their device.
 
     Raises:
-        InputError: as SPEC section 8 lists.
+        InputError: unknown curvature, an option that it does not have or a bad value; factors,
+            target or data that do not fit; factors that the curvature cannot be made of.
     """
-    all_layers = _factors_of(factors, loader, layers, progress)
+    spec = CURVATURES.choose(curvature, damping=damping, **options)
+    all_layers = _factors_of(source, data, layers, progress)
     vectors = _target_vectors(target, all_layers)
     scores: Tensor | None = None
     first = 0.0
     for layer, v in zip(all_layers, vectors, strict=True):
-        fitted = curvature_module.fit(curvature, layer, damping, **options)
         # In place where v is ours: fresh memory of size C x D costs as much as the division.
-        x = fitted.solve(v, out=None if target is not None else v)
+        x = spec.fit(layer).solve(v, out=None if target is not None else v)
         x = x.to(layer.delta)
         part = bilinear_scores(layer.delta, layer.act, x, layer.offsets, layer.has_bias).neg_()
         scores = part if scores is None else scores + part
@@ -137,50 +141,50 @@ def influence_scores(
 
 
 def self_influence(
-    factors: Factors | nn.Module,
-    loader: Any = None,
+    source: Factors | nn.Module,
+    data: Any = None,
     *,
-    curvature: str = "fisher_diag",
-    damping: float = 1e-2,
+    curvature: CurvatureName | Curvature = "fisher_diag",
+    damping: float | None = None,
     layers: Any = "head",
     progress: bool = False,
-    **options: Any,
+    **options: Unpack[OwnOptions],
 ) -> Tensor:
-    """``g_i^T M^-1 g_i`` for every sample: [n], not negative (SPEC section 3).
+    """``g_i^T M^-1 g_i`` of every sample: [n], not negative.
 
     Arguments and errors as in :func:`influence_scores`.
     """
-    all_layers = _factors_of(factors, loader, layers, progress)
-    parts = [
-        curvature_module.fit(curvature, layer, damping, **options).self_influence(layer)
-        for layer in all_layers
-    ]
+    spec = CURVATURES.choose(curvature, damping=damping, **options)
+    all_layers = _factors_of(source, data, layers, progress)
+    parts = [spec.fit(layer).self_influence(layer) for layer in all_layers]
     return torch.stack(parts).sum(dim=0)
 
 
 def pairwise_influence(
-    factors: Factors,
+    source: Factors,
     queries: Factors,
     *,
-    curvature: str = "fisher_diag",
-    damping: float = 1e-2,
-    **options: Any,
+    curvature: CurvatureName | Curvature = "fisher_diag",
+    damping: float | None = None,
+    **options: Unpack[OwnOptions],
 ) -> Tensor:
     """``- g_i^T M^-1 h_j`` of every sample against every query (data attribution): [n, m].
 
     Args:
-        factors: n samples; they define the curvature.
-        queries: m samples of the same layers, with gradients h_j.
+        source: factors of n samples; they define the curvature.
+        queries: factors of m samples of the same layers, with gradients h_j.
 
-    The queries' mean over j is ``influence_scores(factors, target=queries)``.
+    The queries' mean over j is ``influence_scores(source, target=queries)``. Other arguments and
+    errors as there.
     """
-    all_layers, all_queries = _as_layers(factors, "factors"), _as_layers(queries, "queries")
+    spec = CURVATURES.choose(curvature, damping=damping, **options)
+    all_layers, all_queries = _as_layers(source, "source"), _as_layers(queries, "queries")
     if len(all_layers) != len(all_queries):
-        raise InputError(f"queries has {len(all_queries)} layers, factors {len(all_layers)}")
+        raise InputError(f"queries has {len(all_queries)} layers, source {len(all_layers)}")
     _check_like("queries", all_layers, all_queries)
     total: Tensor | None = None
     for layer, query in zip(all_layers, all_queries, strict=True):
-        part = curvature_module.fit(curvature, layer, damping, **options).pairwise(layer, query)
+        part = spec.fit(layer).pairwise(layer, query)
         total = part if total is None else total.add_(part)
     assert total is not None
     return total.neg_()

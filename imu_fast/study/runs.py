@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from imu_fast.curvature.named import curvatures
+from imu_fast.curvature.named import CURVATURES
 from imu_fast.evaluation.metrics import distance, membership
 from imu_fast.evaluation.shallowness import linear_probe, relearning_steps
 from imu_fast.influence.scores import influence_scores
@@ -231,12 +231,11 @@ class Setting:
         from scipy.stats import spearmanr
 
         head = nn.Sequential(self.original.head)
-        scores: dict[str, Tensor] = {
-            name: influence_scores(
-                head, self.original.features["forget"], curvature=name, damping=damping
-            )
-            for name in curvatures()
-        }
+        scores: dict[str, Tensor] = {}
+        for name in CURVATURES:
+            has_damping = "damping" in CURVATURES[name].paths()
+            spec = CURVATURES.choose(name, damping=damping if has_damping else None)
+            scores[name] = influence_scores(head, self.original.features["forget"], curvature=spec)
         exact = scores.pop("ggn")
         scores["-loss"] = -self.original.outputs["forget"].loss
         pairs = {name: (s.double().numpy(), exact.double().numpy()) for name, s in scores.items()}

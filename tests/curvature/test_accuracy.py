@@ -12,7 +12,6 @@ import torch
 
 import imu_fast as imu
 from imu_fast import reference
-from imu_fast.curvature import named as curvature
 from imu_fast.factors.probabilities import probabilities
 
 N, D, CLASSES = 40, 6, 4
@@ -88,7 +87,7 @@ def test_relative_error_and_certificate(kind, name, options, goal):
         # A relative error needs a residual below it by the condition number.
         condition = float(torch.linalg.cond(dense(name, f, damping, None)))
         options = {**options, "tolerance": max(goal / condition, 1e-14)}
-    fitted = curvature.fit(name, f, damping, **options)
+    fitted = imu.fit(name, f, damping=damping, **options)
     v = torch.randn(f.num_classes, f.width)
     x = fitted.solve(v).flatten()
 
@@ -108,7 +107,7 @@ def test_relative_error_and_certificate(kind, name, options, goal):
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_right_hand_sides_and_their_bound(kind):
     f, damping = problem(kind)
-    fitted = curvature.fit("ggn", f, damping, solver="primal")
+    fitted = imu.fit("ggn", f, damping=damping, solver="primal")
     v = torch.randn(40, f.num_classes, f.width)
     x = fitted.solve(v)
     matrix, rhs = dense("ggn", f, damping, fitted), v.double().flatten(1)
@@ -122,7 +121,7 @@ def test_many_right_hand_sides_and_their_bound(kind):
 def test_self_influence_and_its_bound(kind):
     """One triangular solve for all samples: its residual is a bound, which must be one."""
     f, damping = problem(kind)
-    fitted = curvature.fit("ggn", f, damping, solver="primal")
+    fitted = imu.fit("ggn", f, damping=damping, solver="primal")
     values = fitted.self_influence(f).double()
     matrix = dense("ggn", f, damping, fitted)
     g = reference.sample_gradients(f.delta, f.act, f.offsets, f.has_bias).flatten(1)

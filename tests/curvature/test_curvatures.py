@@ -10,8 +10,8 @@ from cases import CASES, IDS
 
 import imu_fast as imu
 from imu_fast import reference
-from imu_fast.curvature import named as curvature
-from imu_fast.curvature.kfac import KFAC
+from imu_fast.curvature.kfac import fit_kfac
+from imu_fast.curvature.named import CURVATURES
 from imu_fast.factors.probabilities import probabilities
 from imu_fast.solvers.conjugate_gradient import conjugate_gradient
 
@@ -44,7 +44,7 @@ def dense(name, f, damping, fitted=None):
 
 
 def check(name, f, damping, v, **options):
-    fitted = curvature.fit(name, f, damping, **options)
+    fitted = imu.fit(name, f, damping=damping, **options)
     matrix = dense(name, f, damping, fitted)
     x, rhs = fitted.solve(v), v.double().flatten()
     truth = torch.linalg.solve(matrix, rhs).view_as(x)
@@ -103,9 +103,10 @@ def test_condition_up_to_1e8(name, options):
 def test_scores_self_influence_and_pairs(name, case):
     f = make(case, torch.float64)
     queries = make(CASES[1] if case is CASES[1] else CASES[7], torch.float64)
-    options = {"tolerance": 1e-11} if name in ("ggn", "fisher") else {}
+    wanted = {"damping": 0.1, "tolerance": 1e-11}
+    options = {k: v for k, v in wanted.items() if k in CURVATURES[name].paths()}
     g, h = gradients(f), gradients(queries)
-    fitted = curvature.fit(name, f, 0.1, **options)
+    fitted = imu.fit(name, f, **options)
     if name == "identity":
         matrix = torch.eye(g.shape[1], dtype=torch.float64)
     elif name == "fisher_diag":
@@ -113,7 +114,7 @@ def test_scores_self_influence_and_pairs(name, case):
     else:
         matrix = dense(name, f, 0.1, fitted)
     inverse = torch.linalg.inv(matrix)
-    keyword = dict(curvature=name, damping=0.1, **options)
+    keyword = dict(curvature=name, **options)
     close = dict(rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(
         imu.influence_scores(f, target=queries, **keyword), -(g @ inverse @ h.mean(0)), **close
@@ -135,8 +136,7 @@ def test_preconditioned_conjugate_gradient(preconditioner, case, monkeypatch):
     monkeypatch.setattr(module, "kfac_cost", lambda *_: -1e9)
     monkeypatch.setattr(module, "_FIRST_GUESS", 0)
     made = []
-    fit = KFAC.fit
-    monkeypatch.setattr(KFAC, "fit", lambda *args: made.append(1) or fit(*args))
+    monkeypatch.setattr(module, "fit_kfac", lambda *args: made.append(1) or fit_kfac(*args))
     f = make(case, torch.float32)
     v = torch.randn(case.classes, f.width)
     options = dict(solver="cg", preconditioner=preconditioner, tolerance=1e-9)
@@ -148,21 +148,21 @@ def test_preconditioned_conjugate_gradient(preconditioner, case, monkeypatch):
 @pytest.mark.parametrize("name", ["kfac", "ekfac"])
 def test_chunks_of_tokens_change_nothing(name, monkeypatch):
     f = make(CASES[1], torch.float64)
-    expected = curvature.fit(name, f, 0.1).damped
+    expected = imu.fit(name, f, damping=0.1).damped
     monkeypatch.setattr(sys.modules["imu_fast.curvature.kfac"], "_CHUNK_ELEMENTS", 20)
-    torch.testing.assert_close(curvature.fit(name, f, 0.1).damped, expected)
+    torch.testing.assert_close(imu.fit(name, f, damping=0.1).damped, expected)
 
 
 @pytest.mark.parametrize("damping, expected", [(1.0, 0), (1e-4, 1)])
 def test_kfac_is_made_where_the_first_iterations_say_that_it_pays(damping, expected, monkeypatch):
     """Features with a large mean are slow at a small damping; at a large one nothing is."""
-    made, fit = [], KFAC.fit
-    monkeypatch.setattr(KFAC, "fit", lambda *args: made.append(1) or fit(*args))
+    made, module = [], sys.modules["imu_fast.curvature.ggn.ggn"]
+    monkeypatch.setattr(module, "fit_kfac", lambda *args: made.append(1) or fit_kfac(*args))
     weight = torch.randn(20, 40) / 6
     f = imu.GradientFactors.from_head(
         torch.rand(400, 40) + 1, weight, None, torch.randint(20, (400,))
     )
-    fitted = curvature.fit("ggn", f, damping, solver="cg")
+    fitted = imu.fit("ggn", f, damping=damping, solver="cg")
     fitted.solve(f.mean_gradient())
     assert fitted.residual <= fitted.tolerance
     assert len(made) == expected
@@ -189,7 +189,7 @@ def test_many_right_hand_sides_are_solved_each_to_the_tolerance():
     f = make(CASES[1], torch.float32)
     v = torch.randn(3, 7, 6) * torch.tensor([1.0, 1e-6, 0.0])[:, None, None]
     for name in ("ggn", "fisher", "ggn_block", "kfac", "ekfac"):
-        fitted = curvature.fit(name, f, 1e-3)
+        fitted = imu.fit(name, f, damping=1e-3)
         x = fitted.solve(v)
         for one, rhs in zip(x, v, strict=True):
             torch.testing.assert_close(one, fitted.solve(rhs), rtol=1e-5, atol=1e-12)
@@ -199,12 +199,12 @@ def test_many_right_hand_sides_are_solved_each_to_the_tolerance():
 def test_blocks_made_slab_by_slab(monkeypatch):
     f = make(CASES[7], torch.float64)
     v = torch.randn(f.num_classes, f.width, dtype=torch.float64)
-    whole = curvature.fit("ggn_block", f, 1e-2)
+    whole = imu.fit("ggn_block", f, damping=1e-2)
     expected, own = whole.solve(v), whole.self_influence(f)
     monkeypatch.setattr(
         sys.modules["imu_fast.curvature.ggn_block"], "_BLOCK_ELEMENTS", 2 * f.width**2
     )
-    slabs = curvature.fit("ggn_block", f, 1e-2)
+    slabs = imu.fit("ggn_block", f, damping=1e-2)
     for _ in range(2):
         torch.testing.assert_close(slabs.solve(v), expected)
         torch.testing.assert_close(slabs.self_influence(f), own)

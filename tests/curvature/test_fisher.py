@@ -10,7 +10,6 @@ from cases import CASES, IDS
 
 import imu_fast as imu
 from imu_fast import reference
-from imu_fast.curvature import named as curvature
 from imu_fast.errors import InputError
 
 
@@ -31,7 +30,7 @@ def test_exact_on_every_case(case, damping, dtype):
     g = gradients(f)
     matrix = g.T @ g / f.n + damping * torch.eye(g.shape[1], dtype=torch.float64)
     v = torch.randn(case.classes, f.width, dtype=dtype)
-    fitted = curvature.fit("fisher", f, damping, tolerance=1e-9)
+    fitted = imu.fit("fisher", f, damping=damping, tolerance=1e-9)
     x = fitted.solve(v)
     true = float((matrix @ x.flatten() - v.double().flatten()).norm() / v.double().norm())
     assert fitted.residual <= 1e-9

@@ -8,7 +8,6 @@ from cases import CASES, IDS, LargestTensor
 
 import imu_fast as imu
 from imu_fast import reference
-from imu_fast.curvature import named as curvature
 from imu_fast.curvature.ggn import dense as ggn_dense
 from imu_fast.curvature.ggn.costs import choose_preconditioner, choose_solver
 from imu_fast.errors import InputError, SingularMatrixError
@@ -34,7 +33,7 @@ def test_exact_on_every_case(case, damping, solver, dtype):
     factors = make(case, dtype)
     matrix = dense(factors, damping)
     v = torch.randn(case.classes, factors.width, dtype=dtype)
-    fitted = curvature.fit("ggn", factors, damping, solver=solver, tolerance=1e-9)
+    fitted = imu.fit("ggn", factors, damping=damping, solver=solver, tolerance=1e-9)
     x = fitted.solve(v)
     true = float((matrix @ x.flatten() - v.double().flatten()).norm() / v.double().norm())
     assert fitted.residual <= 1e-9
@@ -64,10 +63,10 @@ def test_scores_self_influence_and_pairs():
 
 def test_a_zero_right_hand_side_and_a_missed_tolerance(caplog):
     factors = make(CASES[1], torch.float32)
-    fitted = curvature.fit("ggn", factors, 0.1)
+    fitted = imu.fit("ggn", factors, damping=0.1)
     assert not fitted.solve(torch.zeros(7, 6)).any()
     assert fitted.residual == 0.0
-    fitted = curvature.fit("ggn", factors, 1e-6, tolerance=1e-30)
+    fitted = imu.fit("ggn", factors, damping=1e-6, tolerance=1e-30)
     fitted.solve(torch.randn(7, 6))
     assert fitted.residual > 1e-30
     assert "above the tolerance" in caplog.text
@@ -119,7 +118,7 @@ def test_a_damping_below_float32s_rounding_is_still_solved():
     weight = torch.randn(12, 24, generator=generator) / 5
     labels = torch.randint(12, (400,), generator=generator)
     factors = imu.GradientFactors.from_head(act, weight, None, labels)
-    fitted = curvature.fit("ggn", factors, 1e-9, solver="cg", preconditioner="kfac")
+    fitted = imu.fit("ggn", factors, damping=1e-9, solver="cg", preconditioner="kfac")
     fitted.solve(factors.mean_gradient())
     assert fitted.residual <= fitted.tolerance and fitted.iterations <= 200
 
@@ -129,10 +128,10 @@ def test_no_tokens_and_right_hand_sides_that_are_not_finite():
     empty = imu.GradientFactors.from_head(torch.randn(3, 4), torch.randn(5, 4), None, labels)
     v = torch.randn(5, 4)
     for solver in ("auto", "cg", "primal", "dual"):
-        fitted = curvature.fit("ggn", empty, 0.5, solver=solver, preconditioner="kfac")
+        fitted = imu.fit("ggn", empty, damping=0.5, solver=solver, preconditioner="kfac")
         torch.testing.assert_close(fitted.solve(v), v.double() / 0.5)
     with pytest.raises(InputError, match="right-hand side is not finite at vector 0"):
-        curvature.fit("ggn", make(CASES[1], torch.float32), 0.5).solve(
+        imu.fit("ggn", make(CASES[1], torch.float32), damping=0.5).solve(
             torch.full((7, 6), torch.inf)
         )
 
@@ -142,7 +141,7 @@ def test_a_matrix_that_is_indefinite_in_float64_says_what_to_do():
     factors = imu.GradientFactors.from_head(
         act, torch.zeros(2, 3), None, torch.tensor([0, 1, 0, 1])
     )
-    fitted = curvature.fit("ggn", factors, 1e-6, solver="primal")
+    fitted = imu.fit("ggn", factors, damping=1e-6, solver="primal")
     with pytest.raises(SingularMatrixError, match="raise the damping, or take solver='cg'"):
         fitted.solve(torch.randn(2, 3))
 
@@ -169,11 +168,11 @@ def test_preconditioner_by_cost():
 def test_bad_options():
     factors = make(CASES[1], torch.float32)
     with pytest.raises(InputError, match="solver='lu'"):
-        curvature.fit("ggn", factors, 0.1, solver="lu")
+        imu.fit("ggn", factors, damping=0.1, solver="lu")
     with pytest.raises(InputError, match="tolerance=0"):
-        curvature.fit("ggn", factors, 0.1, tolerance=0)
-    with pytest.raises(InputError, match="solver, tolerance, preconditioner"):
-        curvature.fit("ggn", factors, 0.1, damping_mode="add")
+        imu.fit("ggn", factors, damping=0.1, tolerance=0)
+    with pytest.raises(InputError, match="it has damping, preconditioner, solver, tolerance"):
+        imu.fit("ggn", factors, damping=0.1, damping_mode="add")
     other = imu.GradientFactors(factors.delta, factors.act, factors.offsets, True)
     with pytest.raises(InputError, match="not of a softmax head"):
         imu.influence_scores(other, curvature="ggn")
@@ -181,7 +180,7 @@ def test_bad_options():
         torch.randn(2, 900), torch.randn(11, 900), None, torch.tensor([0, 1])
     )
     with pytest.raises(InputError, match="order 9000.*use 'cg'"):
-        curvature.fit("ggn", wide, 0.1, solver="primal")
+        imu.fit("ggn", wide, damping=0.1, solver="primal")
 
 
 def test_a_head_of_51_300_parameters_without_a_matrix_of_that_order():
@@ -192,7 +191,7 @@ def test_a_head_of_51_300_parameters_without_a_matrix_of_that_order():
     factors = imu.GradientFactors.from_head(act, weight, torch.zeros(classes), labels)
     v = factors.mean_gradient()
     with LargestTensor() as mode:
-        fitted = curvature.fit("ggn", factors, 1e-4)
+        fitted = imu.fit("ggn", factors, damping=1e-4)
         x = fitted.solve(v)
     assert mode.largest <= n * (d + 1)
     assert float((fitted.product(x) - v.double()).norm() / v.double().norm()) <= 1e-6

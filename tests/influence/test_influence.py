@@ -278,9 +278,9 @@ def test_bad_arguments():
         imu.influence_scores(f, target=make(d=3))
     with pytest.raises(InputError, match="must be GradientFactors"):
         imu.influence_scores([])
-    with pytest.raises(InputError, match="loader=None"):
+    with pytest.raises(InputError, match="data=None"):
         imu.influence_scores(torch.nn.Linear(2, 2))
-    with pytest.raises(InputError, match="loader is only used with a model"):
+    with pytest.raises(InputError, match="data is only used with a model"):
         imu.influence_scores(f, [])
     with pytest.raises(InputError, match="layers disagree"):
         imu.influence_scores([f, make(n=3)])

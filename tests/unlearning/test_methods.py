@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 import imu_fast as imu
-from imu_fast.curvature import named as curvature
 from imu_fast.errors import InputError
 from imu_fast.model.batches import ForgetSet
 from imu_fast.ops.objective import NPO_BETA
@@ -230,7 +229,7 @@ def test_preconditioned_directions(problem, which):
     factors = imu.capture(model, (x, y))
     a = torch.cat([factors.act, torch.ones(len(y), 1)], dim=1).double()
     s = a.T @ a / len(a)
-    given = {"moment": s.float(), "fitted": curvature.fit("fisher_diag", factors, 0.1)}
+    given = {"moment": s.float(), "fitted": imu.fit("fisher_diag", factors, damping=0.1)}
     options = dict(method="uniform", lr=0.1, epochs=1, momentum=0.0, weight_decay=0.0)
     moved = {}
     for key, precondition in (("plain", None), ("with", given.get(which, which))):

@@ -6,11 +6,12 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from imu_fast.curvature.base import PairsBySolves, gradient_slabs, self_influence
+from imu_fast.curvature.base import Curvature, Fitted, gradient_slabs, self_influence
 from imu_fast.curvature.ggn.costs import (
     MAX_DENSE_ORDER,
     choose_preconditioner,
@@ -20,25 +21,26 @@ from imu_fast.curvature.ggn.costs import (
 )
 from imu_fast.curvature.ggn.dense import contrasts, dual_matrix, primal_matrix
 from imu_fast.curvature.ggn.nystrom import NystromPreconditioner
-from imu_fast.curvature.kfac import KFAC
+from imu_fast.curvature.kfac import KroneckerEigenbasis, fit_kfac
 from imu_fast.errors import (
     InputError,
     SingularMatrixError,
-    check_choice,
     check_finite_rows,
     check_positive,
+    one_of,
 )
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.probabilities import augmented, probabilities
 from imu_fast.ops.ggn_product import ggn_product
 from imu_fast.ops.mean_gradient import add_gradients
+from imu_fast.options import option, options
 from imu_fast.solvers.cholesky.cholesky import DampedCholesky, damped_cholesky
 from imu_fast.solvers.conjugate_gradient import Approximate, Operator, conjugate_gradient, refine
 
 logger = logging.getLogger("imu_fast")
 
-SOLVERS = ("auto", "primal", "dual", "cg")
-PRECONDITIONERS = ("auto", "none", "kfac", "nystrom")
+Solver = Literal["auto", "primal", "dual", "cg"]
+Preconditioner = Literal["auto", "none", "kfac", "nystrom"]
 # What K-FAC leaves to do: measured 18 to 40 on heads of 51,300 parameters.
 _KFAC_ITERATIONS = 20
 # From this iteration on the rate of convergence is taken for known.
@@ -62,8 +64,50 @@ def _depth(goal: float, dtype: torch.dtype) -> float:
     return goal / 2 if goal >= 8 * torch.finfo(dtype).eps else _ROUND
 
 
-class GGN(PairsBySolves):
+@options
+class GGN(Curvature):
     """``1/n sum c (diag(p) - p p^T) (x) a~ a~^T + lam I``, solved exactly, with a certificate.
+
+    Of a linear softmax head it is the Hessian of the mean loss.
+
+    Attributes:
+        damping: lam > 0, in units of squared gradients.
+        solver: "primal" (damped Cholesky of size (C-1) D), "dual" (of size N C), "cg" (conjugate
+            gradient), or "auto": the cheapest by :func:`solver_costs`.
+        tolerance: of the true relative residual of a solve.
+        preconditioner: of conjugate gradient: "none", "kfac" (from the moment that it pays, see
+            :func:`kfac_cost`), "nystrom" (a randomised sketch of rank 32), or "auto", by
+            :func:`choose_preconditioner`.
+    """
+
+    name = "ggn"
+    damping: float = option(default=1e-2, check=check_positive)
+    solver: Solver = option(default="auto", check=one_of(*get_args(Solver)))
+    tolerance: float = option(default=1e-6, check=check_positive)
+    preconditioner: Preconditioner = option(default="auto", check=one_of(*get_args(Preconditioner)))
+
+    def fit(self, factors: GradientFactors) -> FittedGGN:
+        """Of a softmax head; nothing is factored before the first solve.
+
+        Raises:
+            InputError: not a softmax head; a dense solver beyond MAX_DENSE_ORDER.
+        """
+        sizes = (factors.num_tokens, factors.num_classes, factors.width)
+        if self.solver != "auto" and self.solver not in solver_costs(*sizes):
+            tokens, classes, width = sizes
+            order = (classes - 1) * width if self.solver == "primal" else tokens * classes
+            raise InputError(
+                f"solver={self.solver!r} needs a dense matrix of order {order}; use 'cg' beyond "
+                f"{MAX_DENSE_ORDER}"
+            )
+        chosen: str = self.preconditioner
+        if chosen == "auto":
+            chosen = choose_preconditioner(*sizes)
+        return FittedGGN(factors, self.damping, self.solver, self.tolerance, chosen)
+
+
+class FittedGGN(Fitted):
+    """The GGN of a softmax head.
 
     Attributes:
         residual: relative residual of the last solve, recomputed in float64 (the largest of
@@ -91,46 +135,9 @@ class GGN(PairsBySolves):
         self.act, self.n, self.has_bias = factors.act, factors.n, factors.has_bias
         self.damping, self.solver, self.tolerance = damping, solver, tolerance
         self.preconditioner = preconditioner
-        self.residual, self.iterations = 0.0, 0
+        self.iterations = 0
         self._choleskys: dict[tuple[str, torch.dtype], DampedCholesky] = {}
         self._precondition: Operator | None = None
-
-    @classmethod
-    def fit(
-        cls,
-        factors: GradientFactors,
-        damping: float,
-        solver: str = "auto",
-        tolerance: float = 1e-6,
-        preconditioner: str = "auto",
-    ) -> GGN:
-        """Fit on a softmax head's factors.
-
-        Args:
-            solver: ``"primal"`` (damped Cholesky of size (C-1) D), ``"dual"`` (of size N C),
-                ``"cg"``, or the cheapest by :func:`solver_costs`.
-            tolerance: on the true relative residual.
-            preconditioner: of conjugate gradient: ``"none"``, ``"kfac"`` (from the moment that it
-                pays, see :func:`kfac_cost`), ``"nystrom"`` (a randomised sketch of rank 32), or by
-                :func:`choose_preconditioner`.
-
-        Raises:
-            InputError: not a softmax head; a bad option; a dense solver beyond MAX_DENSE_ORDER.
-        """
-        check_choice("solver", solver, SOLVERS)
-        check_choice("preconditioner", preconditioner, PRECONDITIONERS)
-        check_positive("tolerance", tolerance)
-        sizes = (factors.num_tokens, factors.num_classes, factors.width)
-        if preconditioner == "auto":
-            preconditioner = choose_preconditioner(*sizes)
-        if solver != "auto" and solver not in solver_costs(*sizes):
-            tokens, classes, width = sizes
-            order = (classes - 1) * width if solver == "primal" else tokens * classes
-            raise InputError(
-                f"solver={solver!r} needs a dense matrix of order {order}; use 'cg' beyond "
-                f"{MAX_DENSE_ORDER}"
-            )
-        return cls(factors, damping, solver, tolerance, preconditioner)
 
     def product(self, v: Tensor) -> Tensor:
         """``M v``; v [C, D] or [m, C, D], in v's dtype."""
@@ -223,16 +230,16 @@ class GGN(PairsBySolves):
             )
         return self._precondition
 
-    def _kfac(self) -> KFAC:
+    def _kfac(self) -> KroneckerEigenbasis:
         """In float32, unless the rounding of its eigenvalues would swamp the damping there."""
         try:
-            kfac = KFAC.fit(self._factors, self.damping, torch.float32)
+            kfac = fit_kfac(self._factors, self.damping, torch.float32)
             noise = 16 * torch.finfo(torch.float32).eps * float(kfac.damped.max())
             if self.damping >= noise:
                 return kfac
         except torch.linalg.LinAlgError:  # squares beyond float32's range
             pass
-        return KFAC.fit(self._factors, self.damping)
+        return fit_kfac(self._factors, self.damping)
 
     def _dense(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         a = augmented(self.act, self.has_bias, dtype)

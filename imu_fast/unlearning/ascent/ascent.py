@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from imu_fast.curvature.named import CURVATURES
 from imu_fast.errors import EmptySelectionError, InputError
 from imu_fast.influence.scores import influence_scores
 from imu_fast.influence.weights import influence_weights
@@ -85,14 +86,10 @@ class Run:
             losses = factors[0].losses
             assert losses is not None
             return -losses
-        options = {"damping_mode": s["damping_mode"]} if s["curvature"] == "fisher_diag" else {}
-        return influence_scores(
-            factors,
-            curvature=s["curvature"],
-            damping=s["damping"],
-            first_row_is_mean=s["first_row_is_mean"],
-            **options,
-        )
+        has = CURVATURES[s["curvature"]].paths()
+        own = {name: s[name] for name in ("damping", "damping_mode") if name in has}
+        spec = CURVATURES.choose(s["curvature"], **own)
+        return influence_scores(factors, curvature=spec, first_row_is_mean=s["first_row_is_mean"])
 
     def _weigh(self, scores: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         s = self.settings

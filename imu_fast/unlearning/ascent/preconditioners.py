@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imu_fast.curvature import named as curvature
 from imu_fast.curvature.ggn.costs import choose_solver
+from imu_fast.curvature.named import CURVATURES
 from imu_fast.errors import InputError, check_positive
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.probabilities import augmented, probabilities
@@ -42,7 +42,7 @@ def describe(precondition: Precondition) -> str | None:
             f"precondition is a {type(precondition).__name__}; pass a name, a second moment [D, D] "
             "or a fitted curvature (with .solve)"
         )
-    return f"a fitted {type(precondition).__name__}"
+    return f"a fitted {type(precondition).__name__.removeprefix('Fitted')}"
 
 
 def second_moment(features: Tensor, has_bias: bool) -> Tensor:
@@ -81,7 +81,7 @@ def preconditioner(
             # A direction needs few digits, and is asked for at every step: a factor pays.
             sizes = (factors.num_tokens, factors.num_classes, factors.width)
             options = {"solver": choose_solver(*sizes, solves=_SOLVES), "tolerance": 1e-2}
-        return curvature.fit(precondition, factors, damping, **options).solve
+        return CURVATURES.choose(precondition, damping=damping, **options).fit(factors).solve
     if not isinstance(precondition, str | Tensor):
         return precondition.solve
     if isinstance(precondition, Tensor):
