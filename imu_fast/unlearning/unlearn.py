@@ -83,7 +83,7 @@ def unlearn(
             * ``objective``: ``"ce"`` (default), ``"margin"``, ``"log1mp"``, ``"npo"``,
               ``"relabel"``.
             * ``weights``: ``"influence"``, ``"permuted"``, ``"loss"``, ``"uniform"``; but for the
-              last with ``top_fraction``, ``clip_quantile``, ``on_empty``
+              last with ``top_fraction``, ``clip_quantile``, ``quantile_over``, ``on_empty``
               (:func:`imu_fast.influence_weights`) and ``reweight``: ``"once"``, each ``"epoch"``,
               ``"batch"``. Influence has ``curvature`` with its options, and
               ``first_row_is_mean`` (:func:`imu_fast.influence_scores`).

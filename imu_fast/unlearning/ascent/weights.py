@@ -12,7 +12,7 @@ from imu_fast.curvature.named import CURVATURES, CurvatureName
 from imu_fast.errors import check_choice, check_fraction
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.influence.scores import influence_scores
-from imu_fast.influence.weights import influence_weights
+from imu_fast.influence.weights import QUANTILE_OVER, influence_weights
 from imu_fast.options import Choice, Options, Table, option, options
 
 
@@ -22,6 +22,10 @@ def _check_reweight(name: str, value: str) -> None:
 
 def _check_empty(name: str, value: str) -> None:
     check_choice(name, value, ("error", "uniform"))
+
+
+def _check_quantile(name: str, value: str) -> None:
+    check_choice(name, value, QUANTILE_OVER)
 
 
 class Weights(Options):
@@ -58,6 +62,7 @@ class _Selected(Weights):
 
     top_fraction: float
     clip_quantile: float
+    quantile_over: str
     on_empty: str
     _permute = False
 
@@ -66,6 +71,7 @@ class _Selected(Weights):
             scores,
             self.top_fraction,
             self.clip_quantile,
+            quantile_over=self.quantile_over,
             on_empty=self.on_empty,
             permute=self._permute,
             seed=seed,
@@ -78,7 +84,8 @@ class Influence(_Selected):
 
     Args:
         curvature: and its options, see :func:`imu_fast.influence_scores`.
-        top_fraction, clip_quantile, on_empty: see :func:`imu_fast.influence_weights`.
+        top_fraction, clip_quantile, quantile_over, on_empty: of
+            :func:`imu_fast.influence_weights`.
         first_row_is_mean: a defect of the authors' code, see :func:`imu_fast.influence_scores`.
     """
 
@@ -86,6 +93,7 @@ class Influence(_Selected):
     curvature: Choice[Curvature, CurvatureName] = Choice(CURVATURES, "fisher_diag")
     top_fraction: float = option(default=1.0, check=check_fraction)
     clip_quantile: float = option(default=0.93, check=check_fraction)
+    quantile_over: Literal["kept", "all"] = option(default="kept", check=_check_quantile)
     on_empty: Literal["error", "uniform"] = option(default="error", check=_check_empty)
     first_row_is_mean: bool = option(default=False)
     reweight: Literal["once", "epoch", "batch"] = option(default="once", check=_check_reweight)
@@ -111,6 +119,7 @@ class LossWeights(_Selected):
     name = "loss"
     top_fraction: float = option(default=1.0, check=check_fraction)
     clip_quantile: float = option(default=0.93, check=check_fraction)
+    quantile_over: Literal["kept", "all"] = option(default="kept", check=_check_quantile)
     on_empty: Literal["error", "uniform"] = option(default="error", check=_check_empty)
     reweight: Literal["once", "epoch", "batch"] = option(default="once", check=_check_reweight)
 
