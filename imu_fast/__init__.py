@@ -15,6 +15,7 @@ _EXPORTS = {
     "backends": "backend",
     "capture": "model.capture",
     "capture_features": "model.capture",
+    "CrossEntropy": "losses.cross_entropy",
     "Curvature": "curvature.base",
     "curvatures": "curvature.named",
     "damped_cholesky_solve": "solvers.cholesky.cholesky",
@@ -35,6 +36,7 @@ _EXPORTS = {
     "linear_layers_matching": "model.head",
     "methods": "unlearning.named",
     "pairwise_influence": "influence.scores",
+    "ShardedFactors": "factors.sharded",
     "self_influence": "influence.scores",
     "StopRule": "unlearning.depth",
     "unlearn": "unlearning.unlearn",
@@ -59,10 +61,12 @@ if TYPE_CHECKING:
     from imu_fast.curvature.named import fit as fit
     from imu_fast.evaluation.evaluate import evaluate as evaluate
     from imu_fast.factors.gradient_factors import GradientFactors as GradientFactors
+    from imu_fast.factors.sharded import ShardedFactors as ShardedFactors
     from imu_fast.influence.scores import influence_scores as influence_scores
     from imu_fast.influence.scores import pairwise_influence as pairwise_influence
     from imu_fast.influence.scores import self_influence as self_influence
     from imu_fast.influence.weights import influence_weights as influence_weights
+    from imu_fast.losses.cross_entropy import CrossEntropy as CrossEntropy
     from imu_fast.model.capture import capture as capture
     from imu_fast.model.capture import capture_features as capture_features
     from imu_fast.model.head import find_head as find_head

@@ -131,7 +131,7 @@ def test_scores_self_influence_and_pairs(name, case):
 @pytest.mark.parametrize("preconditioner", ["none", "kfac", "nystrom"])
 @pytest.mark.parametrize("case", [CASES[1], CASES[5], CASES[6], CASES[7]], ids=lambda c: c.why)
 def test_preconditioned_conjugate_gradient(preconditioner, case, monkeypatch):
-    module = sys.modules["imu_fast.curvature.ggn.ggn"]
+    module = sys.modules["imu_fast.curvature.ggn.iterative"]
     # K-FAC from the first iteration: these problems are solved before it would pay.
     monkeypatch.setattr(module, "kfac_cost", lambda *_: -1e9)
     monkeypatch.setattr(module, "_FIRST_GUESS", 0)
@@ -156,7 +156,7 @@ def test_chunks_of_tokens_change_nothing(name, monkeypatch):
 @pytest.mark.parametrize("damping, expected", [(1.0, 0), (1e-4, 1)])
 def test_kfac_is_made_where_the_first_iterations_say_that_it_pays(damping, expected, monkeypatch):
     """Features with a large mean are slow at a small damping; at a large one nothing is."""
-    made, module = [], sys.modules["imu_fast.curvature.ggn.ggn"]
+    made, module = [], sys.modules["imu_fast.curvature.ggn.iterative"]
     monkeypatch.setattr(module, "fit_kfac", lambda *args: made.append(1) or fit_kfac(*args))
     weight = torch.randn(20, 40) / 6
     f = imu.GradientFactors.from_head(

@@ -12,7 +12,7 @@ from imu_fast.curvature.ggn.costs import choose_solver
 from imu_fast.curvature.named import CURVATURES
 from imu_fast.errors import InputError, check_positive
 from imu_fast.factors.gradient_factors import GradientFactors
-from imu_fast.factors.probabilities import augmented, probabilities
+from imu_fast.factors.statistics import second_moment, trace
 from imu_fast.solvers.cholesky.cholesky import damped_cholesky_solve
 
 # About how many steps a run takes, for the choice of the GGN's solver.
@@ -45,12 +45,6 @@ def describe(precondition: Precondition) -> str | None:
     return f"a fitted {type(precondition).__name__.removeprefix('Fitted')}"
 
 
-def second_moment(features: Tensor, has_bias: bool) -> Tensor:
-    """``S = mean(a~ a~^T)``: [D, D] in float64; features [n, d]."""
-    a = augmented(features, has_bias)
-    return a.T @ a / len(a)
-
-
 def preconditioner(
     precondition: Precondition, factors: GradientFactors, eps: float
 ) -> Callable[[Tensor], Tensor] | None:
@@ -70,10 +64,7 @@ def preconditioner(
         return None
     check_positive("precondition_eps", eps)
     if isinstance(precondition, str) and precondition != "features":
-        p, scale = probabilities(factors)
-        norms = augmented(factors.act, factors.has_bias).square().sum(dim=1)
-        trace = (scale * (1 - p.square().sum(dim=1)).clamp_min(0) * norms).sum() / factors.n
-        mean = float(trace) / (factors.num_classes * factors.width)
+        mean = trace(factors) / (factors.num_classes * factors.width)
         # A saturated model has no curvature to speak of: M is then a multiple of the identity.
         damping = max(eps * mean, torch.finfo(torch.float32).tiny)
         options: dict[str, Any] = {}
@@ -92,7 +83,7 @@ def preconditioner(
                 f"[{factors.width}, {factors.width}] (with the bias's 1)"
             )
     else:
-        s = second_moment(factors.act, factors.has_bias)
+        s = second_moment(factors)
     eye = torch.eye(len(s), dtype=s.dtype, device=s.device)
     inverse = damped_cholesky_solve(s, eye, eps * float(s.diagonal().mean()))
     inverse = inverse.to(factors.delta)
