@@ -153,7 +153,7 @@ class GradientFactors:
             offsets = torch.arange(len(labels) + 1)
         offsets = offsets.to("cpu", torch.int64)
         check_offsets(offsets, len(labels))
-        valid = chosen.counts(labels)
+        valid = chosen.valid(labels)
         if not bool(valid.all()):
             kept_before = torch.zeros(len(labels) + 1, dtype=torch.int64)
             kept_before[1:] = valid.cpu().cumsum(0)

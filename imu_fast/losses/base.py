@@ -42,7 +42,7 @@ class Loss(Options, ABC):
         """Raise InputError naming the first label that the loss cannot take."""
 
     @abstractmethod
-    def counts(self, labels: Tensor) -> Tensor:
+    def valid(self, labels: Tensor) -> Tensor:
         """Which tokens have a loss: [N], bool; labels [N]."""
 
     @abstractmethod

@@ -60,7 +60,7 @@ class CrossEntropy(Loss):
         """Integers in [0, C), or ``ignore_index``."""
         check_labels(labels, num_classes, self.ignore_index)
 
-    def counts(self, labels: Tensor) -> Tensor:
+    def valid(self, labels: Tensor) -> Tensor:
         """Those that are not ``ignore_index``."""
         return labels != self.ignore_index
 
