@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from imu_fast.errors import InputError, check_finite_rows
-from imu_fast.factors.gradient_factors import IGNORE_INDEX, GradientFactors, check_labels
+from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.losses.cross_entropy import IGNORE_INDEX, check_labels
 from imu_fast.model.batches import as_batches, device_of, split_batch, to_device
 from imu_fast.model.guard import preserved
 from imu_fast.model.head import find_head, linears, no_head

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from imu_fast.errors import InputError
-from imu_fast.factors.gradient_factors import check_labels
+from imu_fast.losses.cross_entropy import check_labels
 from imu_fast.model.batches import as_batches, device_of, split_batch, to_device
 from imu_fast.model.guard import preserved
 

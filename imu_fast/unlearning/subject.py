@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from imu_fast.errors import InputError
-from imu_fast.factors.gradient_factors import IGNORE_INDEX, GradientFactors, check_labels
+from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.losses.cross_entropy import IGNORE_INDEX, check_labels
 from imu_fast.model.batches import ForgetSet, as_batches, split_batch, to_device
 from imu_fast.model.capture import HeadFeatures, capture, capture_features
 from imu_fast.model.guard import modes
