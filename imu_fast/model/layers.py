@@ -69,7 +69,7 @@ class _LayersCapture:
         rows = self._rows(run, batch, calls, logits, signal, backward) if calls else []
         for layer in self.layers:
             own = [r for r, call in zip(rows, calls, strict=True) if call.layer == layer]
-            self.parts[layer.name].append(_joined(own, layer, logits, labelled))
+            self.parts[layer.name].append(_joined(own, layer, labelled))
 
     def _gradients(self, calls: Sequence[Call], logits: Tensor, signal: Tensor) -> list[Tensor]:
         targets = [call.target for call in calls]
@@ -134,13 +134,13 @@ class _LayersCapture:
         )
 
 
-def _joined(rows: Sequence[Rows], layer: LinearLayer, logits: Tensor, labelled: Tensor) -> Rows:
+def _joined(rows: Sequence[Rows], layer: LinearLayer, labelled: Tensor) -> Rows:
     """One layer's rows of one batch in the order of their samples, and how many each has."""
-    weight = layer.weight
-    none = weight.new_zeros(0, device=logits.device)
-    delta = torch.cat([none.view(0, weight.shape[0]), *(r[0] for r in rows)])
-    act = torch.cat([none.view(0, weight.shape[1]), *(r[1] for r in rows)])
-    owner = torch.cat([torch.zeros(0, dtype=torch.int64), *(r[2] for r in rows)])
+    if not rows:
+        weight = layer.weight
+        delta, act = (weight.new_zeros(0, size) for size in weight.shape)
+        return packed(delta, act, torch.zeros(0, dtype=torch.int64), labelled)
+    delta, act, owner = (torch.cat([r[i] for r in rows]) for i in range(3))
     return packed(delta.detach(), act.detach(), owner, labelled)
 
 

@@ -32,7 +32,13 @@ def read(model: nn.Module, loader: Any, progress: bool) -> Iterator[Batch]:
     device = device_of(model)
     batches = tqdm(as_batches(loader), desc="capture", unit="batch", disable=not progress)
     for batch in batches:
-        yield to_device(split_batch(batch), device)
+        args, kwargs, labels = to_device(split_batch(batch), device)
+        yield [_usable(a) for a in args], {k: _usable(v) for k, v in kwargs.items()}, labels
+
+
+def _usable(value: Any) -> Any:
+    """A tensor made under inference_mode cannot be saved for a backward pass; its copy can."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def innermost(model: nn.Module) -> nn.Module:

@@ -82,13 +82,18 @@ def find(
     options = _options(model, every.output, batch, output)
     path = _decided(options, every)
     parts = _frontier(model, every, options[path], explicit)
+    made = options[path]
     if {p.name for p in parts} <= {c.layer.name for c in seen.calls if c.leaf is not None}:
         names = {part.name for part in parts}
         seen.calls = [call for call in seen.calls if call.layer.name in names]
     else:
-        del every
+        every.calls.clear()
         seen = observe(run, batch, parts, True)
-    return Head(parts, path if output is None else output), seen
+    head = Head(parts, path if output is None else output)
+    if not explicit:
+        sizes = sum(call.out.numel() for call in seen.calls)
+        _check_steps(model, every, made, parts, chosen(seen.output, head.choice), sizes)
+    return head, seen
 
 
 def locate(model: nn.Module, run: Run, batch: Batch, returned: Any, output: Any) -> Any:
@@ -171,15 +176,16 @@ def _frontier(
             reason = f" ({odd[0]})" if odd else f"; that is {_maker(model, every, logits)}"
             raise no_head(model, f"{wanted}: not the producer of the logits{reason}")
         parts = list(explicit)
-    shown = ", ".join(map(repr, (part.name for part in parts)))
+    else:
+        # Beside what makes one output per class, a gate or a learned temperature is no head.
+        classes = logits.shape[-1]
+        parts = [part for part in parts if part.width == classes] or parts
     again = [c.layer.name for c in every.calls if c.upstream and c.layer in parts]
     if again:
         raise NoHeadFoundError(
             f"layer {again[0]!r} makes the logits, but also what leads to them: it runs several "
             f"times, one after another; capture all of its calls with layers=[{again[0]!r}]"
         )
-    if explicit:
-        return parts
     if not parts:
         unread = "".join(f"; layer {name!r}: {why}" for name, why in every.odd.items())
         maker = _maker(model, every, logits)
@@ -188,15 +194,34 @@ def _frontier(
             f"no linear layer makes the logits: they come from {maker}{unread}; {_way_out(None)}",
         )
     adapters = [part.name for part in parts if "lora" in part.name.lower()]
-    if adapters:
+    if adapters and not explicit:
         raise NoHeadFoundError(
-            f"the head is {shown}, with an adapter {adapters[0]!r}; merge it into the head's "
-            "weight first (merge_and_unload() of a peft model), or name a layer: layers=[...]"
+            f"the logits are made by {', '.join(repr(part.name) for part in parts)}, one of them "
+            "an adapter; merge it into the head's weight first (merge_and_unload() of a peft "
+            "model), or name one layer: layers=[...]"
         )
+    return parts
+
+
+def _check_steps(
+    model: nn.Module,
+    every: Seen,
+    made: Tensor,
+    parts: Sequence[LinearLayer],
+    logits: Tensor,
+    outputs: int,
+) -> None:
+    """Raise NoHeadFoundError where the layers' outputs are compared with something, or weighed.
+
+    Args:
+        every, made: of the search, whose logits tell who made them.
+        logits: with the graph from the parts alone. outputs: numbers in all the parts' outputs.
+    """
     classes = logits.shape[-1]
     steps, largest = steps_of(logits)
     mixing = [name for name in steps if _MIXES.search(name)]
-    expanded = largest > max(sum(call.out.numel() for call in live), logits.numel())
+    # Every step has as many numbers as the outputs; a comparison with C vectors has C times that.
+    expanded = largest > max(outputs, logits.numel())
     kept = all(part.width == classes for part in parts)
     sliced = all(part.width > classes for part in parts) and not named_steps(steps)
     binary = classes == 2 and all(part.width == 1 for part in parts)
@@ -205,10 +230,10 @@ def _frontier(
         widths = ", ".join(str(part.width) for part in parts)
         raise no_head(
             model,
-            f"the model's {classes} logits are made by {what[0]} out of {shown} ({widths} outputs),"
-            f" in {_maker(model, every, logits)}; {_way_out(parts[0].name)}",
+            f"the model's {classes} logits are made by {what[0]} out of "
+            f"{', '.join(repr(part.name) for part in parts)} ({widths} outputs), in "
+            f"{_maker(model, every, made)}; {_way_out(parts[0].name)}",
         )
-    return parts
 
 
 def _maker(model: nn.Module, every: Seen, logits: Tensor) -> str:

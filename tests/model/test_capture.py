@@ -203,7 +203,7 @@ def test_models_without_a_linear_head():
         imu.capture(convolution, batch)
     with pytest.raises(NoHeadFoundError, match="none"):
         imu.find_head(convolution)
-    with pytest.raises(NoHeadFoundError, match="head='body'.*'4'"):
+    with pytest.raises(NoHeadFoundError, match="layers='body'.*'4'"):
         imu.capture(plain(), data(), layers=["body"])
     with pytest.raises(NoHeadFoundError, match="no linear layer of the model"):
         imu.find_head(plain(), nn.Linear(2, 2))
