@@ -32,6 +32,7 @@ _MOVES = re.compile(
 )
 
 
+_CHUNK_ROWS = 512
 _MOVED = "rows that are chosen or reordered"
 
 
@@ -82,6 +83,8 @@ class Piece:
 def plain_piece(act: Tensor, targets: Tensor) -> Piece:
     """act: [*targets.shape, d]."""
     valid = targets >= 0
+    if bool(valid.all()):
+        return Piece("plain", act.flatten(0, -2), targets.flatten(), counts_of(targets))
     return Piece("plain", act[valid], targets[valid], counts_of(targets))
 
 
@@ -279,23 +282,32 @@ def _scaled(
     """
     lead, classes = pull.shape[:-1], r.shape[1]
     flat = pull.reshape(-1, pull.shape[-1])
+    del pull
     if flat.shape[1] < classes or bool(flat[:, classes:].any()):
         return None
-    flat = flat[:, :classes]
-    wide = _wide(flat)
-    tolerance = 8 * max(torch.finfo(pull.dtype).eps, torch.finfo(r.dtype).eps)
     for owner in _maps(lead, shape, len(r)):
         owner = owner.to(r.device)
-        own, must = r[owner].to(wide), possible[owner]
-        inside = own * must
-        scale = (flat * inside).sum(dim=1) / inside.square().sum(dim=1)
-        scale = torch.where(torch.isfinite(scale), scale, 0.0)
-        own *= scale[:, None]
-        right = (flat - own).abs() <= tolerance * own.abs()
-        right |= (flat == 0) & ~must
-        if bool(right.all()):
+        scale = torch.empty(len(flat), device=r.device, dtype=_wide(flat))
+        for start in range(0, len(flat), _CHUNK_ROWS):
+            part = slice(start, start + _CHUNK_ROWS)
+            whose = owner[part]
+            if not _scales(flat[part, :classes], r[whose], possible[whose], scale[part]):
+                break
+        else:
             return scale, owner
     return None
+
+
+def _scales(pull: Tensor, r: Tensor, possible: Tensor, scale: Tensor) -> bool:
+    """Whether ``pull = s r`` row by row, wherever it is ``possible``; writes s to ``scale`` [R]."""
+    tolerance = 8 * max(torch.finfo(pull.dtype).eps, torch.finfo(r.dtype).eps)
+    r = r.to(scale.dtype)
+    inside = r * possible
+    scale.copy_((pull * inside).sum(dim=1) / inside.square().sum(dim=1))
+    scale.masked_fill_(~torch.isfinite(scale), 0.0)
+    r *= scale[:, None]
+    right = (pull - r).abs_() <= tolerance * r.abs()
+    return bool((right | ((pull == 0) & ~possible)).all())
 
 
 def _maps(lead: torch.Size, shape: torch.Size, units: int) -> list[Tensor]:

@@ -105,7 +105,11 @@ def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def watched(
-    layers: Sequence[LinearLayer], *, leaves: bool | None, trained: bool = False
+    layers: Sequence[LinearLayer],
+    *,
+    leaves: bool | None,
+    trained: bool = False,
+    traced: bool = False,
 ) -> Iterator[Seen]:
     """Record each call of these layers; the hooks are always removed.
 
@@ -117,6 +121,8 @@ def watched(
             in-place operations are allowed; False: outputs are only kept; None: by their size.
         trained: outputs of layers that lie behind each other stay connected (all their gradients
             come from one backward pass); otherwise each output starts a graph of its own.
+        traced: only to see what comes from which layer: a leaf is one number that is added, 0, and
+            nothing else is kept.
     """
     seen = Seen()
     active = True
@@ -152,6 +158,10 @@ def watched(
             seen.calls.append(Call(layer, act.clone(), out, None, output, version))
             return None
         torch.set_grad_enabled(True)  # until the model's own no_grad ends
+        if traced:
+            leaf = output.new_zeros(()).requires_grad_()
+            seen.calls.append(Call(layer, leaf, leaf, leaf, leaf, 0))
+            return output.detach().add_(leaf)  # no copy
         leaf = output if trained and output.requires_grad else output.detach().requires_grad_()
         given = leaf.clone()
         seen.calls.append(Call(layer, act.clone(), output, leaf, given, given._version))
@@ -248,16 +258,13 @@ def searched(model: nn.Module, layers: Sequence[LinearLayer]) -> Iterator[Seen]:
     from are marked ``upstream`` and forgotten, so that little more is kept than the model needs.
     """
     with ExitStack() as stack:
-        seen = stack.enter_context(watched(layers, leaves=True))
+        seen = stack.enter_context(watched(layers, leaves=True, traced=True))
 
         def forget(tensor: Tensor) -> None:
             found = leaves_of(tensor)
             for call in seen.calls:
                 if call.leaf is not None and id(call.leaf) in found:
-                    call.upstream = True
-                    empty = call.act.new_empty(0)
-                    call.act = call.out = call.given = empty
-                    call.leaf = None
+                    call.upstream, call.leaf = True, None
 
         def enter(_: nn.Module, args: Any, kwargs: Any) -> Any:
             return _cut(args, forget), _cut(dict(kwargs), forget)

@@ -19,7 +19,8 @@ from imu_fast.model.layers import capture_layers
 from imu_fast.model.logits import chosen
 from imu_fast.model.loss import targets_of
 from imu_fast.model.run import Batch, evaluated, full_precision, read, warn_if_shuffled
-from imu_fast.model.search import Head, Run, check_linear, directly, find, observe
+from imu_fast.model.search import Head, Run, directly, find, observe
+from imu_fast.model.verify import LinearChecks
 
 logger = logging.getLogger("imu_fast")
 
@@ -82,6 +83,7 @@ class _HeadCapture:
         self.ignore_index, self.shift = ignore_index, shift
         self.pieces: list[Piece] = []
         self.samples = 0
+        self._checks = LinearChecks()
         # Whether the logits have been the output itself so far: then nothing is differentiated.
         self._untouched = True
         self._head: Head | None = None
@@ -108,7 +110,6 @@ class _HeadCapture:
         self.samples += len(piece.counts)
 
     def _piece(self, run: Run, batch: Batch) -> Piece:
-        first = self._head is None
         if self._head is None:
             self._head, seen = find(self.model, run, batch, self.explicit, self.output)
             self._between = Between(self._head.parts)
@@ -123,7 +124,7 @@ class _HeadCapture:
                 logits = chosen(seen.output, self._head.choice)
         targets = targets_of(batch[2], logits, ignore_index=self.ignore_index, shift=self.shift)
         for watched in seen.calls:
-            check_linear(watched, first)
+            self._checks.add(watched.layer, watched.act, watched.rows(watched.out.detach()))
         if call is not None:
             return plain_piece(call.act.reshape(*targets.shape, -1), targets)
         if not logits.requires_grad:
@@ -204,6 +205,12 @@ class _HeadCapture:
 
     def factors(self) -> GradientFactors:
         head, only, offsets = self.head, self.only, self.offsets
+        labels = torch.cat([piece.labels for piece in self.pieces])
+        if only is not None and all(piece.kind == "plain" for piece in self.pieces):
+            act = torch.cat([piece.act for piece in self.pieces])
+            return GradientFactors.from_head(
+                act, only.weight, only.bias, labels, offsets, name=head.name
+            )
         done = [self._with_signal(piece) for piece in self.pieces]
         delta = torch.cat([d for d, _ in done])
         act = torch.cat([self.columns(piece).to(delta.dtype) for piece in self.pieces])
@@ -214,7 +221,7 @@ class _HeadCapture:
             act=act,
             offsets=offsets,
             has_bias=only is not None and only.bias is not None,
-            labels=None if tokens else torch.cat([piece.labels for piece in self.pieces]),
+            labels=None if tokens else labels,
             losses=torch.cat([loss for _, loss in done]),
             name=head.name,
         )
@@ -230,8 +237,9 @@ class _HeadCapture:
         )
         return made.delta, made.losses if made.losses is not None else made.delta.sum(dim=1)
 
-    def say(self) -> None:
-        """Log what a reader of the scores must know."""
+    def finish(self) -> None:
+        """The last checks, and what a reader of the scores must know, to the log."""
+        self._checks.finish()
         head = self.head
         steps = ", ".join(dict.fromkeys(piece.steps for piece in self.pieces if piece.steps))
         for part in head.parts:
@@ -280,7 +288,7 @@ def _capture_head(
     with evaluated(model) as run:
         for batch in read(model, loader, progress):
             seen.add(run, batch)
-    seen.say()
+    seen.finish()
     return seen
 
 

@@ -18,7 +18,8 @@ from imu_fast.model.logits import chosen
 from imu_fast.model.loss import counts_of, on_logits, sample_losses, targets_of
 from imu_fast.model.rows import Backward, Mixed, Ownership, one_sample_at_a_time, packed
 from imu_fast.model.run import Batch, evaluated, read
-from imu_fast.model.search import Run, check_linear, locate
+from imu_fast.model.search import Run, locate
+from imu_fast.model.verify import LinearChecks
 
 logger = logging.getLogger("imu_fast")
 
@@ -40,7 +41,7 @@ class _LayersCapture:
         self.ignore_index, self.shift = ignore_index, shift
         self.parts: dict[str, list[Rows]] = {layer.name: [] for layer in layers}
         self.samples: list[Tensor] = []  # how many labels each sample of each batch has
-        self._ownership = Ownership()
+        self._ownership, self._checks = Ownership(), LinearChecks()
         self._ran: set[str] = set()
         self._reached: set[str] = set()
 
@@ -54,9 +55,8 @@ class _LayersCapture:
         targets = targets_of(batch[2], logits, ignore_index=self.ignore_index, shift=self.shift)
         _, delta = sample_losses(logits, targets)
         signal = on_logits(delta, logits.detach(), targets)
-        first = not self.samples
         for call in seen.calls:
-            check_linear(call, first)
+            self._checks.add(call.layer, call.act, call.rows(call.out.detach()))
         self._ran |= {call.layer.name for call in seen.calls}
         labelled = counts_of(targets) > 0
         self.samples.append(labelled)
@@ -105,6 +105,7 @@ class _LayersCapture:
     def factors(self) -> list[GradientFactors]:
         if not self.samples:
             raise InputError("loader is empty; pass at least one batch of forget samples")
+        self._checks.finish()
         for layer in self.layers:
             if layer.name not in self._ran:
                 raise InputError(
@@ -140,7 +141,9 @@ def _joined(rows: Sequence[Rows], layer: LinearLayer, labelled: Tensor) -> Rows:
         weight = layer.weight
         delta, act = (weight.new_zeros(0, size) for size in weight.shape)
         return packed(delta, act, torch.zeros(0, dtype=torch.int64), labelled)
-    delta, act, owner = (torch.cat([r[i] for r in rows]) for i in range(3))
+    delta, act, owner = rows[0]
+    if len(rows) > 1:
+        delta, act, owner = (torch.cat([r[i] for r in rows]) for i in range(3))
     return packed(delta.detach(), act.detach(), owner, labelled)
 
 

@@ -51,20 +51,30 @@ def sample_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         losses [n], and delta [N, C] of the N rows that have a loss, in their order; float64 for
         float64 logits, otherwise float32.
     """
-    valid, counts = targets >= 0, counts_of(targets)
-    scale = None
+    valid = targets >= 0
+    rows, of_rows = logits.detach(), targets
+    if bool(valid.all()):
+        rows, of_rows = rows.flatten(0, -2), of_rows.flatten()
+        if targets.dim() == 1:
+            delta, losses = softmax_residual(rows, of_rows)
+            return losses, delta
+    else:
+        rows, of_rows = rows[valid], of_rows[valid]
+    counts, scale = counts_of(targets), None
     if targets.dim() > 1:
         per_row = torch.repeat_interleave(1.0 / counts.clamp_min(1).double(), counts)
         scale = per_row.to(logits.device, torch.float32)
         if logits.dtype == torch.float64:
             scale = per_row.to(logits.device)
-    delta, losses = softmax_residual(logits.detach()[valid], targets[valid], scale)
+    delta, losses = softmax_residual(rows, of_rows, scale)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
     return sum_over_tokens(losses, offsets), delta
 
 
 def on_logits(delta: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
     """The signal delta [N, C] of the rows that have a loss, at all rows; in the logits' dtype."""
+    if delta.shape[:-1].numel() == targets.numel():
+        return delta.to(logits.dtype).view(logits.shape)
     out = torch.zeros_like(logits)
     out[targets >= 0] = delta.to(logits.dtype)
     return out

@@ -224,6 +224,8 @@ def packed(
         is left without rows gets one of zeros: having no gradient is not having no label.
     """
     n = len(labelled)
+    if len(owner) == n and bool(labelled.all()) and torch.equal(owner, torch.arange(n)):
+        return delta, act, torch.ones(n, dtype=torch.int64)
     kept = torch.nonzero((owner != NOBODY) & delta.any(dim=1).cpu()).flatten()
     counts = torch.bincount(owner[kept], minlength=n)
     missing = torch.nonzero(labelled & (counts == 0)).flatten()

@@ -100,11 +100,13 @@ def evaluated(model: nn.Module) -> Iterator[Callable[[Batch], Any]]:
         stack.enter_context(torch.enable_grad())
         if "torch._dynamo" in sys.modules:  # no compiled code without it
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        model.eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
 
         def run(batch: Batch) -> Any:
-            model.eval()  # also after a loader that meddles
+            if model.training:  # a loader may have meddled
+                model.eval()
             args, kwargs, _ = batch
             return inner(*args, **kwargs)
 

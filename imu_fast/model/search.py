@@ -15,9 +15,6 @@ from imu_fast.model.calls import Call, Seen, leaves_of, searched, steps_of, watc
 from imu_fast.model.head import LinearLayer, guess, linear_layers, no_head
 from imu_fast.model.logits import Path, ambiguous, candidates, chosen
 from imu_fast.model.run import Batch, innermost
-from imu_fast.model.verify import SAMPLED_ROWS, deviation
-
-_CONVOLUTIONS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 Run = Callable[[Batch], Any]
 
@@ -249,19 +246,3 @@ def _way_out(layer: str | None) -> str:
         f"score layers={name} instead, or pass the head's own features and weight to "
         "GradientFactors.from_head"
     )
-
-
-def check_linear(call: Call, first: bool) -> None:
-    """Raise NoHeadFoundError unless a call did what a linear layer does.
-
-    Args:
-        first: check every row; otherwise some.
-    """
-    out = call.layer.outputs(call.out.detach())
-    plain = type(call.layer.module).forward in (nn.Linear.forward, *_CONVOLUTIONS)
-    wrong = deviation(call.layer, call.act, out, None if first or not plain else SAMPLED_ROWS)
-    if wrong:
-        raise NoHeadFoundError(
-            f"layer {call.layer.name!r} is a {call.layer.kind} whose output is not act W^T + b: "
-            f"{wrong}; {_way_out(None)}"
-        )
