@@ -15,20 +15,6 @@ from imu_fast.errors import InputError
 _PROBES = 4
 
 
-def shared_with(model: nn.Module, head: nn.Module) -> list[str]:
-    """Names of the model's parameters that share memory with the head's and are not its own."""
-    own = {id(module) for module in head.modules()}
-    memory = {p.untyped_storage().data_ptr() for p in head.parameters() if p.numel()}
-    names = []
-    for prefix, module in model.named_modules():
-        if id(module) in own:
-            continue
-        for name, p in module._parameters.items():
-            if p is not None and p.numel() and p.untyped_storage().data_ptr() in memory:
-                names.append(f"{prefix}.{name}" if prefix else name)
-    return names
-
-
 def _weight_norm(head: nn.Module) -> object | None:
     """The hook of ``torch.nn.utils.weight_norm``, which makes the weight before each forward."""
     from torch.nn.utils.weight_norm import WeightNorm

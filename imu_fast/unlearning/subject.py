@@ -14,10 +14,10 @@ from imu_fast.losses.cross_entropy import IGNORE_INDEX, check_labels
 from imu_fast.model.batches import ForgetSet, as_batches, split_batch, to_device
 from imu_fast.model.capture import HeadFeatures, capture, capture_features
 from imu_fast.model.guard import modes
-from imu_fast.model.head import linears
+from imu_fast.model.head import linears, shared_with
 from imu_fast.model.outputs import Measurement, logits_of, measure_logits, outputs_of
 from imu_fast.ops.head_ascent import head_logits
-from imu_fast.unlearning.head_weight import HeadWeight, shared_with
+from imu_fast.unlearning.head_weight import HeadWeight
 
 _EVALUATION_ROWS = 4096
 
@@ -105,6 +105,7 @@ class HeadSubject:
         loaders: "forget", and every set that is measured.
 
     Attributes:
+        head: as a linear layer. layer: the model's own module.
         theta: [C, D], weight and bias; float32, or float64 where the head is.
         sets: ``(features [n, d], labels [n])`` by name, in theta's dtype.
         tied: names of the parameters that share the head's memory.
@@ -119,8 +120,10 @@ class HeadSubject:
         self.model, self._loaders, self._progress = model, dict(loaders), progress
         captured = {"forget": self._captured("forget", head or "head")}
         self.head, self.name = captured["forget"].head, captured["forget"].name
-        captured |= {k: self._captured(k, self.head) for k in loaders if k != "forget"}
-        self.tied = shared_with(model, self.head)
+        ((part, _),) = captured["forget"].parts
+        self.layer = part.module
+        captured |= {k: self._captured(k, self.layer) for k in loaders if k != "forget"}
+        self.tied = shared_with(model, part)
         self._weight = HeadWeight(self.head, self.name)
         self.has_bias = self.head.bias is not None
         self._wide = torch.float64 if self._weight.dtype == torch.float64 else torch.float32
@@ -153,7 +156,7 @@ class HeadSubject:
         """Features as they are with the present weight in the model."""
         self.finish()
         for name in self.sets:
-            found = self._captured(name, self.head)
+            found = self._captured(name, self.layer)
             self.sets[name] = found.features.to(self._wide), found.labels
 
     def measure(self, name: str) -> Measurement:

@@ -111,7 +111,7 @@ class Head(Scope):
                 "and these two work on cached features; leave them out, or untie the weight"
             )
         logger.info("the head %r shares its weight with %s: autograd", head.name, shared)
-        own = {id(parameter) for parameter in head.head.parameters()}
+        own = {id(parameter) for parameter in head.layer.parameters()}
         return _network(job, rule, own, batchnorm="eval", dropout="eval")
 
     @property
@@ -151,8 +151,8 @@ def _network(job: Job, rule: Rule, trained: set[int], *, batchnorm: str, dropout
 
 def _check_not_frozen(model: nn.Module, subject: HeadSubject) -> None:
     """Raise InputError where the user trains other parameters and keeps the head's."""
-    head = {id(parameter) for parameter in subject.head.parameters()}
-    frozen = not any(p.requires_grad for p in subject.head.parameters())
+    head = {id(parameter) for parameter in subject.layer.parameters()}
+    frozen = not any(p.requires_grad for p in subject.layer.parameters())
     if frozen and any(p.requires_grad for p in model.parameters() if id(p) not in head):
         raise InputError(
             f"the head {subject.name!r} has requires_grad=False while other parameters do not; ask "
