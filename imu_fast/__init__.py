@@ -16,6 +16,7 @@ _EXPORTS = {
     "capture": "model.capture",
     "capture_features": "model.capture",
     "curvatures": "curvature.named",
+    "Data": "model.parts",
     "damped_cholesky_solve": "solvers.cholesky.cholesky",
     "evaluate": "evaluation.evaluate",
     "find_head": "model.head",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from imu_fast.model.capture import capture_features as capture_features
     from imu_fast.model.head import find_head as find_head
     from imu_fast.model.head import linear_layers_matching as linear_layers_matching
+    from imu_fast.model.parts import Data as Data
     from imu_fast.solvers.cholesky.cholesky import damped_cholesky_solve as damped_cholesky_solve
     from imu_fast.unlearning.depth import StopRule as StopRule
     from imu_fast.unlearning.named import methods as methods

@@ -20,7 +20,7 @@ FLOORS = [
     ["solvers"],
     ["ops"],
     ["kernels", "_C", "_C_cuda"],
-    ["backend", "storage"],
+    ["ambient", "backend", "storage"],
     ["errors"],
 ]
 FLOOR = {room: depth for depth, rooms in enumerate(FLOORS) for room in rooms}

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from imu_fast.errors import InputError, check_choice, check_count, check_finite_rows, check_positive
 from imu_fast.model.batches import ForgetSet, device_of, split_batch, to_device
 from imu_fast.model.capture import capture_features
+from imu_fast.model.guard import door
+from imu_fast.model.labels import class_labels
 from imu_fast.model.outputs import logits_of, outputs_of
 from imu_fast.ops.head_ascent import head_logits
 from imu_fast.ops.mean_gradient import add_gradients
@@ -75,6 +77,7 @@ def _network_accuracies(
         optimizer.zero_grad()
         with torch.enable_grad():
             logits = logits_of(model(*args, **kwargs))
+            labels = class_labels(labels, logits.shape)
             nn.functional.cross_entropy(logits.float(), labels).backward()
         optimizer.step()
 
@@ -82,6 +85,7 @@ def _network_accuracies(
 _ACCURACIES = {"head": _head_accuracies, "all": _network_accuracies}
 
 
+@door
 def relearning_steps(
     model: nn.Module,
     forget: Any,
@@ -118,7 +122,7 @@ def relearning_steps(
     check_count("max_steps", max_steps)
     check_count("seed", seed, minimum=0)
     measure = _ACCURACIES[check_choice("scope", scope, _ACCURACIES)]
-    samples = ForgetSet(forget, batch_size)
+    samples = ForgetSet(forget, batch_size, model, dataset_order=True)
     accuracies = measure(model, samples, _minibatches(samples.n, batch_size, seed), lr)
     for step in range(max_steps):
         if next(accuracies) >= target:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from imu_fast.curvature import named as curvature_module
 from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.model.guard import door
 from imu_fast.ops.bilinear_scores import bilinear_scores
 
 logger = logging.getLogger("imu_fast")
@@ -75,6 +76,7 @@ def _target_vectors(target: Any, layers: list[GradientFactors]) -> list[Tensor]:
     return [other.mean_gradient() for other in others]
 
 
+@door
 def influence_scores(
     factors: Factors | nn.Module,
     loader: Any = None,
@@ -136,6 +138,7 @@ def influence_scores(
     return scores
 
 
+@door
 def self_influence(
     factors: Factors | nn.Module,
     loader: Any = None,
@@ -158,6 +161,7 @@ def self_influence(
     return torch.stack(parts).sum(dim=0)
 
 
+@door
 def pairwise_influence(
     factors: Factors,
     queries: Factors,

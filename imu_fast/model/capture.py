@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,12 +13,18 @@ from tqdm.auto import tqdm
 
 from imu_fast.errors import InputError, check_finite_rows
 from imu_fast.factors.gradient_factors import IGNORE_INDEX, GradientFactors, check_labels
-from imu_fast.model.batches import as_batches, device_of, split_batch, to_device
-from imu_fast.model.guard import preserved
+from imu_fast.model.batches import (
+    as_batches,
+    device_of,
+    empty_message,
+    split_batch,
+    to_device,
+    warn_of_order,
+)
+from imu_fast.model.guard import door, preserved
 from imu_fast.model.head import find_head, linears, no_head
+from imu_fast.model.labels import class_labels
 from imu_fast.model.outputs import logits_of
-
-logger = logging.getLogger("imu_fast")
 
 
 @dataclass(frozen=True)
@@ -69,11 +74,7 @@ def _features_for(logits: Tensor, act: Tensor, output: Tensor) -> Tensor | None:
     return None
 
 
-def _warn_if_shuffled(loader: Any) -> None:
-    if isinstance(getattr(loader, "sampler", None), torch.utils.data.RandomSampler):
-        logger.warning("the loader shuffles: scores follow the order of this one pass")
-
-
+@door
 def capture_features(
     model: nn.Module,
     loader: Any,
@@ -95,7 +96,7 @@ def capture_features(
         InputError: empty loader, labels out of range, non-finite features (says which sample).
         NoHeadFoundError: no linear layer, or not the given one, produces the logits.
     """
-    _warn_if_shuffled(loader)
+    warn_of_order(loader)
     device = device_of(model)
     explicit = head if not (isinstance(head, str) and head == "head") else None
     modules = linears(model) if explicit is None else dict([find_head(model, explicit)])
@@ -107,7 +108,9 @@ def capture_features(
     seen = 0
     with preserved(model), torch.no_grad():
         model.eval()
-        for batch in tqdm(as_batches(loader), desc="capture", unit="batch", disable=not progress):
+        for batch in tqdm(
+            as_batches(loader, model), desc="capture", unit="batch", disable=not progress
+        ):
             args, kwargs, labels = to_device(split_batch(batch), device)
             with _catching(modules) as caught:
                 logits = logits_of(model(*args, **kwargs))
@@ -124,11 +127,7 @@ def capture_features(
                 raise no_head(model, f"{'/'.join(modules)}: not the producer of the logits")
             name, act = found
             modules = {name: modules[name]}
-            if labels.shape != logits.shape[:-1]:
-                raise InputError(
-                    f"labels have shape {tuple(labels.shape)}, logits {tuple(logits.shape)}; "
-                    "expected one label per row of logits"
-                )
+            labels = class_labels(labels, logits.shape)
             if shift_labels and labels.dim() == 2:
                 act, labels = act[:, :-1], labels[:, 1:]
             try:
@@ -142,10 +141,10 @@ def capture_features(
             else:
                 counts.append(torch.ones(len(labels), dtype=torch.int64))
             features.append(act.detach().clone())
-            labels_seen.append(labels.to(torch.int64))
+            labels_seen.append(labels)
             seen += len(counts[-1])
     if seen == 0:
-        raise InputError("loader is empty; pass at least one batch of forget samples")
+        raise InputError(empty_message(loader))
     name, linear = next(iter(modules.items()))
     act, all_labels = torch.cat(features), torch.cat(labels_seen)
     del features
@@ -169,10 +168,11 @@ def _capture_layers(
         model.eval()
         for module in modules.values():
             module.weight.requires_grad_()
-        for batch in tqdm(as_batches(loader), desc="capture", unit="batch", disable=not bar):
+        for batch in tqdm(as_batches(loader, model), desc="capture", unit="batch", disable=not bar):
             args, kwargs, labels = to_device(split_batch(batch), device)
             with torch.enable_grad(), _catching(modules) as caught:
                 logits = logits_of(model(*args, **kwargs))
+                labels = class_labels(labels, logits.shape)
                 check_labels(labels, logits.shape[-1], ignore_index)
                 loss = nn.functional.cross_entropy(
                     logits.flatten(0, -2).float() if logits.dim() == 3 else logits,
@@ -196,7 +196,7 @@ def _capture_layers(
     out = []
     for name, pieces in parts.items():
         if not pieces:
-            raise InputError("loader is empty; pass at least one batch of forget samples")
+            raise InputError(empty_message(loader))
         delta, act = (torch.cat([p[i] for p in pieces]) for i in (0, 1))
         dtype = torch.float64 if delta.dtype == torch.float64 else torch.float32
         counts = torch.cat([p[2] for p in pieces])
@@ -207,6 +207,7 @@ def _capture_layers(
     return out
 
 
+@door
 def capture(
     model: nn.Module,
     loader: Any,
@@ -245,7 +246,7 @@ def capture(
             ignore_index=ignore_index,
             name=found.name,
         )
-    _warn_if_shuffled(loader)
+    warn_of_order(loader)
     single = isinstance(layers, str | nn.Module)
     wanted = [layers] if single else list(layers)  # type: ignore[arg-type]
     if not wanted:

@@ -165,7 +165,7 @@ def unlearn(
     options = dict(recipe.options)
     forget: ForgetSet | None = None
     if recipe.choose is not None:
-        forget = ForgetSet(forget_loader, check_count("batch_size", batch_size))
+        forget = ForgetSet(forget_loader, check_count("batch_size", batch_size), model)
         method = recipe.choose(_labels(forget), find_head(model, layers)[1].out_features)
         recipe = METHODS[method]
         options |= recipe.options
@@ -211,7 +211,7 @@ def unlearn(
     depths = dict(milestones or {})
     _check(settings, recipe, [*depths.values(), *([] if stop is None else [stop])])
 
-    forget = forget or ForgetSet(forget_loader, batch_size)
+    forget = forget or ForgetSet(forget_loader, batch_size, model)
     loaders: dict[str, Any] = {"forget": forget}
     for name, loader in (watch or {}).items():
         if name in ("forget", "unseen"):

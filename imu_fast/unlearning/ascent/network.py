@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from imu_fast.factors.gradient_factors import IGNORE_INDEX, GradientFactors, check_labels
-from imu_fast.model.batches import ForgetSet, as_batches, split_batch, to_device
+from imu_fast.model.batches import ForgetSet, Parts, as_batches, rereadable, to_device
 from imu_fast.model.capture import capture
 from imu_fast.model.guard import modes
+from imu_fast.model.labels import class_labels
 from imu_fast.model.outputs import Measurement, logits_of, measure_logits
 from imu_fast.ops.objective import objective
 from imu_fast.unlearning.ascent.optimizer import OptimizerFactory
@@ -43,7 +44,9 @@ class NetworkProblem:
         auxiliary: Tensor | None = None,
     ) -> None:
         self.sequence = None
-        self.model, self.sets, self.objective, self.alpha = model, sets, objective, alpha
+        self.model, self.objective, self.alpha = model, objective, alpha
+        # Measured again and again, which a generator does not bear.
+        self.sets = {name: rereadable(data, model) for name, data in sets.items()}
         self.auxiliary = auxiliary
         self.batchnorm, self.dropout, self.score_layers = batchnorm, dropout, score_layers
         self.forget: ForgetSet = sets["forget"]
@@ -57,9 +60,10 @@ class NetworkProblem:
         self.device = next(iter(self.parameters.values())).device
         self.optimizer = make_optimizer(list(self.parameters.values()))
 
-    def _forward(self, batch: Any) -> tuple[Tensor, Tensor]:
-        args, kwargs, labels = to_device(split_batch(batch), self.device)
+    def _forward(self, batch: Parts) -> tuple[Tensor, Tensor]:
+        args, kwargs, labels = to_device(batch, self.device)
         logits = logits_of(self.model(*args, **kwargs))
+        labels = class_labels(labels, logits.shape)
         check_labels(labels, logits.shape[-1], IGNORE_INDEX)
         return logits, labels
 
@@ -67,12 +71,16 @@ class NetworkProblem:
         share = weights.to(self.device) / weights.sum()
         with modes(self.model, batchnorm=self.batchnorm, dropout=self.dropout):
             with torch.enable_grad():
-                logits, labels = self._forward(self.forget.get(rows.tolist()))
-                auxiliary = None
-                if self.auxiliary is not None:
-                    auxiliary = self.auxiliary[rows.to(self.auxiliary.device)].to(self.device)
-                values = objective(logits.to(share.dtype), labels, self.objective, auxiliary)
-                loss = -(share * values).sum()
+                terms = []
+                for batch, at in self.forget.pieces(rows.tolist()):
+                    logits, labels = self._forward(batch)
+                    auxiliary = None
+                    if self.auxiliary is not None:
+                        chosen = rows[at].to(self.auxiliary.device)
+                        auxiliary = self.auxiliary[chosen].to(self.device)
+                    values = objective(logits.to(share.dtype), labels, self.objective, auxiliary)
+                    terms.append((share[at] * values).sum())
+                loss = -torch.stack(terms).sum()
                 if self.alpha:
                     penalty = [p.abs().sum() for p in self.parameters.values()]
                     loss = loss + self.alpha * torch.stack(penalty).sum()
@@ -85,10 +93,12 @@ class NetworkProblem:
 
     def measure(self, name: str) -> Measurement:
         with torch.no_grad(), modes(self.model, batchnorm="eval", dropout="eval"):
-            return measure_logits(self._forward(batch) for batch in as_batches(self.sets[name]))
+            return measure_logits(
+                self._forward(batch) for batch in as_batches(self.sets[name], self.model)
+            )
 
     def factors(self, rows: Tensor | None = None) -> list[GradientFactors]:
-        data: Any = self.forget if rows is None else [self.forget.get(rows.tolist())]
+        data: Any = self.forget if rows is None else self.forget.subset(rows.tolist())
         captured = capture(self.model, data, layers=self.score_layers)
         return [captured] if isinstance(captured, GradientFactors) else captured
 
