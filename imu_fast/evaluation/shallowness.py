@@ -5,7 +5,6 @@ An edit of the classifier may reach any depth that outputs show and leave the kn
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from imu_fast.errors import InputError, check_choice, check_count, check_finite_rows, check_positive
 from imu_fast.model.batches import ForgetSet, device_of, split_batch, to_device
 from imu_fast.model.capture import capture_features
-from imu_fast.model.guard import door
+from imu_fast.model.guard import copied, door
 from imu_fast.model.labels import class_labels
 from imu_fast.model.outputs import logits_of, outputs_of
 from imu_fast.ops.head_ascent import head_logits
@@ -68,7 +67,7 @@ def _network_accuracies(
     model: nn.Module, samples: ForgetSet, batches: Iterator[Tensor], lr: float
 ) -> Iterator[float]:
     """As :func:`_head_accuracies`, with every parameter of a copy of the network trained."""
-    model = copy.deepcopy(model).eval().requires_grad_()
+    model = copied(model).eval().requires_grad_()
     device = device_of(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=_MOMENTUM)
     while True:

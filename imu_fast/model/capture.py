@@ -21,7 +21,7 @@ from imu_fast.model.batches import (
     to_device,
     warn_of_order,
 )
-from imu_fast.model.guard import door, preserved
+from imu_fast.model.guard import check_trainable, door, preserved
 from imu_fast.model.head import find_head, linears, no_head
 from imu_fast.model.labels import class_labels
 from imu_fast.model.outputs import logits_of
@@ -164,6 +164,7 @@ def _capture_layers(
     """Factors of any linear layers: one batched forward and backward of the summed losses."""
     device = device_of(model)
     parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in modules}
+    check_trainable(model)
     with preserved(model):
         model.eval()
         for module in modules.values():

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from imu_fast.ambient import random_state_kept
 from imu_fast.errors import InputError
+from imu_fast.model.guard import preserved
 from imu_fast.model.order import index_batches, say_remarks, warn_of_order
 from imu_fast.model.parts import Parts
 from imu_fast.model.reader import Reader
@@ -74,7 +75,7 @@ class ForgetSet:
         elif reader.is_dataset:
             batches = _runs(len(inner), batch_size)
         elif batches is None:
-            with random_state_kept():
+            with preserved(model):  # the loader runs the user's code
                 self._kept = list(reader)
         if batches is not None:
             self._indices = [index for batch in batches for index in batch]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -134,6 +135,16 @@ def _equal(first: Tensor, second: Tensor) -> bool:
         return False
 
 
+def check_trainable(model: nn.Module) -> None:
+    """Raise InputError if the parameters cannot have gradients."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise InputError(
+                f"model: {name} was made under torch.inference_mode(), so it has no gradient; "
+                "build or load the model outside, or pass copy.deepcopy(model)"
+            )
+
+
 class _Snapshot:
     """What a model is, apart from the values of its parameters.
 
@@ -152,6 +163,8 @@ class _Snapshot:
                     f"model: {name} has no shape yet (a lazy module); run the model on one batch "
                     "first"
                 )
+        if not looked_at:
+            check_trainable(model)
         self.flags = [(p, p.requires_grad, p.grad) for p in parameters]
         plain = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]
         owned: list[dict[str, Any]] = [m._parameters for m in plain]
@@ -231,6 +244,20 @@ def preserved(model: nn.Module, *, buffers: bool = True) -> Iterator[None]:
             yield
         finally:
             before.restore()
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy; tensors of a graph that a forward pass left in a module, detached in it.
+
+    ``weight_norm`` and ``spectral_norm`` of ``torch.nn.utils`` leave such, which torch refuses to
+    copy.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in _tensors_in(vars(module)).values():
+            if tensor.grad_fn is not None:
+                memo[id(tensor)] = tensor.detach().clone()
+    return copy.deepcopy(model, memo)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import time
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from imu_fast.backend import record_backends
 from imu_fast.curvature.named import curvatures
 from imu_fast.errors import InputError, check_choice, check_count, check_fraction, check_positive
 from imu_fast.model.batches import ForgetSet, split_batch
-from imu_fast.model.guard import copies_of, preserved, rolled_back
+from imu_fast.model.guard import copied, copies_of, door, preserved, rolled_back
 from imu_fast.model.head import WHOLE_MODEL, find_head, linear_layers_matching
 from imu_fast.ops.objective import NEEDS_AUXILIARY, OBJECTIVES
 from imu_fast.unlearning.ascent.ascent import Run
@@ -55,6 +54,7 @@ _PAPER = {
 }
 
 
+@door
 def unlearn(
     model: nn.Module,
     forget_loader: Any,
@@ -226,7 +226,7 @@ def unlearn(
     make_optimizer = optimizer or partial(
         torch.optim.SGD, lr=settings["lr"], momentum=momentum, weight_decay=weight_decay
     )
-    target = model if inplace else copy.deepcopy(model)
+    target = model if inplace else copied(model)
     with (
         record_backends() as used,
         rolled_back(target, trained) as kept,
