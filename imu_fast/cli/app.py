@@ -10,7 +10,14 @@ from typing import Annotated, Any
 
 import typer
 
-from imu_fast.errors import ImuFastError, InputError, check_choice, check_count, check_positive
+from imu_fast.errors import (
+    ImuFastError,
+    InputError,
+    check_choice,
+    check_count,
+    check_installed,
+    check_positive,
+)
 
 app = typer.Typer(
     help="Influence-guided machine unlearning: score, reweight, unlearn.",
@@ -86,11 +93,7 @@ def demo(
     quick: Annotated[bool, typer.Option(help="Fewer methods, shorter training.")] = False,
 ) -> None:
     """Unlearn real digits by IMU and its rivals, all at the same depth; table, plots, JSON."""
-    try:
-        import matplotlib  # noqa: F401
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"the demo needs {error.name}; pip install 'imu_fast[demo]'") from error
+    check_installed("the demo", "matplotlib", "sklearn")
     from imu_fast.cli.score_files import check_folder, writing
     from imu_fast.study.demo import run
     from imu_fast.study.report.demo_table import demo_table
@@ -255,12 +258,7 @@ def compare(
     workers: Annotated[int | None, typer.Option(help="Processes side by side.")] = None,
 ) -> None:
     """Compare methods at matched depth, over seeds and architectures; table, plots, HTML."""
-    try:
-        import jinja2  # noqa: F401
-        import matplotlib  # noqa: F401
-        import statsmodels  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"compare needs {error.name}; pip install 'imu_fast[demo]'") from error
+    check_installed("compare", "jinja2", "matplotlib", "scipy", "sklearn", "statsmodels")
     from imu_fast.cli.score_files import check_folder, writing
     from imu_fast.study.comparison import run
     from imu_fast.study.configuration import Configuration

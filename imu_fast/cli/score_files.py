@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from imu_fast.errors import InputError
+from imu_fast.errors import InputError, check_installed
 from imu_fast.storage import replacing
 
 ENDINGS = (".npz", ".parquet", ".csv")
@@ -52,10 +52,7 @@ def check_ending(path: Path) -> None:
     if path.suffix not in ENDINGS:
         raise InputError(f"out={str(path)!r} must end in one of {', '.join(ENDINGS)}")
     if path.suffix == ".parquet":
-        try:
-            import pyarrow  # noqa: F401
-        except ImportError as error:
-            raise InputError("out=.parquet needs pyarrow: pip install pyarrow") from error
+        check_installed(f"out={str(path)!r}", "pyarrow.parquet", install="pyarrow")
 
 
 def save_scores(path: Path, names: Sequence[str], influence: Tensor, weights: Tensor) -> None:
@@ -70,6 +67,7 @@ def save_scores(path: Path, names: Sequence[str], influence: Tensor, weights: Te
         if path.suffix == ".npz":
             np.savez(temporary, sample=np.array(names), influence=scores, weight=weight)
         elif path.suffix == ".parquet":
+            check_installed("out=.parquet", "pyarrow")
             import pyarrow as pa
             import pyarrow.parquet as pq
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from imu_fast.errors import InputError, check_count
+from imu_fast.errors import InputError, check_count, check_installed
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CLASSES_HELP = (
@@ -142,6 +142,7 @@ def _class_names(path: Path) -> list[str]:
 
 
 def _open_image(path: str) -> Any:
+    check_installed("an image folder", "PIL")
     from PIL import Image
 
     try:
@@ -156,14 +157,10 @@ def _open_image(path: str) -> Any:
 
 def _open_folder(path: Path, image_size: int) -> Any:
     """torchvision's ImageFolder: resized, cropped, ImageNet's mean and deviation."""
-    try:
-        from torchvision import transforms
-        from torchvision.datasets import ImageFolder
-    except (ImportError, RuntimeError) as error:
-        raise InputError(
-            f"data={str(path)!r} is an image folder, which needs torchvision ({error}); "
-            "pip install 'imu_fast[demo]'"
-        ) from error
+    check_installed(f"data={str(path)!r} is an image folder, which", "PIL", "torchvision")
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
     steps = [
         transforms.Resize(image_size),
         transforms.CenterCrop(image_size),

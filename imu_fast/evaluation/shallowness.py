@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from imu_fast.errors import InputError, check_choice, check_count, check_finite_rows, check_positive
+from imu_fast.errors import (
+    InputError,
+    check_choice,
+    check_count,
+    check_finite_rows,
+    check_installed,
+    check_positive,
+)
 from imu_fast.model.batches import ForgetSet, device_of, split_batch, to_device
 from imu_fast.model.capture import capture_features
 from imu_fast.model.guard import copied, door
@@ -144,6 +151,7 @@ def linear_probe(features: Tensor, labels: Tensor, forget_mask: Tensor, *, seed:
     Raises:
         InputError: shapes do not fit, features are not finite, or fewer than two forget samples.
     """
+    check_installed("linear_probe()", "sklearn")
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
