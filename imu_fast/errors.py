@@ -21,6 +21,10 @@ class InputError(ImuFastError, ValueError):
     """An argument cannot be used; raised before any work is done."""
 
 
+class WriteError(ImuFastError, OSError):
+    """A file cannot be written; what was there before is untouched."""
+
+
 class EmptySelectionError(InputError):
     """No forget sample supports the forgetting objective (no negative influence)."""
 

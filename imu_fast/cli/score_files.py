@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,29 +10,20 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from imu_fast.errors import InputError, check_installed
-from imu_fast.storage import replacing
+from imu_fast.errors import ImuFastError, InputError, check_installed
+from imu_fast.storage import replacing, writable, writable_folder
 
 ENDINGS = (".npz", ".parquet", ".csv")
 
 
 def check_out(path: Path, name: str = "out") -> None:
     """Raise InputError unless a file can be written here; missing folders can be made."""
-    if path.is_dir():
-        raise InputError(f"{name}={str(path)!r} is a folder; add a file name")
-    check_folder(path.absolute().parent, path, name)
+    writable(path, name)
 
 
 def check_folder(folder: Path, path: Path, name: str = "out") -> None:
     """Raise InputError unless ``folder``, which ``path`` needs, exists or can be made, writable."""
-    folder = folder.absolute()
-    there = next(p for p in (folder, *folder.parents) if os.path.exists(p))
-    if not there.is_dir():
-        raise InputError(f"{name}={str(path)!r}: {str(there)!r} is no folder; choose another")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(
-            f"{name}={str(path)!r}: the folder {str(there)!r} cannot be written to; choose another"
-        )
+    writable_folder(folder, f"{name}={str(path)!r}")
 
 
 @contextmanager
@@ -41,6 +31,8 @@ def writing(path: Path) -> Iterator[None]:
     """Turn what the file system refuses (no space, no rights) into an InputError."""
     try:
         yield
+    except ImuFastError:
+        raise
     except OSError as error:
         raise InputError(
             f"out={str(path)!r} cannot be written ({error}); free space there or choose another"
@@ -74,7 +66,7 @@ def save_scores(path: Path, names: Sequence[str], influence: Tensor, weights: Te
             table = pa.table({"sample": list(names), "influence": scores, "weight": weight})
             pq.write_table(table, temporary)
         else:
-            with open(temporary, "w", newline="") as file:
+            with open(temporary, "w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file)
                 writer.writerow(["sample", "influence", "weight"])
                 writer.writerows(zip(names, scores.tolist(), weight.tolist(), strict=True))
