@@ -27,7 +27,11 @@ app = typer.Typer(
 )
 
 Arch = Annotated[
-    str, typer.Option(help="torchvision:NAME, timm:NAME, or MODULE:FUNCTION of your own.")
+    str,
+    typer.Option(
+        help="torchvision:NAME, timm:NAME, transformers:FOLDER, or MODULE:FUNCTION of your own, "
+        "which returns the model, or the model and how an image becomes its input."
+    ),
 ]
 Weights = Annotated[Path, typer.Option(help="State dict: .safetensors, or a torch file.")]
 Data = Annotated[
@@ -41,7 +45,10 @@ Classes = Annotated[
         "are whole numbers are the class indices, and other names must be all classes, sorted."
     ),
 ]
-ImageSize = Annotated[int, typer.Option(help="Pixels, for image folders.")]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(help="Pixels of the images of a folder; without it the model's own."),
+]
 BatchSize = Annotated[int, typer.Option(help="Samples per batch.")]
 
 
@@ -119,13 +126,14 @@ def score(
     ] = "fisher_diag",
     damping: Annotated[float, typer.Option(help="> 0.")] = 1e-2,
     classes: Classes = None,
-    image_size: ImageSize = 224,
+    image_size: ImageSize = None,
     batch_size: BatchSize = 64,
 ) -> None:
     """Score every sample of a forget set by its influence at the classifier."""
     import torch
 
     from imu_fast.cli.model_files import build_model, count_classes
+    from imu_fast.cli.preprocessing import preprocessing_of
     from imu_fast.cli.score_files import check_ending, check_out, save_scores, writing
     from imu_fast.curvature.named import curvatures
     from imu_fast.data.image_files import load_data
@@ -137,11 +145,14 @@ def score(
     check_choice("curvature", curvature, curvatures())
     check_positive("damping", damping)
     model = build_model(arch, weights)
+    preprocessing = preprocessing_of(data, arch, model, weights, image_size)
+    if preprocessing is not None:
+        typer.echo(preprocessing.description)
     loader, names = load_data(
         data,
         functools.partial(count_classes, model),
+        preprocessing=preprocessing,
         classes=classes,
-        image_size=image_size,
         batch_size=batch_size,
     )
     scores = influence_scores(
@@ -180,11 +191,12 @@ def unlearn(
         Path | None, typer.Option(help="Resume from, and save each epoch to, this file.")
     ] = None,
     classes: Classes = None,
-    image_size: ImageSize = 224,
+    image_size: ImageSize = None,
     batch_size: BatchSize = 64,
 ) -> None:
     """Make a checkpoint forget a set of samples."""
     from imu_fast.cli.model_files import build_model, count_classes
+    from imu_fast.cli.preprocessing import preprocessing_of
     from imu_fast.cli.score_files import check_out, writing
     from imu_fast.data.image_files import load_data
     from imu_fast.storage import save_tensors
@@ -200,11 +212,14 @@ def unlearn(
         check_resumable(checkpoint)
     stop = None if stop_accuracy is None else StopRule(forget_accuracy=stop_accuracy)
     model = build_model(arch, weights)
+    preprocessing = preprocessing_of(data, arch, model, weights, image_size)
+    if preprocessing is not None:
+        typer.echo(preprocessing.description)
     loader, _ = load_data(
         data,
         functools.partial(count_classes, model),
+        preprocessing=preprocessing,
         classes=classes,
-        image_size=image_size,
         batch_size=batch_size,
     )
     result = run(
