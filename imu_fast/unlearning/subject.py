@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.losses.cross_entropy import IGNORE_INDEX, check_labels
-from imu_fast.model.batches import ForgetSet, as_batches, split_batch, to_device
+from imu_fast.model.batches import ForgetSet, Parts, as_batches, to_device
 from imu_fast.model.capture import HeadFeatures, capture, capture_features
 from imu_fast.model.guard import modes
 from imu_fast.model.head import linears, shared_with
+from imu_fast.model.labels import class_labels
 from imu_fast.model.outputs import Measurement, logits_of, measure_logits, outputs_of
 from imu_fast.ops.head_ascent import head_logits
 from imu_fast.unlearning.head_weight import HeadWeight
@@ -240,17 +241,18 @@ class NetworkSubject:
         dtypes = {p.dtype for p in self.parameters.values()}
         self.dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
-    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Parts) -> tuple[Tensor, Tensor]:
         """Logits and labels of a batch."""
-        args, kwargs, labels = to_device(split_batch(batch), self.device)
-        logits = logits_of(self.model(*args, **kwargs))
+        args, kwargs, labels = to_device(batch, self.device)
+        logits = logits_of(self.model(*args, **kwargs), labels)
+        labels = class_labels(labels, logits.shape)
         check_labels(labels, logits.shape[-1], IGNORE_INDEX)
         return logits, labels
 
     def measure(self, name: str) -> Measurement:
         self.finish()
         with torch.no_grad(), modes(self.model, batchnorm="eval", dropout="eval"):
-            return measure_logits(self._outputs(as_batches(self.sets[name])))
+            return measure_logits(self._outputs(as_batches(self.sets[name], self.model)))
 
     def _outputs(self, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
         return (self.forward(batch) for batch in batches)
@@ -259,7 +261,7 @@ class NetworkSubject:
         self, rows: Tensor | None = None, layers: Literal["head", "trained"] = "head"
     ) -> list[GradientFactors]:
         self.finish()
-        data: Any = self.forget if rows is None else [self.forget.get(rows.tolist())]
+        data: Any = self.forget if rows is None else self.forget.subset(rows.tolist())
         chosen: Any = "head"
         if layers == "trained":
             weights = {id(parameter) for parameter in self.parameters.values()}
