@@ -39,6 +39,8 @@ def as_labels(value: Any) -> Tensor:
     """
     if isinstance(value, np.ndarray) and value.dtype.kind not in "biuf":
         value = value.tolist()
+    if isinstance(value, list | tuple) and value and all(map(is_number, value)):
+        value = [v.item() if isinstance(v, Tensor | np.ndarray) else v for v in value]
     if not (is_array(value) or is_number(value)):
         what = type(value).__name__
         if isinstance(value, list | tuple) and value:

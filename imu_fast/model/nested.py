@@ -163,7 +163,7 @@ def taken(value: Any, rows: Sequence[int], n: int) -> Any:
     Raises:
         InputError: a part cannot be cut.
     """
-    if rows == range(n) or list(rows) == list(range(n)):
+    if len(rows) == n and all(row == place for place, row in enumerate(rows)):
         return value
 
     def leaf(item: Any) -> Any:
@@ -258,3 +258,28 @@ def _rebuilt(like: Any, items: dict[str, Any]) -> Any:
     for key, item in items.items():
         object.__setattr__(made, key, item)
     return made
+
+
+def form_of(batch: Any) -> Any:
+    """What batches that are read alike have in common."""
+
+    def names(value: Any) -> Any:
+        fields = fields_of(value)
+        return None if fields is None else tuple(fields)
+
+    items = tuple(names(item) for item in batch) if isinstance(batch, list | tuple) else None
+    return type(batch), names(batch), items
+
+
+def shown(batch: Any) -> str:
+    """What a batch looks like, for messages."""
+
+    def one(value: Any) -> str:
+        if isinstance(value, Tensor | np.ndarray):
+            return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+        return type(value).__name__
+
+    fields = fields_of(batch)
+    if fields is not None:
+        return ", ".join(f"{key}: {one(value)}" for key, value in fields.items())
+    return ", ".join(one(value) for value in batch)

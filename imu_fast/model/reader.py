@@ -53,6 +53,8 @@ class Reader:
         columns = self.loader
         if type(columns) is TensorDataset:
             columns = columns.tensors
+        elif _is_lists_of_columns(columns):
+            columns = self.loader = list(zip(*columns, strict=True))
         _check_form(columns)
         self.is_dataset = _is_dataset(columns)
         self.whole: Parts | None = None
@@ -167,6 +169,15 @@ def _is_whole(loader: Any) -> bool:
     if any(isinstance(item, Tensor | np.ndarray) and item.ndim > 0 for item in loader):
         return True
     return isinstance(loader, tuple) and all(is_array(item) for item in loader)
+
+
+def _is_lists_of_columns(loader: Any) -> bool:
+    """``([x0, x1, ...], [y0, y1, ...])``: a list of inputs and a list of single labels."""
+    if not isinstance(loader, list | tuple) or not all(isinstance(c, list) for c in loader):
+        return False
+    single = [all(map(is_number, column)) for column in loader[1:]]
+    tensors = loader and any(isinstance(v, Tensor | np.ndarray) and v.ndim for v in loader[0])
+    return any(single) and bool(tensors) and len({len(column) for column in loader}) == 1
 
 
 def _is_dataset(loader: Any) -> bool:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,10 +23,12 @@ from imu_fast.model.labels import as_labels, labels_fit
 from imu_fast.model.nested import (
     as_tensor,
     fields_of,
+    form_of,
     is_array,
     is_text,
     leaves,
     mapped,
+    shown,
     tensors_in,
 )
 from imu_fast.model.parts import Data, Parts, device_of, pick, to_device
@@ -34,7 +36,23 @@ from imu_fast.model.parts import Data, Parts, device_of, pick, to_device
 logger = logging.getLogger("imu_fast")
 
 Inputs = tuple[list[Any], dict[str, Any]]
-Rule = Callable[[Any], tuple[list[Any], dict[str, Any], Any]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One way to read a batch.
+
+    Attributes:
+        read: batch -> inputs by position, by keyword, and labels.
+        certain: it follows from names or numbers of inputs; otherwise the model is to be asked.
+        labels_at: which part of a tuple the labels are, and which parts are not used.
+    """
+
+    read: Callable[[Any], tuple[list[Any], dict[str, Any], Any]]
+    certain: bool = True
+    labels_at: int = -1
+    unused: tuple[int, ...] = ()
+
 
 _WAY_OUT = (
     "say which is which: imu_fast.Data(loader, inputs=..., labels=...), by index, key or a "
@@ -72,10 +90,10 @@ class Splitter:
             return batch
         picked = self.data.pick(batch) if self.data is not None else None
         if picked is None:
-            form = _form(batch)
+            form = form_of(batch)
             if form not in self._rules:
                 self._rules[form] = self._choose(self._readings(batch), batch)
-            picked = self._rules[form](batch)
+            picked = self._rules[form].read(batch)
         return self._parts(picked)
 
     def _parts(self, picked: tuple[list[Any], dict[str, Any], Any]) -> Parts:
@@ -97,26 +115,50 @@ class Splitter:
 
     def _choose(self, rules: list[Rule], batch: Any) -> Rule:
         """The one rule, or the one that the model takes and whose labels fit its outputs."""
-        if len(rules) == 1:
-            return rules[0]
+        if len(rules) == 1 and rules[0].certain:
+            return self._announced(rules[0], batch)
         outcomes = [self._tried(rule, batch) for rule in rules]
         fitting = [rule for rule, refusal in zip(rules, outcomes, strict=True) if refusal is None]
         if len(fitting) == 1:
-            return fitting[0]
+            return self._announced(fitting[0], batch)
         if fitting:
             raise InputError(
-                f"a batch ({_shown(batch)}) can be read in {len(fitting)} ways: which part of it "
+                f"a batch ({shown(batch)}) can be read in {len(fitting)} ways: which part of it "
                 f"is an input and which the labels? {_WAY_OUT}"
             )
         raise InputError(
-            f"a batch ({_shown(batch)}) fits the model in none of {len(rules)} ways to read it "
+            f"a batch ({shown(batch)}) fits the model in none of {len(rules)} ways to read it "
             f"({'; '.join(str(outcome) for outcome in outcomes)}); {_WAY_OUT}"
         )
+
+    def _announced(self, rule: Rule, batch: Any) -> Rule:
+        """The rule, after saying what it does not use.
+
+        Raises:
+            InputError: that may well be an input, such as an attention mask.
+        """
+        if not rule.unused:
+            return rule
+        args = [as_tensor(value) for value in rule.read(batch)[0] if is_array(value)]
+        for part in rule.unused:
+            value = as_tensor(batch[part]) if is_array(batch[part]) else None
+            if value is not None and any(_like_a_mask(value, arg) for arg in args):
+                raise InputError(
+                    f"a batch ({shown(batch)}) has its labels in part {rule.labels_at} (counted "
+                    f"from 0), and part {part}, of its inputs' shape, may be a mask, which the "
+                    f"model should have; {_WAY_OUT}"
+                )
+        self._say(
+            f"a batch has {len(batch)} parts: part {rule.labels_at} (counted from 0) is taken for "
+            f"the labels, what stands before it for inputs, and not used is: "
+            f"{', '.join(map(str, rule.unused))}; if that is wrong, {_WAY_OUT}"
+        )
+        return rule
 
     def _tried(self, rule: Rule, batch: Any) -> str | None:
         """Why a rule cannot be right, after running the model; None: it may be."""
         try:
-            parts = self._parts(rule(batch))
+            parts = self._parts(rule.read(batch))
             args, kwargs, labels = to_device(parts, device_of(self.model))
             with preserved(self.model), torch.no_grad():
                 self.model.eval()
@@ -126,7 +168,8 @@ class Splitter:
         if any(labels_fit(labels, output) for output in outputs):
             return None
         shapes = [tuple(output.shape) for output in outputs]
-        return f"labels {tuple(labels.shape)} do not fit outputs {shapes}"
+        most = f" up to {int(labels.max())}" if labels.numel() else ""
+        return f"labels {tuple(labels.shape)}{most} do not fit outputs {shapes}"
 
     def _readings(self, batch: Any) -> list[Rule]:
         fields = fields_of(batch)
@@ -167,7 +210,8 @@ class Splitter:
             )
         kept = list(range(len(batch)))
         ways = self._inputs(batch[0], more=forward.takes_labels_at(1)) if place == 1 else [None]
-        return [self._placed(kept, place, way) for way in ways]
+        rules = [self._placed(len(batch), kept, place, way) for way in ways]
+        return [replace(rule, certain=True, unused=()) for rule in rules]
 
     def _label_in(self, fields: Mapping[str, Any]) -> str | None:
         found = [name for name in LABEL_NAMES if fields.get(name) is not None]
@@ -205,7 +249,7 @@ class Splitter:
                 found = fields_of(batch) or {}
                 return [], {k: found[k] for k in keywords if k in found}, found[label]
 
-            return [by_keyword]
+            return [Rule(by_keyword)]
         arrays = [name for name in rest if any(is_array(leaf) for leaf in leaves(fields[name]))]
         rules: list[Rule] = []
         # The order of several fields says nothing, but in a namedtuple.
@@ -216,7 +260,7 @@ class Splitter:
                 found = fields_of(batch) or {}
                 return [found[name] for name in arrays], {}, found[label]
 
-            rules.append(by_position)
+            rules.append(Rule(by_position, certain=False))
         if forward.fewest <= 1 <= forward.most:
 
             def whole(batch: Any) -> tuple[list[Any], dict[str, Any], Any]:
@@ -224,7 +268,7 @@ class Splitter:
                 rest = {k: v for k, v in found.items() if k != label}
                 return [rest if isinstance(batch, Mapping) else batch], {}, found[label]
 
-            rules.append(whole)
+            rules.append(Rule(whole, certain=False))
         if not rules:
             raise InputError(
                 f"batch has keys {rest} besides {label!r}, the model's forward takes "
@@ -288,7 +332,7 @@ class Splitter:
                     return args, kwargs, found[label]
                 return [*args, batch[1]] if takes_labels else args, kwargs, batch[1]
 
-            return read
+            return Rule(read)
 
         more = int(takes_labels) + (len(beside) if fields is not None else 0)
         return [rule(way) for way in self._inputs(batch[0], more)]
@@ -303,7 +347,7 @@ class Splitter:
             places = self._label_places(items, kept)
         if not places:
             raise InputError(
-                f"a batch has {len(items)} parts ({_shown(items)}), the model's forward takes "
+                f"a batch has {len(items)} parts ({shown(items)}), the model's forward takes "
                 f"{', '.join(forward.positional) or 'any inputs'}: none of them can be the labels "
                 f"after the inputs; {_WAY_OUT}"
             )
@@ -311,16 +355,7 @@ class Splitter:
         for place in places:
             more = forward.takes_labels_at(1)
             ways = self._inputs(items[kept[0]], more) if place == 1 else [None]
-            rules += [self._placed(kept, place, way) for way in ways]
-        if len(rules) == 1:
-            unused = [i for i in range(len(items)) if i not in kept[: places[0] + 1]]
-            if unused:
-                self._say(
-                    f"a batch has {len(items)} parts: part {kept[places[0]]} (counted from 0) is "
-                    f"taken for the labels, because the model's forward takes {places[0]} "
-                    f"input(s), and not used: {', '.join(map(str, unused))}; if that is wrong, "
-                    f"{_WAY_OUT}"
-                )
+            rules += [self._placed(len(items), kept, place, way) for way in ways]
         return rules
 
     def _label_places(self, items: list[Any], kept: list[int]) -> list[int]:
@@ -333,7 +368,9 @@ class Splitter:
             and is_array(items[kept[place]])
         ]
 
-    def _placed(self, kept: list[int], place: int, way: Callable[[Any], Inputs] | None) -> Rule:
+    def _placed(
+        self, parts: int, kept: list[int], place: int, way: Callable[[Any], Inputs] | None
+    ) -> Rule:
         takes_labels = self.forward.takes_labels_at(place)
 
         def read(batch: Any) -> tuple[list[Any], dict[str, Any], Any]:
@@ -344,29 +381,10 @@ class Splitter:
             labels = batch[kept[place]]
             return [*args, labels] if takes_labels else args, kwargs, labels
 
-        return read
+        unused = tuple(i for i in range(parts) if i not in kept[: place + 1])
+        return Rule(read, not unused, kept[place], unused)
 
 
-def _form(batch: Any) -> Any:
-    """What batches that are read alike have in common."""
-
-    def names(value: Any) -> Any:
-        fields = fields_of(value)
-        return None if fields is None else tuple(fields)
-
-    items = tuple(names(item) for item in batch) if isinstance(batch, list | tuple) else None
-    return type(batch), names(batch), items
-
-
-def _shown(batch: Any) -> str:
-    """What a batch looks like, for messages."""
-
-    def one(value: Any) -> str:
-        if isinstance(value, Tensor | np.ndarray):
-            return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-        return type(value).__name__
-
-    fields = fields_of(batch)
-    if fields is not None:
-        return ", ".join(f"{key}: {one(value)}" for key, value in fields.items())
-    return ", ".join(one(value) for value in batch)
+def _like_a_mask(value: Tensor, tokens: Tensor) -> bool:
+    whole = not value.is_floating_point() and not tokens.is_floating_point()
+    return whole and value.dim() >= 2 and value.shape == tokens.shape

@@ -203,6 +203,8 @@ FORMS = {
     "numpy of float64": lambda x, y: (x.double().numpy(), y.numpy().astype("int16")),
     "a list of labels": lambda x, y: (x, y.tolist()),
     "labels [n, 1]": lambda x, y: (x, y[:, None]),
+    "lists of tensors": lambda x, y: (list(x), list(y)),
+    "a list of single labels": lambda x, y: (x, list(y)),
     "uint8 labels": lambda x, y: (x, y.to(torch.uint8)),
     "int8 labels": lambda x, y: (x, y.to(torch.int8)),
     "int32 labels": lambda x, y: (x, y.to(torch.int32)),
@@ -397,6 +399,30 @@ def test_a_model_that_must_have_the_labels_gets_them():
     check(model, (x, y.int()), want)
     check(model, [{"x": x, "labels": y.int()}], want)
     check(model, [(x, y, torch.arange(100, 100 + N))], want)
+
+
+def test_a_mask_is_never_left_out():
+    """Tokens, labels and mask: a causal model runs on the first alone, but should not."""
+
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb, self.fc = nn.Embedding(30, 8), nn.Linear(8, 30)
+
+        def forward(self, ids, mask=None):
+            return self.fc(self.emb(ids) if mask is None else self.emb(ids) * mask[..., None])
+
+    ids = torch.randint(0, 30, (4, 7))
+    mask = (torch.arange(7) < 5).long().expand(4, 7)
+    labels = ids.masked_fill(mask == 0, -100)
+    for batch in ((ids, labels, mask), (ids, labels, mask, torch.arange(4))):
+        with pytest.raises(InputError, match=r"can be read in 2 ways|may be a mask"):
+            imu.influence_scores(Tagger(), [batch])
+    data = imu.Data([(ids, labels, mask)], inputs={"ids": 0, "mask": 2}, labels=1)
+    assert imu.influence_scores(Tagger(), data).shape == (4,)
+    one = nn.Sequential(nn.Embedding(30, 8), nn.Linear(8, 30))
+    with pytest.raises(InputError, match="part 2, of its inputs' shape, may be a mask"):
+        imu.influence_scores(one, [(ids, labels, mask)])
 
 
 def test_wrapped_models_have_the_signature_of_what_they_wrap():
@@ -828,6 +854,10 @@ def test_two_inputs_of_which_one_is_missing():
     x, y, _ = data()
     with pytest.raises(InputError, match=r"takes 2 inputs \(x, z\), a batch has 1"):
         imu.influence_scores(TwoInputs(), (x, y))
+    with pytest.raises(InputError, match=r"fits the model in none of 1 ways"):
+        imu.influence_scores(Net(), [{"image": x, "mask": x, "label": y}])
+    with pytest.raises(InputError, match=r"fits the model in none of 1 ways.*mat1"):
+        imu.influence_scores(Net(), [(torch.arange(N), x, y)])
     with pytest.raises(InputError, match=r"keys \['x'\] besides 'label'.*takes \['x', 'z'\]"):
         imu.influence_scores(TwoInputs(), [{"x": x, "label": y}])
     with pytest.raises(InputError, match="none of them can be the labels"):
