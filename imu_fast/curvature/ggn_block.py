@@ -101,7 +101,10 @@ class FittedGGNBlock(Fitted):
 
         def products(chunk: GradientFactors) -> Tensor:
             variance, a = self._tokens(chunk)
-            return torch.stack([(a @ one.T).mul_(variance).T @ a for one in many])
+            found = torch.empty_like(many)
+            for one, rhs in zip(found, many, strict=True):
+                torch.mm((a @ rhs.T).mul_(variance).T, a, out=one)
+            return found
 
         out = self._source.sums(products).add_(many, alpha=self.damping)
         return out.view_as(v).to(v.dtype)
