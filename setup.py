@@ -112,8 +112,10 @@ def extensions():
 
 
 setup(
-    packages=[*find_packages(include=["imu_fast", "imu_fast.*"]), "imu_fast.kernels"],
-    package_dir={"imu_fast": "imu_fast", "imu_fast.kernels": "kernels"},
+    # imu_fast/kernels is a link to kernels/. A source tree that is a plain folder on the path, as
+    # package_dir says, is what type checkers find where the package is installed in place.
+    packages=find_packages(include=["imu_fast", "imu_fast.*"]),
+    package_dir={"": "."},
     package_data={"imu_fast": ["py.typed"], "imu_fast.study.report": ["report.html.j2"]},
     **({} if set(CHOICES.values()) == {"0"} else extensions()),
 )

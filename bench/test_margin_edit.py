@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from imu_fast.unlearning.edit.program import margin_edit
+from imu_fast.unlearning.edit.program import smallest_edit as margin_edit
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 

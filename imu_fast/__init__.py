@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "Ascent": "unlearning.ascent.ascent",
+    "Auto": "unlearning.auto",
     "backends": "backend",
     "capture": "model.capture",
     "capture_features": "model.capture",
@@ -19,6 +21,7 @@ _EXPORTS = {
     "Curvature": "curvature.base",
     "curvatures": "curvature.named",
     "damped_cholesky_solve": "solvers.cholesky.cholesky",
+    "DivergedError": "unlearning.result",
     "EKFAC": "curvature.kfac",
     "evaluate": "evaluation.evaluate",
     "find_head": "model.head",
@@ -29,18 +32,29 @@ _EXPORTS = {
     "GGN": "curvature.ggn.ggn",
     "GGNBlock": "curvature.ggn_block",
     "GradientFactors": "factors.gradient_factors",
+    "Head": "unlearning.ascent.scopes",
     "Identity": "curvature.identity",
+    "ImuFastError": "errors",
+    "Influence": "unlearning.ascent.weights",
     "influence_scores": "influence.scores",
     "influence_weights": "influence.weights",
+    "InputError": "errors",
     "KFAC": "curvature.kfac",
+    "Layers": "unlearning.ascent.scopes",
     "linear_layers_matching": "model.head",
+    "LossWeights": "unlearning.ascent.weights",
+    "MarginEdit": "unlearning.edit.margin_edit",
     "methods": "unlearning.named",
+    "Network": "unlearning.ascent.scopes",
     "pairwise_influence": "influence.scores",
-    "ShardedFactors": "factors.sharded",
+    "Permuted": "unlearning.ascent.weights",
     "self_influence": "influence.scores",
+    "SGD": "unlearning.ascent.optimizer",
+    "ShardedFactors": "factors.sharded",
     "StopRule": "unlearning.depth",
+    "Uniform": "unlearning.ascent.weights",
     "unlearn": "unlearning.unlearn",
-    "UnlearnResult": "unlearning.unlearn",
+    "UnlearnResult": "unlearning.result",
     "use_backend": "backend",
 }
 __all__ = ["__version__", *sorted(_EXPORTS)]
@@ -59,6 +73,8 @@ if TYPE_CHECKING:
     from imu_fast.curvature.kfac import KFAC as KFAC
     from imu_fast.curvature.named import curvatures as curvatures
     from imu_fast.curvature.named import fit as fit
+    from imu_fast.errors import ImuFastError as ImuFastError
+    from imu_fast.errors import InputError as InputError
     from imu_fast.evaluation.evaluate import evaluate as evaluate
     from imu_fast.factors.gradient_factors import GradientFactors as GradientFactors
     from imu_fast.factors.sharded import ShardedFactors as ShardedFactors
@@ -72,9 +88,21 @@ if TYPE_CHECKING:
     from imu_fast.model.head import find_head as find_head
     from imu_fast.model.head import linear_layers_matching as linear_layers_matching
     from imu_fast.solvers.cholesky.cholesky import damped_cholesky_solve as damped_cholesky_solve
+    from imu_fast.unlearning.ascent.ascent import Ascent as Ascent
+    from imu_fast.unlearning.ascent.optimizer import SGD as SGD
+    from imu_fast.unlearning.ascent.scopes import Head as Head
+    from imu_fast.unlearning.ascent.scopes import Layers as Layers
+    from imu_fast.unlearning.ascent.scopes import Network as Network
+    from imu_fast.unlearning.ascent.weights import Influence as Influence
+    from imu_fast.unlearning.ascent.weights import LossWeights as LossWeights
+    from imu_fast.unlearning.ascent.weights import Permuted as Permuted
+    from imu_fast.unlearning.ascent.weights import Uniform as Uniform
+    from imu_fast.unlearning.auto import Auto as Auto
     from imu_fast.unlearning.depth import StopRule as StopRule
+    from imu_fast.unlearning.edit.margin_edit import MarginEdit as MarginEdit
     from imu_fast.unlearning.named import methods as methods
-    from imu_fast.unlearning.unlearn import UnlearnResult as UnlearnResult
+    from imu_fast.unlearning.result import DivergedError as DivergedError
+    from imu_fast.unlearning.result import UnlearnResult as UnlearnResult
     from imu_fast.unlearning.unlearn import unlearn as unlearn
 
 

@@ -43,10 +43,18 @@ class Table(Generic[T]):
         kind: the keyword under which users pass it, such as ``"curvature"``.
         base: the class of every entry.
         entries: name -> what makes the object with its defaults.
+        coerce: for what users pass that is neither a name nor such an object (a tensor, a torch
+            optimizer): the object that holds it, or None.
     """
 
-    def __init__(self, kind: str, base: type[T], entries: Mapping[str, Callable[[], T]]) -> None:
-        self.kind, self.base, self._entries = kind, base, dict(entries)
+    def __init__(
+        self,
+        kind: str,
+        base: type[T],
+        entries: Mapping[str, Callable[[], T]],
+        coerce: Callable[[Any], T | None] = lambda value: None,
+    ) -> None:
+        self.kind, self.base, self._entries, self._coerce = kind, base, dict(entries), coerce
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -72,6 +80,8 @@ class Table(Generic[T]):
                 )
             return self[value].with_options(f"{argument}={value!r}", given)
         if not isinstance(value, self.base):
+            if (held := self._coerce(value)) is not None:
+                return held.with_options(f"{argument}={value!r}", given)
             named = f"one of the names {', '.join(self)}"
             if isinstance(value, type):
                 raise InputError(
@@ -114,6 +124,8 @@ class Options:
 
     # What users may write instead of the object.
     name: ClassVar[str] = ""
+    # Flat options that are no fields: each is short for several, which win where they are given.
+    shorthands: ClassVar[Mapping[str, Callable[[Any, Any], Any]]] = {}
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
@@ -176,6 +188,8 @@ class Options:
             InputError: an option that is not here, or that belongs into an object that was given.
         """
         made, rest, sealed = self, dict(given), {}
+        for name in [name for name in rest if name in self.shorthands]:
+            made = self.shorthands[name](made, rest.pop(name))
         while True:
             paths = made.paths()
             choices = [k for k in rest if k in paths and made._is_choice(paths[k])]
@@ -219,7 +233,7 @@ class Options:
 
     @staticmethod
     def _unknown(described: str, name: str, made: Options) -> str:
-        known = made.paths()
+        known = [*made.paths(), *made.shorthands]
         elsewhere = sorted(
             f"{field}={other!r}"
             for field, choice in _choices(made)

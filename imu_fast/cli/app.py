@@ -186,6 +186,7 @@ def unlearn(
     from imu_fast.storage import save_tensors
     from imu_fast.unlearning.checkpoint import check_resumable
     from imu_fast.unlearning.depth import StopRule
+    from imu_fast.unlearning.named import METHODS
     from imu_fast.unlearning.unlearn import unlearn as run
 
     if out.suffix != ".safetensors":
@@ -195,6 +196,17 @@ def unlearn(
         check_out(checkpoint, "checkpoint")
         check_resumable(checkpoint)
     stop = None if stop_accuracy is None else StopRule(forget_accuracy=stop_accuracy)
+    given: dict[str, Any] = {
+        "preset": preset,
+        "scope": scope,
+        "objective": objective,
+        "lr": lr,
+        "epochs": epochs,
+    }
+    given |= {"precondition": precondition}
+    if method != "auto" and method in METHODS and "batch_size" in METHODS[method].paths():
+        given["batch_size"] = batch_size
+    how = METHODS.choose(method, **given)
     model = build_model(arch, weights)
     loader, _ = load_data(
         data,
@@ -206,14 +218,7 @@ def unlearn(
     result = run(
         model,
         loader,
-        method=method,
-        preset=preset,
-        scope=scope,
-        objective=objective,
-        precondition=precondition,
-        lr=lr,
-        epochs=epochs,
-        batch_size=batch_size,
+        how,
         stop=stop,
         seed=seed,
         checkpoint=checkpoint,

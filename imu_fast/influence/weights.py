@@ -1,8 +1,10 @@
-"""From influence scores to sample weights: SPEC section 4."""
+"""From influence scores to sample weights: who supports forgetting, and how much."""
 
 from __future__ import annotations
 
+import math
 import warnings
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -11,9 +13,14 @@ from imu_fast.errors import (
     EmptySelectionError,
     InputError,
     check_choice,
+    check_count,
     check_finite_rows,
     check_fraction,
 )
+
+QUANTILE_OVER = ("kept", "all")
+# Numbers up to one, and their differences from one, are known to this.
+_ROUNDING = Fraction(1, 2**52)
 
 
 def influence_weights(
@@ -21,39 +28,50 @@ def influence_weights(
     top_fraction: float = 1.0,
     clip_quantile: float = 0.93,
     *,
+    quantile_over: str = "kept",
     on_empty: str = "error",
     permute: bool = False,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Select the samples that support forgetting, and weigh them (authors' classification code).
+    """Select the samples that support forgetting, and weigh them (IMU, arXiv 2508.01620).
 
-    Keep ``influence < 0``; of these the ``top_fraction`` with largest magnitude (rounded, at least
-    one); ``w = |influence| ** 0.5``, clipped at their ``clip_quantile`` quantile.
+    Keep ``influence < 0``; of these the ``max(1, int(top_fraction * count))`` of largest magnitude;
+    ``w = |influence| ** 0.5``, clipped at the ``clip_quantile`` quantile of w (linear
+    interpolation). A product that falls short of a whole number by no more than the rounding of a
+    fraction is that number: 0.29 of 100 samples are 29, though ``int(0.29 * 100)`` is 28.
 
     Args:
         scores: [n], floating.
         top_fraction: in (0, 1]. clip_quantile: in (0, 1]; 1 clips nothing.
+        quantile_over: the weights whose quantile it is: the ``"kept"`` ones, or ``"all"`` n, zero
+            where not kept, as the authors' code for language models (TOFU) has it.
         on_empty: nothing is negative: ``"error"``, or ``"uniform"`` for weights of one on every
             sample, with a warning.
-        permute: shuffle the weights among the selected samples (seeded): the random-weights
+        permute: shuffle the weights among the selected samples (by ``seed``): the random-weights
             control with the same distribution.
 
     Returns:
-        indices [k] int64, ascending, and weights [k] in the scores' dtype.
+        indices [k] int64, positions in the scores' order, and weights [k] in the scores' dtype;
+        both by descending magnitude of the influence, ties in the scores' order.
 
     Raises:
         EmptySelectionError: nothing is negative and ``on_empty="error"``.
-        InputError: scores not [n] floating and finite, or a fraction outside (0, 1].
+        InputError: scores not [n] floating and finite, a fraction outside (0, 1], or a quantile
+            over all that is zero, so that it would clip every weight to nothing.
     """
+    if not isinstance(scores, Tensor):
+        raise InputError(f"scores is a {type(scores).__name__}; pass a floating tensor [n]")
     if scores.dim() != 1 or scores.numel() == 0 or not scores.is_floating_point():
         raise InputError(
             f"scores has shape {tuple(scores.shape)} and dtype {scores.dtype}; pass a floating [n]"
             " with n >= 1"
         )
     check_finite_rows("scores", scores)
-    check_fraction("top_fraction", top_fraction)
-    check_fraction("clip_quantile", clip_quantile)
+    top_fraction = check_fraction("top_fraction", top_fraction)
+    clip_quantile = check_fraction("clip_quantile", clip_quantile)
+    check_choice("quantile_over", quantile_over, QUANTILE_OVER)
     check_choice("on_empty", on_empty, ("error", "uniform"))
+    check_count("seed", seed, minimum=0)
 
     negative = torch.nonzero(scores < 0).flatten()
     if len(negative) == 0:
@@ -66,21 +84,35 @@ def influence_weights(
         warnings.warn(f"{message}; using uniform weights", stacklevel=2)
         indices = torch.arange(len(scores), device=scores.device)
         return indices, torch.ones_like(scores)
-    magnitude = -scores[negative]
-    keep = max(1, round(top_fraction * len(negative)))
-    if keep < len(negative):
-        # Stable, so that ties keep the samples' order on every device.
-        largest = torch.sort(magnitude, descending=True, stable=True).indices[:keep]
-        chosen = largest.sort().values
-        negative, magnitude = negative[chosen], magnitude[chosen]
-    weights = magnitude.sqrt()
-    # torch.quantile refuses more than 2^24 elements, so numpy's definition by sorting.
-    ordered = weights.sort().values
-    position = clip_quantile * (len(ordered) - 1)
-    low = int(position)
-    high = min(low + 1, len(ordered) - 1)
-    weights = weights.clamp_max(torch.lerp(ordered[low], ordered[high], position - low))
+    keep = max(1, math.floor((Fraction(top_fraction) + _ROUNDING) * len(negative)))
+    # Stable, so that ties keep the samples' order on every device.
+    magnitude, order = torch.sort(-scores[negative], descending=True, stable=True)
+    indices, weights = negative[order[:keep]], magnitude[:keep].sqrt()
+    count = len(weights) if quantile_over == "kept" else len(scores)
+    clip = _quantile(weights, count, clip_quantile)
+    if quantile_over == "all" and not bool(clip > 0):
+        raise InputError(
+            f"clip_quantile={clip_quantile} with quantile_over='all' is zero, since only "
+            f"{len(weights)} of {count} samples are kept, and would clip every weight to zero; "
+            "pass quantile_over='kept', or clip_quantile=1, which clips nothing"
+        )
+    weights = weights.clamp_max(clip)
     if permute:
         generator = torch.Generator().manual_seed(seed)
         weights = weights[torch.randperm(len(weights), generator=generator).to(weights.device)]
-    return negative, weights
+    return indices, weights
+
+
+def _quantile(descending: Tensor, count: int, q: float) -> Tensor:
+    """The q-quantile of these numbers and zeros, ``count`` in all: a scalar tensor.
+
+    By sorting, as numpy defines it: torch.quantile refuses more than 2^24 elements.
+    """
+    position = q * (count - 1)
+    low = int(position)
+    zero = descending.new_zeros(())
+    below, above = (
+        descending[count - 1 - i] if count - 1 - i < len(descending) else zero
+        for i in (low, min(low + 1, count - 1))
+    )
+    return torch.lerp(below, above, position - low)

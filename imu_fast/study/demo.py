@@ -21,7 +21,8 @@ from imu_fast.study.data import digits
 from imu_fast.study.networks import train_small_network
 from imu_fast.study.report import demo_plots as plots
 from imu_fast.unlearning.depth import StopRule
-from imu_fast.unlearning.unlearn import DivergedError, UnlearnResult, unlearn
+from imu_fast.unlearning.result import DivergedError, UnlearnResult
+from imu_fast.unlearning.unlearn import unlearn
 
 METHODS: dict[str, dict[str, Any]] = {
     "auto (head)": {"method": "auto"},
@@ -38,6 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
 LEARNING_RATES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 3e-4, 1e-4)
 RULE = "learning rate: the largest of the grid with which the depth takes 20 steps or more"
 _MIN_STEPS, _MAX_STEPS = 20, 2000
+_BUDGET = {"epochs": _MAX_STEPS, "max_steps": _MAX_STEPS, "record": "step"}
 
 
 @dataclass(frozen=True)
@@ -73,19 +75,18 @@ def forget_with(
 
     ``auto`` has its own, and returns None.
     """
-    rates = (None,) if options.get("method") == "auto" else LEARNING_RATES
+    own = options.get("method") == "auto"
+    rates = (None,) if own else LEARNING_RATES
     for lr in rates:
+        given: dict[str, Any] = {} if own else {"lr": lr, **_BUDGET}
         try:
             result = unlearn(
                 copy.deepcopy(model),
                 task.forget,
-                lr=lr,
-                epochs=_MAX_STEPS,
-                max_steps=_MAX_STEPS,
                 stop=StopRule(forget_accuracy=task.depth),
                 watch={"retain": task.retain},
-                record="step",
                 seed=seed,
+                **given,
                 **options,
             )
         except DivergedError:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
+
+from torch import Tensor
 
 from imu_fast.curvature.named import curvatures
 from imu_fast.errors import check_choice
-from imu_fast.unlearning.named import METHODS
+from imu_fast.unlearning.ascent.ascent import Ascent
+from imu_fast.unlearning.auto import Auto
+from imu_fast.unlearning.method import Method
+from imu_fast.unlearning.named import METHODS, SUMMARIES
 
 # What every method is tested against: plain ascent of the whole network in training mode, as
 # published code does it.
@@ -36,26 +42,40 @@ class Entry:
     kinds: tuple[str, ...] = ("class", "random")
     rates: tuple[float, ...] = RATES
 
+    @cached_property
+    def method(self) -> Method:
+        """The method with these options."""
+        options = dict(self.options)
+        return METHODS.choose(options.pop("method"), **options)
+
     @property
     def scope(self) -> str:
         """``"head"`` on cached features, ``"layers"``: the head in its network, or ``"all"``."""
-        paper = "layers" if self.options.get("preset") == "paper" else "head"
-        return self.options.get("scope", paper)
+        return self.method.scope.name if isinstance(self.method, Ascent) else "head"
 
     def budget(self, max_steps: int) -> int:
         """Steps of a run: a third of the head's where every step is one of the whole network."""
         return max_steps if self.scope == "head" else max(1, max_steps // 3)
 
+    def taking(self, labels: Tensor, classes: int, **common: Any) -> dict[str, Any]:
+        """This entry's options, with those of ``common`` that its method has for this task."""
+        method = self.method
+        if isinstance(method, Auto):
+            _, method = method.choose(labels, classes)
+        return {k: v for k, v in common.items() if k in method.paths()} | dict(self.options)
+
     def describe(self) -> dict[str, Any]:
         """For the results: what it does, and its corner of the factorial."""
-        method = METHODS[self.options["method"]]
-        preset = self.options.get("preset") == "paper"
+        flat = self.method.flat()
+        summary = SUMMARIES[self.options["method"]]
+        if self.options.get("preset") == "paper":
+            summary += ", as published"
         return {
-            "summary": method.summary + (", as published" if preset else ""),
+            "summary": summary,
             "forget_only": True,
             "scope": self.scope,
-            "batchnorm": self.options.get("batchnorm", "train" if preset else "eval"),
-            "weights": method.weights,
+            "batchnorm": flat.get("batchnorm", "eval"),
+            "weights": flat.get("weights", "uniform"),
             "options": dict(self.options),
         }
 

@@ -157,16 +157,19 @@ class Setting:
         result = unlearn(
             model,
             sets["forget"],
-            lr=lr,
-            epochs=budget,  # each has a step at least
-            max_steps=budget,
             milestones=self.milestones(sets),
             on_milestone=at_depth,
             watch={"retain": sets["watched"]},
-            record="step" if on_head else "epoch",
-            on_empty="uniform",
             seed=self.seed,
-            **entry.options,
+            **entry.taking(
+                sets["forget"][1].cpu(),
+                self.original.head.out_features,
+                lr=lr,
+                epochs=budget,  # each has a step at least
+                max_steps=budget,
+                record="step" if on_head else "epoch",
+                on_empty="uniform",
+            ),
         )
         way = [(r["forget_accuracy"], r["retain_accuracy"]) for r in result.trajectory]
         return found, way

@@ -11,7 +11,29 @@ that matters, ``method="npo", scope="all"`` or retraining is what there is.
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from imu_fast.errors import InputError
+from imu_fast.model.batches import ForgetSet, split_batch
+from imu_fast.model.head import find_head
+from imu_fast.options import option, options
+from imu_fast.unlearning.ascent.ascent import Ascent
+from imu_fast.unlearning.ascent.optimizer import SGD
+from imu_fast.unlearning.ascent.scopes import Head
+from imu_fast.unlearning.edit.margin_edit import MarginEdit
+from imu_fast.unlearning.method import Job, Method
+from imu_fast.unlearning.result import UnlearnResult
+from imu_fast.unlearning.subject import check_head_layer
+
+
+def single_row() -> Ascent:
+    """Ascent of the forgotten classes' rows of the head alone; for forgetting a class."""
+    return Ascent(scope=Head(rows="forgotten"))
 
 
 def is_class(labels: Tensor, classes: int) -> bool:
@@ -24,6 +46,53 @@ def is_class(labels: Tensor, classes: int) -> bool:
     return len(labels.unique()) < expected / 2
 
 
-def choose(labels: Tensor, classes: int) -> str:
-    """The name of the method for these forget labels [n]."""
-    return "single_row" if is_class(labels, classes) else "margin_edit"
+@options
+class Auto(Method):
+    """Takes a method by the task: see the module.
+
+    Args:
+        given: flat options for the method that is taken; those that it does not have are refused.
+    """
+
+    name = "auto"
+    given: Mapping[str, Any] | None = option(default=None)
+
+    @staticmethod
+    def _candidates() -> dict[str, Method]:
+        # A single row moves no other class, so its step may be large: bisection finds the depth.
+        large = Ascent(scope=Head(rows="forgotten"), optimizer=SGD(lr=1.0), epochs=1000)
+        return {"single_row": large, "margin_edit": MarginEdit()}
+
+    def paths(self) -> dict[str, tuple[str, ...]]:
+        """Options of whichever method is taken."""
+        return {name: path for m in self._candidates().values() for name, path in m.paths().items()}
+
+    def flat(self) -> dict[str, Any]:
+        return dict(self.given or {})
+
+    def with_options(self, described: str, given: Mapping[str, Any]) -> Self:
+        for name in given:
+            if not any(name in (*m.paths(), *m.shorthands) for m in self._candidates().values()):
+                raise InputError(self._unknown(described, name, self))
+        return type(self)(given={**(self.given or {}), **given})
+
+    def choose(self, labels: Tensor, classes: int) -> tuple[str, Method]:
+        """The method for these forget labels [n], and its name.
+
+        Raises:
+            InputError: an option that it does not have.
+        """
+        name = "single_row" if is_class(labels, classes) else "margin_edit"
+        described = f"method='auto' takes {name!r} for these samples, which"
+        return name, self._candidates()[name].with_options(described, self.given or {})
+
+    def for_task(self, model: nn.Module, forget: ForgetSet) -> tuple[str, Method]:
+        """As :meth:`choose`, by the forget set's labels and the model's classes."""
+        labels = torch.cat([split_batch(batch)[2].flatten().cpu() for batch in forget])
+        given = self.given or {}
+        layer = given.get("layers", given.get("layer"))
+        check_head_layer("layers", layer)
+        return self.choose(labels, find_head(model, layer)[1].out_features)
+
+    def run(self, job: Job) -> UnlearnResult:
+        raise AssertionError("unlearn runs the method that auto takes")

@@ -1,12 +1,41 @@
-"""Checkpoints of a run: what they hold, and whether they can be resumed."""
+"""Checkpoints of an ascent: safetensors files that say what they belong to."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from imu_fast.errors import InputError, brief
-from imu_fast.storage import load_tensors
+from imu_fast.storage import load_tensors, save_tensors
+from imu_fast.unlearning.result import Record
+from imu_fast.unlearning.subject import Subject
+
+# What a resumed run may have otherwise: its budget.
+_BUDGET = ("epochs", "max_steps")
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        epochs, step: made so far. indices, weights: [k], of the selection in force.
+        scores: [n], before the first step; None where nothing is scored.
+    """
+
+    epochs: int
+    step: int
+    records: list[Record]
+    batch_losses: list[float]
+    indices: Tensor
+    weights: Tensor
+    scores: Tensor | None
 
 
 def check_resumable(path: Path) -> None:
@@ -21,3 +50,101 @@ def check_resumable(path: Path) -> None:
             f"checkpoint={str(path)!r} is no checkpoint of unlearn, or is broken "
             f"({brief(error)}); delete it or choose another name"
         ) from error
+
+
+def _comparable(described: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps({k: v for k, v in described.items() if k not in _BUDGET}))
+
+
+class Checkpoint:
+    """One file.
+
+    Args:
+        subject, optimizer: whose state it holds.
+        described: the method and its options; a run with others is another run.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        subject: Subject,
+        optimizer: torch.optim.Optimizer,
+        described: Mapping[str, Any],
+    ) -> None:
+        self.path, self._subject, self._optimizer = path, subject, optimizer
+        self._described = _comparable(described)
+
+    def save(self, progress: Progress) -> None:
+        """Replace the file, as a whole."""
+        tensors = {f"state.{k}": v for k, v in self._subject.state().items()}
+        plain: dict[str, dict[str, Any]] = {}
+        for i, slots in self._optimizer.state_dict()["state"].items():
+            for key, value in slots.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer.{i}.{key}"] = value
+                else:
+                    plain.setdefault(str(i), {})[key] = value
+        tensors |= {"indices": progress.indices, "weights": progress.weights}
+        if progress.scores is not None:
+            tensors["scores"] = progress.scores
+        run = {
+            "epochs": progress.epochs,
+            "step": progress.step,
+            "trajectory": progress.records,
+            "batch_losses": progress.batch_losses,
+            "settings": self._described,
+            "optimizer": plain,
+        }
+        save_tensors(self.path, tensors, {"imu_fast": json.dumps(run)})
+
+    def load(self, start: Progress) -> Progress:
+        """Put subject and optimizer where the file left them.
+
+        Args:
+            start: the run about to begin, which must be the one that the file belongs to.
+
+        Raises:
+            InputError: the file belongs to another run, or is none of ours.
+        """
+        tensors, metadata = load_tensors(self.path)
+        name = str(self.path)
+        if "imu_fast" not in metadata:
+            raise InputError(f"checkpoint={name!r} was not written by unlearn; choose another name")
+        run = json.loads(metadata["imu_fast"])
+        theirs, ours = run["settings"], self._described
+        changed = {
+            key: (theirs.get(key), ours.get(key))
+            for key in {**ours, **theirs}
+            if theirs.get(key) != ours.get(key)
+        }
+        state = self._subject.state()
+        shapes = {k: t.shape for k, t in state.items()}
+        stored = {k[6:]: t.shape for k, t in tensors.items() if k.startswith("state.")}
+        if start.scores is not None and not changed and "scores" in tensors:
+            if not torch.equal(tensors["scores"], start.scores.cpu()):
+                changed["model or forget set"] = ("other scores", "these")
+        if changed or shapes != stored:
+            raise InputError(
+                f"checkpoint={name!r} belongs to another run (differs in {changed or 'shapes'}); "
+                "pass resume=False to overwrite it, or another name"
+            )
+        with torch.no_grad():
+            for key, tensor in state.items():
+                tensor.copy_(tensors[f"state.{key}"])
+        slots: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in run["optimizer"].items()}
+        for key, tensor in tensors.items():
+            if key.startswith("optimizer."):
+                _, i, slot = key.split(".", 2)
+                slots.setdefault(int(i), {})[slot] = tensor.clone()
+        restored = self._optimizer.state_dict()
+        restored["state"] = slots
+        self._optimizer.load_state_dict(restored)
+        return Progress(
+            run["epochs"],
+            run["step"],
+            run["trajectory"],
+            run["batch_losses"],
+            tensors["indices"].clone(),
+            tensors["weights"].to(start.weights.device, copy=True),
+            start.scores,
+        )

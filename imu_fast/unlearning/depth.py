@@ -1,20 +1,25 @@
-"""How deep is deep enough: stop rules and milestones."""
+"""How deep is deep enough: stop rules, milestones, and the bisection of the step that crosses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from imu_fast.errors import InputError, check_positive
+from imu_fast.unlearning.result import Record
 from imu_fast.unlearning.subject import Measured
+
+OnMilestone = Callable[[str, Record], None]
+# A crossing step is bisected this often: t is then known to 2^-12 of the step.
+BISECTIONS = 12
 
 
 @dataclass(frozen=True)
 class StopRule:
-    """When ascent is deep enough; the first condition met stops it (SPEC section 5).
+    """When a run is deep enough; the first condition met stops it.
 
     The step that crosses the line is bisected, so that two methods stop at the same depth.
 
@@ -46,6 +51,8 @@ class StopRule:
             check_positive("forget_loss", self.forget_loss, allow_zero=True)
         if self.membership_auc is not None and self.unseen is None:
             raise InputError("unseen=None: membership_auc needs a loader of unseen samples")
+        if self.membership_auc is None and self.unseen is not None:
+            raise InputError("unseen is given without membership_auc, which alone uses it; set it")
 
     def reached(self, state: Measured) -> str | None:
         """The name of the condition that holds now, or None."""
@@ -65,8 +72,52 @@ class StopRule:
         return None
 
 
-OnMilestone = Callable[[str, dict[str, float]], None]
+@dataclass(frozen=True)
+class Depths:
+    """Where a run stops, and where it stops for a moment on the way.
+
+    Attributes:
+        stop: the end; None: the last milestone, or the budget where there are none.
+        milestones: depths on the way, by name.
+        on_milestone: called with a milestone's name and record, the model being there.
+    """
+
+    stop: StopRule | None = None
+    milestones: Mapping[str, StopRule] | None = None
+    on_milestone: OnMilestone | None = None
+
+    def __post_init__(self) -> None:
+        for rule in self.rules:
+            if not isinstance(rule, StopRule):
+                raise InputError(
+                    f"stop or a milestone is a {type(rule).__name__}; pass imu_fast.StopRule(...)"
+                )
+        unseen = [rule.unseen for rule in self.rules if rule.unseen is not None]
+        if any(other is not unseen[0] for other in unseen):
+            raise InputError("stop and milestones name several unseen loaders; pass one to all")
+        if self.on_milestone is not None and not self.milestones:
+            raise InputError("on_milestone is given without milestones; name the depths there")
+
+    @property
+    def rules(self) -> list[StopRule]:
+        """Every rule, the milestones' first."""
+        stop = [] if self.stop is None else [self.stop]
+        return [*(self.milestones or {}).values(), *stop]
+
+    @property
+    def unseen(self) -> Any:
+        """The loader of unseen samples that a rule needs, or None."""
+        return next((rule.unseen for rule in self.rules if rule.unseen is not None), None)
 
 
-# A crossing step is bisected this often: t is then known to 2^-12 of the step.
-BISECTIONS = 12
+def bisect(reached: Callable[[float], bool]) -> float:
+    """The smallest t in (0, 1], to 2^-12, at which ``reached(t)``, which holds at 1, still does.
+
+    Args:
+        reached: moves the state to t and tells; it is last called with another t than is returned.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if reached(middle) else (middle, high)
+    return high

@@ -1,36 +1,72 @@
-"""What a forget-only method is: how it weighs samples, and the ascent's options that define it."""
+"""What a method of unlearning is, and the job that it is given."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from imu_fast.model.batches import ForgetSet
+from imu_fast.model.guard import Kept, copies_of
+from imu_fast.options import Options
+from imu_fast.unlearning.depth import Depths
+from imu_fast.unlearning.result import UnlearnResult
+from imu_fast.unlearning.trajectory import Callback
 
-WEIGHTS = ("influence", "permuted", "loss", "uniform")
 
-
-@dataclass(frozen=True)
-class Method:
-    """One method; ``unlearn(model, forget_loader, method=name, ...)`` runs it.
+@dataclass
+class Job:
+    """One call of :func:`imu_fast.unlearn`: everything but the method.
 
     Attributes:
-        summary: one line, with its source.
-        weights: how forget samples are weighed: by ``"influence"``, by influence ``"permuted"``
-            among them, by ``"loss"``, or ``"uniform"``.
-        options: defaults of ``unlearn``'s arguments; an argument that is given wins.
-        auxiliary: ``(model, forget set, seed) -> [n]``, what the objective needs to know of each
-            sample, computed before the first step.
-        edits: no ascent: the head is computed at once, in ``imu_fast.edit``.
-        choose: ``(labels [n], C) -> name`` of the method to run instead, under these options.
+        model: what is changed. forget: what it is to forget.
+        sets: every set that is measured: "forget", "unseen" where a rule needs it, the watched.
+        watch: names of the sets that are recorded.
+        described: the method and its options, for checkpoints.
+        kept: tensors that change, with copies, put back on any failure.
     """
 
-    summary: str
-    weights: str = "uniform"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    auxiliary: Callable[[nn.Module, ForgetSet, int], Tensor] | None = None
-    edits: bool = False
-    choose: Callable[[Tensor, int], str] | None = None
+    model: nn.Module
+    forget: ForgetSet
+    sets: dict[str, Any]
+    watch: list[str]
+    depths: Depths
+    callback: Callback | None
+    checkpoint: Path | None
+    resume: bool
+    seed: int
+    progress: bool
+    described: dict[str, Any]
+    kept: Kept = field(default_factory=list)
+
+    def keep(self, tensors: Iterable[Tensor]) -> None:
+        """Have these tensors put back if the run fails; before they change."""
+        self.kept += copies_of(tensors)
+
+
+class Method(Options):
+    """One way of forgetting: a frozen object that holds exactly the options that it uses."""
+
+    # Whether a run has epochs that a checkpoint can be written after.
+    resumable = False
+
+    @property
+    def batches_of(self) -> int:
+        """Forget samples that go through the model at once."""
+        return 256
+
+    def bind(self, model: nn.Module) -> Self:
+        """This method with the model's layers by name, all of them there.
+
+        Raises:
+            InputError: a layer that the model does not have.
+        """
+        return self
+
+    def run(self, job: Job) -> UnlearnResult:
+        """Change the model of ``job``; whatever fails, the caller puts ``job.kept`` back."""
+        raise NotImplementedError

@@ -1,49 +1,121 @@
-"""Forget-only methods by name."""
+"""Methods by name: each is short for an object with its options."""
 
 from __future__ import annotations
 
-from imu_fast.unlearning import auto
-from imu_fast.unlearning.ascent.objectives import reference_losses
-from imu_fast.unlearning.ascent.wrong_labels import nearest_wrong_labels, random_wrong_labels
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from torch import Tensor, nn
+
+from imu_fast.curvature.base import Curvature
+from imu_fast.curvature.named import CurvatureName, CurvatureOptions
+from imu_fast.options import Table
+from imu_fast.unlearning.ascent.ascent import Ascent
+from imu_fast.unlearning.ascent.objectives import NPO, Margin, Objective, ObjectiveName, Relabel
+from imu_fast.unlearning.ascent.optimizer import Make, Optimizer, OptimizerName
+from imu_fast.unlearning.ascent.preconditioners import (
+    Features,
+    HasSolve,
+    Preconditioner,
+    PreconditionerName,
+)
+from imu_fast.unlearning.ascent.scopes import Head, Scope, ScopeName
+from imu_fast.unlearning.ascent.weights import (
+    Influence,
+    LossWeights,
+    Permuted,
+    Weights,
+    WeightsName,
+)
+from imu_fast.unlearning.auto import Auto, single_row
+from imu_fast.unlearning.edit.margin_edit import MarginEdit
 from imu_fast.unlearning.method import Method
 
-METHODS: dict[str, Method] = {
-    # A single row moves no other class, so its step may be large: bisection finds the depth.
-    "auto": Method(
-        "single_row for a class, margin_edit for samples drawn across classes",
-        options={"lr": 1.0, "epochs": 1000},
-        choose=auto.choose,
+_NAMED: dict[str, tuple[str, Callable[[], Method]]] = {
+    "auto": ("single_row for a class, margin_edit for samples drawn across classes", Auto),
+    "imu": (
+        "ascent weighted by influence at the classifier (IMU)",
+        lambda: Ascent(weights=Influence()),
     ),
-    "imu": Method("ascent weighted by influence at the classifier (IMU)", weights="influence"),
-    "permuted": Method("ascent with IMU's weights shuffled (control)", weights="permuted"),
-    "loss_weights": Method("ascent weighted by the square root of the loss", weights="loss"),
-    "uniform": Method("uniform gradient ascent"),
-    "npo": Method(
-        "negative preference optimisation",
-        options={"objective": "npo"},
-        auxiliary=reference_losses,
+    "permuted": (
+        "ascent with IMU's weights shuffled (control)",
+        lambda: Ascent(weights=Permuted()),
     ),
-    "random_label": Method(
+    "loss_weights": (
+        "ascent weighted by the square root of the loss",
+        lambda: Ascent(weights=LossWeights()),
+    ),
+    "uniform": ("uniform gradient ascent", Ascent),
+    "npo": ("negative preference optimisation", lambda: Ascent(objective=NPO())),
+    "random_label": (
         "descent on random wrong labels",
-        options={"objective": "relabel"},
-        auxiliary=random_wrong_labels,
+        lambda: Ascent(objective=Relabel(target="random")),
     ),
-    "boundary_shrink": Method(
+    "boundary_shrink": (
         "descent on the nearest wrong class (boundary shrink)",
-        options={"objective": "relabel"},
-        auxiliary=nearest_wrong_labels,
+        lambda: Ascent(objective=Relabel(target="nearest")),
     ),
-    "preconditioned": Method(
+    "preconditioned": (
         "preconditioned ascent of the head",
-        options={"objective": "margin", "precondition": "features"},
+        lambda: Ascent(objective=Margin(), scope=Head(precondition=Features())),
     ),
-    "single_row": Method(
-        "ascent of the forgotten classes' rows alone", options={"rows": "forgotten"}
-    ),
-    "margin_edit": Method("smallest edit of the head that flips the forget samples", edits=True),
+    "single_row": ("ascent of the forgotten classes' rows alone", single_row),
+    "margin_edit": ("smallest edit of the head that flips the forget samples", MarginEdit),
 }
+MethodName = Literal[
+    "auto",
+    "imu",
+    "permuted",
+    "loss_weights",
+    "uniform",
+    "npo",
+    "random_label",
+    "boundary_shrink",
+    "preconditioned",
+    "single_row",
+    "margin_edit",
+]
+METHODS: Table[Method] = Table("method", Method, {k: make for k, (_, make) in _NAMED.items()})
+SUMMARIES: dict[str, str] = {k: summary for k, (summary, _) in _NAMED.items()}
 
 
 def methods() -> list[str]:
     """Names that ``method=`` accepts."""
     return list(METHODS)
+
+
+class MethodOptions(CurvatureOptions, total=False):
+    """Every flat option of any method; which method has which is said by ``unlearn``."""
+
+    weights: WeightsName | Weights
+    curvature: CurvatureName | Curvature
+    top_fraction: float
+    clip_quantile: float
+    quantile_over: Literal["kept", "all"]
+    on_empty: Literal["error", "uniform"]
+    first_row_is_mean: bool
+    reweight: Literal["once", "epoch", "batch"]
+    objective: ObjectiveName | Objective
+    target: Literal["random", "nearest"]
+    scope: ScopeName | Scope
+    layers: str | nn.Module | Sequence[str | nn.Module]
+    layer: str | nn.Module
+    rows: Literal["all", "forgotten"]
+    precondition: PreconditionerName | Preconditioner | Tensor | HasSolve
+    precondition_eps: float
+    eps: float
+    batchnorm: Literal["eval", "train"]
+    dropout: Literal["eval", "train"]
+    scored: Literal["head", "trained"]
+    optimizer: OptimizerName | Optimizer | Make
+    lr: float
+    momentum: float
+    weight_decay: float
+    epochs: int
+    max_steps: int
+    batch_size: int
+    alpha: float
+    record: Literal["epoch", "step"]
+    preset: Literal["paper"]
+    margin: float
+    moment: Tensor

@@ -9,14 +9,16 @@ from torch import Tensor, nn
 
 from imu_fast.errors import ImuFastError
 
+Record = dict[str, float]
+
 
 class DivergedError(ImuFastError, ArithmeticError):
     """The ascent's loss is no longer finite; the model is as it was before."""
 
 
-@dataclass
+@dataclass(repr=False)
 class UnlearnResult:
-    """The outcome of :func:`unlearn`.
+    """The outcome of :func:`imu_fast.unlearn`.
 
     Attributes:
         model: the unlearned model (the user's own with ``inplace=True``).
@@ -24,14 +26,14 @@ class UnlearnResult:
             for uniform weights.
         indices, weights: the selected forget samples [k] and their last weights [k].
         trajectory: one dict per record: step, epoch, forget_loss, forget_accuracy, the weights'
-            mean, std and count, and ``<name>_loss``, ``<name>_accuracy`` per watched loader.
+            mean, std and count, and ``<name>_loss``, ``<name>_accuracy`` per watched set.
         batch_losses: the ascent's loss at every step.
         steps, epochs: optimizer steps made, and epochs begun.
-        stopped_by: "epochs", "max_steps", "milestones" (the last one was passed), or the stop
-            rule's condition.
+        stopped_by: "epochs", "max_steps", "milestones" (the last one was passed), "edit" (all that
+            was asked for), or the stop rule's condition.
         step_fraction: how much of the last step was kept by the bisection, in (0, 1].
         seconds: wall-clock time of the whole call.
-        settings: every argument, as used.
+        settings: the method and every option of it, as used.
         backends: which backend ran each operation.
     """
 
@@ -39,7 +41,7 @@ class UnlearnResult:
     scores: Tensor | None
     indices: Tensor
     weights: Tensor
-    trajectory: list[dict[str, float]] = field(default_factory=list)
+    trajectory: list[Record] = field(default_factory=list)
     batch_losses: list[float] = field(default_factory=list)
     steps: int = 0
     epochs: int = 0
@@ -48,3 +50,27 @@ class UnlearnResult:
     seconds: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
     backends: dict[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """One line: what was done, and what it did to the forget set."""
+        first, last = self.trajectory[0], self.trajectory[-1]
+        accuracies = f"{first['forget_accuracy']:.3f} -> {last['forget_accuracy']:.3f}"
+        return (
+            f"UnlearnResult({self.settings.get('method', '?')}: forget accuracy {accuracies} in "
+            f"{last['step']:g} steps, stopped by {self.stopped_by}, {self.seconds:.2f} s)"
+        )
+
+    def table(self) -> str:
+        """The trajectory, a line per record, as a Markdown table."""
+        names = list(dict.fromkeys(name for record in self.trajectory for name in record))
+        rows = [
+            [f"{record[name]:.4g}" if name in record else "" for name in names]
+            for record in self.trajectory
+        ]
+        widths = [max(len(cell) for cell in column) for column in zip(names, *rows, strict=True)]
+        lines = [
+            " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+            for row in (names, *rows)
+        ]
+        rule = " | ".join("-" * (width - 1) + ":" for width in widths)
+        return "\n".join(f"| {line} |" for line in (lines[0], rule, *lines[1:]))

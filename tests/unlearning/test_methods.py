@@ -12,11 +12,11 @@ import imu_fast as imu
 from imu_fast.errors import InputError
 from imu_fast.model.batches import ForgetSet
 from imu_fast.ops.objective import NPO_BETA
-from imu_fast.unlearning.ascent.objectives import reference_losses
+from imu_fast.unlearning.ascent.objectives import NPO
 from imu_fast.unlearning.ascent.wrong_labels import nearest_wrong_labels
 from imu_fast.unlearning.ascent.wrong_labels import random_wrong_labels as wrong_labels
-from imu_fast.unlearning.auto import choose, is_class
-from imu_fast.unlearning.named import METHODS, methods
+from imu_fast.unlearning.auto import Auto, is_class
+from imu_fast.unlearning.named import methods
 
 CLASSES, WIDTH = 5, 12
 
@@ -51,15 +51,10 @@ def test_every_method_reaches_a_depth(problem, name, kind):
     changed = copy.deepcopy(model)
     body = changed[0].weight.clone()
     scope = "all" if name == "boundary_shrink" else "head"
-    result = imu.unlearn(
-        changed,
-        (x[rows], y[rows]),
-        method=name,
-        scope=scope,
-        lr=0.3 if scope == "head" else 0.05,
-        epochs=400,
-        stop=stop,
-    )
+    options = dict(scope=scope, lr=0.3 if scope == "head" else 0.05, epochs=400)
+    if name in ("margin_edit", "auto"):
+        options = {}
+    result = imu.unlearn(changed, (x[rows], y[rows]), method=name, stop=stop, **options)
     assert result.stopped_by == "forget_accuracy"
     assert accuracy(changed, x[rows], y[rows]) <= stop.forget_accuracy
     assert result.trajectory[-1]["forget_accuracy"] <= stop.forget_accuracy
@@ -93,7 +88,7 @@ def test_boundary_shrink_wants_inputs_that_can_move(problem):
 
 def test_npo_starts_as_ascent_and_then_slows_down(problem):
     model, x, y = problem
-    losses = reference_losses(model, ForgetSet((x[:40], y[:40]), 16), 0)
+    losses = NPO().auxiliary(model, ForgetSet((x[:40], y[:40]), 16), 0)
     expected = nn.functional.cross_entropy(model(x[:40]), y[:40], reduction="none")
     torch.testing.assert_close(losses, expected.detach())
     # At the reference a sample's weight is 2 sigmoid(0) = 1: the first step is plain ascent's.
@@ -130,9 +125,9 @@ def test_loss_weights_are_roots_of_losses(problem):
 
 def test_auto_takes_a_class_for_a_class(problem):
     model, x, y = problem
-    assert choose(torch.zeros(100, dtype=torch.int64), 10) == "single_row"
-    assert choose(torch.tensor([0, 1] * 50), 10) == "single_row"
-    assert choose(torch.arange(100) % 10, 10) == "margin_edit"
+    assert Auto().choose(torch.zeros(100, dtype=torch.int64), 10)[0] == "single_row"
+    assert Auto().choose(torch.tensor([0, 1] * 50), 10)[0] == "single_row"
+    assert Auto().choose(torch.arange(100) % 10, 10)[0] == "margin_edit"
     # Fifty of a hundred classes' samples hit about 39 of them.
     assert not is_class(torch.arange(39).repeat(2)[:50], 100)
     assert not is_class(torch.tensor([3]), 10), "one sample may be drawn anywhere"
@@ -177,12 +172,12 @@ def test_milestones_are_passed_at_their_depth_on_the_way(problem, method):
     def note(name, record):
         seen[name] = (accuracy(changed, *forget), record["forget_accuracy"])
 
+    options = {} if method == "margin_edit" else dict(lr=0.1, epochs=400)
     result = imu.unlearn(
         changed,
         forget,
         method=method,
-        lr=0.1,
-        epochs=400,
+        **options,
         milestones={k: imu.StopRule(forget_accuracy=v) for k, v in (("a", 0.7), ("b", 0.3))},
         on_milestone=note,
     )
@@ -243,9 +238,9 @@ def test_preconditioned_directions(problem, which):
     elif which == "fitted":
         expected = given[which].solve(moved["plain"]).double()
     else:
-        from imu_fast.unlearning.ascent.preconditioners import preconditioner
+        from imu_fast.unlearning.ascent.preconditioners import PRECONDITIONERS
 
-        apply = preconditioner(which, factors, 1e-2)
+        apply = PRECONDITIONERS[which].fit(factors)
         expected = apply(moved["plain"]).double()
     expected *= moved["plain"].double().norm() / expected.norm()
     torch.testing.assert_close(moved["with"].double(), expected, rtol=2e-2, atol=1e-4)
@@ -255,9 +250,12 @@ def test_bad_input(problem):
     model, x, y = problem
     forget = (x[:10], y[:10])
     for options, match in (
-        (dict(method="margin_edit", scope="all"), "it works on the head alone"),
-        (dict(method="single_row", scope="all"), "rows='forgotten' with scope='all'"),
-        (dict(objective="npo"), "choose the method of that name"),
+        (dict(method="margin_edit", scope="all"), "no option scope; it has eps, layer, layers"),
+        (dict(method="margin_edit", checkpoint="a"), "no epochs to go on from"),
+        (dict(scope="all", rows="forgotten"), "no option rows.*scope='head' would"),
+        (dict(scope="all", layers="2"), "no option layers.*scope='layers' would"),
+        (dict(method="uniform", damping=0.1), "no option damping.*weights='influence'"),
+        (dict(method="uniform", top_fraction=0.1), "no option top_fraction"),
         (dict(method="magic"), "method='magic' is unknown"),
         (dict(precondition=3.0), "precondition is a float"),
         (dict(milestones={"a": 0.5}), "pass imu_fast.StopRule"),
@@ -269,7 +267,6 @@ def test_bad_input(problem):
     rules = {k: imu.StopRule(membership_auc=0.5, unseen=(x[20:40], y[20:40])) for k in ("a", "b")}
     with pytest.raises(InputError, match="several unseen loaders"):
         imu.unlearn(model, forget, milestones=rules)
-    assert METHODS["imu"].weights == "influence"
 
 
 def test_auto_without_a_stop_rule_forgets_all(problem):

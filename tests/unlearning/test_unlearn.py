@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import imu_fast as imu
 from imu_fast.errors import EmptySelectionError, InputError
-from imu_fast.unlearning.unlearn import DivergedError
+from imu_fast.unlearning.result import DivergedError
 
 CLASSES, WIDTH, N = 5, 12, 40
 
@@ -435,9 +435,9 @@ def test_nothing_negative():
         (dict(batch_size=2.5), "batch_size=2.5"),
         (dict(top_fraction=1.5), "top_fraction=1.5"),
         (dict(precondition="adam"), "precondition='adam'"),
-        (dict(precondition="features", scope="all"), "scope='head'"),
+        (dict(precondition="features", scope="all"), "no option precondition.*scope='head' would"),
         (dict(precondition=torch.eye(3)), r"expected the features' second moment \[13, 13\]"),
-        (dict(batchnorm="train"), "scope='layers'"),
+        (dict(batchnorm="train"), "use scope='layers'"),
         (dict(stop=0.5), "StopRule"),
         (dict(preset="nature"), "preset='nature'"),
         (dict(scope="layers", layers=["nine"]), "'nine', which is no module"),

@@ -1,373 +1,346 @@
-"""The ascent loop over a problem: epochs, weights, records, depths, checkpoints (SPEC 5)."""
+"""Reweighted gradient ascent: epochs, weights, records, depths, checkpoints."""
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from typing_extensions import Self
 
-from imu_fast.curvature.named import CURVATURES
-from imu_fast.errors import EmptySelectionError, InputError
-from imu_fast.influence.scores import influence_scores
-from imu_fast.influence.weights import influence_weights
-from imu_fast.model.outputs import Measurement
-from imu_fast.storage import load_tensors, save_tensors
-from imu_fast.unlearning.depth import BISECTIONS, OnMilestone, StopRule
+from imu_fast.errors import EmptySelectionError, check_choice, check_count, check_positive
+from imu_fast.options import Choice, option, options
+from imu_fast.unlearning.ascent.objectives import OBJECTIVES, Objective, ObjectiveName
+from imu_fast.unlearning.ascent.optimizer import OPTIMIZERS, Optimizer, OptimizerName
+from imu_fast.unlearning.ascent.scopes import PAPER_LAYERS, SCOPES, Layers, Scope, ScopeName
+from imu_fast.unlearning.ascent.step import Rule, Steps
+from imu_fast.unlearning.ascent.weights import WEIGHTS, Influence, Weights, WeightsName
+from imu_fast.unlearning.checkpoint import Checkpoint, Progress
+from imu_fast.unlearning.depth import StopRule, bisect
+from imu_fast.unlearning.method import Job, Method
 from imu_fast.unlearning.result import DivergedError, UnlearnResult
-from imu_fast.unlearning.subject import Problem
+from imu_fast.unlearning.subject import move, snapshot
+from imu_fast.unlearning.trajectory import Trajectory
 
 logger = logging.getLogger("imu_fast")
 
 
-class Run:
-    """The ascent loop: epochs, weights, records, depths, checkpoints.
+def _check_limit(name: str, value: int | None) -> None:
+    if value is not None:
+        check_count(name, value)
+
+
+def _check_not_negative(name: str, value: float) -> None:
+    check_positive(name, value, allow_zero=True)
+
+
+def _check_record(name: str, value: str) -> None:
+    check_choice(name, value, ("epoch", "step"))
+
+
+def _paper(ascent: Ascent, preset: object) -> Ascent:
+    """The authors' code as it behaves: see ``preset`` of :func:`imu_fast.unlearn`."""
+    check_choice("preset", preset, ("paper",))
+    weights = ascent.weights
+    if isinstance(weights, Influence):
+        weights = replace(weights, top_fraction=0.1, scored="trained")
+    scope = Layers(layers=PAPER_LAYERS, batchnorm="train", dropout="train")
+    return replace(ascent, weights=weights, scope=scope, alpha=0.2)
+
+
+@options
+class Ascent(Method):
+    """Gradient ascent on the forget set, step by step.
+
+    Minimises ``- sum_i w_i f(l_i) / sum_i w_i + alpha ||theta||_1`` per batch.
 
     Args:
-        weights: how samples are weighed, see imu_fast.methods.base.
-        milestones: depths on the way, by name; passing one (its step bisected, as a stop's) calls
-            ``on_milestone(name, record)`` with the model at that depth, then ascent goes on from
-            where it was. Without a stop rule the last one ends the run.
+        weights: how much each sample weighs: ``Uniform()``, ``Influence(...)``, ``Permuted(...)``,
+            ``LossWeights(...)``.
+        objective: f: ``"ce"``, ``"margin"``, ``"log1mp"``, ``"npo"``, ``"relabel"``.
+        scope: what changes: ``Head(...)``, ``Layers(...)``, ``Network(...)``.
+        optimizer: ``SGD(...)``, a class out of ``torch.optim``, or a function that makes an
+            optimizer of a list of tensors.
+        epochs, max_steps: the budget; whichever is used up first.
+        batch_size: forget samples per step.
+        alpha: weight of the L1 norm of the trained parameters.
+        record: how often the trajectory gets an entry: each ``"epoch"``, or each ``"step"``.
     """
 
-    def __init__(
-        self,
-        problem: Problem,
-        settings: dict[str, Any],
-        weights: str,
-        stop: StopRule | None,
-        milestones: Mapping[str, StopRule],
-        on_milestone: OnMilestone | None,
-        watch: list[str],
-        checkpoint: str | os.PathLike[str] | None,
-        resume: bool,
-        progress: bool,
-    ) -> None:
-        self.problem, self.settings, self.weights = problem, settings, weights
-        self.stop, self.watch = stop, watch
-        self.pending, self.on_milestone = dict(milestones), on_milestone
-        self.ends_with_milestones = bool(milestones) and stop is None
-        self.checkpoint = None if checkpoint is None else Path(checkpoint)
-        self.resume, self.progress = resume, progress
-        self.trajectory: list[dict[str, float]] = []
+    name = "ascent"
+    resumable = True
+    shorthands = {"preset": _paper}  # noqa: RUF012  # frozen like the class
+
+    weights: Choice[Weights, WeightsName] = Choice(WEIGHTS, "uniform")
+    objective: Choice[Objective, ObjectiveName] = Choice(OBJECTIVES, "ce")
+    scope: Choice[Scope, ScopeName] = Choice(SCOPES, "head")
+    optimizer: Choice[Optimizer, OptimizerName] = Choice(OPTIMIZERS, "sgd")
+    epochs: int = option(default=10, check=check_count)
+    max_steps: int | None = option(default=None, check=_check_limit)
+    batch_size: int = option(default=256, check=check_count)
+    alpha: float = option(default=0.0, check=_check_not_negative)
+    record: Literal["epoch", "step"] = option(default="epoch", check=_check_record)
+
+    @property
+    def batches_of(self) -> int:
+        return self.batch_size
+
+    def bind(self, model: nn.Module) -> Self:
+        return replace(self, scope=self.scope.bind(model))
+
+    def run(self, job: Job) -> UnlearnResult:
+        auxiliary = self.objective.auxiliary(job.model, job.forget, job.seed)
+        rule = Rule(self.objective.name, auxiliary, self.alpha, self.optimizer)
+        steps = self.scope.steps(job, rule)
+        result = _Run(self, steps, job).ascend()
+        steps.subject.finish()
+        return result
+
+
+class _Run:
+    """One run of an ascent.
+
+    Passing a milestone (its step bisected, as a stop's) calls ``on_milestone`` with the model at
+    that depth; then ascent goes on from where it was. Without a stop rule the last one ends the
+    run.
+    """
+
+    def __init__(self, method: Ascent, steps: Steps, job: Job) -> None:
+        self.method, self.steps, self.subject, self.job = method, steps, steps.subject, job
+        self.stop: StopRule | None = job.depths.stop
+        self.pending = dict(job.depths.milestones or {})
+        self.ends_with_milestones = bool(self.pending) and self.stop is None
+        self.trajectory = Trajectory(self.subject, job.watch, job.callback)
         self.batch_losses: list[float] = []
         self.step = 0
-        self._measured: dict[str, Measurement] = {}
+        self.checkpoint: Checkpoint | None = None
+        if job.checkpoint is not None:
+            self.checkpoint = Checkpoint(
+                job.checkpoint, self.subject, steps.optimizer, job.described
+            )
 
-    def measure(self, name: str) -> Measurement:
-        """The problem's measurement at the current state, made once.
-
-        Raises:
-            DivergedError: finite weights may still give logits that are not.
-        """
-        if name not in self._measured:
-            measured = self.problem.measure(name)
-            if not bool(torch.isfinite(measured.loss).all()):
-                raise self._diverged()
-            self._measured[name] = measured
-        return self._measured[name]
-
-    def _diverged(self) -> DivergedError:
-        return DivergedError(
-            f"the ascent diverged by step {self.step} with lr={self.settings['lr']}; lower lr, "
-            "stop earlier, or use a bounded objective ('margin')"
-        )
-
-    def _scores(self, rows: Tensor | None = None) -> Tensor:
-        s = self.settings
-        factors = self.problem.factors(rows)
-        if self.weights == "loss":
-            losses = factors[0].losses
-            assert losses is not None
-            return -losses
-        has = CURVATURES[s["curvature"]].paths()
-        own = {name: s[name] for name in ("damping", "damping_mode") if name in has}
-        spec = CURVATURES.choose(s["curvature"], **own)
-        return influence_scores(factors, curvature=spec, first_row_is_mean=s["first_row_is_mean"])
-
-    def _weigh(self, scores: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        s = self.settings
-        return influence_weights(
-            scores,
-            s["top_fraction"],
-            s["clip_quantile"],
-            on_empty=s["on_empty"],
-            permute=self.weights == "permuted",
-            seed=s["seed"] + epoch,
-        )
-
-    def _entry(
-        self, epoch: int, weights: Tensor, position: float | None = None
-    ) -> dict[str, float]:
-        forget = self.measure("forget")
-        entry = {
-            "step": self.step if position is None else position,
-            "epoch": epoch,
-            "forget_loss": forget.mean_loss,
-            "forget_accuracy": forget.accuracy,
-            "weight_count": len(weights),
-            "weight_mean": float(weights.mean()),
-            "weight_std": float(weights.std(unbiased=False)),
-        }
-        for name in self.watch:
-            measured = self.measure(name)
-            entry[f"{name}_loss"] = measured.mean_loss
-            entry[f"{name}_accuracy"] = measured.accuracy
-        return entry
-
-    def _record(self, epoch: int, weights: Tensor, position: float | None = None) -> None:
-        self.trajectory.append(self._entry(epoch, weights, position))
-
-    def _snapshot(self) -> dict[str, Tensor]:
-        return {name: t.detach().clone() for name, t in self.problem.state().items()}
-
-    def _move_to(self, before: dict[str, Tensor], after: dict[str, Tensor], t: float) -> None:
-        """Set the state to ``before + t (after - before)``; integer buffers take ``after``."""
-        self._measured.clear()
-        with torch.no_grad():
-            for name, tensor in self.problem.state().items():
-                if tensor.is_floating_point():
-                    tensor.copy_(torch.lerp(before[name], after[name], t))
-                else:
-                    tensor.copy_(after[name])
-
-    def _bisect(self, rule: StopRule, before: dict[str, Tensor]) -> float:
-        """Shorten the last step to where the rule is just met; returns its fraction kept."""
-        after, low, high = self._snapshot(), 0.0, 1.0
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            self._move_to(before, after, middle)
-            if rule.reached(self):
-                high = middle
-            else:
-                low = middle
-        self._move_to(before, after, high)
-        return high
-
-    def _pass_milestones(self, before: dict[str, Tensor], epoch: int, weights: Tensor) -> None:
-        """Stop for a moment at every milestone that the last step crossed."""
-        for name in [name for name, rule in self.pending.items() if rule.reached(self)]:
-            after = self._snapshot()
-            fraction = self._bisect(self.pending.pop(name), before)
-            self._at_milestone(name, self._entry(epoch, weights, self.step - 1 + fraction))
-            self._move_to(after, after, 1.0)
-
-    def _at_milestone(self, name: str, entry: dict[str, float]) -> None:
-        if self.on_milestone is not None:
-            self.problem.finish()
-            self.on_milestone(name, entry)
-
-    def ascend(self, model: nn.Module) -> UnlearnResult:
+    def ascend(self) -> UnlearnResult:
         """Run to the end of the budget or to the stop rule."""
-        s, problem = self.settings, self.problem
-        scored = self.weights != "uniform"
-        scores = self._scores() if scored else None
-        device = next(iter(problem.state().values())).device
-        indices = torch.arange(problem.n)
-        weights = torch.ones(problem.n, device=device)
-        if scores is not None:
-            indices, weights = self._weigh(scores, 0)
-            indices = indices.cpu()
+        try:
+            return self._ascend()
+        except DivergedError as error:
+            rates = ", ".join(f"{group['lr']:g}" for group in self.steps.optimizer.param_groups)
+            raise DivergedError(
+                f"the ascent diverged by step {self.step} with lr={rates}: {error}; lower lr, "
+                "stop earlier, or use a bounded objective ('margin')"
+            ) from None
+
+    def _ascend(self) -> UnlearnResult:
+        method, seed = self.method, self.job.seed
+        scores = self.method.weights.scores(self.subject)
+        device = next(iter(self.subject.state().values())).device
+        indices, weights = self._weigh(scores, 0, device)
         first_epoch = 0
-        if self.checkpoint is not None and self.resume and self.checkpoint.is_file():
-            first_epoch, indices, weights, scores = self._load(indices, weights, scores)
+        if self.checkpoint is not None and self.job.resume and self.checkpoint.path.is_file():
+            there = self._progress(0, indices, weights, scores)
+            there = self.checkpoint.load(there)
+            first_epoch, self.step = there.epochs, there.step
+            indices, weights = there.indices, there.weights
+            self.trajectory.records, self.batch_losses = there.records, there.batch_losses
+            self.trajectory.moved()
         else:
             self._record(0, weights)
         stopped_by, fraction, epoch = "epochs", 1.0, first_epoch - 1
         if first_epoch == 0:
-            here = self._snapshot() if self.pending else {}
+            here = snapshot(self.subject) if self.pending else {}
             self._pass_milestones(here, 0, weights)
-            already = self.stop.reached(self) if self.stop is not None else None
+            already = self.stop.reached(self.trajectory) if self.stop is not None else None
             if self.ends_with_milestones and not self.pending:
                 already = "milestones"
             if already is not None:
-                return UnlearnResult(
-                    model, scores, indices, weights, self.trajectory, stopped_by=already
-                )
-        total = s["epochs"] * -(-len(indices) // s["batch_size"])
+                return self._result(scores, indices, weights, already)
+        total = method.epochs * -(-len(indices) // method.batch_size)
         bar = tqdm(
-            total=min(total, s["max_steps"] or total),
+            total=min(total, method.max_steps or total),
             initial=self.step,
             desc="unlearn",
             unit="step",
-            disable=not self.progress,
+            disable=not self.job.progress,
         )
         with bar, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            for epoch in range(first_epoch, s["epochs"]):
-                torch.manual_seed(s["seed"] + epoch)
-                if scored and s["reweight"] == "epoch" and epoch > 0:
-                    indices, weights = self._weigh(self._scores(), epoch)
-                    indices = indices.cpu()
+            for epoch in range(first_epoch, method.epochs):
+                torch.manual_seed(seed + epoch)
+                if method.weights.reweight == "epoch" and epoch > 0:
+                    again = method.weights.scores(self.subject)
+                    indices, weights = self._weigh(again, epoch, device)
                 outcome = self._epoch(epoch, indices, weights, bar)
                 if outcome is not None:
                     stopped_by, fraction = outcome
                     break
                 if self.checkpoint is not None:
-                    self._save(epoch + 1, indices, weights, scores)
+                    self.checkpoint.save(self._progress(epoch + 1, indices, weights, scores))
+        return self._result(scores, indices, weights, stopped_by, epoch + 1, fraction)
+
+    def _weigh(
+        self, scores: Tensor | None, epoch: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Indices on the CPU, where batches are drawn, and weights."""
+        if scores is None:
+            return torch.arange(self.subject.n), torch.ones(self.subject.n, device=device)
+        indices, weights = self.method.weights.weigh(scores, self.job.seed + epoch)
+        return indices.cpu(), weights
+
+    def _progress(
+        self, epochs: int, indices: Tensor, weights: Tensor, scores: Tensor | None
+    ) -> Progress:
+        records, losses = self.trajectory.records, self.batch_losses
+        return Progress(epochs, self.step, records, losses, indices, weights, scores)
+
+    def _result(
+        self,
+        scores: Tensor | None,
+        indices: Tensor,
+        weights: Tensor,
+        stopped_by: str,
+        epochs: int = 0,
+        fraction: float = 1.0,
+    ) -> UnlearnResult:
         return UnlearnResult(
-            model,
+            self.job.model,
             scores,
             indices,
             weights,
-            self.trajectory,
+            self.trajectory.records,
             self.batch_losses,
             self.step,
-            epoch + 1,
+            epochs,
             stopped_by,
             fraction,
         )
+
+    def _record(self, epoch: int, weights: Tensor, position: float | None = None) -> None:
+        step = self.step if position is None else position
+        self.trajectory.record(step, epoch, _spread(weights))
+
+    def _move(self, before: dict[str, Tensor], after: dict[str, Tensor], t: float) -> None:
+        move(self.subject, before, after, t)
+        self.trajectory.moved()
+
+    def _bisect(self, rule: StopRule, before: dict[str, Tensor]) -> float:
+        """Shorten the last step to where the rule is just met; returns its fraction kept."""
+        after = snapshot(self.subject)
+
+        def reached(t: float) -> bool:
+            self._move(before, after, t)
+            return rule.reached(self.trajectory) is not None
+
+        fraction = bisect(reached)
+        self._move(before, after, fraction)
+        return fraction
+
+    def _pass_milestones(self, before: dict[str, Tensor], epoch: int, weights: Tensor) -> None:
+        """Stop for a moment at every milestone that the last step crossed."""
+        for name in [k for k, rule in self.pending.items() if rule.reached(self.trajectory)]:
+            after = snapshot(self.subject)
+            fraction = self._bisect(self.pending.pop(name), before)
+            if self.job.depths.on_milestone is not None:
+                position = self.step - 1 + fraction
+                entry = self.trajectory.entry(position, epoch, _spread(weights))
+                self.subject.finish()
+                self.job.depths.on_milestone(name, entry)
+            self._move(after, after, 1.0)
 
     def _epoch(
         self, epoch: int, indices: Tensor, weights: Tensor, bar: tqdm
     ) -> tuple[str, float] | None:
         """One pass over the selected samples; returns why and where it stopped, if it did."""
-        s, problem = self.settings, self.problem
-        per_batch = s["reweight"] == "batch" and self.weights != "uniform"
-        pool = torch.arange(problem.n) if per_batch else indices
-        generator = torch.Generator().manual_seed(s["seed"] * 1_000_003 + epoch)
+        method, seed, size = self.method, self.job.seed, self.method.batch_size
+        per_batch = method.weights.reweight == "batch"
+        pool = torch.arange(self.subject.n) if per_batch else indices
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(pool), generator=generator)
         losses: list[Tensor] = []
         end: tuple[str, float] | None = None
-        batches = order.split(s["batch_size"])
+        batches = order.split(size)
         if not per_batch and self._host_can_wait(len(batches)):
-            full = order[: len(order) // s["batch_size"] * s["batch_size"]]
-            full = full.view(-1, s["batch_size"])
+            full = order[: len(order) // size * size].view(-1, size)
             if len(full):
-                assert problem.sequence is not None
-                losses += problem.sequence(pool[full], weights[full.to(weights.device)]).unbind()
-                self._measured.clear()
-                self.step += len(full)
-                bar.update(len(full))
+                assert self.steps.sequence is not None
+                losses += self.steps.sequence(pool[full], weights[full.to(weights.device)]).unbind()
+                self._stepped(len(full), bar)
                 batches = batches[len(full) :]
         for chosen in batches:
-            rows, batch_weights = pool[chosen], weights
-            if per_batch:
-                try:
-                    kept, batch_weights = self._weigh(self._scores(rows), self.step)
-                except EmptySelectionError:
-                    logger.info("step %d skipped: no negative influence in its batch", self.step)
-                    continue
-                rows = rows[kept.cpu()]
-            else:
-                batch_weights = weights[chosen.to(weights.device)]
+            drawn = self._batch_weights(pool[chosen]) if per_batch else None
+            if per_batch and drawn is None:
+                continue
+            rows, batch_weights = drawn or (pool[chosen], weights[chosen.to(weights.device)])
             watched = self.stop is not None or bool(self.pending)
-            before = self._snapshot() if watched else {}
-            losses.append(problem.step(rows, batch_weights))
-            self._measured.clear()
-            self.step += 1
-            bar.update()
+            before = snapshot(self.subject) if watched else {}
+            losses.append(self.steps.step(rows, batch_weights))
+            self._stepped(1, bar)
             if watched:
                 self._check_finite(losses[-1:])
-                self._pass_milestones(before, epoch, batch_weights)
-                reason = self.stop.reached(self) if self.stop is not None else None
-                if self.stop is not None and reason is not None:
-                    fraction = self._bisect(self.stop, before)
-                    end = (reason, fraction)
-                    self._record(epoch, weights, self.step - 1 + fraction)
+                end = self._reached(before, epoch, weights, batch_weights)
+                if end is not None:
                     break
-                if self.ends_with_milestones and not self.pending:
-                    self._record(epoch, batch_weights)
-                    end = ("milestones", 1.0)
-                    break
-            if s["record"] == "step":
+            if method.record == "step":
                 self._record(epoch, batch_weights)
-            if s["max_steps"] is not None and self.step >= s["max_steps"]:
+            if method.max_steps is not None and self.step >= method.max_steps:
                 end = ("max_steps", 1.0)
                 break
         self._check_finite(losses)
         self.batch_losses += torch.stack(losses).tolist() if losses else []
-        if s["record"] == "epoch" and (end is None or end[0] == "max_steps"):
+        if method.record == "epoch" and (end is None or end[0] == "max_steps"):
             self._record(epoch + 1, weights)
         return end
 
+    def _stepped(self, count: int, bar: tqdm) -> None:
+        self.trajectory.moved()
+        self.step += count
+        bar.update(count)
+
+    def _batch_weights(self, rows: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The samples of one batch that are selected, and their weights; None: none of them."""
+        scores = self.method.weights.scores(self.subject, rows)
+        assert scores is not None
+        try:
+            kept, weights = self.method.weights.weigh(scores, self.job.seed + self.step)
+        except EmptySelectionError:
+            logger.info("step %d skipped: no negative influence in its batch", self.step)
+            return None
+        return rows[kept.cpu()], weights
+
+    def _reached(
+        self, before: dict[str, Tensor], epoch: int, weights: Tensor, batch_weights: Tensor
+    ) -> tuple[str, float] | None:
+        """Whether the step that went from ``before`` to here ends the run: why, and where."""
+        self._pass_milestones(before, epoch, batch_weights)
+        reason = self.stop.reached(self.trajectory) if self.stop is not None else None
+        if self.stop is not None and reason is not None:
+            fraction = self._bisect(self.stop, before)
+            self._record(epoch, weights, self.step - 1 + fraction)
+            return reason, fraction
+        if self.ends_with_milestones and not self.pending:
+            self._record(epoch, batch_weights)
+            return "milestones", 1.0
+        return None
+
     def _host_can_wait(self, steps: int) -> bool:
         """Whether nothing is measured, recorded or decided between the next steps."""
-        if self.problem.sequence is None or self.stop is not None or self.pending:
+        if self.steps.sequence is None or self.stop is not None or self.pending:
             return False
-        limit = self.settings["max_steps"]
-        return self.settings["record"] == "epoch" and (limit is None or self.step + steps < limit)
+        limit = self.method.max_steps
+        return self.method.record == "epoch" and (limit is None or self.step + steps < limit)
 
     def _check_finite(self, losses: list[Tensor]) -> None:
-        state = self.problem.state().values()
+        state = self.subject.state().values()
         finite = not losses or bool(torch.isfinite(torch.stack(losses)).all())
         if not finite or not all(bool(torch.isfinite(t).all()) for t in state):
-            raise self._diverged()
-
-    def _save(self, epochs: int, indices: Tensor, weights: Tensor, scores: Tensor | None) -> None:
-        assert self.checkpoint is not None
-        tensors = {f"state.{k}": v for k, v in self.problem.state().items()}
-        plain: dict[str, dict[str, Any]] = {}
-        for i, slots in self.problem.optimizer.state_dict()["state"].items():
-            for key, value in slots.items():
-                if isinstance(value, Tensor):
-                    tensors[f"optimizer.{i}.{key}"] = value
-                else:
-                    plain.setdefault(str(i), {})[key] = value
-        tensors |= {"indices": indices, "weights": weights}
-        if scores is not None:
-            tensors["scores"] = scores
-        run = {
-            "epochs": epochs,
-            "step": self.step,
-            "trajectory": self.trajectory,
-            "batch_losses": self.batch_losses,
-            "settings": _resumable(self.settings),
-            "optimizer": plain,
-        }
-        save_tensors(self.checkpoint, tensors, {"imu_fast": json.dumps(run)})
-
-    def _load(
-        self, indices: Tensor, weights: Tensor, scores: Tensor | None
-    ) -> tuple[int, Tensor, Tensor, Tensor | None]:
-        assert self.checkpoint is not None
-        tensors, metadata = load_tensors(self.checkpoint)
-        name = str(self.checkpoint)
-        if "imu_fast" not in metadata:
-            raise InputError(f"checkpoint={name!r} was not written by unlearn; choose another name")
-        run = json.loads(metadata["imu_fast"])
-        wanted = json.loads(json.dumps(_resumable(self.settings)))
-        changed = {
-            k: (run["settings"].get(k), v) for k, v in wanted.items() if run["settings"].get(k) != v
-        }
-        state = self.problem.state()
-        shapes = {k: t.shape for k, t in state.items()}
-        stored = {k[6:]: t.shape for k, t in tensors.items() if k.startswith("state.")}
-        if scores is not None and not changed and "scores" in tensors:
-            same = torch.equal(tensors["scores"], scores.cpu())
-            if not same:
-                changed["model or forget set"] = ("other scores", "these")
-        if changed or shapes != stored:
-            raise InputError(
-                f"checkpoint={name!r} belongs to another run (differs in {changed or 'shapes'}); "
-                "pass resume=False to overwrite it, or another name"
-            )
-        with torch.no_grad():
-            for key, tensor in state.items():
-                tensor.copy_(tensors[f"state.{key}"])
-        slots: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in run["optimizer"].items()}
-        for key, tensor in tensors.items():
-            if key.startswith("optimizer."):
-                _, i, slot = key.split(".", 2)
-                slots.setdefault(int(i), {})[slot] = tensor.clone()
-        restored = self.problem.optimizer.state_dict()
-        restored["state"] = slots
-        self.problem.optimizer.load_state_dict(restored)
-        self.trajectory, self.batch_losses = run["trajectory"], run["batch_losses"]
-        self.step = run["step"]
-        return (
-            run["epochs"],
-            tensors["indices"].clone(),
-            tensors["weights"].to(weights.device, copy=True),
-            scores,
-        )
+            raise DivergedError("loss or weights are no longer finite")
 
 
-def _resumable(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that must agree for a run to be resumed: all but the budget."""
-    return {k: v for k, v in settings.items() if k not in ("epochs", "max_steps", "optimizer")}
+def _spread(weights: Tensor) -> dict[str, float]:
+    """The weights' statistics in a record."""
+    return {
+        "weight_count": len(weights),
+        "weight_mean": float(weights.mean()),
+        "weight_std": float(weights.std(unbiased=False)),
+    }

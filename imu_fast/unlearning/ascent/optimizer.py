@@ -1,13 +1,121 @@
-"""Optimizers of an ascent."""
+"""What makes the steps: plain SGD by default, or any torch optimizer."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
+from imu_fast.errors import InputError, check_positive
+from imu_fast.options import Options, Table, option, options
+
+Make = Callable[..., torch.optim.Optimizer]
+
+
+def _check_not_negative(name: str, value: float | None) -> None:
+    if value is not None:
+        check_positive(name, value, allow_zero=True)
+
+
+def _check_rate(name: str, value: float | None) -> None:
+    if value is not None:
+        check_positive(name, value)
+
+
+class Optimizer(Options):
+    """Makes a torch optimizer of the tensors that are trained (for the head one, [C, D])."""
+
+    def make(self, tensors: list[Tensor]) -> torch.optim.Optimizer:
+        """The optimizer of these tensors."""
+        raise NotImplementedError
+
+
+@options
+class SGD(Optimizer):
+    """``torch.optim.SGD``; on a head its step is one fused operation."""
+
+    name = "sgd"
+    lr: float = option(default=0.01, check=check_positive)
+    momentum: float = option(default=0.9, check=_check_not_negative)
+    weight_decay: float = option(default=5e-4, check=_check_not_negative)
+
+    def make(self, tensors: list[Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(
+            tensors, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
+        )
+
+
+@options
+class Custom(Optimizer):
+    """Any torch optimizer.
+
+    Args:
+        factory: called with a list of tensors, and by keyword with those of the options below
+            that are given: an optimizer's class (``torch.optim.Adam``) or a function of the
+            tensors alone (``lambda tensors: Adam(tensors, lr=1e-3)``).
+
+    Raises:
+        InputError: an option is given that the factory does not take.
+    """
+
+    factory: Make = option()
+    lr: float | None = option(default=None, check=_check_rate)
+    momentum: float | None = option(default=None, check=_check_not_negative)
+    weight_decay: float | None = option(default=None, check=_check_not_negative)
+
+    @property
+    def _given(self) -> dict[str, float]:
+        every = {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
+        return {name: value for name, value in every.items() if value is not None}
+
+    def check(self) -> None:
+        try:
+            signature = inspect.signature(self.factory)
+        except (TypeError, ValueError):
+            return  # no signature to be had: the call itself will tell
+        for name in self._given:
+            try:
+                signature.bind([], **{name: 0.0})
+            except TypeError:
+                raise InputError(
+                    f"optimizer={self._called} takes no {name}; set it inside the optimizer, or "
+                    f"leave {name} out"
+                ) from None
+
+    @property
+    def _called(self) -> str:
+        return getattr(self.factory, "__qualname__", repr(self.factory))
+
+    def make(self, tensors: list[Tensor]) -> torch.optim.Optimizer:
+        made = self.factory(tensors, **self._given)
+        if not isinstance(made, torch.optim.Optimizer):
+            raise InputError(
+                f"optimizer={self._called} returned a {type(made).__name__}; it must return a "
+                "torch.optim.Optimizer"
+            )
+        held = {id(p) for group in made.param_groups for p in group["params"]}
+        if held != {id(t) for t in tensors}:
+            raise InputError(
+                f"optimizer={self._called} holds other tensors than it was called with; it must "
+                "train those that it is given, for example lambda tensors: Adam(tensors)"
+            )
+        return made
+
+
+def _custom(value: Any) -> Optimizer | None:
+    if isinstance(value, torch.optim.Optimizer):
+        raise InputError(
+            f"optimizer is a {type(value).__name__} that exists already; pass what makes it of the "
+            f"trained tensors, for example optimizer=torch.optim.{type(value).__name__}"
+        )
+    return Custom(factory=value) if callable(value) and not isinstance(value, Options) else None
+
+
+OptimizerName = Literal["sgd"]
+OPTIMIZERS: Table[Optimizer] = Table("optimizer", Optimizer, {"sgd": SGD}, _custom)
 
 
 def plain_sgd(optimizer: torch.optim.Optimizer) -> tuple[float, float, float] | None:

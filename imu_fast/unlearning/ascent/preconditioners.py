@@ -1,90 +1,162 @@
-"""Damped inverse curvatures that the head's ascent gradient is multiplied by (SPEC section 5)."""
+"""Damped inverse curvatures that the head's ascent gradient is multiplied by.
+
+The product is rescaled to the gradient's own norm, so that a learning rate means the same with
+each.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from imu_fast.curvature.ggn.costs import choose_solver
-from imu_fast.curvature.named import CURVATURES
+from imu_fast.curvature.ggn.ggn import GGN
+from imu_fast.curvature.kfac import KFAC
 from imu_fast.errors import InputError, check_positive
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.statistics import second_moment, trace
+from imu_fast.options import Options, Table, option, options
 from imu_fast.solvers.cholesky.cholesky import damped_cholesky_solve
 
 # About how many steps a run takes, for the choice of the GGN's solver.
 _SOLVES = 100
-PRECONDITIONERS = ("features", "ggn", "kfac")
-Precondition = str | Tensor | Any | None
+Apply = Callable[[Tensor], Tensor]
 
 
-def describe(precondition: Precondition) -> str | None:
-    """A name for the settings of a run.
+class HasSolve(Protocol):
+    """A fitted curvature, of ours or not."""
 
-    Raises:
-        InputError: neither a known name, nor a second moment, nor a fitted curvature.
-    """
-    if precondition is None or isinstance(precondition, str):
-        if precondition not in (None, *PRECONDITIONERS):
-            raise InputError(
-                f"precondition={precondition!r} is unknown; choose one of "
-                f"{', '.join(PRECONDITIONERS)}, or pass a second moment [D, D] or a "
-                "fitted curvature"
-            )
-        return precondition
-    if isinstance(precondition, Tensor):
-        return "a second moment [D, D]"
-    if not callable(getattr(precondition, "solve", None)):
-        raise InputError(
-            f"precondition is a {type(precondition).__name__}; pass a name, a second moment [D, D] "
-            "or a fitted curvature (with .solve)"
-        )
-    return f"a fitted {type(precondition).__name__.removeprefix('Fitted')}"
+    def solve(self, v: Tensor, /) -> Tensor:
+        """``M^-1 v``: [C, D]."""
+        ...
 
 
-def preconditioner(
-    precondition: Precondition, factors: GradientFactors, eps: float
-) -> Callable[[Tensor], Tensor] | None:
-    """``gradient -> M gradient``, both [C, D].
+class Preconditioner(Options):
+    """Makes ``gradient -> M gradient``, both [C, D], from the forget set's factors."""
 
-    Args:
-        precondition: ``"features"``: ``M = (S + eps tr(S)/D I)^-1`` on the right, S the forget
-            features' second moment, or a stored S [D, D]. ``"ggn"``, ``"kfac"``: the forget set's
-            curvature at the trained model, damped by eps times its mean eigenvalue. A fitted
-            curvature: its own solve.
-        factors: of the forget set at the trained model.
+    def fit(self, factors: GradientFactors) -> Apply | None:
+        """M at the trained model, or None for the identity.
 
-    Raises:
-        InputError: a second moment of another size.
-    """
-    if precondition is None:
+        Raises:
+            InputError: what is stored does not fit the head.
+        """
         return None
-    check_positive("precondition_eps", eps)
-    if isinstance(precondition, str) and precondition != "features":
-        mean = trace(factors) / (factors.num_classes * factors.width)
-        # A saturated model has no curvature to speak of: M is then a multiple of the identity.
-        damping = max(eps * mean, torch.finfo(torch.float32).tiny)
-        options: dict[str, Any] = {}
-        if precondition == "ggn":
-            # A direction needs few digits, and is asked for at every step: a factor pays.
-            sizes = (factors.num_tokens, factors.num_classes, factors.width)
-            options = {"solver": choose_solver(*sizes, solves=_SOLVES), "tolerance": 1e-2}
-        return CURVATURES.choose(precondition, damping=damping, **options).fit(factors).solve
-    if not isinstance(precondition, str | Tensor):
-        return precondition.solve
-    if isinstance(precondition, Tensor):
-        s = precondition.double()
+
+
+@options
+class NoPreconditioner(Preconditioner):
+    """Plain ascent."""
+
+    name = "none"
+
+
+def _on_the_right(s: Tensor, eps: float, like: Tensor) -> Apply:
+    """``gradient (S + eps tr(S)/D I)^-1``."""
+    eye = torch.eye(len(s), dtype=s.dtype, device=s.device)
+    inverse = damped_cholesky_solve(s, eye, eps * float(s.diagonal().mean())).to(like)
+    return lambda gradient: gradient @ inverse
+
+
+@options
+class Features(Preconditioner):
+    """``M = (S + eps tr(S)/D I)^-1`` on the right, S the forget features' second moment."""
+
+    name = "features"
+    eps: float = option(default=1e-2, check=check_positive, also="precondition_eps")
+
+    def fit(self, factors: GradientFactors) -> Apply:
+        return _on_the_right(second_moment(factors), self.eps, factors.delta)
+
+
+@options
+class SecondMoment(Preconditioner):
+    """As :class:`Features`, with a stored S [D, D], such as the training set's."""
+
+    moment: Tensor = option()
+    eps: float = option(default=1e-2, check=check_positive, also="precondition_eps")
+
+    def fit(self, factors: GradientFactors) -> Apply:
+        s = self.moment.double()
         if s.shape != (factors.width, factors.width):
             raise InputError(
                 f"precondition has shape {tuple(s.shape)}; expected the features' second moment "
                 f"[{factors.width}, {factors.width}] (with the bias's 1)"
             )
-    else:
-        s = second_moment(factors)
-    eye = torch.eye(len(s), dtype=s.dtype, device=s.device)
-    inverse = damped_cholesky_solve(s, eye, eps * float(s.diagonal().mean()))
-    inverse = inverse.to(factors.delta)
-    return lambda gradient: gradient @ inverse
+        return _on_the_right(s, self.eps, factors.delta)
+
+
+class _Curved(Preconditioner):
+    """The forget set's curvature at the trained model, damped by eps times its mean eigenvalue."""
+
+    eps: float
+
+    def _damping(self, factors: GradientFactors) -> float:
+        mean = trace(factors) / (factors.num_classes * factors.width)
+        # A saturated model has no curvature to speak of: M is then a multiple of the identity.
+        return max(self.eps * mean, torch.finfo(torch.float32).tiny)
+
+
+@options
+class GGNPreconditioner(_Curved):
+    """By the generalised Gauss-Newton matrix."""
+
+    name = "ggn"
+    eps: float = option(default=1e-2, check=check_positive, also="precondition_eps")
+
+    def fit(self, factors: GradientFactors) -> Apply:
+        # A direction needs few digits, and is asked for at every step: a factor pays.
+        sizes = (factors.num_tokens, factors.num_classes, factors.width)
+        solver: Any = choose_solver(*sizes, solves=_SOLVES)
+        ggn = GGN(damping=self._damping(factors), solver=solver, tolerance=1e-2)
+        return ggn.fit(factors).solve
+
+
+@options
+class KFACPreconditioner(_Curved):
+    """By its Kronecker factors."""
+
+    name = "kfac"
+    eps: float = option(default=1e-2, check=check_positive, also="precondition_eps")
+
+    def fit(self, factors: GradientFactors) -> Apply:
+        return KFAC(damping=self._damping(factors)).fit(factors).solve
+
+
+@options
+class Inverse(Preconditioner):
+    """By a fitted curvature (of the training set, say): its own solve."""
+
+    fitted: HasSolve = option()
+
+    def fit(self, factors: GradientFactors) -> Apply:
+        return self.fitted.solve
+
+
+def _held(value: Any) -> Preconditioner | None:
+    if isinstance(value, Tensor):
+        return SecondMoment(moment=value)
+    if not isinstance(value, str | Options) and callable(getattr(value, "solve", None)):
+        return Inverse(fitted=value)
+    if isinstance(value, Options):
+        return None
+    raise InputError(
+        f"precondition is a {type(value).__name__}; pass one of {', '.join(PRECONDITIONERS)}, a "
+        "second moment [D, D] or a fitted curvature (with .solve)"
+    )
+
+
+PreconditionerName = Literal["none", "features", "ggn", "kfac"]
+PRECONDITIONERS: Table[Preconditioner] = Table(
+    "precondition",
+    Preconditioner,
+    {
+        "none": NoPreconditioner,
+        "features": Features,
+        "ggn": GGNPreconditioner,
+        "kfac": KFACPreconditioner,
+    },
+    _held,
+)

@@ -1,20 +1,25 @@
-"""Unlearning by one edit of the head instead of an ascent: ``method="margin_edit"`` (SPEC 5)."""
+"""Unlearning by one edit of the head instead of an ascent: a quadratic program."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from imu_fast.errors import InfeasibleError
-from imu_fast.model.outputs import Measurement
-from imu_fast.unlearning.ascent.head import HeadProblem
-from imu_fast.unlearning.depth import BISECTIONS, OnMilestone, StopRule
-from imu_fast.unlearning.edit.program import margin_edit
+from imu_fast.errors import InfeasibleError, InputError, check_positive
+from imu_fast.model.head import find_head
+from imu_fast.options import option, options
+from imu_fast.unlearning.depth import StopRule, bisect
+from imu_fast.unlearning.edit.program import smallest_edit
+from imu_fast.unlearning.method import Job, Method
 from imu_fast.unlearning.result import UnlearnResult
+from imu_fast.unlearning.subject import HeadSubject, check_head_layer
+from imu_fast.unlearning.trajectory import Trajectory
 
 logger = logging.getLogger("imu_fast")
 
@@ -22,98 +27,123 @@ logger = logging.getLogger("imu_fast")
 _RECORDS = 8
 
 
-class Edit:
-    """Edits a head to each milestone, and to the stop rule; without either, every sample flips.
+def _check_moment(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, Tensor):
+        raise InputError(
+            f"precondition={value!r} with method='margin_edit': pass the second moment [D, D] of "
+            "the features that are to be disturbed least, or leave it out for the forget set's own"
+        )
+
+
+@options
+class MarginEdit(Method):
+    """The smallest disturbance of the head that leaves the forget samples' margins at ``-margin``.
+
+    ``min 1/2 tr(dT (S + eps tr(S)/D I) dT^T)`` over the edit dT [C, D], S the second moment of the
+    features that are to be disturbed least. How many samples are flipped follows from the stop
+    rule; without one every sample is. (ROME and MEMIT edit language models by second moments of
+    keys; this is their relative for a classifier.)
 
     Args:
-        moment: the second moment [D, D] of the features that are to be disturbed least; None: of
-            the forget features.
+        margin: by how much another class is to win, in logits.
+        eps: damping of S, relative to its mean eigenvalue.
+        moment: S [D, D], such as the training set's; None: the forget features' own.
+        layer: the head, by name or as a module; None: found.
     """
 
-    def __init__(
-        self,
-        problem: HeadProblem,
-        settings: dict[str, Any],
-        stop: StopRule | None,
-        milestones: Mapping[str, StopRule],
-        on_milestone: OnMilestone | None,
-        watch: list[str],
-        moment: Tensor | None,
-    ) -> None:
-        self.problem, self.settings, self.stop = problem, settings, stop
-        self.milestones, self.on_milestone = milestones, on_milestone
-        self.watch, self.moment = watch, moment
-        self.trained = problem.theta.clone()
-        self.trajectory: list[dict[str, float]] = []
+    name = "margin_edit"
+    margin: float = option(default=0.1, check=check_positive)
+    eps: float = option(default=1e-2, check=check_positive, also="precondition_eps")
+    moment: Tensor | None = option(default=None, check=_check_moment, also="precondition")
+    layer: str | nn.Module | None = option(default=None, check=check_head_layer, also="layers")
 
-    def measure(self, name: str) -> Measurement:
-        """The problem's measurement at the current state."""
-        return self.problem.measure(name)
+    def bind(self, model: nn.Module) -> Self:
+        return self if self.layer is None else replace(self, layer=find_head(model, self.layer)[0])
 
-    def run(self, model: nn.Module) -> UnlearnResult:
-        """Edit; ``steps`` of the result is 1, ``step_fraction`` the scale of the edit kept."""
-        n, device = self.problem.n, self.trained.device
-        result = UnlearnResult(
-            model, None, torch.arange(n), torch.ones(n, device=device), self.trajectory, steps=1
-        )
-        for name, rule in self.milestones.items():
-            self._to(rule)
-            if self.on_milestone is not None:
-                self.problem.finish()
-                self.on_milestone(name, self._entry(1.0))
-        if self.stop is None and self.milestones:
-            result.stopped_by = "milestones"
-        else:
-            result.indices, result.step_fraction, reached = self._to(self.stop)
-            result.stopped_by = reached or "edit"
+    def run(self, job: Job) -> UnlearnResult:
+        subject = HeadSubject.of(job.model, self.layer or "head", job.sets, job.progress)
+        job.keep(subject.head.parameters())
+        result = _Edit(self, subject, job).run()
+        subject.finish()
         return result
 
-    def _entry(self, position: float) -> dict[str, float]:
-        entry: dict[str, float] = {"step": position, "epoch": 0}
-        for name in ("forget", *self.watch):
-            measured = self.measure(name)
-            entry |= {f"{name}_loss": measured.mean_loss, f"{name}_accuracy": measured.accuracy}
-        return entry
+
+class _Edit:
+    """Edits a head to each milestone, and to the stop rule."""
+
+    def __init__(self, method: MarginEdit, subject: HeadSubject, job: Job) -> None:
+        self.method, self.subject, self.job = method, subject, job
+        self.trained = subject.theta.clone()
+        self.trajectory = Trajectory(subject, job.watch, job.callback)
+
+    def run(self) -> UnlearnResult:
+        """Edit; ``steps`` of the result is 1, ``step_fraction`` the scale of the edit kept."""
+        n, device, depths = self.subject.n, self.trained.device, self.job.depths
+        indices, scale, stopped_by = torch.arange(n), 1.0, "milestones"
+        milestones = depths.milestones or {}
+        for name, rule in milestones.items():
+            step, indices, scale, _ = self._to(rule)
+            if depths.on_milestone is not None:
+                self.subject.finish()
+                depths.on_milestone(name, self.trajectory.entry(scale, 0))
+        if depths.stop is not None or not milestones:
+            step, indices, scale, reached = self._to(depths.stop)
+            stopped_by = reached or "edit"
+        for k in range(_RECORDS + 1) if scale else (0,):
+            self._set(step, scale * k / _RECORDS)
+            self.trajectory.record(scale * k / _RECORDS, 0)
+        weights = torch.ones(len(indices), device=device)
+        return UnlearnResult(
+            self.job.model,
+            None,
+            indices,
+            weights,
+            self.trajectory.records,
+            steps=1,
+            stopped_by=stopped_by,
+            step_fraction=scale,
+        )
 
     def _set(self, step: Tensor, scale: float) -> None:
-        self.problem.theta.copy_(self.trained + scale * step)
+        self.subject.theta.copy_(self.trained + scale * step)
+        self.trajectory.moved()
 
-    def _to(self, rule: StopRule | None) -> tuple[Tensor, float, str | None]:
-        """Leave the problem at the depth; returns the samples edited, the scale and the condition.
+    def _holds(self, rule: StopRule, step: Tensor) -> Callable[[float], bool]:
+        def reached(scale: float) -> bool:
+            self._set(step, scale)
+            return rule.reached(self.trajectory) is not None
+
+        return reached
+
+    def _to(self, rule: StopRule | None) -> tuple[Tensor, Tensor, float, str | None]:
+        """Leave the head at the depth; the edit, its samples and scale, and the condition met.
 
         How many samples to flip follows from a target accuracy; another rule's is bisected.
         """
-        n = self.problem.n
-        self._set(self.trained, 0.0)
-        if rule is not None and (already := rule.reached(self)):
-            self.trajectory[:] = [self._entry(0.0)]
-            return torch.arange(0), 0.0, already
+        n, nothing = self.subject.n, torch.zeros_like(self.trained)
+        self._set(nothing, 0.0)
+        if rule is not None and (already := rule.reached(self.trajectory)):
+            return nothing, torch.arange(0), 0.0, already
         high = n
         if rule is not None and rule.forget_accuracy is not None:
             high = n - int(rule.forget_accuracy * n)
-            step, chosen = self._solve(high)
         elif rule is not None:
             low = 0
             while high - low > max(1, n // 100):
                 middle = (low + high) // 2
-                self._set(self._solve(middle)[0], 1.0)
-                low, high = (low, middle) if rule.reached(self) else (middle, high)
-            step, chosen = self._solve(high)
-        else:
-            step, chosen = self._solve(high)
+                deep = self._holds(rule, self._solve(middle)[0])(1.0)
+                low, high = (low, middle) if deep else (middle, high)
+        step, chosen = self._solve(high)
         self._set(step, 1.0)
         reached, scale = None, 1.0
         if rule is not None:
-            reached = rule.reached(self)
+            reached = rule.reached(self.trajectory)
             if reached is None:
                 logger.warning("margin_edit of %d of %d samples does not reach the depth", high, n)
             else:
-                scale = self._shrink(rule, step)
-        self.trajectory.clear()
-        for k in range(_RECORDS + 1):
-            self._set(step, scale * k / _RECORDS)
-            self.trajectory.append(self._entry(scale * k / _RECORDS))
-        return chosen.cpu(), scale, reached
+                scale = bisect(self._holds(rule, step))
+                self._set(step, scale)
+        return step, chosen.cpu(), scale, reached
 
     def _solve(self, count: int) -> tuple[Tensor, Tensor]:
         """The edit [C, D] for ``count`` samples, and which they are.
@@ -121,39 +151,26 @@ class Edit:
         Samples already wrong come first, for free; where holding them so contradicts the others,
         only samples that still have their label are edited, which is always possible.
         """
-        features, labels = self.problem.sets["forget"]
+        features, labels = self.subject.sets["forget"]
         try:
             return self._edit(features, labels, count)
         except InfeasibleError:
-            right = torch.nonzero(self._measure_trained().correct).flatten()
+            self._set(torch.zeros_like(self.trained), 0.0)
+            right = torch.nonzero(self.trajectory.measure("forget").correct).flatten()
             count = count - (len(labels) - len(right))
             logger.info("margin_edit leaves out %d samples already wrong", len(labels) - len(right))
             step, chosen = self._edit(features[right], labels[right], max(1, count))
             return step, right[chosen]
 
-    def _measure_trained(self) -> Measurement:
-        """The forget set's measurement before any edit."""
-        self._set(self.trained, 0.0)
-        return self.measure("forget")
-
     def _edit(self, features: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        found = margin_edit(
+        found = smallest_edit(
             features,
             labels,
             self.trained,
-            self.problem.has_bias,
+            self.subject.has_bias,
             count=count,
-            margin=self.settings["margin"],
-            eps=self.settings["precondition_eps"],
-            second_moment=self.moment,
+            margin=self.method.margin,
+            eps=self.method.eps,
+            second_moment=self.method.moment,
         )
         return found.step.to(self.trained), found.chosen
-
-    def _shrink(self, rule: StopRule, step: Tensor) -> float:
-        """The smallest scale, by bisection, at which the rule still holds."""
-        low, high = 0.0, 1.0
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            self._set(step, middle)
-            low, high = (low, middle) if rule.reached(self) else (middle, high)
-        return high

@@ -1,13 +1,13 @@
-"""The smallest edit of a linear head that makes chosen samples lose their label (SPEC 5)."""
+"""The smallest edit of a linear head that makes chosen samples lose their label."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from imu_fast.backend import logger
 from imu_fast.errors import (
     InfeasibleError,
     InputError,
@@ -19,12 +19,14 @@ from imu_fast.errors import (
 from imu_fast.solvers.cholesky.cholesky import DampedCholesky, damped_cholesky
 from imu_fast.solvers.nonnegative_qp import maximise_nonnegative
 
+logger = logging.getLogger("imu_fast")
+
 # An edit with more than this many times the head's own energy 1/2 tr(theta H theta^T) is no edit.
 _MAX_ENERGY = 1e3
 
 
 @dataclass(frozen=True)
-class MarginEdit:
+class Edit:
     """The edit and its certificate.
 
     Attributes:
@@ -99,7 +101,7 @@ def _energy(step: Tensor, factor: DampedCholesky) -> float:
     return 0.5 * float((step @ factor.factor.triu().T).square().sum())
 
 
-def margin_edit(
+def smallest_edit(
     features: Tensor,
     labels: Tensor,
     theta: Tensor,
@@ -111,7 +113,7 @@ def margin_edit(
     second_moment: Tensor | None = None,
     max_rounds: int = 5,
     tolerance: float = 1e-5,
-) -> MarginEdit:
+) -> Edit:
     """Make ``count`` samples lose their label by the smallest disturbance; no ascent.
 
         minimise    1/2 tr(dT H dT^T),   H = S + eps tr(S)/D I,   M = H^-1
@@ -212,7 +214,7 @@ def margin_edit(
     gap = _certificate(step.double(), act, logits, labels, rivals, alpha, m, factor)
     if gap > 10 * tolerance:  # the rounding of a float32 step is not worth a warning
         logger.warning("margin_edit stopped at gap %.2g, above tolerance %.2g", gap, tolerance)
-    return MarginEdit(step, chosen, rounds, sweeps, gap)
+    return Edit(step, chosen, rounds, sweeps, gap)
 
 
 def _certificate(
@@ -225,7 +227,7 @@ def _certificate(
     margin: float,
     factor: DampedCholesky,
 ) -> float:
-    """``MarginEdit.gap``: nothing but alpha is taken over from the solver."""
+    """``Edit.gap``: nothing but alpha is taken over from the solver."""
     asked = _against(logits, labels, rivals) + margin
     left = asked + _against(act @ step.T, labels, rivals)
     violation = float(left.max().clamp_min(0) / asked.abs().max())

@@ -82,7 +82,8 @@ def run(head, monkeypatch, graph, **options):
 
     monkeypatch.setattr(ascent, "StepSequence", Counted)
     monkeypatch.setattr(head_run, "capture", lambda run: run)
-    options = dict(epochs=4, batch_size=16, method="uniform", lr=0.05) | options
+    rate = {} if options.get("optimizer") else dict(lr=0.05)
+    options = dict(epochs=4, batch_size=16, method="uniform") | rate | options
     return imu.unlearn(model, (x, y), **options), sum(made)
 
 

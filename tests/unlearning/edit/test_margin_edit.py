@@ -13,7 +13,7 @@ from scipy.optimize import minimize
 from imu_fast import reference
 from imu_fast.errors import InfeasibleError, InputError, SingularMatrixError
 from imu_fast.solvers.nonnegative_qp import maximise_nonnegative
-from imu_fast.unlearning.edit.program import margin_edit
+from imu_fast.unlearning.edit.program import smallest_edit as margin_edit
 
 EPS = 1e-2
 MARGIN = 0.1

@@ -1,0 +1,201 @@
+"""Which parameters are ascended: the head on cached features, some layers, or the network."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from imu_fast.errors import InputError, check_choice
+from imu_fast.model.head import WHOLE_MODEL, find_head, linears
+from imu_fast.options import Choice, Options, Table, option, options
+from imu_fast.unlearning.ascent.head import HeadSteps
+from imu_fast.unlearning.ascent.network import NetworkSteps
+from imu_fast.unlearning.ascent.preconditioners import (
+    PRECONDITIONERS,
+    Preconditioner,
+    PreconditionerName,
+)
+from imu_fast.unlearning.ascent.step import Rule, Steps
+from imu_fast.unlearning.method import Job
+from imu_fast.unlearning.subject import HeadSubject, NetworkSubject, check_head_layer
+
+# The layers that the authors' code scores and trains.
+PAPER_LAYERS = "*fc*"
+Layer = str | nn.Module
+Mode = Literal["eval", "train"]
+
+
+def _check_mode(name: str, value: str) -> None:
+    check_choice(name, value, ("eval", "train"))
+
+
+def _check_evaluation(name: str, value: str) -> None:
+    if check_choice(name, value, ("eval", "train")) == "train":
+        raise InputError(
+            f"{name}='train' with scope='head': the head is trained on features captured once, in "
+            "evaluation mode; use scope='layers' (default: the head)"
+        )
+
+
+def _check_rows(name: str, value: str) -> None:
+    check_choice(name, value, ("all", "forgotten"))
+
+
+class Scope(Options):
+    """Which parameters change, and in which mode the model runs meanwhile."""
+
+    def bind(self, model: nn.Module) -> Scope:
+        """This scope with the model's layers by name, all of them there.
+
+        Raises:
+            InputError: a layer that the model does not have.
+        """
+        return self
+
+    def steps(self, job: Job, rule: Rule) -> Steps:
+        """What makes the steps; everything that they change is kept in ``job``."""
+        raise NotImplementedError
+
+
+@options
+class Head(Scope):
+    """The classifier alone, on features captured once: no backbone, no autograd, milliseconds.
+
+    Args:
+        layer: the linear layer that produces the logits, by name or as a module; None: found.
+        rows: ``"forgotten"``: only the rows of the forget set's classes change.
+        precondition: see ``imu_fast.unlearning.ascent.preconditioners``.
+        batchnorm, dropout: ``"eval"``, in which features are captured; here they have no choice.
+    """
+
+    name = "head"
+    layer: Layer | None = option(default=None, check=check_head_layer, also="layers")
+    rows: Literal["all", "forgotten"] = option(default="all", check=_check_rows)
+    precondition: Choice[Preconditioner, PreconditionerName] = Choice(PRECONDITIONERS, "none")
+    batchnorm: Literal["eval"] = option(default="eval", check=_check_evaluation)
+    dropout: Literal["eval"] = option(default="eval", check=_check_evaluation)
+
+    def bind(self, model: nn.Module) -> Scope:
+        if self.layer is None:
+            return self
+        return replace(self, layer=find_head(model, self.layer)[0])
+
+    def steps(self, job: Job, rule: Rule) -> Steps:
+        subject = HeadSubject.of(job.model, self.layer or "head", job.sets, job.progress)
+        job.keep(subject.head.parameters())
+        chosen: Tensor | None = None
+        if self.rows == "forgotten":
+            chosen = torch.zeros(subject.head.out_features, dtype=torch.bool)
+            chosen[subject.sets["forget"][1].cpu().unique()] = True
+        apply = self.precondition.fit(subject.factors()[0]) if self._preconditioned else None
+        return HeadSteps(subject, rule, rows=chosen, preconditioner=apply)
+
+    @property
+    def _preconditioned(self) -> bool:
+        return self.precondition.name != "none"
+
+
+class _Autograd(Scope):
+    """Parameters in place, with autograd.
+
+    Attributes:
+        batchnorm: mode of BatchNorm during ascent: ``"train"`` lets running statistics drift on
+            forget data alone, which changes every prediction, whatever the ascent does.
+        dropout: mode of every other layer.
+    """
+
+    batchnorm: Mode
+    dropout: Mode
+
+    def _trained(self, model: nn.Module) -> list[str]:
+        """Names of the trained parameters."""
+        raise NotImplementedError
+
+    def steps(self, job: Job, rule: Rule) -> Steps:
+        names = self._trained(job.model)
+        job.keep(p for name, p in job.model.named_parameters() if name in set(names))
+        job.keep(job.model.buffers())
+        subject = NetworkSubject(job.model, job.sets, names)
+        return NetworkSteps(subject, rule, batchnorm=self.batchnorm, dropout=self.dropout)
+
+
+@options
+class Layers(_Autograd):
+    """Some modules of the network.
+
+    Args:
+        layers: names or modules; a pattern such as ``"*fc*"`` stands for the linear layers whose
+            names it matches. None: the head.
+    """
+
+    name = "layers"
+    layers: Layer | Sequence[Layer] | None = option(default=None)
+    batchnorm: Mode = option(default="eval", check=_check_mode)
+    dropout: Mode = option(default="eval", check=_check_mode)
+
+    def check(self) -> None:
+        if self.layers is None or isinstance(self.layers, str | nn.Module):
+            return
+        given = list(self.layers) if isinstance(self.layers, Sequence) else [self.layers]
+        if not given or not all(isinstance(layer, str | nn.Module) for layer in given):
+            raise InputError(
+                f"layers={self.layers!r}; pass names or modules, such as layers=['fc1', 'fc2']"
+            )
+
+    def bind(self, model: nn.Module) -> Scope:
+        modules = dict(model.named_modules())
+        if self.layers is None:
+            names = [find_head(model)[0]]
+        else:
+            one = isinstance(self.layers, str | nn.Module)
+            wanted = [self.layers] if one else self.layers
+            names = [n for layer in wanted for n in _names(layer, modules, model)]  # type: ignore[union-attr]
+        return replace(self, layers=list(dict.fromkeys(names)))
+
+    def _trained(self, model: nn.Module) -> list[str]:
+        names: list[str] = self.layers  # type: ignore[assignment]  # bound
+        parameters = [name for name, _ in model.named_parameters()]
+        if WHOLE_MODEL in names:
+            return parameters
+        return [p for p in parameters if any(p.startswith(f"{x}.") for x in names)]
+
+
+def _names(layer: Any, modules: dict[str, nn.Module], model: nn.Module) -> list[str]:
+    """The module names that one entry of ``layers`` stands for."""
+    named = (f"is no module of the model; its linear layers are {list(linears(model))}",)
+    if isinstance(layer, nn.Module):
+        found = [name or WHOLE_MODEL for name, module in modules.items() if module is layer]
+    elif any(sign in layer for sign in "*?["):
+        found = [name for name in linears(model) if fnmatch.fnmatchcase(name, layer)]
+        if not found:
+            short = " (which preset='paper' is short for)" if layer == PAPER_LAYERS else ""
+            raise InputError(
+                f"layers={layer!r}{short} matches none of the model's linear layers, which are "
+                f"{list(linears(model))}; name the layers with layers=[...]"
+            )
+    else:
+        found = [layer] if layer in modules or layer == WHOLE_MODEL else []
+    if not found or not found[0]:
+        raise InputError(f"layers has {layer!r}, which {named[0]}")
+    return found[:1] if isinstance(layer, nn.Module) else found
+
+
+@options
+class Network(_Autograd):
+    """Every parameter."""
+
+    name = "all"
+    batchnorm: Mode = option(default="eval", check=_check_mode)
+    dropout: Mode = option(default="eval", check=_check_mode)
+
+    def _trained(self, model: nn.Module) -> list[str]:
+        return [name for name, _ in model.named_parameters()]
+
+
+ScopeName = Literal["head", "layers", "all"]
+SCOPES: Table[Scope] = Table("scope", Scope, {"head": Head, "layers": Layers, "all": Network})

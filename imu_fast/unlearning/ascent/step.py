@@ -1,0 +1,51 @@
+"""One step of an ascent, as the loop sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from imu_fast.unlearning.ascent.graph import StepSequence
+from imu_fast.unlearning.ascent.optimizer import Optimizer
+from imu_fast.unlearning.subject import Subject
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a step minimises: ``- sum_i w_i f(l_i) / sum_i w_i + alpha ||theta||_1``, and by what.
+
+    Attributes:
+        objective: the name of f.
+        auxiliary: [n], what f needs to know of each forget sample, or None.
+    """
+
+    objective: str
+    auxiliary: Tensor | None
+    alpha: float
+    optimizer: Optimizer
+
+
+class Steps(Protocol):
+    """Makes the steps of an ascent.
+
+    Attributes:
+        subject: what they change.
+        optimizer: what they change it by.
+        sequence: several steps at once, for where the loop has nothing to do between them; or None.
+    """
+
+    @property
+    def subject(self) -> Subject: ...
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer: ...
+
+    @property
+    def sequence(self) -> StepSequence | None: ...
+
+    def step(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """One reweighted step on forget samples ``rows`` [B]; returns the loss (scalar tensor)."""
+        ...
