@@ -135,10 +135,14 @@ def _equal(first: Tensor, second: Tensor) -> bool:
         return False
 
 
-def check_trainable(model: nn.Module) -> None:
-    """Raise InputError if the parameters cannot have gradients."""
+def check_trainable(model: nn.Module, training: bool = True) -> None:
+    """Raise InputError if parameters have no shape, or (``training``) cannot have gradients."""
     for name, parameter in model.named_parameters():
-        if parameter.is_inference():
+        if is_lazy(parameter):
+            raise InputError(
+                f"model: {name} has no shape yet (a lazy module); run the model on one batch first"
+            )
+        if training and parameter.is_inference():
             raise InputError(
                 f"model: {name} was made under torch.inference_mode(), so it has no gradient; "
                 "build or load the model outside, or pass copy.deepcopy(model)"
@@ -157,14 +161,7 @@ class _Snapshot:
         modules = list(model.modules())
         self.modes = _modes_of(model)
         parameters = list(model.parameters())
-        for name, parameter in model.named_parameters():
-            if is_lazy(parameter):
-                raise InputError(
-                    f"model: {name} has no shape yet (a lazy module); run the model on one batch "
-                    "first"
-                )
-        if not looked_at:
-            check_trainable(model)
+        check_trainable(model, training=not looked_at)
         self.flags = [(p, p.requires_grad, p.grad) for p in parameters]
         plain = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]
         owned: list[dict[str, Any]] = [m._parameters for m in plain]

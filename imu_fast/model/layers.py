@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from imu_fast.errors import InputError, check_finite_rows
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.model.calls import Call, watched
-from imu_fast.model.guard import check_trainable
 from imu_fast.model.head import LinearLayer
 from imu_fast.model.logits import chosen
 from imu_fast.model.loss import counts_of, on_logits, sample_losses, targets_of
@@ -197,7 +196,6 @@ def capture_layers(
     progress: bool,
 ) -> list[GradientFactors]:
     """Factors of the layers in their order, see :func:`imu_fast.model.capture.capture`."""
-    check_trainable(model)
     seen = _LayersCapture(model, layers, output, ignore_index, shift)
     with ExitStack() as stack:
         run = stack.enter_context(evaluated(model))

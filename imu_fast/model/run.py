@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from imu_fast.errors import InputError
 from imu_fast.model.batches import as_batches, device_of, split_batch, to_device
 from imu_fast.model.forward import innermost as innermost
-from imu_fast.model.guard import preserved
+from imu_fast.model.guard import check_trainable, preserved
 
 logger = logging.getLogger("imu_fast")
 
@@ -37,6 +37,7 @@ def _usable(value: Any) -> Any:
 
 
 def _check_runs(model: nn.Module) -> None:
+    check_trainable(model)
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise InputError(
             "model holds a TorchScript module, whose layers cannot be watched; pass the eager "
@@ -73,8 +74,7 @@ def evaluated(model: nn.Module) -> Iterator[Callable[[Batch], Any]]:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         model.eval()
         for parameter in model.parameters():
-            if not parameter.is_inference():  # those never ask, and cannot be told
-                parameter.requires_grad_(False)
+            parameter.requires_grad_(False)
 
         def run(batch: Batch) -> Any:
             if model.training:  # a loader may have meddled

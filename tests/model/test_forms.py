@@ -96,7 +96,7 @@ def test_inference_mode_and_no_grad_around_the_call():
     with torch.inference_mode():
         born = Net()
     with pytest.raises(InputError, match="made under torch.inference_mode"):
-        imu.capture(born, (x, y), layers=["body"])
+        imu.capture(born, (x, y))
 
 
 def test_autocast_around_the_call():
