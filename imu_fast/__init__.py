@@ -55,6 +55,7 @@ _EXPORTS = {
     "StopRule": "unlearning.depth",
     "Uniform": "unlearning.ascent.weights",
     "unlearn": "unlearning.unlearn",
+    "unlearn_in_turn": "unlearning.in_turn",
     "UnlearnResult": "unlearning.result",
     "use_backend": "backend",
 }
@@ -102,6 +103,7 @@ if TYPE_CHECKING:
     from imu_fast.unlearning.auto import Auto as Auto
     from imu_fast.unlearning.depth import StopRule as StopRule
     from imu_fast.unlearning.edit.margin_edit import MarginEdit as MarginEdit
+    from imu_fast.unlearning.in_turn import unlearn_in_turn as unlearn_in_turn
     from imu_fast.unlearning.named import methods as methods
     from imu_fast.unlearning.result import DivergedError as DivergedError
     from imu_fast.unlearning.result import UnlearnResult as UnlearnResult

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from torch import Tensor
 
 from imu_fast.errors import InputError, brief
 from imu_fast.storage import load_tensors, save_tensors
+from imu_fast.unlearning.identity import of_optimizer
 from imu_fast.unlearning.result import Record
 from imu_fast.unlearning.subject import Subject
 
 # What a resumed run may have otherwise: its budget.
 _BUDGET = ("epochs", "max_steps")
+_FORMAT = 1
 
 
 @dataclass
@@ -27,6 +29,9 @@ class Progress:
     Attributes:
         epochs, step: made so far. indices, weights: [k], of the selection in force.
         scores: [n], before the first step; None where nothing is scored.
+        passed: milestones that have been.
+        ended: of a run that reached its depth what it was told to reach, why it ended, and the
+            fraction kept of its last step.
     """
 
     epochs: int
@@ -36,6 +41,8 @@ class Progress:
     indices: Tensor
     weights: Tensor
     scores: Tensor | None
+    passed: list[str] = field(default_factory=list)
+    ended: tuple[str, str, float] | None = None
 
 
 def check_resumable(path: Path) -> None:
@@ -52,8 +59,8 @@ def check_resumable(path: Path) -> None:
         ) from error
 
 
-def _comparable(described: Mapping[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps({k: v for k, v in described.items() if k not in _BUDGET}))
+def _comparable(belongs: Mapping[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps({k: v for k, v in belongs.items() if k not in _BUDGET}))
 
 
 class Checkpoint:
@@ -61,7 +68,8 @@ class Checkpoint:
 
     Args:
         subject, optimizer: whose state it holds.
-        described: the method and its options; a run with others is another run.
+        belongs: what the run is, by name: the method and its options, the model as it was before,
+            the forget set; a run with others is another run.
     """
 
     def __init__(
@@ -69,10 +77,10 @@ class Checkpoint:
         path: Path,
         subject: Subject,
         optimizer: torch.optim.Optimizer,
-        described: Mapping[str, Any],
+        belongs: Mapping[str, Any],
     ) -> None:
         self.path, self._subject, self._optimizer = path, subject, optimizer
-        self._described = _comparable(described)
+        self._belongs = _comparable({**belongs, "optimizer state": of_optimizer(optimizer)})
 
     def save(self, progress: Progress) -> None:
         """Replace the file, as a whole."""
@@ -92,7 +100,10 @@ class Checkpoint:
             "step": progress.step,
             "trajectory": progress.records,
             "batch_losses": progress.batch_losses,
-            "settings": self._described,
+            "passed": progress.passed,
+            "ended": progress.ended,
+            "format": _FORMAT,
+            "belongs": self._belongs,
             "optimizer": plain,
         }
         save_tensors(self.path, tensors, {"imu_fast": json.dumps(run)})
@@ -106,12 +117,8 @@ class Checkpoint:
         Raises:
             InputError: the file belongs to another run, or is none of ours.
         """
-        tensors, metadata = load_tensors(self.path)
-        name = str(self.path)
-        if "imu_fast" not in metadata:
-            raise InputError(f"checkpoint={name!r} was not written by unlearn; choose another name")
-        run = json.loads(metadata["imu_fast"])
-        theirs, ours = run["settings"], self._described
+        tensors, run = self._read()
+        theirs, ours = run["belongs"], self._belongs
         changed = {
             key: (theirs.get(key), ours.get(key))
             for key in {**ours, **theirs}
@@ -120,13 +127,10 @@ class Checkpoint:
         state = self._subject.state()
         shapes = {k: t.shape for k, t in state.items()}
         stored = {k[6:]: t.shape for k, t in tensors.items() if k.startswith("state.")}
-        if start.scores is not None and not changed and "scores" in tensors:
-            if not torch.equal(tensors["scores"], start.scores.cpu()):
-                changed["model or forget set"] = ("other scores", "these")
         if changed or shapes != stored:
             raise InputError(
-                f"checkpoint={name!r} belongs to another run (differs in {changed or 'shapes'}); "
-                "pass resume=False to overwrite it, or another name"
+                f"checkpoint={str(self.path)!r} belongs to another run (differs in "
+                f"{changed or 'shapes'}); pass resume=False to overwrite it, or another name"
             )
         with torch.no_grad():
             for key, tensor in state.items():
@@ -147,4 +151,37 @@ class Checkpoint:
             tensors["indices"].clone(),
             tensors["weights"].to(start.weights.device, copy=True),
             start.scores,
+            run["passed"],
+            None if run["ended"] is None else tuple(run["ended"]),
         )
+
+    def mark(self, passed: list[str]) -> None:
+        """Note in the file, whose state stays, that these milestones have been."""
+        tensors, run = self._read()
+        save_tensors(self.path, tensors, {"imu_fast": json.dumps(run | {"passed": passed})})
+
+    def _read(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The file's tensors and its record, both whole.
+
+        Raises:
+            InputError: none of ours, of another format, or damaged.
+        """
+        tensors, metadata = load_tensors(self.path)
+        name = f"checkpoint={str(self.path)!r}"
+        if "imu_fast" not in metadata:
+            raise InputError(f"{name} was not written by unlearn; choose another name")
+        try:
+            run = json.loads(metadata["imu_fast"])
+            found = run.get("format")
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"{name} is damaged ({brief(error)}); delete it") from error
+        if found != _FORMAT:
+            raise InputError(
+                f"{name} has format {found!r}, this version writes {_FORMAT}; pass resume=False to "
+                "overwrite it"
+            )
+        wanted = {"epochs", "step", "trajectory", "batch_losses", "passed", "belongs", "optimizer"}
+        wanted |= {"ended"}
+        if missing := (wanted - run.keys()) | ({"indices", "weights"} - tensors.keys()):
+            raise InputError(f"{name} lacks {', '.join(sorted(missing))}: it is damaged; delete it")
+        return tensors, run

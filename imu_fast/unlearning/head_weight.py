@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from copy import copy
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from imu_fast.errors import InputError
+from imu_fast.model.guard import copied
 
 # Rows of random input that a written weight is tried on.
 _PROBES = 4
@@ -87,24 +88,8 @@ class HeadWeight:
         else:
             raise RuntimeError("no way known to write a weight that is derived like this")
 
-    @contextmanager
-    def _unchanged(self) -> Iterator[None]:
-        kept = [(tensor, tensor.detach().clone()) for tensor in self.tensors()]
-        derived = self.head.weight if self.derived and "weight" in vars(self.head) else None
-        mode = self.head.training
-        try:
-            self.head.training = False
-            yield
-        finally:
-            self.head.training = mode
-            with torch.no_grad():
-                for tensor, before in kept:
-                    tensor.copy_(before)
-            if derived is not None:
-                self.head.weight = derived
-
     def _try(self) -> None:
-        """Write another weight, and see whether the layer then computes with it."""
+        """Write another weight into a copy, and see whether that then computes with it."""
         generator = torch.Generator().manual_seed(0)
         theta = self.read()
         wide = torch.float64 if theta.dtype == torch.float64 else torch.float32
@@ -113,10 +98,12 @@ class HeadWeight:
         other = (theta.to(wide) + 0.5 * size * noise).to(theta.dtype)
         d = self.head.in_features
         x = torch.randn(_PROBES, d, generator=generator).to(theta.device, theta.dtype)
-        with torch.no_grad(), self._unchanged():
+        probe = copy(self)
+        probe.head = cast(nn.Linear, copied(self.head).eval())
+        with torch.no_grad():
             try:
-                self.write(other)
-                got = self.head(x)
+                probe.write(other)
+                got = probe.head(x)
             except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
                 raise self._refusal(self._made_of(), self._remedy()) from error
             bias = other[:, d] if self.head.bias is not None else None

@@ -26,7 +26,7 @@ class Job:
         model: what is changed. forget: what it is to forget.
         sets: every set that is measured: "forget", "unseen" where a rule needs it, the watched.
         watch: names of the sets that are recorded.
-        described: the method and its options, for checkpoints.
+        belongs: what a checkpoint says that it is of, by name.
         kept: tensors that change, with copies, put back on any failure.
     """
 
@@ -40,7 +40,7 @@ class Job:
     resume: bool
     seed: int
     progress: bool
-    described: dict[str, Any]
+    belongs: dict[str, Any]
     kept: Kept = field(default_factory=list)
 
     def keep(self, tensors: Iterable[Tensor]) -> None:

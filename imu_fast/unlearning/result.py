@@ -25,6 +25,8 @@ class UnlearnResult:
         scores: [n] influence before the first step (minus the loss where that weighs); None
             for uniform weights.
         indices, weights: the selected forget samples [k] and their last weights [k].
+        dataset_indices: [n], the place in the user's dataset of each forget sample, in whose order
+            scores and indices are; None where samples have none.
         trajectory: one dict per record: step, epoch, forget_loss, forget_accuracy, the weights'
             mean, std and count, and ``<name>_loss``, ``<name>_accuracy`` per watched set. The last
             record is measured by the model's own forward pass.
@@ -54,6 +56,7 @@ class UnlearnResult:
     seconds: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
     backends: dict[str, str] = field(default_factory=dict)
+    dataset_indices: list[int] | None = None
 
     def __repr__(self) -> str:
         """One line: what was done, and what it did to the forget set."""

@@ -16,9 +16,11 @@ from imu_fast.backend import record_backends
 from imu_fast.errors import InputError, check_count
 from imu_fast.model.batches import ForgetSet, rereadable
 from imu_fast.model.guard import copied, door, preserved, rolled_back
+from imu_fast.storage import writable
 from imu_fast.unlearning.auto import Auto
 from imu_fast.unlearning.confirm import warn_unless_reached
 from imu_fast.unlearning.depth import Depths, OnMilestone, StopRule
+from imu_fast.unlearning.identity import of_forget_set, of_model
 from imu_fast.unlearning.method import Job, Method
 from imu_fast.unlearning.named import METHODS, MethodName, MethodOptions
 from imu_fast.unlearning.result import UnlearnResult
@@ -143,6 +145,9 @@ def unlearn(
         progress,
         {name: _plain(value) for name, value in described.items()},
     )
+    if job.checkpoint is not None:
+        writable(job.checkpoint, "checkpoint")
+        job.belongs |= {"model": of_model(target), "forget set": of_forget_set(forget)}
     with (
         record_backends() as used,
         rolled_back(target, []) as job.kept,
@@ -151,6 +156,7 @@ def unlearn(
         result = how.run(job)
     wanted = "; ".join(map(repr, depths.rules[-1:]))
     warn_unless_reached(result.reached, wanted, result.trajectory[-1])
+    result.dataset_indices = forget.dataset_indices
     result.backends = dict(used)
     result.settings = described
     result.seconds = time.perf_counter() - started

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from typing_extensions import Self
 
-from imu_fast.errors import EmptySelectionError, check_choice, check_count, check_positive
+from imu_fast.errors import (
+    EmptySelectionError,
+    InputError,
+    check_choice,
+    check_count,
+    check_positive,
+)
 from imu_fast.options import Choice, option, options
 from imu_fast.unlearning.ascent.objectives import OBJECTIVES, Objective, ObjectiveName
 from imu_fast.unlearning.ascent.optimizer import OPTIMIZERS, Optimizer, OptimizerName
@@ -119,9 +125,7 @@ class _Run:
         self.stretch: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
         self.checkpoint: Checkpoint | None = None
         if job.checkpoint is not None:
-            self.checkpoint = Checkpoint(
-                job.checkpoint, self.subject, steps.optimizer, job.described
-            )
+            self.checkpoint = Checkpoint(job.checkpoint, self.subject, steps.optimizer, job.belongs)
 
     def ascend(self) -> UnlearnResult:
         """Run to the end of the budget or to the stop rule."""
@@ -147,8 +151,20 @@ class _Run:
             indices, weights = there.indices, there.weights
             self.trajectory.records, self.batch_losses = there.records, there.batch_losses
             self.trajectory.moved()
+            for name in there.passed:
+                self.pending.pop(name, None)
+            if there.ended is not None:
+                wanted, stopped_by, fraction = there.ended
+                if wanted != self._wanted:
+                    raise InputError(
+                        f"checkpoint={str(self.checkpoint.path)!r} is of a run that has ended at "
+                        f"{wanted}; pass resume=False, or another name, to go to {self._wanted}"
+                    )
+                return self._result(scores, indices, weights, stopped_by, first_epoch, fraction)
         else:
             self._record(0, weights)
+            if self.checkpoint is not None:
+                self.checkpoint.save(self._progress(0, indices, weights, scores))
         stopped_by, fraction, epoch = "epochs", 1.0, first_epoch - 1
         if first_epoch == 0:
             here = snapshot(self.subject) if self.pending else {}
@@ -175,6 +191,10 @@ class _Run:
                 outcome = self._epoch(epoch, indices, weights, bar)
                 if outcome is not None:
                     stopped_by, fraction = outcome
+                    if self.checkpoint is not None and stopped_by != "max_steps":
+                        done = self._progress(epoch + 1, indices, weights, scores)
+                        done.ended = self._wanted, stopped_by, fraction
+                        self.checkpoint.save(done)
                     break
                 if self.checkpoint is not None:
                     self.checkpoint.save(self._progress(epoch + 1, indices, weights, scores))
@@ -193,7 +213,17 @@ class _Run:
         self, epochs: int, indices: Tensor, weights: Tensor, scores: Tensor | None
     ) -> Progress:
         records, losses = self.trajectory.records, self.batch_losses
-        return Progress(epochs, self.step, records, losses, indices, weights, scores)
+        passed = self._passed
+        return Progress(epochs, self.step, records, losses, indices, weights, scores, passed)
+
+    @property
+    def _passed(self) -> list[str]:
+        return [k for k in self.job.depths.milestones or {} if k not in self.pending]
+
+    @property
+    def _wanted(self) -> str:
+        """The depths of this run, for a checkpoint."""
+        return repr((self.stop, dict(self.job.depths.milestones or {})))
 
     def _result(
         self,
@@ -261,6 +291,8 @@ class _Run:
                 entry = self.trajectory.entry(position, epoch, _spread(weights))
                 self.subject.finish()
                 self.job.depths.on_milestone(name, entry)
+            if self.checkpoint is not None:
+                self.checkpoint.mark(self._passed)
             self._move(after, after, 1.0)
         self.stretch = stretch
 

@@ -1,0 +1,272 @@
+"""What is reported is what the model does, however its head is made; or it is refused before."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune, weight_norm
+
+import imu_fast as imu
+
+
+class Net(nn.Module):
+    def __init__(self, d=12, h=16, c=5, bias=True):
+        super().__init__()
+        self.body, self.fc = nn.Linear(d, h), nn.Linear(h, c, bias=bias)
+
+    def forward(self, x):
+        return self.fc(F.relu(self.body(x)))
+
+
+class Tied(nn.Module):
+    def __init__(self, words=20, d=8):
+        super().__init__()
+        self.emb, self.out = nn.Embedding(words, d), nn.Linear(d, words, bias=False)
+        self.out.weight = self.emb.weight
+
+    def forward(self, x):
+        return self.out(self.emb(x).mean(1))
+
+
+class Scaled(Net):
+    def forward(self, x):
+        return super().forward(x) / 0.25
+
+
+class TwoHeads(Net):
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Linear(16, 5)
+
+    def forward(self, x):
+        h = F.relu(self.body(x))
+        return (self.fc(h) + self.other(h.square())) / 2
+
+
+class Convolutional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.fc = nn.Conv2d(1, 16, 3), nn.Conv2d(16, 5, 1)
+
+    def forward(self, x):
+        x = F.relu(self.body(x.view(-1, 1, 3, 4)[:, :, :, :3])).mean((2, 3), keepdim=True)
+        return self.fc(x).flatten(1)
+
+
+class Capped(Net):
+    def forward(self, x):
+        return 3 * torch.tanh(super().forward(x) / 3)
+
+
+def wrapped(how):
+    torch.manual_seed(1)
+    model = Net(bias=False)
+    model.fc = how(model.fc) or model.fc
+    return model.eval()
+
+
+MODELS = {
+    "plain": lambda: Net(),
+    "no bias": lambda: Net(bias=False),
+    "float64": lambda: Net().double(),
+    "bfloat16": lambda: Net().bfloat16(),
+    "float16": lambda: Net().half(),
+    "scaled": lambda: Scaled(),
+    "two heads": lambda: TwoHeads(),
+    "1x1 convolution": lambda: Convolutional(),
+    "weight_norm": lambda: wrapped(weight_norm),
+    "parametrized weight_norm": lambda: wrapped(parametrizations.weight_norm),
+    "frozen": lambda: Net().requires_grad_(False),
+}
+REFUSED = {
+    "spectral_norm": (lambda: wrapped(nn.utils.spectral_norm), "remove_spectral_norm"),
+    "parametrized spectral_norm": (
+        lambda: wrapped(parametrizations.spectral_norm),
+        "remove_parametrizations",
+    ),
+    "orthogonal": (lambda: wrapped(parametrizations.orthogonal), "remove_parametrizations"),
+    "pruned": (lambda: wrapped(lambda m: prune.random_unstructured(m, "weight", 0.5)), "prune"),
+    "capped": (lambda: Capped(), "scope='layers'"),
+}
+METHODS = {
+    "uniform": {"lr": 0.05, "epochs": 400},
+    "imu": {"lr": 0.05, "epochs": 400, "on_empty": "uniform"},
+    "preconditioned": {"lr": 0.05, "epochs": 400},
+    "margin_edit": {},
+}
+
+
+def problem(make):
+    torch.manual_seed(0)
+    model = make().eval()
+    x = torch.randn(60, 12, dtype=next(model.parameters()).dtype)
+    with torch.no_grad():
+        return model, x, model(x).argmax(1)
+
+
+def accuracy(model, x, y):
+    with torch.no_grad():
+        return float((model(x).argmax(1) == y).double().mean())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_report_is_the_models_own(name, method):
+    model, x, y = problem(MODELS[name])
+    flags = [p.requires_grad for p in model.parameters()]
+    stop = imu.StopRule(forget_accuracy=0.5)
+    result = imu.unlearn(model, (x, y), method=method, stop=stop, **METHODS[method])
+    own = accuracy(model, x, y)
+    assert result.trajectory[-1]["forget_accuracy"] == pytest.approx(own, abs=1e-12)
+    assert result.reached is True and own <= 0.5
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_not_hold_is_refused_before_the_work(name, method):
+    make, remedy = REFUSED[name]
+    model, x, y = problem(make)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(imu.InputError, match=remedy):
+        imu.unlearn(model, (x, y), method=method, callback=pytest.fail, **METHODS[method])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["uniform", "imu", "margin_edit"])
+def test_tied_heads(method):
+    torch.manual_seed(2)
+    model, x = Tied(), torch.randint(0, 20, (50, 6))
+    y = model(x).argmax(1)
+    stop = imu.StopRule(forget_accuracy=0.3)
+    result = imu.unlearn(model, (x, y), method=method, stop=stop, **METHODS[method])
+    assert model.out.weight is model.emb.weight
+    assert result.trajectory[-1]["forget_accuracy"] == accuracy(model, x, y) <= 0.3
+    for options in ({"rows": "forgotten"}, {"precondition": "features"}):
+        with pytest.raises(imu.InputError, match="shares its weight with emb.weight"):
+            imu.unlearn(model, (x, y), method="uniform", **options)
+
+
+def test_a_tied_heads_gradient_goes_through_both_uses():
+    torch.manual_seed(2)
+    model, x = Tied().double(), torch.randint(0, 20, (50, 6))
+    y = model(x).argmax(1)
+    loss = F.cross_entropy(model(x), y)
+    (gradient,) = torch.autograd.grad(loss, [model.emb.weight])
+    before = model.emb.weight.detach().clone()
+    plain = {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "epochs": 1, "batch_size": 50}
+    imu.unlearn(model, (x, y), method="uniform", **plain)
+    torch.testing.assert_close(model.emb.weight.detach(), before + 0.1 * gradient)
+
+
+@pytest.mark.parametrize("scope", ["head", "layers", "all"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_updates_that_half_precision_rounds_away(dtype, scope, caplog):
+    model, x, y = problem(lambda: Net().to(dtype))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(imu.InputError, match=f"below the resolution of .*{str(dtype)[6:]}"):
+        imu.unlearn(model, (x, y), method="uniform", lr=1e-6, epochs=3, scope=scope)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    # Steps each below the resolution add up in a float32 copy.
+    imu.unlearn(model, (x, y), method="uniform", lr=2e-3, epochs=60, scope=scope)
+    assert not torch.equal(model.fc.weight, before["fc.weight"])
+
+
+def test_frozen_parameters_stay_unless_asked_for():
+    model, x, y = problem(Net)
+    model.body.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    imu.unlearn(model, (x, y), method="uniform", scope="all", epochs=2)
+    assert torch.equal(model.body.weight, before["body.weight"])
+    assert not torch.equal(model.fc.weight, before["fc.weight"])
+    imu.unlearn(model, (x, y), method="uniform", scope="layers", layers="body", epochs=2)
+    assert not torch.equal(model.body.weight, before["body.weight"])
+    model.body.requires_grad_(True)
+    model.fc.requires_grad_(False)
+    with pytest.raises(imu.InputError, match="head 'fc' has requires_grad=False while other"):
+        imu.unlearn(model, (x, y), method="uniform")
+    model.requires_grad_(False)
+    with pytest.raises(imu.InputError, match="all of this model's have requires_grad=False"):
+        imu.unlearn(model, (x, y), method="uniform", scope="all")
+
+
+@pytest.mark.parametrize("method", ["uniform", "margin_edit"])
+def test_a_depth_that_is_not_reached_is_said(method):
+    model, x, y = problem(Net)
+    x = torch.cat([x, x[:10]])
+    y = torch.cat([y, (y[:10] + 1) % 5])  # the same inputs under two labels: some stay wrong
+    options = {"epochs": 1, "lr": 1e-6} if method == "uniform" else {}
+    rule = imu.StopRule(forget_loss=1e6)
+    with pytest.warns(UserWarning, match=r"StopRule\(forget_loss=1e\+06\)\) is not reached"):
+        result = imu.unlearn(model, (x, y), method=method, stop=rule, **options)
+    assert result.reached is False and "NOT reached" in repr(result)
+    assert imu.unlearn(model, (x, y), method=method, **options).reached is None
+
+
+def test_a_model_that_changes_between_passes_is_refused_and_restored():
+    class Restless(Net):
+        def forward(self, x):
+            self.calls = getattr(self, "calls", 0) + 1
+            return self.fc(F.relu(self.body(x)) * (1 + self.calls))
+
+    model, x, y = problem(Restless)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(imu.InputError, match="own forward pass gives sample"):
+        imu.unlearn(model, (x, y), method="uniform", epochs=3)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_requests_in_turn():
+    model, x, y = problem(Net)
+    first, second = (x[:20], y[:20]), (x[20:40], y[20:40])
+    before = copy.deepcopy(model.state_dict())
+    options = {"stop": imu.StopRule(forget_accuracy=0.3), "lr": 0.1, "epochs": 300}
+    byhand = copy.deepcopy(model)
+    for data in (first, second):
+        imu.unlearn(byhand, data, "uniform", **options)
+    results = imu.unlearn_in_turn(model, {"a": first, "b": second}, "uniform", **options)
+    assert list(results) == ["a", "b"]
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, byhand.state_dict()[key])
+    last = results["b"].trajectory[-1]
+    assert last["forget_accuracy"] == accuracy(model, *second) <= 0.3
+    assert last["a_accuracy"] == pytest.approx(accuracy(model, *first), abs=1e-12)
+    scored = imu.unlearn_in_turn(model, [first, second], "imu", epochs=1, on_empty="uniform")
+    assert list(scored) == ["request 0", "request 1"]
+    assert all(len(r.scores) == 20 for r in scored.values())
+
+    model.load_state_dict(before)
+    calls = []
+
+    def fail(record):
+        calls.append(record)
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        imu.unlearn_in_turn(model, [first, second], "uniform", epochs=15, callback=fail)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    for bad, message in (([], "empty"), ({"forget": first}, "taken"), (3, "pass a list")):
+        with pytest.raises(imu.InputError, match=message):
+            imu.unlearn_in_turn(model, bad)
+    with pytest.raises(imu.InputError, match="checkpoint is one file"):
+        imu.unlearn_in_turn(model, [first], checkpoint="a.safetensors")
+
+
+def test_places_in_the_dataset_are_told():
+    model, x, y = problem(Net)
+    data = torch.utils.data.TensorDataset(x, y)
+    rows = [30, 4, 17, 9, 22, 1, 4]
+    loader = torch.utils.data.DataLoader(data, batch_size=3, sampler=rows)
+    result = imu.unlearn(model, loader, "uniform", epochs=1)
+    assert result.dataset_indices == rows
+    torch.testing.assert_close(
+        imu.unlearn(problem(Net)[0], loader, "imu", epochs=1, on_empty="uniform").scores,
+        imu.influence_scores(problem(Net)[0], loader),
+        rtol=1e-4,
+        atol=1e-6,
+    )
