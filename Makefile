@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 DEMO_OUT ?= imu-fast-demo
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench bench-report studies sanitize roofline clean
+.PHONY: demo test lint options bench bench-report studies sanitize roofline clean
 
 demo: $(VENV)/.demo
 	$(BIN)/imu-fast demo --out $(DEMO_OUT)
@@ -33,6 +33,10 @@ bench-report: $(VENV)/.test
 studies: $(VENV)/.test
 	$(BIN)/python bench/orderings.py $(if $(DATA),--data $(DATA))
 	$(BIN)/python bench/preconditioners.py $(if $(DATA),--data $(DATA))
+
+# Every method of unlearning with every option of every other: used, or refused.
+options: $(VENV)/.test
+	$(BIN)/python tests/every_option.py
 
 # The extension under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own.
 SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=undefined -g

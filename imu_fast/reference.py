@@ -1,4 +1,4 @@
-"""The formulas of SPEC.md, one short function each, in float64 with loops and autograd: the oracle.
+"""The formulas of docs/mathematics.md, one short function each, in float64: the oracle.
 
 Nothing here is fast and nothing here is shared with the fast paths; every faster implementation is
 tested against these functions. Shapes: n samples, N packed tokens (N = n for images), C classes,
@@ -18,7 +18,7 @@ def softmax_residual(logits: Tensor, labels: Tensor, scale: Tensor) -> tuple[Ten
     """``delta[i] = c_i (softmax(z_i) - onehot(y_i))`` and ``loss[i] = -c_i log softmax(z_i)[y_i]``.
 
     Args:
-        logits: [N, C]. labels: [N] in [0, C). scale: [N], the ``c_i`` of SPEC section 1.
+        logits: [N, C]. labels: [N] in [0, C). scale: [N], the ``c_i = 1 / T_i`` of its sample.
     Returns:
         delta [N, C] and loss [N], float64; delta by autograd of the loss.
     """
@@ -40,7 +40,7 @@ def augment(act: Tensor, has_bias: bool) -> Tensor:
 
 
 def sample_gradients(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
-    """``g_i = sum_t delta[i,t] (x) a~[i,t]``, SPEC section 1: G as [n, C, D], float64."""
+    """``g_i = sum_t delta[i,t] (x) a~[i,t]``: G as [n, C, D], float64."""
     delta, act = delta.double(), augment(act.double(), has_bias)
     gradients = []
     for start, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
@@ -57,7 +57,7 @@ def mean_gradient(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -
 
 
 def fisher_diagonal(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
-    """``diag(F) = 1/n sum_i g_i * g_i``, SPEC section 2: [C, D], float64."""
+    """``diag(F) = 1/n sum_i g_i * g_i``: [C, D], float64."""
     g = sample_gradients(delta, act, offsets, has_bias)
     return (g * g).mean(dim=0)
 
@@ -81,12 +81,12 @@ def quadratic_scores(
 
 
 def damped_diagonal(diagonal: Tensor, damping: float, mode: str) -> Tensor:
-    """``diag + lam`` (mode "add") or ``max(diag, lam)`` (mode "clamp"), SPEC section 2."""
+    """``diag + lam`` (mode "add") or ``max(diag, lam)`` (mode "clamp")."""
     return diagonal + damping if mode == "add" else diagonal.clamp_min(damping)
 
 
 def influence(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool, x: Tensor) -> Tensor:
-    """``influence_i = - g_i^T X`` with ``X = M^-1 v``, SPEC section 3: [n], float64."""
+    """``influence_i = - g_i^T X`` with ``X = M^-1 v``: [n], float64."""
     return -bilinear_scores(delta, act, x, offsets, has_bias)
 
 
@@ -118,7 +118,7 @@ def quantile(values: list[float], q: float) -> float:
 
 
 def objective(logits: Tensor, labels: Tensor, name: str, auxiliary: Tensor | None = None) -> Tensor:
-    """``f(l_i)``, what reweighted ascent increases, SPEC section 5: [B], differentiable.
+    """``f(l_i)``, what reweighted ascent increases: [B], differentiable.
 
     ``ce``: the cross-entropy. ``log1mp``: ``log(1 - p_y)``. ``margin``: minus the hinge
     ``max(0, z_y - max_{j != y} z_j)``. ``npo``: ``-2/beta log(1 + (p_y/p_ref)^beta)``, beta = 0.1,
@@ -157,7 +157,7 @@ def head_ascent(
     weight_decay: float,
     alpha: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One SGD step on ``- sum w f / sum w + alpha ||theta||_1``, SPEC section 5, by autograd.
+    """One SGD step on ``- sum w f / sum w + alpha ||theta||_1``, by autograd.
 
     Returns:
         theta [C, D] and momentum buffer [C, D] after the step (buffer None before it: zero), and
@@ -187,7 +187,7 @@ def ggn_product(
 def ggn_matrix(
     p: Tensor, scale: Tensor, act: Tensor, n: int, damping: float, has_bias: bool
 ) -> Tensor:
-    """The damped GGN as a dense matrix, SPEC section 2: [P, P], float64; P = C D."""
+    """The damped GGN as a dense matrix: [P, P], float64; P = C D."""
     columns = p.shape[1] * (act.shape[1] + has_bias)
     out = damping * torch.eye(columns, dtype=torch.float64)
     for pt, c, a in zip(p.double(), scale.double(), augment(act.double(), has_bias), strict=True):
@@ -215,7 +215,7 @@ def conjugate_gradient(
 
 
 def gram(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
-    """``K[i,j] = <g_i, g_j>``, SPEC section 2: [n, n], float64."""
+    """``K[i,j] = <g_i, g_j>``: [n, n], float64."""
     g = sample_gradients(delta, act, offsets, has_bias).flatten(1)
     return g @ g.T
 
@@ -223,7 +223,7 @@ def gram(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
 def ggn_block_matrix(
     p: Tensor, scale: Tensor, act: Tensor, n: int, damping: float, has_bias: bool
 ) -> Tensor:
-    """``ggn``'s diagonal class blocks, SPEC section 2, the rest zero: [P, P], float64."""
+    """``ggn``'s diagonal class blocks, the rest zero: [P, P], float64."""
     full = ggn_matrix(p, scale, act, n, damping, has_bias)
     width = act.shape[1] + has_bias
     mask = torch.block_diag(*[torch.ones(width, width, dtype=torch.float64)] * p.shape[1])
@@ -248,7 +248,7 @@ def kronecker_factors(
 def kfac_matrix(
     p: Tensor, scale: Tensor, act: Tensor, n: int, damping: float, has_bias: bool
 ) -> Tensor:
-    """``mean(diag(p)-pp^T) (x) mean(a~ a~^T) + lam I``, SPEC section 2: [P, P], float64."""
+    """``mean(diag(p)-pp^T) (x) mean(a~ a~^T) + lam I``: [P, P], float64."""
     b, a = kronecker_factors(p, scale, act, n, has_bias)
     return torch.kron(b, a) + damping * torch.eye(len(b) * len(a), dtype=torch.float64)
 
@@ -274,7 +274,7 @@ def linear_softmax_scores(
     damping: float,
     mode: str,
 ) -> tuple[Tensor, Tensor]:
-    """SPEC section 6 by its definition: scores [n] under ``fisher_diag``, and losses [N]."""
+    """A large vocabulary by definition: scores [n] under ``fisher_diag``, and losses [N]."""
     logits = features.double() @ weight.double().T
     logits = logits if bias is None else logits + bias.double()
     ones = torch.ones(len(labels), dtype=torch.float64) if scale is None else scale.double()
@@ -296,7 +296,7 @@ def margin_edit(
     margin: float,
     sweeps: int,
 ) -> Tensor:
-    """SPEC section 5: ``min 1/2 tr(dT H dT^T)`` with every ``D_i (theta + dT) a~_i <= -m``.
+    """The margin edit: ``min 1/2 tr(dT H dT^T)`` with every ``D_i (theta + dT) a~_i <= -m``.
 
     Cyclic coordinate ascent on the dual, each sample against its given rival. moment: H, the damped
     second moment [D, D]. Returns dT [C, D], float64.

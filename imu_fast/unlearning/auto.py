@@ -28,6 +28,7 @@ from imu_fast.unlearning.ascent.scopes import Head
 from imu_fast.unlearning.edit.margin_edit import MarginEdit
 from imu_fast.unlearning.method import Job, Method
 from imu_fast.unlearning.result import UnlearnResult
+from imu_fast.unlearning.subject import check_head_layer
 
 
 def single_row() -> Ascent:
@@ -88,7 +89,9 @@ class Auto(Method):
     def for_task(self, model: nn.Module, forget: ForgetSet) -> tuple[str, Method]:
         """As :meth:`choose`, by the forget set's labels and the model's classes."""
         labels = torch.cat([split_batch(batch)[2].flatten().cpu() for batch in forget])
-        layer = (self.given or {}).get("layers")
+        given = self.given or {}
+        layer = given.get("layers", given.get("layer"))
+        check_head_layer("layers", layer)
         return self.choose(labels, find_head(model, layer)[1].out_features)
 
     def run(self, job: Job) -> UnlearnResult:

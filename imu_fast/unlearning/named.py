@@ -91,6 +91,7 @@ class MethodOptions(CurvatureOptions, total=False):
     curvature: CurvatureName | Curvature
     top_fraction: float
     clip_quantile: float
+    quantile_over: Literal["kept", "all"]
     on_empty: Literal["error", "uniform"]
     first_row_is_mean: bool
     reweight: Literal["once", "epoch", "batch"]

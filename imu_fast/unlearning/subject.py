@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,20 @@ from imu_fast.factors.gradient_factors import IGNORE_INDEX, GradientFactors, che
 from imu_fast.model.batches import ForgetSet, as_batches, split_batch, to_device
 from imu_fast.model.capture import HeadFeatures, capture, capture_features
 from imu_fast.model.guard import modes
+from imu_fast.model.head import linears
 from imu_fast.model.outputs import Measurement, logits_of, measure_logits
 from imu_fast.ops.head_ascent import head_logits
 
 _EVALUATION_ROWS = 4096
+
+
+def check_head_layer(name: str, value: Any) -> None:
+    """Raise InputError unless ``value`` can name a head: a name, a module, or None to find it."""
+    if value is not None and not isinstance(value, str | nn.Module):
+        raise InputError(
+            f"layers={value!r}: a head is one layer, by name or as a module; use scope='layers' "
+            "for several"
+        )
 
 
 class Measured(Protocol):
@@ -36,8 +46,15 @@ class Subject(Measured, Protocol):
 
     n: int
 
-    def factors(self, rows: Tensor | None = None) -> list[GradientFactors]:
-        """Gradient factors of the forget samples at the current state, one entry per layer."""
+    def factors(
+        self, rows: Tensor | None = None, layers: Literal["head", "trained"] = "head"
+    ) -> list[GradientFactors]:
+        """Gradient factors of forget samples at the current state, one entry per layer.
+
+        Args:
+            rows: which samples; None: all.
+            layers: the classifier, or the linear layers that change.
+        """
         ...
 
     def state(self) -> dict[str, Tensor]:
@@ -113,7 +130,10 @@ class HeadSubject:
         chunks = zip(features.split(_EVALUATION_ROWS), labels.split(_EVALUATION_ROWS), strict=True)
         return measure_logits((head_logits(x, self.theta, self.has_bias), y) for x, y in chunks)
 
-    def factors(self, rows: Tensor | None = None) -> list[GradientFactors]:
+    def factors(
+        self, rows: Tensor | None = None, layers: Literal["head", "trained"] = "head"
+    ) -> list[GradientFactors]:
+        # What changes is the head, so either way it is the same layer.
         features, labels = self.sets["forget"]
         if rows is not None:
             rows = rows.to(features.device)
@@ -139,17 +159,12 @@ class NetworkSubject:
     Args:
         loaders: "forget" (a :class:`ForgetSet`) and every set that is measured.
         parameters: names of those that change; every other one is frozen here.
-        scored: which layers :meth:`factors` captures.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        loaders: Mapping[str, Any],
-        parameters: Sequence[str],
-        scored: Any = "head",
+        self, model: nn.Module, loaders: Mapping[str, Any], parameters: Sequence[str]
     ) -> None:
-        self.model, self.sets, self.scored = model, loaders, scored
+        self.model, self.sets = model, loaders
         self.forget: ForgetSet = loaders["forget"]
         self.n = self.forget.n
         chosen = set(parameters)
@@ -174,9 +189,15 @@ class NetworkSubject:
     def _outputs(self, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
         return (self.forward(batch) for batch in batches)
 
-    def factors(self, rows: Tensor | None = None) -> list[GradientFactors]:
+    def factors(
+        self, rows: Tensor | None = None, layers: Literal["head", "trained"] = "head"
+    ) -> list[GradientFactors]:
         data: Any = self.forget if rows is None else [self.forget.get(rows.tolist())]
-        captured = capture(self.model, data, layers=self.scored)
+        chosen: Any = "head"
+        if layers == "trained":
+            weights = {id(parameter) for parameter in self.parameters.values()}
+            chosen = [k for k, m in linears(self.model).items() if id(m.weight) in weights]
+        captured = capture(self.model, data, layers=chosen)
         return [captured] if isinstance(captured, GradientFactors) else captured
 
     def state(self) -> dict[str, Tensor]:

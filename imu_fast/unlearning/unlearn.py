@@ -83,10 +83,11 @@ def unlearn(
             * ``objective``: ``"ce"`` (default), ``"margin"``, ``"log1mp"``, ``"npo"``,
               ``"relabel"``.
             * ``weights``: ``"influence"``, ``"permuted"``, ``"loss"``, ``"uniform"``; but for the
-              last with ``top_fraction``, ``clip_quantile``, ``on_empty``
+              last with ``top_fraction``, ``clip_quantile``, ``quantile_over``, ``on_empty``
               (:func:`imu_fast.influence_weights`) and ``reweight``: ``"once"``, each ``"epoch"``,
-              ``"batch"``. Influence has ``curvature`` with its options, and
-              ``first_row_is_mean`` (:func:`imu_fast.influence_scores`).
+              ``"batch"``. Influence has ``curvature`` with its options,
+              ``first_row_is_mean`` (:func:`imu_fast.influence_scores`), and ``scored``: the
+              ``"head"``, or all linear layers that are ``"trained"``.
             * ``preset="paper"``: as the authors' code: the layers whose name contains ``fc`` are
               scored and trained, the whole model in training mode (so BatchNorm's running
               statistics drift and dropout is active), ``alpha=0.2``, ``top_fraction=0.1``.

@@ -46,8 +46,8 @@ def _paper(ascent: Ascent, preset: object) -> Ascent:
     check_choice("preset", preset, ("paper",))
     weights = ascent.weights
     if isinstance(weights, Influence):
-        weights = replace(weights, top_fraction=0.1)
-    scope = Layers(layers=PAPER_LAYERS, batchnorm="train", dropout="train", scored="trained")
+        weights = replace(weights, top_fraction=0.1, scored="trained")
+    scope = Layers(layers=PAPER_LAYERS, batchnorm="train", dropout="train")
     return replace(ascent, weights=weights, scope=scope, alpha=0.2)
 
 
@@ -135,7 +135,7 @@ class _Run:
 
     def _ascend(self) -> UnlearnResult:
         method, seed = self.method, self.job.seed
-        scores = self.method.weights.scores(self.subject.factors()) if self._scored else None
+        scores = self.method.weights.scores(self.subject)
         device = next(iter(self.subject.state().values())).device
         indices, weights = self._weigh(scores, 0, device)
         first_epoch = 0
@@ -168,8 +168,8 @@ class _Run:
         with bar, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             for epoch in range(first_epoch, method.epochs):
                 torch.manual_seed(seed + epoch)
-                if self._scored and method.weights.reweight == "epoch" and epoch > 0:
-                    again = method.weights.scores(self.subject.factors())
+                if method.weights.reweight == "epoch" and epoch > 0:
+                    again = method.weights.scores(self.subject)
                     indices, weights = self._weigh(again, epoch, device)
                 outcome = self._epoch(epoch, indices, weights, bar)
                 if outcome is not None:
@@ -178,10 +178,6 @@ class _Run:
                 if self.checkpoint is not None:
                     self.checkpoint.save(self._progress(epoch + 1, indices, weights, scores))
         return self._result(scores, indices, weights, stopped_by, epoch + 1, fraction)
-
-    @property
-    def _scored(self) -> bool:
-        return self.method.weights.name != "uniform"
 
     def _weigh(
         self, scores: Tensor | None, epoch: int, device: torch.device
@@ -303,7 +299,7 @@ class _Run:
 
     def _batch_weights(self, rows: Tensor) -> tuple[Tensor, Tensor] | None:
         """The samples of one batch that are selected, and their weights; None: none of them."""
-        scores = self.method.weights.scores(self.subject.factors(rows))
+        scores = self.method.weights.scores(self.subject, rows)
         assert scores is not None
         try:
             kept, weights = self.method.weights.weigh(scores, self.job.seed + self.step)

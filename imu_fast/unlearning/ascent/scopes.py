@@ -22,7 +22,7 @@ from imu_fast.unlearning.ascent.preconditioners import (
 )
 from imu_fast.unlearning.ascent.step import Rule, Steps
 from imu_fast.unlearning.method import Job
-from imu_fast.unlearning.subject import HeadSubject, NetworkSubject
+from imu_fast.unlearning.subject import HeadSubject, NetworkSubject, check_head_layer
 
 # The layers that the authors' code scores and trains.
 PAPER_LAYERS = "*fc*"
@@ -44,10 +44,6 @@ def _check_evaluation(name: str, value: str) -> None:
 
 def _check_rows(name: str, value: str) -> None:
     check_choice(name, value, ("all", "forgotten"))
-
-
-def _check_scored(name: str, value: str) -> None:
-    check_choice(name, value, ("head", "trained"))
 
 
 class Scope(Options):
@@ -78,18 +74,11 @@ class Head(Scope):
     """
 
     name = "head"
-    layer: Layer | None = option(default=None, also="layers")
+    layer: Layer | None = option(default=None, check=check_head_layer, also="layers")
     rows: Literal["all", "forgotten"] = option(default="all", check=_check_rows)
     precondition: Choice[Preconditioner, PreconditionerName] = Choice(PRECONDITIONERS, "none")
     batchnorm: Literal["eval"] = option(default="eval", check=_check_evaluation)
     dropout: Literal["eval"] = option(default="eval", check=_check_evaluation)
-
-    def check(self) -> None:
-        if not isinstance(self.layer, str | nn.Module | None):
-            raise InputError(
-                f"layers={self.layer!r} with scope='head': it is one layer, by name or as a "
-                "module; use scope='layers' for several"
-            )
 
     def bind(self, model: nn.Module) -> Scope:
         if self.layer is None:
@@ -123,15 +112,15 @@ class _Autograd(Scope):
     batchnorm: Mode
     dropout: Mode
 
-    def _trained(self, model: nn.Module) -> tuple[list[str], Any]:
-        """Names of the trained parameters, and the layers that are scored."""
+    def _trained(self, model: nn.Module) -> list[str]:
+        """Names of the trained parameters."""
         raise NotImplementedError
 
     def steps(self, job: Job, rule: Rule) -> Steps:
-        names, scored = self._trained(job.model)
+        names = self._trained(job.model)
         job.keep(p for name, p in job.model.named_parameters() if name in set(names))
         job.keep(job.model.buffers())
-        subject = NetworkSubject(job.model, job.sets, names, scored)
+        subject = NetworkSubject(job.model, job.sets, names)
         return NetworkSteps(subject, rule, batchnorm=self.batchnorm, dropout=self.dropout)
 
 
@@ -142,14 +131,12 @@ class Layers(_Autograd):
     Args:
         layers: names or modules; a pattern such as ``"*fc*"`` stands for the linear layers whose
             names it matches. None: the head.
-        scored: which layers influence is computed at: the ``"head"``, or those that are trained.
     """
 
     name = "layers"
     layers: Layer | Sequence[Layer] | None = option(default=None)
     batchnorm: Mode = option(default="eval", check=_check_mode)
     dropout: Mode = option(default="eval", check=_check_mode)
-    scored: Literal["head", "trained"] = option(default="head", check=_check_scored)
 
     def check(self) -> None:
         if self.layers is None or isinstance(self.layers, str | nn.Module):
@@ -170,12 +157,12 @@ class Layers(_Autograd):
             names = [n for layer in wanted for n in _names(layer, modules, model)]  # type: ignore[union-attr]
         return replace(self, layers=list(dict.fromkeys(names)))
 
-    def _trained(self, model: nn.Module) -> tuple[list[str], Any]:
+    def _trained(self, model: nn.Module) -> list[str]:
         names: list[str] = self.layers  # type: ignore[assignment]  # bound
         parameters = [name for name, _ in model.named_parameters()]
-        if WHOLE_MODEL not in names:
-            parameters = [p for p in parameters if any(p.startswith(f"{x}.") for x in names)]
-        return parameters, "head" if self.scored == "head" else names
+        if WHOLE_MODEL in names:
+            return parameters
+        return [p for p in parameters if any(p.startswith(f"{x}.") for x in names)]
 
 
 def _names(layer: Any, modules: dict[str, nn.Module], model: nn.Module) -> list[str]:
@@ -206,8 +193,8 @@ class Network(_Autograd):
     batchnorm: Mode = option(default="eval", check=_check_mode)
     dropout: Mode = option(default="eval", check=_check_mode)
 
-    def _trained(self, model: nn.Module) -> tuple[list[str], Any]:
-        return [name for name, _ in model.named_parameters()], "head"
+    def _trained(self, model: nn.Module) -> list[str]:
+        return [name for name, _ in model.named_parameters()]
 
 
 ScopeName = Literal["head", "layers", "all"]

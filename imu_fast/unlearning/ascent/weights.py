@@ -10,10 +10,10 @@ from torch import Tensor
 from imu_fast.curvature.base import Curvature
 from imu_fast.curvature.named import CURVATURES, CurvatureName
 from imu_fast.errors import check_choice, check_fraction
-from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.influence.scores import influence_scores
-from imu_fast.influence.weights import influence_weights
+from imu_fast.influence.weights import QUANTILE_OVER, influence_weights
 from imu_fast.options import Choice, Options, Table, option, options
+from imu_fast.unlearning.subject import Subject
 
 
 def _check_reweight(name: str, value: str) -> None:
@@ -22,6 +22,14 @@ def _check_reweight(name: str, value: str) -> None:
 
 def _check_empty(name: str, value: str) -> None:
     check_choice(name, value, ("error", "uniform"))
+
+
+def _check_scored(name: str, value: str) -> None:
+    check_choice(name, value, ("head", "trained"))
+
+
+def _check_quantile(name: str, value: str) -> None:
+    check_choice(name, value, QUANTILE_OVER)
 
 
 class Weights(Options):
@@ -34,8 +42,12 @@ class Weights(Options):
 
     reweight: str = "once"
 
-    def scores(self, factors: list[GradientFactors]) -> Tensor | None:
-        """What weights are made of: [n], negative supports forgetting; None: all weigh alike."""
+    def scores(self, subject: Subject, rows: Tensor | None = None) -> Tensor | None:
+        """What weights are made of: [n], negative supports forgetting; None: all weigh alike.
+
+        Args:
+            rows: which forget samples; None: all.
+        """
         return None
 
     def weigh(self, scores: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -59,6 +71,8 @@ class _Selected(Weights):
     top_fraction: float
     clip_quantile: float
     on_empty: str
+    # Losses are hardly ever zero, so of theirs the kept ones are all.
+    quantile_over: str = "kept"
     _permute = False
 
     def weigh(self, scores: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -66,6 +80,7 @@ class _Selected(Weights):
             scores,
             self.top_fraction,
             self.clip_quantile,
+            quantile_over=self.quantile_over,
             on_empty=self.on_empty,
             permute=self._permute,
             seed=seed,
@@ -78,21 +93,27 @@ class Influence(_Selected):
 
     Args:
         curvature: and its options, see :func:`imu_fast.influence_scores`.
-        top_fraction, clip_quantile, on_empty: see :func:`imu_fast.influence_weights`.
+        top_fraction, clip_quantile, quantile_over, on_empty: of
+            :func:`imu_fast.influence_weights`.
         first_row_is_mean: a defect of the authors' code, see :func:`imu_fast.influence_scores`.
+        scored: the layers of the influence: the ``"head"``, or all linear ones that are trained.
     """
 
     name = "influence"
     curvature: Choice[Curvature, CurvatureName] = Choice(CURVATURES, "fisher_diag")
     top_fraction: float = option(default=1.0, check=check_fraction)
     clip_quantile: float = option(default=0.93, check=check_fraction)
+    quantile_over: Literal["kept", "all"] = option(default="kept", check=_check_quantile)
     on_empty: Literal["error", "uniform"] = option(default="error", check=_check_empty)
     first_row_is_mean: bool = option(default=False)
+    scored: Literal["head", "trained"] = option(default="head", check=_check_scored)
     reweight: Literal["once", "epoch", "batch"] = option(default="once", check=_check_reweight)
 
-    def scores(self, factors: list[GradientFactors]) -> Tensor:
+    def scores(self, subject: Subject, rows: Tensor | None = None) -> Tensor:
         return influence_scores(
-            factors, curvature=self.curvature, first_row_is_mean=self.first_row_is_mean
+            subject.factors(rows, self.scored),
+            curvature=self.curvature,
+            first_row_is_mean=self.first_row_is_mean,
         )
 
 
@@ -114,8 +135,8 @@ class LossWeights(_Selected):
     on_empty: Literal["error", "uniform"] = option(default="error", check=_check_empty)
     reweight: Literal["once", "epoch", "batch"] = option(default="once", check=_check_reweight)
 
-    def scores(self, factors: list[GradientFactors]) -> Tensor:
-        losses = factors[0].losses
+    def scores(self, subject: Subject, rows: Tensor | None = None) -> Tensor:
+        losses = subject.factors(rows)[0].losses
         assert losses is not None
         return -losses
 

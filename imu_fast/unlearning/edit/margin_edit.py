@@ -18,7 +18,7 @@ from imu_fast.unlearning.depth import StopRule, bisect
 from imu_fast.unlearning.edit.program import smallest_edit
 from imu_fast.unlearning.method import Job, Method
 from imu_fast.unlearning.result import UnlearnResult
-from imu_fast.unlearning.subject import HeadSubject
+from imu_fast.unlearning.subject import HeadSubject, check_head_layer
 from imu_fast.unlearning.trajectory import Trajectory
 
 logger = logging.getLogger("imu_fast")
@@ -55,7 +55,7 @@ class MarginEdit(Method):
     margin: float = option(default=0.1, check=check_positive)
     eps: float = option(default=1e-2, check=check_positive, also="precondition_eps")
     moment: Tensor | None = option(default=None, check=_check_moment, also="precondition")
-    layer: str | nn.Module | None = option(default=None, also="layers")
+    layer: str | nn.Module | None = option(default=None, check=check_head_layer, also="layers")
 
     def bind(self, model: nn.Module) -> Self:
         return self if self.layer is None else replace(self, layer=find_head(model, self.layer)[0])
