@@ -170,14 +170,6 @@ def test_a_backend_chosen_by_name_that_cannot_run(monkeypatch):
         imu.influence_scores(make())
 
 
-def test_an_operation_that_a_backend_lacks():
-    from imu_fast import backend
-
-    with pytest.raises(BackendUnavailableError, match="does not implement"):
-        with imu.use_backend("reference"):
-            backend.resolve("an operation", ("torch",))
-
-
 def test_nothing_of_size_ncd_exists():
     n, c, d = 200, 30, 40
     features, weight = torch.randn(n, d), torch.randn(c, d)

@@ -52,7 +52,7 @@ def test_residual_and_loss(case, dtype, slab):
 def test_scores_in_float64(case, mode, slab):
     head, offsets = head_of(case, torch.float64)
     scores, loss = linear_softmax_scores(head, offsets, 0.01, mode, slab)
-    truth, true_loss = reference.linear_softmax_scores(*head, offsets, 0.01, mode)
+    truth, true_loss = reference.linear_softmax_scores(head, offsets, 0.01, mode)
     torch.testing.assert_close(scores, truth, rtol=1e-8, atol=1e-12)
     torch.testing.assert_close(loss, true_loss, rtol=1e-8, atol=1e-12)
     with imu.use_backend("reference"):
@@ -95,7 +95,7 @@ def test_an_ignored_token_has_no_gradient_and_no_loss():
     head, offsets = head_of(Case("odd and prime", (1,) * 13, 7, 5), torch.float64)
     head.labels[4] = -100
     scores, loss = linear_softmax_scores(head, offsets, 0.01, slab=3)
-    truth, true_loss = reference.linear_softmax_scores(*head, offsets, 0.01, "add")
+    truth, true_loss = reference.linear_softmax_scores(head, offsets, 0.01, "add")
     assert scores[4] == 0 and loss[4] == 0
     torch.testing.assert_close(scores, truth)
     torch.testing.assert_close(loss, true_loss)
