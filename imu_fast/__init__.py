@@ -17,6 +17,7 @@ _EXPORTS = {
     "backends": "backend",
     "capture": "model.capture",
     "capture_features": "model.capture",
+    "CrossEntropy": "losses.cross_entropy",
     "Curvature": "curvature.base",
     "curvatures": "curvature.named",
     "damped_cholesky_solve": "solvers.cholesky.cholesky",
@@ -49,6 +50,7 @@ _EXPORTS = {
     "Permuted": "unlearning.ascent.weights",
     "self_influence": "influence.scores",
     "SGD": "unlearning.ascent.optimizer",
+    "ShardedFactors": "factors.sharded",
     "StopRule": "unlearning.depth",
     "Uniform": "unlearning.ascent.weights",
     "unlearn": "unlearning.unlearn",
@@ -75,10 +77,12 @@ if TYPE_CHECKING:
     from imu_fast.errors import InputError as InputError
     from imu_fast.evaluation.evaluate import evaluate as evaluate
     from imu_fast.factors.gradient_factors import GradientFactors as GradientFactors
+    from imu_fast.factors.sharded import ShardedFactors as ShardedFactors
     from imu_fast.influence.scores import influence_scores as influence_scores
     from imu_fast.influence.scores import pairwise_influence as pairwise_influence
     from imu_fast.influence.scores import self_influence as self_influence
     from imu_fast.influence.weights import influence_weights as influence_weights
+    from imu_fast.losses.cross_entropy import CrossEntropy as CrossEntropy
     from imu_fast.model.capture import capture as capture
     from imu_fast.model.capture import capture_features as capture_features
     from imu_fast.model.head import find_head as find_head

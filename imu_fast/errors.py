@@ -89,6 +89,13 @@ def check_fraction(name: str, value: float) -> float:
     return number
 
 
+def check_flag(name: str, value: object) -> bool:
+    """Return ``value``, or raise InputError unless it is True or False."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name}={value!r} must be True or False")
+    return value
+
+
 def check_choice(name: str, value: object, known: Iterable[str]) -> str:
     """Return ``value``, or raise InputError that lists the known choices."""
     choices = list(known)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import imu_fast as imu
 from imu_fast import reference
+from imu_fast.factors.source import joined, summed
 from imu_fast.ops.conjugate_gradient import iterate, start
 
 
@@ -176,6 +178,40 @@ def check_conjugate_gradient(shape: tuple[int, ...], preconditioned: bool, dtype
             truth = reference.conjugate_gradient(matrix, rhs.flatten(), iterations, inverse)
             # Each iteration's rounding grows by at most the condition.
             assert_close(x.flatten(), truth, 5 * iterations * (len(matrix) + 8))
+
+
+def head_factors(case: Case, dtype: torch.dtype = torch.float64) -> imu.GradientFactors:
+    """Of the case's softmax head."""
+    p = case.make(dtype)
+    return imu.GradientFactors.from_head(p.act, p.weight, p.bias, p.labels, p.offsets)
+
+
+class Pieces:
+    """Factors that are nowhere in one piece: what the protocol asks for, and nothing more."""
+
+    PROPERTIES = (
+        *("n", "n_here", "num_tokens", "num_classes", "feature_dim", "width"),
+        *("has_bias", "name", "device", "dtype"),
+    )
+
+    def __init__(self, whole: imu.GradientFactors, tokens: int) -> None:
+        for name in self.PROPERTIES:
+            setattr(self, name, getattr(whole, name))
+        # Copies, so that no piece shares memory with another.
+        self._cut = [c.select(torch.arange(c.n)) for c in whole.chunks(tokens)]
+        self.passes = 0
+
+    def chunks(self, max_tokens: int | None = None):
+        """New objects at every pass, as a file's are."""
+        self.passes += 1
+        for chunk in self._cut:
+            yield chunk.samples(0, chunk.n)
+
+    def sums(self, statistic):
+        return summed(statistic(chunk) for chunk in self.chunks())
+
+    def each(self, statistic):
+        return joined(statistic(chunk) for chunk in self.chunks())
 
 
 class LargestTensor(TorchDispatchMode):

@@ -17,10 +17,10 @@ FLOORS = [
     ["influence"],
     ["curvature", "model"],
     ["factors", "data"],
-    ["solvers"],
+    ["losses", "solvers"],
     ["ops"],
     ["kernels", "_C", "_C_cuda"],
-    ["backend", "storage", "options"],
+    ["backend", "storage", "options", "distributed"],
     ["errors"],
 ]
 FLOOR = {room: depth for depth, rooms in enumerate(FLOORS) for room in rooms}

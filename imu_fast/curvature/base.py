@@ -8,7 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.factors.source import Factors
 from imu_fast.ops.bilinear_scores import bilinear_scores
 from imu_fast.options import Options
 
@@ -17,7 +19,7 @@ class Curvature(Options, ABC):
     """A matrix M [P, P] over the parameters of a linear layer, P = C D, damped: what to fit."""
 
     @abstractmethod
-    def fit(self, factors: GradientFactors) -> Fitted:
+    def fit(self, factors: Factors) -> Fitted:
         """M of these samples.
 
         Raises:
@@ -46,63 +48,90 @@ class Fitted(ABC):
     def solve(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         """``X = M^-1 v``; v and X [C, D], or [m, C, D].
 
-        X is in v's dtype where the solve is elementwise, and there ``out`` may be v itself, which
-        saves memory; else X is float64 and ``out`` is not used.
+        Where the solve is elementwise X has v's dtype, or the factors' if that is wider, and
+        ``out`` may be v itself, which saves memory; else X is float64 and ``out`` is not used.
         """
 
     @abstractmethod
-    def self_influence(self, factors: GradientFactors) -> Tensor:
+    def self_influence(self, factors: Factors) -> Tensor:
         """``g_i^T M^-1 g_i`` of every sample of ``factors``: [n]."""
 
-    def pairwise(self, factors: GradientFactors, queries: GradientFactors) -> Tensor:
+    def pairwise(self, factors: Factors, queries: Factors) -> Tensor:
         """``g_i^T M^-1 h_j`` of the samples of both sets: [n, m]; by one solve per query.
 
         ``residual`` is the largest of them.
+
+        Raises:
+            InputError: the queries are shared among processes.
         """
-        out, worst = factors.delta.new_empty(factors.n, queries.n), 0.0
-        for columns, h in gradient_slabs(queries):
-            x = self.solve(h).to(factors.delta)
-            out[:, columns] = bilinear_scores(
-                factors.delta, factors.act, x, factors.offsets, factors.has_bias
-            )
-            worst = max(worst, self.residual)
+        check_whole("queries", queries)
+        out = torch.empty(factors.n_here, queries.n, dtype=factors.dtype, device=factors.device)
+        first, worst = 0, 0.0
+        for chunk in queries.chunks():
+            for _, h in gradient_slabs(chunk):
+                x = self.solve(h).to(out)
+                worst = max(worst, self.residual)
+                last = first + len(h)
+                out[:, first:last] = scores(factors, x)
+                first = last
         self.residual = worst
         return out
+
+
+def scores(factors: Factors, x: Tensor) -> Tensor:
+    """``<g_i, X>`` of every sample that is here: [n], or [n, m] for x [m, C, D]."""
+    return factors.each(
+        lambda chunk: bilinear_scores(chunk.delta, chunk.act, x, chunk.offsets, chunk.has_bias)
+    )
+
+
+def check_whole(argument: str, factors: Factors) -> None:
+    """Raise InputError where they are shared among processes."""
+    if factors.n_here != factors.n:
+        raise InputError(
+            f"{argument} are shared among processes ({factors.n_here} of {factors.n} samples are "
+            "here), which one solve per sample cannot be; pass all of them to every process"
+        )
 
 
 # Elements of the per-sample gradients [k, C, D] that exist at once: 128 MB in float64.
 _ELEMENTS = 1 << 24
 
 
-def gradients(factors: GradientFactors) -> Tensor:
+def gradients(chunk: GradientFactors) -> Tensor:
     """Per-sample gradients [n, C, D]."""
-    if not factors.is_flat:
+    if not chunk.is_flat:
         # A sample's own gradient: the mean over a set of one.
-        rows = [factors.select(torch.tensor([i])).mean_gradient() for i in range(factors.n)]
-        return torch.stack(rows)
-    out = factors.delta.new_empty(factors.n, factors.num_classes, factors.width)
-    d = factors.feature_dim
-    torch.mul(factors.delta[:, :, None], factors.act[:, None, :], out=out[..., :d])
-    if factors.has_bias:
-        out[..., d] = factors.delta
+        return torch.stack([chunk.samples(i, i + 1).mean_gradient() for i in range(chunk.n)])
+    out = chunk.delta.new_empty(chunk.n, chunk.num_classes, chunk.width)
+    d = chunk.feature_dim
+    torch.mul(chunk.delta[:, :, None], chunk.act[:, None, :], out=out[..., :d])
+    if chunk.has_bias:
+        out[..., d] = chunk.delta
     return out
 
 
 def gradient_slabs(
-    factors: GradientFactors, elements: int = _ELEMENTS
+    chunk: GradientFactors, elements: int = _ELEMENTS
 ) -> Iterator[tuple[slice, Tensor]]:
     """Per-sample gradients ``(samples, [k, C, D])``, about so many elements at a time."""
-    step = max(1, elements // (factors.num_classes * factors.width))
-    for start in range(0, factors.n, step):
-        samples = slice(start, min(start + step, factors.n))
-        yield samples, gradients(factors.select(torch.arange(samples.start, samples.stop)))
+    step = max(1, elements // (chunk.num_classes * chunk.width))
+    for start in range(0, chunk.n, step):
+        stop = min(start + step, chunk.n)
+        yield slice(start, stop), gradients(chunk.samples(start, stop))
 
 
-def self_influence(fitted: Fitted, factors: GradientFactors) -> tuple[Tensor, float]:
+def self_influence(fitted: Fitted, factors: Factors) -> tuple[Tensor, float]:
     """``g_i^T M^-1 g_i`` [n] by one solve per sample, and the largest residual of them."""
-    out, worst = factors.delta.new_empty(factors.n), 0.0
-    # In float64 from the start: an ill-conditioned M magnifies the rounding of products.
-    for samples, g in gradient_slabs(factors.to(dtype=torch.float64)):
-        out[samples] = (fitted.solve(g) * g).sum(dim=(1, 2)).to(out)
-        worst = max(worst, fitted.residual)
-    return out, worst
+    worst = 0.0
+
+    def solved(chunk: GradientFactors) -> Tensor:
+        nonlocal worst
+        out = chunk.delta.new_empty(chunk.n)
+        # In float64 from the start: an ill-conditioned M magnifies the rounding of products.
+        for samples, g in gradient_slabs(chunk.to(dtype=torch.float64)):
+            out[samples] = (fitted.solve(g) * g).sum(dim=(1, 2)).to(out)
+            worst = max(worst, fitted.residual)
+        return out
+
+    return factors.each(solved), worst

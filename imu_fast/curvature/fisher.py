@@ -7,7 +7,8 @@ from torch import Tensor
 
 from imu_fast.curvature.base import Curvature, Fitted, self_influence
 from imu_fast.errors import InputError, check_positive
-from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.factors.gradient_factors import GradientFactors, in_memory
+from imu_fast.factors.source import Factors
 from imu_fast.ops.bilinear_scores import bilinear_scores
 from imu_fast.ops.gram import gram
 from imu_fast.ops.mean_gradient import add_gradients
@@ -33,18 +34,18 @@ class Fisher(Curvature):
     damping: float = option(default=1e-2, check=check_positive)
     tolerance: float = option(default=1e-6, check=check_positive)
 
-    def fit(self, factors: GradientFactors) -> FittedFisher:
-        """The Gram matrix of the gradients [n, n], and its factor.
+    def fit(self, factors: Factors) -> FittedFisher:
+        """The Gram matrix of the gradients [n, n], and its factor; all factors in memory.
 
         Raises:
-            InputError: more than MAX_SAMPLES samples.
+            InputError: more than MAX_SAMPLES samples; shared among processes.
         """
         if factors.n > MAX_SAMPLES:
             raise InputError(
                 f"curvature='fisher' with n={factors.n} needs an [n, n] matrix; use at most "
                 f"{MAX_SAMPLES} samples, or 'fisher_diag'"
             )
-        return FittedFisher(factors, self.damping, self.tolerance)
+        return FittedFisher(in_memory(factors, "curvature='fisher'"), self.damping, self.tolerance)
 
 
 class FittedFisher(Fitted):
@@ -59,7 +60,7 @@ class FittedFisher(Fitted):
 
     def __init__(self, factors: GradientFactors, damping: float, tolerance: float) -> None:
         self.factors = factors.to(dtype=torch.float64)
-        self.damping, self.tolerance, self.residual = damping, tolerance, 0.0
+        self.damping, self.tolerance = damping, tolerance
         f = self.factors
         self._token_sample = sample_of_token(f.offsets, f.delta.device)
         k = gram(f.delta, f.act, f.offsets, f.has_bias)
@@ -95,7 +96,7 @@ class FittedFisher(Fitted):
         self.residual = solution.residual
         return solution.x if v.dim() == 3 else solution.x[0]
 
-    def self_influence(self, factors: GradientFactors) -> Tensor:
+    def self_influence(self, factors: Factors) -> Tensor:
         """``g_i^T M^-1 g_i``: [n]; many right-hand sides at once."""
         values, self.residual = self_influence(self, factors)
         return values

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from imu_fast.curvature.base import Curvature, Fitted
 from imu_fast.errors import check_positive, one_of
-from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.factors.source import Factors, mean_of
 from imu_fast.ops.bilinear_scores import quadratic_scores
 from imu_fast.ops.fisher_diagonal import fisher_diagonal
 from imu_fast.options import option, options
@@ -29,9 +29,12 @@ class FisherDiag(Curvature):
     damping: float = option(default=1e-2, check=check_positive)
     damping_mode: DampingMode = option(default="add", check=one_of(*get_args(DampingMode)))
 
-    def fit(self, factors: GradientFactors) -> FittedFisherDiag:
+    def fit(self, factors: Factors) -> FittedFisherDiag:
         """One matrix product of squares where every sample has one token; else tile by tile."""
-        diagonal = fisher_diagonal(factors.delta, factors.act, factors.offsets, factors.has_bias)
+        diagonal = mean_of(
+            factors,
+            lambda chunk: fisher_diagonal(chunk.delta, chunk.act, chunk.offsets, chunk.has_bias),
+        )
         if self.damping_mode == "add":
             return FittedFisherDiag(diagonal.add_(self.damping))
         return FittedFisherDiag(diagonal.clamp_min_(self.damping))
@@ -55,12 +58,11 @@ class FittedFisherDiag(Fitted):
         """``X = v / diagonal``; v [C, D] or [m, C, D]."""
         return torch.div(v, self.diagonal, out=out)
 
-    def self_influence(self, factors: GradientFactors) -> Tensor:
+    def self_influence(self, factors: Factors) -> Tensor:
         """``sum_ck g_i[c,k]^2 / diagonal[c,k]``: [n]."""
-        return quadratic_scores(
-            factors.delta,
-            factors.act,
-            self.diagonal.reciprocal(),
-            factors.offsets,
-            factors.has_bias,
+        inverse = self.diagonal.reciprocal()
+        return factors.each(
+            lambda chunk: quadratic_scores(
+                chunk.delta, chunk.act, inverse, chunk.offsets, chunk.has_bias
+            )
         )

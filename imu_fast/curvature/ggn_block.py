@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 from imu_fast.curvature.base import Curvature, Fitted
 from imu_fast.errors import check_positive
 from imu_fast.factors.gradient_factors import GradientFactors
-from imu_fast.factors.probabilities import augmented, probabilities
+from imu_fast.factors.probabilities import augmented, output_curvature
+from imu_fast.factors.source import Factors, Remembered
 from imu_fast.ops.tokens import sum_over_tokens
 from imu_fast.options import option, options
 from imu_fast.solvers.cholesky.cholesky import DampedCholesky, damped_cholesky
@@ -22,7 +23,9 @@ _BLOCK_ELEMENTS = 1 << 27
 
 @options
 class GGNBlock(Curvature):
-    """The GGN's class blocks alone: ``1/n sum_t c_t p_c (1 - p_c) a~ a~^T + lam I`` for class c.
+    """The GGN's class blocks alone: ``1/n sum_t c_t B_t[c, c] a~ a~^T + lam I`` for class c.
+
+    B is the curvature of the loss in the outputs: ``B[c, c] = p_c (1 - p_c)`` of cross-entropy.
 
     Attributes:
         damping: lam > 0, in units of squared gradients.
@@ -31,17 +34,13 @@ class GGNBlock(Curvature):
     name = "ggn_block"
     damping: float = option(default=1e-2, check=check_positive)
 
-    def fit(self, factors: GradientFactors) -> FittedGGNBlock:
-        """Of a softmax head; the blocks are made where they are first needed.
+    def fit(self, factors: Factors) -> FittedGGNBlock:
+        """The blocks are made where they are first needed.
 
         Raises:
-            InputError: not a softmax head.
+            InputError: the factors have no loss behind them.
         """
-        p, scale = probabilities(factors)
-        variance = p * (1 - p) * (scale / factors.n)[:, None]
-        # 1 - p cancels to a tiny negative number where p rounds above one.
-        a = augmented(factors.act, factors.has_bias)
-        return FittedGGNBlock(variance.clamp_min(0), a, self.damping)
+        return FittedGGNBlock(factors, self.damping)
 
 
 class FittedGGNBlock(Fitted):
@@ -54,24 +53,43 @@ class FittedGGNBlock(Fitted):
         residual: relative residual of the last solve, recomputed (the largest of several).
     """
 
-    def __init__(self, variance: Tensor, a: Tensor, damping: float) -> None:
-        self._variance, self._a, self.damping = variance, a, damping
+    def __init__(self, source: Factors, damping: float) -> None:
+        self._source, self.damping = source, damping
+        self._tokens = Remembered(self._weigh)
         self._kept: list[tuple[slice, DampedCholesky]] | None = None
+        for chunk in source.chunks():  # refused before any work
+            self._tokens(chunk)
+            break
+
+    def _weigh(self, chunk: GradientFactors) -> tuple[Tensor, Tensor]:
+        """``c_t/n B_t[c, c]`` [N, C] and a~ [N, D]."""
+        outputs = output_curvature(chunk)
+        variance = outputs.diagonal().mul_((outputs.scale / self._source.n)[:, None])
+        return variance, augmented(chunk.act, chunk.has_bias)
+
+    def _blocks(self, slab: slice) -> Tensor:
+        """Undamped: [classes, D, D]."""
+
+        def blocks(chunk: GradientFactors) -> Tensor:
+            variance, a = self._tokens(chunk)
+            out = a.new_empty(slab.stop - slab.start, a.shape[1], a.shape[1])
+            for block, weight in zip(out, variance[:, slab].T, strict=True):
+                torch.matmul((a * weight[:, None]).T, a, out=block)
+            return out
+
+        return self._source.sums(blocks)
 
     def _factors(self) -> Iterator[tuple[slice, DampedCholesky]]:
         """Cholesky factors [classes, D, D], slab of classes by slab."""
         if self._kept is not None:
             yield from self._kept
             return
-        width, classes = self._a.shape[1], self._variance.shape[1]
-        step = max(1, _BLOCK_ELEMENTS // width**2)
+        classes = self._source.num_classes
+        step = max(1, _BLOCK_ELEMENTS // self._source.width**2)
         kept = []
         for start in range(0, classes, step):
             slab = slice(start, min(start + step, classes))
-            blocks = self._a.new_empty(slab.stop - start, width, width)
-            for block, weight in zip(blocks, self._variance[:, slab].T, strict=True):
-                torch.matmul((self._a * weight[:, None]).T, self._a, out=block)
-            pair = (slab, damped_cholesky(blocks, self.damping, overwrite=True))
+            pair = (slab, damped_cholesky(self._blocks(slab), self.damping, overwrite=True))
             if step >= classes:
                 kept.append(pair)
             yield pair
@@ -80,10 +98,12 @@ class FittedGGNBlock(Fitted):
     def product(self, v: Tensor) -> Tensor:
         """``M v``; v [C, D] or [m, C, D], in v's dtype."""
         many = (v if v.dim() == 3 else v[None]).double()
-        out = many * self.damping
-        for one, rhs in zip(out, many, strict=True):
-            s = (self._a @ rhs.T).mul_(self._variance)
-            one.addmm_(s.T, self._a)
+
+        def products(chunk: GradientFactors) -> Tensor:
+            variance, a = self._tokens(chunk)
+            return torch.stack([(a @ one.T).mul_(variance).T @ a for one in many])
+
+        out = self._source.sums(products).add_(many, alpha=self.damping)
         return out.view_as(v).to(v.dtype)
 
     def solve(self, v: Tensor, out: Tensor | None = None) -> Tensor:
@@ -93,20 +113,30 @@ class FittedGGNBlock(Fitted):
         x = torch.empty_like(many)
         for slab, factor in self._factors():
             x[:, slab] = factor.solve(many[:, slab].permute(1, 2, 0)).permute(2, 0, 1)
-        errors = [(self.product(one) - rhs).norm() for one, rhs in zip(x, many, strict=True)]
-        sizes = [rhs.norm() for rhs in many]
-        self.residual = max(
-            float(e / s) if s > 0 else 0.0 for e, s in zip(errors, sizes, strict=True)
-        )
+        errors, sizes = (many - self.product(x)).flatten(1).norm(dim=1), many.flatten(1).norm(dim=1)
+        self.residual = float((errors / sizes.where(sizes > 0, 1.0)).max())
         return x if v.dim() == 3 else x[0]
 
-    def self_influence(self, factors: GradientFactors) -> Tensor:
+    def self_influence(self, factors: Factors) -> Tensor:
         """``g_i^T M^-1 g_i``: [n], the sum over classes of [n, D] quadratic forms."""
-        a = augmented(factors.act, factors.has_bias)
-        out = a.new_zeros(factors.n)
+        total: Tensor | None = None
         for slab, factor in self._factors():
-            for c in range(slab.start, slab.stop):
-                one = replace(factor, factor=factor.factor[c - slab.start], matrix=None)
-                g = sum_over_tokens(a * factors.delta[:, c, None].double(), factors.offsets)
-                out += (one.solve(g.T).T * g).sum(dim=1)
-        return out.to(factors.delta)
+            found = factors.each(_quadratic_forms(slab, factor))
+            total = found if total is None else total.add_(found)
+        assert total is not None
+        return total.to(factors.dtype)
+
+
+def _quadratic_forms(slab: slice, factor: DampedCholesky) -> Callable[[GradientFactors], Tensor]:
+    """``sum_c g_i[c]^T M_c^-1 g_i[c]`` over a slab of classes: [n], float64."""
+
+    def forms(chunk: GradientFactors) -> Tensor:
+        a = augmented(chunk.act, chunk.has_bias)
+        out = a.new_zeros(chunk.n)
+        for c in range(slab.start, slab.stop):
+            one = replace(factor, factor=factor.factor[c - slab.start], matrix=None)
+            g = sum_over_tokens(a * chunk.delta[:, c, None].double(), chunk.offsets)
+            out += (one.solve(g.T).T * g).sum(dim=1)
+        return out
+
+    return forms

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
-from imu_fast.curvature.base import Curvature, Fitted
+from imu_fast.curvature.base import Curvature, Fitted, check_whole
 from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.factors.source import Factors
 from imu_fast.ops.bilinear_scores import gradient_norms
 from imu_fast.ops.gram import cross_gram
 from imu_fast.options import options
@@ -17,7 +21,7 @@ class Identity(Curvature):
 
     name = "identity"
 
-    def fit(self, factors: GradientFactors) -> FittedIdentity:
+    def fit(self, factors: Factors) -> FittedIdentity:
         """Nothing is read."""
         return FittedIdentity()
 
@@ -35,14 +39,19 @@ class FittedIdentity(Fitted):
             return v.clone()
         return v if out is v else out.copy_(v)
 
-    def self_influence(self, factors: GradientFactors) -> Tensor:
+    def self_influence(self, factors: Factors) -> Tensor:
         """``||g_i||^2``: [n]."""
-        return gradient_norms(factors.delta, factors.act, factors.offsets, factors.has_bias)
-
-    def pairwise(self, factors: GradientFactors, queries: GradientFactors) -> Tensor:
-        """``<g_i, h_j>``: [n, m]; no gradient is formed."""
-        return cross_gram(
-            (factors.delta, factors.act, factors.offsets),
-            (queries.delta, queries.act, queries.offsets),
-            factors.has_bias,
+        return factors.each(
+            lambda chunk: gradient_norms(chunk.delta, chunk.act, chunk.offsets, chunk.has_bias)
         )
+
+    def pairwise(self, factors: Factors, queries: Factors) -> Tensor:
+        """``<g_i, h_j>``: [n, m]; no gradient is formed."""
+        check_whole("queries", queries)
+        columns = [factors.each(_products_with(query)) for query in queries.chunks()]
+        return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+
+
+def _products_with(query: GradientFactors) -> Callable[[GradientFactors], Tensor]:
+    right = (query.delta, query.act, query.offsets)
+    return lambda chunk: cross_gram((chunk.delta, chunk.act, chunk.offsets), right, chunk.has_bias)

@@ -1,4 +1,4 @@
-"""K-FAC and EK-FAC of a softmax head: a Kronecker eigenbasis, diagonal in it."""
+"""K-FAC and EK-FAC of a head: a Kronecker eigenbasis, diagonal in it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from torch import Tensor
 from imu_fast.curvature.base import Curvature, Fitted
 from imu_fast.errors import check_positive
 from imu_fast.factors.gradient_factors import GradientFactors
-from imu_fast.factors.probabilities import augmented, probabilities
+from imu_fast.factors.probabilities import augmented, output_curvature
+from imu_fast.factors.source import Factors, Remembered
+from imu_fast.losses.base import OutputCurvature
 from imu_fast.ops.bilinear_scores import quadratic_scores
 from imu_fast.options import option, options
 
 # Elements of a~ that exist at once: large enough for products at full speed.
 _CHUNK_ELEMENTS = 1 << 18
+
+Outputs = Remembered[OutputCurvature]
 
 
 class KroneckerEigenbasis(Fitted):
@@ -47,34 +51,46 @@ class KroneckerEigenbasis(Fitted):
         self.residual = float((error / size.where(size > 0, 1.0)).max())
         return x
 
-    def self_influence(self, factors: GradientFactors) -> Tensor:
+    def self_influence(self, factors: Factors) -> Tensor:
         """``g_i^T M^-1 g_i``: [n]; in the eigenbasis the inverse is a diagonal."""
-        delta = factors.delta.double() @ self.basis_out
-        act = augmented(factors.act, factors.has_bias) @ self.basis_in
-        values = quadratic_scores(delta, act, self.damped.reciprocal(), factors.offsets, False)
-        return values.to(factors.delta)
+        inverse = self.damped.reciprocal()
+
+        def rotated(chunk: GradientFactors) -> Tensor:
+            delta = chunk.delta.double() @ self.basis_out
+            act = augmented(chunk.act, chunk.has_bias) @ self.basis_in
+            return quadratic_scores(delta, act, inverse, chunk.offsets, False).to(chunk.delta)
+
+        return factors.each(rotated)
+
+
+def _moments(act: Tensor, has_bias: bool, weight: Tensor) -> Tensor:
+    """``sum_t w_t a~ a~^T``: [D, D], in weight's dtype; converted and augmented by the piece."""
+    width = act.shape[1] + has_bias
+    out = weight.new_zeros(width, width)
+    step = max(1, _CHUNK_ELEMENTS // width)
+    for start in range(0, len(act), step):
+        wide = augmented(act[start : start + step], has_bias, weight.dtype)
+        out.addmm_((wide * weight[start : start + step, None]).T, wide)
+    return out
 
 
 def kronecker_factors(
-    p: Tensor, weight: Tensor, act: Tensor, has_bias: bool, dtype: torch.dtype = torch.float64
+    source: Factors, outputs: Outputs, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
-    """``B = mean(diag(p) - p p^T)`` [C, C] and ``A = mean(a~ a~^T)`` [D, D], tokens by ``weight``.
+    """``B = mean(B_t)`` [C, C] and ``A = mean(a~ a~^T)`` [D, D], tokens weighted by ``c_t / n``.
 
-    weight [N] is ``c_t / n``. B carries the total weight, so that ``B (x) A`` is the GGN where p
-    is the same for every token, samples without tokens included. Converted to dtype, augmented and
-    summed some tokens at a time.
+    B carries the total weight, so that ``B (x) A`` is the GGN where B_t is the same for every
+    token, samples without tokens included.
     """
-    p, weight = p.to(dtype), weight.to(dtype)[:, None]
-    classes, width = p.shape[1], act.shape[1] + has_bias
-    b, a = p.new_zeros(classes, classes), p.new_zeros(width, width)
-    step = max(1, _CHUNK_ELEMENTS // max(classes, width))
-    for start in range(0, len(act), step):
-        rows = slice(start, start + step)
-        q, w, wide = p[rows], weight[rows], augmented(act[rows], has_bias, dtype)
-        b.addmm_((q * w).T, q, alpha=-1.0)
-        a.addmm_((wide * w).T, wide)
-    b.diagonal().add_((p * weight).sum(dim=0))
-    return b, a / weight.sum().clamp_min(torch.finfo(dtype).tiny)
+
+    def sums(chunk: GradientFactors) -> tuple[Tensor, ...]:
+        found = outputs(chunk)
+        weight = (found.scale / source.n).to(dtype)
+        moments = _moments(chunk.act, chunk.has_bias, weight)
+        return found.weighted_sum(weight), moments, weight.sum()
+
+    b, a, total = source.sums(sums)
+    return b, a / total.clamp_min(torch.finfo(dtype).tiny)
 
 
 def _eigenbasis(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -85,22 +101,23 @@ def _eigenbasis(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def fit_kfac(
-    factors: GradientFactors, damping: float, dtype: torch.dtype = torch.float64
+    source: Factors, damping: float, outputs: Outputs, dtype: torch.dtype = torch.float64
 ) -> KroneckerEigenbasis:
     """K-FAC; in float32 it is good enough for a preconditioner, and takes a third of the time.
 
-    Raises:
-        InputError: not a softmax head.
+    Args:
+        outputs: the curvature of the loss in a chunk's outputs.
     """
-    p, scale = probabilities(factors)
-    b, a = kronecker_factors(p, scale / factors.n, factors.act, factors.has_bias, dtype)
-    values_b, basis_b, values_a, basis_a = _eigenbasis(b, a)
+    values_b, basis_b, values_a, basis_a = _eigenbasis(*kronecker_factors(source, outputs, dtype))
     return KroneckerEigenbasis(basis_b, basis_a, torch.outer(values_b, values_a) + damping)
 
 
 @options
 class KFAC(Curvature):
-    """``mean(diag(p) - p p^T) (x) mean(a~ a~^T) + lam I`` (Martens and Grosse 2015).
+    """``mean(B_t) (x) mean(a~ a~^T) + lam I`` (Martens and Grosse 2015).
+
+    B_t is the curvature of the loss in the outputs, ``diag(p) - p p^T`` of cross-entropy: the
+    expectation over the model's labels is exact, not sampled.
 
     Attributes:
         damping: lam > 0, in units of squared gradients.
@@ -109,22 +126,21 @@ class KFAC(Curvature):
     name = "kfac"
     damping: float = option(default=1e-2, check=check_positive)
 
-    def fit(self, factors: GradientFactors) -> KroneckerEigenbasis:
-        """Of a softmax head: two eigendecompositions, ``O(C^3 + D^3)``.
+    def fit(self, factors: Factors) -> KroneckerEigenbasis:
+        """Two eigendecompositions, ``O(C^3 + D^3)``.
 
         Raises:
-            InputError: not a softmax head.
+            InputError: the factors have no loss behind them.
         """
-        return fit_kfac(factors, self.damping)
+        return fit_kfac(factors, self.damping, Remembered(output_curvature))
 
 
 @options
 class EKFAC(Curvature):
     """K-FAC's eigenbasis with the GGN's own diagonal in it (George et al. 2018).
 
-    ``eigenvalue[i,j] = 1/n sum_t c_t (Q_B^T (diag(p) - p p^T) Q_B)[i,i] (Q_A^T a~)[j]^2``: of all
-    diagonals in this basis the nearest to the GGN. The expectation over the model's labels is
-    exact, not sampled.
+    ``eigenvalue[i,j] = 1/n sum_t c_t (Q_B^T B_t Q_B)[i,i] (Q_A^T a~)[j]^2``: of all diagonals in
+    this basis the nearest to the GGN.
 
     Attributes:
         damping: lam > 0, in units of squared gradients.
@@ -133,17 +149,20 @@ class EKFAC(Curvature):
     name = "ekfac"
     damping: float = option(default=1e-2, check=check_positive)
 
-    def fit(self, factors: GradientFactors) -> KroneckerEigenbasis:
-        """Of a softmax head: K-FAC, and two products of ``N C^2`` and ``N D^2``.
+    def fit(self, factors: Factors) -> KroneckerEigenbasis:
+        """K-FAC, and two products of ``N C^2`` and ``N D^2``: a second pass over the samples.
 
         Raises:
-            InputError: not a softmax head.
+            InputError: the factors have no loss behind them.
         """
-        p, scale = probabilities(factors)
-        weight = scale / factors.n
-        act, has_bias = factors.act, factors.has_bias
-        _, basis_b, _, basis_a = _eigenbasis(*kronecker_factors(p, weight, act, has_bias))
-        variance = p @ basis_b.square() - (p @ basis_b).square()
-        second = (augmented(act, has_bias) @ basis_a).square()
-        values = (variance * weight[:, None]).T @ second
+        outputs = Remembered(output_curvature)
+        _, basis_b, _, basis_a = _eigenbasis(*kronecker_factors(factors, outputs))
+
+        def eigenvalues(chunk: GradientFactors) -> Tensor:
+            found = outputs(chunk)
+            variance = found.diagonal_in(basis_b).mul_((found.scale / factors.n)[:, None])
+            second = (augmented(chunk.act, chunk.has_bias) @ basis_a).square()
+            return variance.T @ second
+
+        values = factors.sums(eigenvalues)
         return KroneckerEigenbasis(basis_b, basis_a, values.clamp_min(0) + self.damping)

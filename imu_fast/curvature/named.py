@@ -18,7 +18,7 @@ from imu_fast.curvature.ggn_block import GGNBlock
 from imu_fast.curvature.identity import Identity
 from imu_fast.curvature.kfac import EKFAC, KFAC
 from imu_fast.errors import InputError
-from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.factors.source import Factors, is_factors
 from imu_fast.options import Table
 
 CURVATURES: Table[Curvature] = Table(
@@ -59,7 +59,7 @@ def curvatures() -> list[str]:
 
 def fit(
     curvature: CurvatureName | Curvature,
-    factors: GradientFactors,
+    factors: Factors,
     **options: Unpack[CurvatureOptions],
 ) -> Fitted:
     """A curvature of these samples: ``M @ v``, ``M.solve(v)``, self-influence and pairs.
@@ -91,7 +91,7 @@ def check_factors(factors: Any) -> None:
             f"factors is a model ({type(factors).__name__}); capture it first: "
             "factors = imu_fast.capture(model, data)"
         )
-    if not isinstance(factors, GradientFactors):
+    if not is_factors(factors):
         raise InputError(
             f"factors is a {type(factors).__name__}; pass GradientFactors, which "
             "imu_fast.capture(model, data) makes"

@@ -1,9 +1,10 @@
-"""GradientFactors: per-sample gradients of a linear layer, kept as factors (SPEC section 1)."""
+"""GradientFactors: per-sample gradients of a linear layer, kept as factors in memory."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,26 +12,18 @@ import torch
 from torch import Tensor
 
 from imu_fast.errors import InputError, check_count, check_finite_rows, check_same_device
+from imu_fast.factors.source import Factors, S, joined, summed
+from imu_fast.losses.base import Loss, mean_scale
+from imu_fast.losses.cross_entropy import CrossEntropy
+from imu_fast.losses.named import LOSSES, LossName
 from imu_fast.ops.mean_gradient import mean_gradient
-from imu_fast.ops.softmax_residual import linear_logits, softmax_residual
+from imu_fast.ops.softmax_residual import linear_logits
 from imu_fast.ops.tokens import is_flat, sum_over_tokens
 
-IGNORE_INDEX = -100
 # Rows of logits that exist at once while the residual is computed.
 _CHUNK_TOKENS = 2048
-
-
-def check_labels(labels: Tensor, num_classes: int, ignore_index: int = IGNORE_INDEX) -> None:
-    """Raise InputError naming the first label outside [0, num_classes) and not ignore_index."""
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise InputError(f"labels have dtype {labels.dtype}; pass integer class indices")
-    bad = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
-    if bool(bad.any()):
-        first = int(torch.nonzero(bad.flatten())[0])
-        raise InputError(
-            f"labels[{first}]={int(labels.flatten()[first])} is outside [0, {num_classes}) and is "
-            f"not ignore_index={ignore_index}; the head has {num_classes} classes"
-        )
+# Bytes that factors which are kept elsewhere may take where they are needed all at once.
+MAX_GATHERED = 1 << 32
 
 
 def check_offsets(offsets: Tensor, num_tokens: int) -> None:
@@ -55,9 +48,11 @@ class GradientFactors:
         act: [N, d], the layer's input; same dtype and device.
         offsets: [n+1] int64 on the CPU; tokens ``offsets[i]:offsets[i+1]`` belong to sample i.
         has_bias: whether the layer has a bias, so that D = d + 1.
-        labels: [N] int64, for a softmax head.
-        losses: [n], mean cross-entropy of each sample, for a softmax head.
+        labels: [N] int64, for a head whose loss is known.
+        losses: [n], each sample's loss, for such a head.
         name: the layer's name in the model.
+        loss: what delta is the derivative of, at the layer's output; None where the model does
+            more between the two. Labels without a loss are those of a cross-entropy.
     """
 
     delta: Tensor
@@ -67,6 +62,7 @@ class GradientFactors:
     labels: Tensor | None = None
     losses: Tensor | None = None
     name: str = "head"
+    loss: Loss | None = None
 
     def __post_init__(self) -> None:
         delta, act, offsets = self.delta, self.act, self.offsets
@@ -82,6 +78,10 @@ class GradientFactors:
             )
         check_offsets(offsets, len(delta))
         object.__setattr__(self, "offsets", offsets.to("cpu", torch.int64))
+        if self.labels is not None and self.loss is None:
+            object.__setattr__(self, "loss", CrossEntropy())
+        if self.loss is not None and self.labels is None:
+            raise InputError(f"loss={self.loss!r} needs labels; pass both, or neither")
 
     @classmethod
     def from_head(
@@ -92,11 +92,12 @@ class GradientFactors:
         labels: Tensor,
         offsets: Tensor | None = None,
         *,
-        ignore_index: int = IGNORE_INDEX,
+        loss: LossName | Loss = "cross_entropy",
+        ignore_index: int | None = None,
         chunk_size: int | None = None,
         name: str = "head",
     ) -> GradientFactors:
-        """Factors of a linear softmax head under mean cross-entropy: no backward pass.
+        """Factors of a linear head under the mean of a loss over tokens: no backward pass.
 
         Args:
             features: [N, d], the head's input. Half precision is computed in float32.
@@ -104,6 +105,8 @@ class GradientFactors:
             labels: [N] integers in [0, C), or ``ignore_index``: such tokens are dropped, and a
                 sample left without tokens has gradient zero and score zero.
             offsets: [n+1], which tokens belong to which sample; None: one token per sample.
+            loss: an object such as ``imu.CrossEntropy(ignore_index=0)``, or a name.
+            ignore_index: of the named loss; None: its default, -100.
             chunk_size: rows of logits computed at once; changes memory, not the result.
 
         Raises:
@@ -128,7 +131,13 @@ class GradientFactors:
         for tensor, label in ((weight, "weight"), (labels, "labels"), (bias, "bias")):
             if tensor is not None:
                 check_same_device("features", features, label, tensor)
-        check_labels(labels, weight.shape[0], ignore_index)
+        chosen = LOSSES.choose(loss, ignore_index=ignore_index)
+        if isinstance(chosen, CrossEntropy) and chosen.shift:
+            raise InputError(
+                "shift=True is for capture, which sees positions; pass rows of features with the "
+                "labels that they predict, and a loss without it"
+            )
+        chosen.check_labels(labels, weight.shape[0])
         chunk = _CHUNK_TOKENS if chunk_size is None else check_count("chunk_size", chunk_size)
 
         dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
@@ -144,7 +153,7 @@ class GradientFactors:
             offsets = torch.arange(len(labels) + 1)
         offsets = offsets.to("cpu", torch.int64)
         check_offsets(offsets, len(labels))
-        valid = labels != ignore_index
+        valid = chosen.valid(labels)
         if not bool(valid.all()):
             kept_before = torch.zeros(len(labels) + 1, dtype=torch.int64)
             kept_before[1:] = valid.cpu().cumsum(0)
@@ -154,24 +163,38 @@ class GradientFactors:
         counts = offsets.diff()
         scale = None
         if not bool((counts == 1).all()):
-            per_sample = 1.0 / counts.clamp_min(1).double()
-            scale = torch.repeat_interleave(per_sample, counts).to(act.device, dtype)
+            scale = mean_scale(counts).to(act.device, dtype)
         delta = act.new_empty(len(act), weight.shape[0])
         token_losses = act.new_empty(len(act))
         for start in range(0, len(act), chunk):
             rows = slice(start, start + chunk)
             logits = linear_logits(act[rows], weight, bias)
-            delta[rows], token_losses[rows] = softmax_residual(
+            delta[rows], token_losses[rows] = chosen.residual(
                 logits, labels[rows], None if scale is None else scale[rows]
             )
         check_finite_rows("logits", delta)
         losses = sum_over_tokens(token_losses, offsets)
-        return cls(delta, act, offsets, bias is not None, labels, losses, name)
+        return cls(delta, act, offsets, bias is not None, labels, losses, name, chosen)
 
     @property
     def n(self) -> int:
         """Number of samples."""
         return len(self.offsets) - 1
+
+    @property
+    def n_here(self) -> int:
+        """n: none of them is elsewhere."""
+        return self.n
+
+    @property
+    def device(self) -> torch.device:
+        """Where delta and act are."""
+        return self.delta.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of delta and act."""
+        return self.delta.dtype
 
     @property
     def num_tokens(self) -> int:
@@ -231,7 +254,7 @@ class GradientFactors:
             losses=None if self.losses is None else self.losses[indices.to(self.losses.device)],
         )
 
-    def _slice(self, first: int, last: int) -> GradientFactors:
+    def samples(self, first: int, last: int) -> GradientFactors:
         """Samples first:last as views."""
         start, stop = int(self.offsets[first]), int(self.offsets[last])
         return replace(
@@ -243,23 +266,37 @@ class GradientFactors:
             losses=None if self.losses is None else self.losses[first:last],
         )
 
-    def chunks(self, max_tokens: int) -> Iterator[GradientFactors]:
-        """Consecutive samples as views of at most ``max_tokens`` tokens (or one larger sample)."""
+    def chunks(self, max_tokens: int | None = None) -> Iterator[GradientFactors]:
+        """Consecutive samples as views of at most ``max_tokens`` tokens (or one larger sample).
+
+        None: all of them at once, which is this object.
+        """
+        if max_tokens is None:
+            yield self
+            return
         check_count("max_tokens", max_tokens)
         first = 0
         while first < self.n:
             limit = int(self.offsets[first]) + max_tokens
             last = int(torch.searchsorted(self.offsets, limit, right=True)) - 1
             last = min(max(last, first + 1), self.n)
-            yield self._slice(first, last)
+            yield self.samples(first, last)
             first = last
+
+    def sums(self, statistic: Callable[[GradientFactors], S]) -> S:
+        """``statistic`` of all samples, see :class:`imu_fast.factors.source.Factors`."""
+        return summed(statistic(chunk) for chunk in self.chunks())
+
+    def each(self, statistic: Callable[[GradientFactors], Tensor]) -> Tensor:
+        """``statistic`` of every sample, see :class:`imu_fast.factors.source.Factors`."""
+        return joined(statistic(chunk) for chunk in self.chunks())
 
     def shard(self, rank: int, world: int) -> GradientFactors:
         """The consecutive share of samples of one of ``world`` processes, as views."""
         check_count("world", world)
         if not 0 <= rank < world or self.n < world:
             raise InputError(f"rank={rank} of world={world} cannot share {self.n} samples")
-        return self._slice(self.n * rank // world, self.n * (rank + 1) // world)
+        return self.samples(self.n * rank // world, self.n * (rank + 1) // world)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -282,7 +319,10 @@ class GradientFactors:
             tensors["labels"] = self.labels
         if self.losses is not None:
             tensors["losses"] = self.losses
-        save_tensors(path, tensors, {"has_bias": str(int(self.has_bias)), "name": self.name})
+        metadata = {"has_bias": str(int(self.has_bias)), "name": self.name}
+        if self.loss is not None:
+            metadata["loss"] = json.dumps({"loss": self.loss.name, **self.loss.flat()})
+        save_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> GradientFactors:
@@ -296,6 +336,7 @@ class GradientFactors:
         tensors, metadata = load_tensors(path)
         if not {"delta", "act", "offsets"} <= tensors.keys():
             raise InputError(f"path={str(Path(path))!r} holds no gradient factors")
+        options = json.loads(metadata["loss"]) if "loss" in metadata else None
         return cls(
             tensors["delta"],
             tensors["act"],
@@ -304,4 +345,46 @@ class GradientFactors:
             tensors.get("labels"),
             tensors.get("losses"),
             metadata.get("name", "head"),
+            options and LOSSES.choose(options.pop("loss"), "loss", **options),
         )
+
+
+def in_memory(source: Factors, what: str) -> GradientFactors:
+    """All samples as one, for what is no sum over them.
+
+    Args:
+        what: needs that, for the message.
+
+    Raises:
+        InputError: they are shared among processes, or beyond MAX_GATHERED bytes.
+    """
+    if isinstance(source, GradientFactors):
+        return source
+    if source.n_here != source.n:
+        raise InputError(
+            f"{what} needs all samples in one process, and these are shared among several; "
+            "use 'fisher_diag', 'kfac', or 'ggn' with solver='cg'"
+        )
+    size = source.num_tokens * (source.num_classes + source.feature_dim) * source.dtype.itemsize
+    if size > MAX_GATHERED:
+        raise InputError(
+            f"{what} needs all factors in memory, which are {size / 1e9:.1f} GB; use fewer "
+            "samples, or 'fisher_diag', 'kfac', or 'ggn' with solver='cg'"
+        )
+    chunks = list(source.chunks())
+    counts = torch.cat([chunk.offsets.diff() for chunk in chunks])
+    return GradientFactors(
+        torch.cat([chunk.delta for chunk in chunks]),
+        torch.cat([chunk.act for chunk in chunks]),
+        torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
+        source.has_bias,
+        _joined([chunk.labels for chunk in chunks]),
+        _joined([chunk.losses for chunk in chunks]),
+        source.name,
+        chunks[0].loss,
+    )
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if len(there) == len(parts) else None

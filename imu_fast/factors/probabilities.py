@@ -1,4 +1,4 @@
-"""The softmax probabilities behind a head's factors, which the GGN and its relatives need."""
+"""The curvature of the loss in a head's outputs, which the GGN and its relatives need."""
 
 from __future__ import annotations
 
@@ -7,29 +7,44 @@ from torch import Tensor
 
 from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.losses.base import OutputCurvature, mean_scale
+from imu_fast.losses.cross_entropy import Softmax
 
 
-def probabilities(factors: GradientFactors) -> tuple[Tensor, Tensor]:
-    """Softmax probabilities [N, C] and ``c_t`` [N] out of ``delta = c (p - onehot(y))``; float64.
-
-    Normalised again: where a row sums to 1 + 1e-7, ``diag(p) - p p^T`` has a negative eigenvalue,
-    and ``S S^T`` (SPEC section 2) is another matrix.
+def output_curvature(chunk: GradientFactors) -> OutputCurvature:
+    """``B_t`` and ``c_t`` of the chunk's tokens.
 
     Raises:
-        InputError: the factors are not of a softmax head.
+        InputError: no loss gave these factors in closed form.
     """
-    if factors.labels is None:
+    if chunk.loss is None or chunk.labels is None:
         raise InputError(
-            f"factors of layer {factors.name!r} are not of a softmax head, which the GGN and its "
+            f"factors of layer {chunk.name!r} are not of a softmax head, which the GGN and its "
             "relatives need; capture layers='head', or use 'fisher_diag'"
         )
-    counts = factors.offsets.diff()
-    per_token = torch.repeat_interleave(1 / counts.clamp_min(1).double(), counts)
-    scale = per_token.to(factors.delta.device)
-    p = factors.delta.double() / scale[:, None]
-    rows = torch.arange(len(p), device=p.device)
-    p.index_put_((rows, factors.labels), p.new_ones(()), accumulate=True).clamp_min_(0)
-    return p.div_(p.sum(dim=1, keepdim=True)), scale
+    scale = mean_scale(chunk.offsets.diff()).to(chunk.device)
+    return chunk.loss.output_curvature(chunk.delta, chunk.labels, scale)
+
+
+def softmax(chunk: GradientFactors) -> Softmax:
+    """:func:`output_curvature` where it has to be ``diag(p) - p p^T``.
+
+    Raises:
+        InputError: as there, or it is another.
+    """
+    found = output_curvature(chunk)
+    if not isinstance(found, Softmax):
+        raise InputError(
+            f"factors of layer {chunk.name!r} have loss={chunk.loss!r}; the exact GGN needs "
+            "loss='cross_entropy'; use 'ggn_block', 'kfac' or 'ekfac'"
+        )
+    return found
+
+
+def probabilities(chunk: GradientFactors) -> tuple[Tensor, Tensor]:
+    """Softmax probabilities [N, C] and ``c_t`` [N], both float64; errors as :func:`softmax`."""
+    found = softmax(chunk)
+    return found.p, found.scale
 
 
 def augmented(act: Tensor, has_bias: bool, dtype: torch.dtype = torch.float64) -> Tensor:

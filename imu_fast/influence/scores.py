@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from imu_fast.curvature.base import Curvature
+from imu_fast.curvature.base import Curvature, check_whole
+from imu_fast.curvature.base import scores as scores_of
 from imu_fast.curvature.named import CURVATURES, CurvatureName, OwnOptions
 from imu_fast.errors import InputError
-from imu_fast.factors.gradient_factors import GradientFactors
-from imu_fast.ops.bilinear_scores import bilinear_scores
+from imu_fast.factors.source import Factors, is_factors
+from imu_fast.factors.statistics import mean_gradient
 
 logger = logging.getLogger("imu_fast")
 
-Factors = GradientFactors | Sequence[GradientFactors]
+Layers = Factors | Sequence[Factors]
 
 
-def _as_layers(value: Any, name: str) -> list[GradientFactors]:
-    layers = [value] if isinstance(value, GradientFactors) else list(value)
-    if not layers or not all(isinstance(layer, GradientFactors) for layer in layers):
+def _as_layers(value: Any, name: str) -> list[Factors]:
+    layers = [value]
+    if isinstance(value, Iterable) and not is_factors(value):
+        layers = list(value)
+    if not layers or not all(is_factors(layer) for layer in layers):
         raise InputError(
             f"{name} must be GradientFactors, or a list of them (one per layer); got "
             f"{type(value).__name__}. Build them with imu_fast.capture(model, loader)"
@@ -33,7 +36,7 @@ def _as_layers(value: Any, name: str) -> list[GradientFactors]:
     return layers
 
 
-def _factors_of(source: Any, data: Any, layers: Any, progress: bool) -> list[GradientFactors]:
+def _factors_of(source: Any, data: Any, layers: Any, progress: bool) -> list[Factors]:
     if isinstance(source, nn.Module):
         if data is None:
             raise InputError("data=None: pass the samples after the model")
@@ -45,9 +48,9 @@ def _factors_of(source: Any, data: Any, layers: Any, progress: bool) -> list[Gra
     return _as_layers(source, "source")
 
 
-def _check_like(name: str, layers: list[GradientFactors], others: list[GradientFactors]) -> None:
-    shapes = [(x.num_classes, x.width, x.delta.device, x.delta.dtype) for x in layers]
-    other_shapes = [(x.num_classes, x.width, x.delta.device, x.delta.dtype) for x in others]
+def _check_like(name: str, layers: list[Factors], others: list[Factors]) -> None:
+    shapes = [(x.num_classes, x.width, x.device, x.dtype) for x in layers]
+    other_shapes = [(x.num_classes, x.width, x.device, x.dtype) for x in others]
     if shapes != other_shapes:
         raise InputError(
             f"{name} has layers (C, D, device, dtype) {other_shapes}, factors have {shapes}; "
@@ -55,10 +58,10 @@ def _check_like(name: str, layers: list[GradientFactors], others: list[GradientF
         )
 
 
-def _target_vectors(target: Any, layers: list[GradientFactors]) -> list[Tensor]:
+def _target_vectors(target: Any, layers: list[Factors]) -> list[Tensor]:
     """``v`` of each layer: the mean forget gradient, another set's mean, or given."""
     if target is None:
-        return [layer.mean_gradient() for layer in layers]
+        return [mean_gradient(layer) for layer in layers]
     many = isinstance(target, Sequence)
     if isinstance(target, Tensor) or (many and target and isinstance(target[0], Tensor)):
         vectors = [target] if isinstance(target, Tensor) else list(target)
@@ -71,14 +74,14 @@ def _target_vectors(target: Any, layers: list[GradientFactors]) -> list[Tensor]:
         for v in vectors:
             if not bool(torch.isfinite(v).all()):
                 raise InputError("target is not finite; remove the NaN or infinite entries")
-        return [v.to(layer.delta) for v, layer in zip(vectors, layers, strict=True)]
+        return [v.to(layer.device, layer.dtype) for v, layer in zip(vectors, layers, strict=True)]
     others = _as_layers(target, "target")
     _check_like("target", layers, others)
-    return [other.mean_gradient() for other in others]
+    return [mean_gradient(other) for other in others]
 
 
 def influence_scores(
-    source: Factors | nn.Module,
+    source: Layers | nn.Module,
     data: Any = None,
     *,
     curvature: CurvatureName | Curvature = "fisher_diag",
@@ -115,33 +118,36 @@ def influence_scores(
     """
     spec = CURVATURES.choose(curvature, damping=damping, **options)
     all_layers = _factors_of(source, data, layers, progress)
+    if first_row_is_mean:
+        check_whole("first_row_is_mean=True: source", all_layers[0])
     vectors = _target_vectors(target, all_layers)
     scores: Tensor | None = None
     first = 0.0
     for layer, v in zip(all_layers, vectors, strict=True):
         # In place where v is ours: fresh memory of size C x D costs as much as the division.
         x = spec.fit(layer).solve(v, out=None if target is not None else v)
-        x = x.to(layer.delta)
-        part = bilinear_scores(layer.delta, layer.act, x, layer.offsets, layer.has_bias).neg_()
+        x = x.to(layer.device, layer.dtype)
+        part = scores_of(layer, x).neg_()
         scores = part if scores is None else scores + part
         if first_row_is_mean:
-            first -= float((layer.mean_gradient() * x).sum())
+            first -= float((mean_gradient(layer) * x).sum())
     assert scores is not None
     if first_row_is_mean:
         scores[0] = first
-    empty = all_layers[0].empty_samples
+    counts = all_layers[0].each(lambda chunk: chunk.offsets.diff())
+    empty = torch.nonzero(counts == 0).flatten()
     if len(empty):
         logger.warning(
             "%d of %d samples have no valid label and score zero (first: sample %d)",
             len(empty),
-            all_layers[0].n,
+            all_layers[0].n_here,
             int(empty[0]),
         )
     return scores
 
 
 def self_influence(
-    source: Factors | nn.Module,
+    source: Layers | nn.Module,
     data: Any = None,
     *,
     curvature: CurvatureName | Curvature = "fisher_diag",
@@ -161,8 +167,8 @@ def self_influence(
 
 
 def pairwise_influence(
-    source: Factors,
-    queries: Factors,
+    source: Layers,
+    queries: Layers,
     *,
     curvature: CurvatureName | Curvature = "fisher_diag",
     damping: float | None = None,

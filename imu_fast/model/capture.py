@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from imu_fast.errors import InputError, check_finite_rows
-from imu_fast.factors.gradient_factors import IGNORE_INDEX, GradientFactors, check_labels
-from imu_fast.model.batches import as_batches, device_of, split_batch, to_device
-from imu_fast.model.guard import preserved
-from imu_fast.model.head import find_head, linears, no_head
-from imu_fast.model.outputs import logits_of
+from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.losses.cross_entropy import IGNORE_INDEX
+from imu_fast.model.batches import device_of
+from imu_fast.model.between import Between, Piece, bias_columns, plain_piece, side_by_side
+from imu_fast.model.head import LinearLayer, linear_layers, no_head, resolve, shared_with
+from imu_fast.model.layers import capture_layers
+from imu_fast.model.logits import chosen
+from imu_fast.model.loss import targets_of
+from imu_fast.model.run import Batch, evaluated, full_precision, read, warn_if_shuffled
+from imu_fast.model.search import Head, Run, directly, find, observe
+from imu_fast.model.verify import LinearChecks
 
 logger = logging.getLogger("imu_fast")
 
@@ -27,8 +31,18 @@ class HeadFeatures:
     """What a linear head saw.
 
     Attributes:
-        name, head: the layer. features: [N, d], its inputs in the model's dtype.
+        name: of the layer; of several that make the logits together, joined by ``+``.
+        head: a linear layer with ``head(features)`` the logits, where ``linear``. It is the model's
+            own, or shares its memory (a 1x1 convolution's), unless ``write_back`` says otherwise.
+        features: [N, d], the head's inputs, in the model's dtype unless they had to be computed.
         labels: [N] int64. offsets: [n+1] int64 on the CPU, tokens of each sample.
+        linear: whether ``head(features)`` is the model's logits. If not, features are only what
+            the layer saw (rows need not be one per label), and ``between`` says what follows.
+        between: what stands between the head's output and the logits; empty if nothing.
+        write_back: why writing ``head.weight`` is not enough to change the model's logits to
+            ``head(features)``; empty if it is.
+        parts: the layers themselves, each with its columns of ``[features, 1]``'s weight.
+        output: where the logits are in the model's output, for ``logits_of(..., choice=output)``.
     """
 
     name: str
@@ -36,42 +50,247 @@ class HeadFeatures:
     features: Tensor
     labels: Tensor
     offsets: Tensor
+    linear: bool = True
+    between: str = ""
+    write_back: str = ""
+    parts: tuple[tuple[LinearLayer, slice], ...] = ()
+    output: Any = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the model ends in this layer and in nothing else: it may be trained alone."""
+        return not self.why
+
+    @property
+    def why(self) -> str:
+        """Why not ``plain``; empty if it is."""
+        if self.between:
+            return f"between the head {self.name!r} and the logits: {self.between}"
+        return self.write_back
 
 
-@contextmanager
-def _catching(modules: Mapping[str, nn.Linear]) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
-    """Collect ``(input, output)`` of each call of these layers; the hooks are always removed."""
-    caught: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in modules}
-    with ExitStack() as stack:
-        for name, module in modules.items():
+class _HeadCapture:
+    """What the batches say of the head, one after another."""
 
-            def hook(_: nn.Module, args: Any, output: Tensor, name: str = name) -> None:
-                caught[name].append((args[0], output))
+    def __init__(
+        self,
+        model: nn.Module,
+        explicit: Sequence[LinearLayer],
+        output: Any,
+        ignore_index: int,
+        shift: bool,
+    ) -> None:
+        self.model, self.explicit, self.output = model, explicit, output
+        self.ignore_index, self.shift = ignore_index, shift
+        self.pieces: list[Piece] = []
+        self.samples = 0
+        self._checks = LinearChecks()
+        # Whether the logits have been the output itself so far: then nothing is differentiated.
+        self._untouched = True
+        self._head: Head | None = None
 
-            handle = module.register_forward_hook(hook)
-            stack.callback(handle.remove)
-        yield caught
+    @property
+    def head(self) -> Head:
+        if self._head is None:
+            raise InputError("loader is empty; pass at least one batch of forget samples")
+        return self._head
+
+    def add(self, run: Run, batch: Batch) -> None:
+        """Run one batch.
+
+        Raises:
+            InputError: says from which sample on, after the first batch.
+        """
+        try:
+            piece = self._piece(run, batch)
+        except InputError as error:
+            if not self.samples:
+                raise
+            raise type(error)(f"samples from {self.samples} on: {error}") from None
+        self.pieces.append(piece)
+        self.samples += len(piece.counts)
+
+    def _piece(self, run: Run, batch: Batch) -> Piece:
+        if self._head is None:
+            self._head, seen = find(self.model, run, batch, self.explicit, self.output)
+            self._between = Between(self._head.parts)
+        else:
+            seen = observe(run, batch, self._head.parts, not self._untouched)
+        logits = chosen(seen.output, self._head.choice)
+        call = directly(seen, logits)
+        if call is None or not call.is_returned_as(logits):
+            self._untouched, call = False, None
+            if any(watched.leaf is None for watched in seen.calls):
+                seen = observe(run, batch, self._head.parts, True)
+                logits = chosen(seen.output, self._head.choice)
+        targets = targets_of(batch[2], logits, ignore_index=self.ignore_index, shift=self.shift)
+        for watched in seen.calls:
+            self._checks.add(watched.layer, watched.act, watched.rows(watched.out.detach()))
+        if call is not None:
+            return plain_piece(call.act.reshape(*targets.shape, -1), targets)
+        if not logits.requires_grad:
+            raise no_head(
+                self.model, f"{self._head.name}: not the producer of the logits of this batch"
+            )
+        return self._between.piece(seen.calls, logits, targets)
+
+    @property
+    def offsets(self) -> Tensor:
+        """[n+1]."""
+        counts = torch.cat([piece.counts for piece in self.pieces])
+        return torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+
+    @property
+    def only(self) -> LinearLayer | None:
+        """The one layer of the head, if it acts on features and a one as it does in the model."""
+        parts = self.head.parts
+        ones = [
+            piece.act[:, column]
+            for piece in self.pieces
+            if piece.kind != "plain"
+            for column in bias_columns(parts)
+        ]
+        unit = all(bool((column == 1).all()) for column in ones)
+        return parts[0] if len(parts) == 1 and unit else None
+
+    def columns(self, piece: Piece) -> Tensor:
+        """A piece's features: [a] of the only layer, or ``[a, 1]`` of each part side by side."""
+        if self.only is not None:
+            return piece.act[:, : self.only.weight.shape[1]]
+        if piece.kind != "plain":
+            return piece.act
+        return side_by_side([(piece.act, piece.act.new_ones(len(piece.act)))], self.head.parts)
+
+    def features(self) -> HeadFeatures:
+        head, only = self.head, self.only
+        blocks = [_weight_and_bias(part) for part in head.parts]
+        ends = torch.tensor([block.shape[1] for block in blocks]).cumsum(0).tolist()
+        parts = tuple(
+            (part, slice(end - block.shape[1], end))
+            for part, block, end in zip(head.parts, blocks, ends, strict=True)
+        )
+        write_back = self._write_back()
+        if only is not None:
+            linear = only.as_linear()
+        else:
+            linear = nn.Linear(ends[-1], len(blocks[0]), bias=False, device="meta")
+            linear.weight = nn.Parameter(torch.cat(blocks, dim=1), requires_grad=False)
+            write_back = write_back or (
+                f"head {head.name!r} stands for {len(parts)} scaled layer(s): its weight is "
+                "[W, b] of each, to be copied into them"
+            )
+        acts = [self.columns(piece) for piece in self.pieces]
+        wide = torch.promote_types(acts[0].dtype, acts[-1].dtype)
+        for act in acts:
+            wide = torch.promote_types(wide, act.dtype)
+        return HeadFeatures(
+            head.name,
+            linear,
+            torch.cat([act.to(wide) for act in acts]),
+            torch.cat([piece.labels for piece in self.pieces]),
+            self.offsets,
+            all(piece.exact for piece in self.pieces),
+            ", ".join(dict.fromkeys(piece.steps for piece in self.pieces if piece.steps)),
+            write_back,
+            parts,
+            head.choice,
+        )
+
+    def _write_back(self) -> str:
+        for part in self.head.parts:
+            if part.derived:
+                return f"head {part.name!r} computes its weight from other parameters"
+            if others := shared_with(self.model, part):
+                return f"head {part.name!r} shares its weight with {', '.join(others)}"
+        return ""
+
+    def factors(self) -> GradientFactors:
+        head, only, offsets = self.head, self.only, self.offsets
+        labels = torch.cat([piece.labels for piece in self.pieces])
+        if only is not None and all(piece.kind == "plain" for piece in self.pieces):
+            act = torch.cat([piece.act for piece in self.pieces])
+            return GradientFactors.from_head(
+                act, only.weight, only.bias, labels, offsets, name=head.name
+            )
+        done = [self._with_signal(piece) for piece in self.pieces]
+        delta = torch.cat([d for d, _ in done])
+        act = torch.cat([self.columns(piece).to(delta.dtype) for piece in self.pieces])
+        check_finite_rows("features", act)
+        tokens = any(piece.kind == "tokens" for piece in self.pieces)
+        return GradientFactors(
+            delta=delta,
+            act=act,
+            offsets=offsets,
+            has_bias=only is not None and only.bias is not None,
+            labels=None if tokens else labels,
+            losses=torch.cat([loss for _, loss in done]),
+            name=head.name,
+        )
+
+    def _with_signal(self, piece: Piece) -> tuple[Tensor, Tensor]:
+        """delta and losses, also of a piece that left them to be computed from the features."""
+        if piece.delta is not None and piece.losses is not None:
+            return piece.delta, piece.losses
+        part = self.head.parts[0]
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), piece.counts.cumsum(0)])
+        made = GradientFactors.from_head(
+            piece.act, part.weight, part.bias, piece.labels, offsets, name=part.name
+        )
+        return made.delta, made.losses if made.losses is not None else made.delta.sum(dim=1)
+
+    def finish(self) -> None:
+        """The last checks, and what a reader of the scores must know, to the log."""
+        self._checks.finish()
+        head = self.head
+        steps = ", ".join(dict.fromkeys(piece.steps for piece in self.pieces if piece.steps))
+        for part in head.parts:
+            if part.derived:
+                logger.warning(
+                    "head %r: gradients are those of the weight it computes with, which it makes "
+                    "from other parameters",
+                    part.name,
+                )
+            if others := shared_with(self.model, part):
+                logger.info(
+                    "head %r shares its weight with %s: gradients are of the head's use of it",
+                    part.name,
+                    ", ".join(others),
+                )
+        if any(piece.kind == "tokens" for piece in self.pieces):
+            logger.warning(
+                "head %r: between its output and the loss are %s; gradients are exact, curvatures "
+                "that need the outputs' Hessian (ggn, ggn_block, kfac, ekfac) are not offered",
+                head.name,
+                steps,
+            )
+        elif steps:
+            logger.info("head %r: between its output and the loss are %s", head.name, steps)
 
 
-def _features_for(logits: Tensor, act: Tensor, output: Tensor) -> Tensor | None:
-    """The layer's inputs that made ``logits``, or None if its output is not the logits.
-
-    A sequence classifier scores every token and then picks one: that token's input is returned.
-    """
-    same_memory = output.data_ptr() == logits.data_ptr() and output.shape == logits.shape
-    if same_memory or (output.shape == logits.shape and torch.equal(output, logits)):
-        return act
-    pooled = output.dim() == 3 and logits.dim() == 2
-    if pooled and output.shape[::2] == logits.shape:
-        match = (output == logits[:, None]).all(dim=-1)
-        if bool(match.any(dim=1).all()):
-            return act[torch.arange(len(act), device=act.device), match.int().argmax(dim=1)]
-    return None
+def _weight_and_bias(layer: LinearLayer) -> Tensor:
+    """``[W, b]``."""
+    bias = [] if layer.bias is None else [layer.bias[:, None]]
+    return torch.cat([layer.weight, *bias], dim=1)
 
 
-def _warn_if_shuffled(loader: Any) -> None:
-    if isinstance(getattr(loader, "sampler", None), torch.utils.data.RandomSampler):
-        logger.warning("the loader shuffles: scores follow the order of this one pass")
+def _capture_head(
+    model: nn.Module,
+    loader: Any,
+    head: Any,
+    *,
+    ignore_index: int,
+    shift_labels: bool,
+    output: Any,
+    progress: bool,
+) -> _HeadCapture:
+    warn_if_shuffled(loader)
+    explicit = [] if isinstance(head, str) and head == "head" else [resolve(model, head, "head")]
+    seen = _HeadCapture(model, explicit, output, ignore_index, shift_labels)
+    with evaluated(model) as run:
+        for batch in read(model, loader, progress):
+            seen.add(run, batch)
+    seen.finish()
+    return seen
 
 
 def capture_features(
@@ -82,129 +301,34 @@ def capture_features(
     ignore_index: int = IGNORE_INDEX,
     progress: bool = False,
     shift_labels: bool = False,
+    output: Any = None,
 ) -> HeadFeatures:
-    """The classifier's inputs over a loader, in ONE batched no-grad pass in evaluation mode.
+    """The classifier's inputs over a loader, in one batched forward pass in evaluation mode.
 
     Args:
         loader: DataLoader, iterable of ``(inputs, labels)`` or dict batches, or tensors (X, y).
         head: ``"head"``: the linear layer whose output is the model's logits, found while the
             first batch runs; or a module, or its name, which must produce the logits.
         shift_labels: logits [B, T, C] at position t predict the label at t + 1 (causal models).
+        output: where the logits are in what the model returns: a key, an attribute, an index, or
+            a function of it; None: the tensor, what is called ``logits``, or what fits the labels.
 
     Raises:
-        InputError: empty loader, labels out of range, non-finite features (says which sample).
-        NoHeadFoundError: no linear layer, or not the given one, produces the logits.
+        InputError: empty loader, labels out of range, several outputs that may be the logits,
+            samples that are not independent.
+        NoHeadFoundError: no linear layer, or not the given one, produces the logits, or it is
+            not ``act W^T + b``.
     """
-    _warn_if_shuffled(loader)
-    device = device_of(model)
-    explicit = head if not (isinstance(head, str) and head == "head") else None
-    modules = linears(model) if explicit is None else dict([find_head(model, explicit)])
-    if not modules:
-        raise no_head(model, "no linear head found")
-    features: list[Tensor] = []
-    labels_seen: list[Tensor] = []
-    counts: list[Tensor] = []
-    seen = 0
-    with preserved(model), torch.no_grad():
-        model.eval()
-        for batch in tqdm(as_batches(loader), desc="capture", unit="batch", disable=not progress):
-            args, kwargs, labels = to_device(split_batch(batch), device)
-            with _catching(modules) as caught:
-                logits = logits_of(model(*args, **kwargs))
-            found = None
-            for name in reversed(list(modules)):
-                for act, output in reversed(caught[name]):
-                    act_of_logits = _features_for(logits, act, output)
-                    if act_of_logits is not None:
-                        found = (name, act_of_logits)
-                        break
-                if found:
-                    break
-            if found is None:
-                raise no_head(model, f"{'/'.join(modules)}: not the producer of the logits")
-            name, act = found
-            modules = {name: modules[name]}
-            if labels.shape != logits.shape[:-1]:
-                raise InputError(
-                    f"labels have shape {tuple(labels.shape)}, logits {tuple(logits.shape)}; "
-                    "expected one label per row of logits"
-                )
-            if shift_labels and labels.dim() == 2:
-                act, labels = act[:, :-1], labels[:, 1:]
-            try:
-                check_labels(labels, logits.shape[-1], ignore_index)
-            except InputError as error:
-                raise InputError(f"samples from {seen} on: {error}") from None
-            if labels.dim() == 2:
-                valid = labels != ignore_index
-                counts.append(valid.sum(dim=1).cpu())
-                act, labels = act[valid], labels[valid]
-            else:
-                counts.append(torch.ones(len(labels), dtype=torch.int64))
-            features.append(act.detach().clone())
-            labels_seen.append(labels.to(torch.int64))
-            seen += len(counts[-1])
-    if seen == 0:
-        raise InputError("loader is empty; pass at least one batch of forget samples")
-    name, linear = next(iter(modules.items()))
-    act, all_labels = torch.cat(features), torch.cat(labels_seen)
-    del features
-    check_finite_rows("features", act)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat(counts).cumsum(0)])
-    if bool((all_labels == ignore_index).any()):
-        valid = all_labels != ignore_index
-        before = torch.zeros(len(all_labels) + 1, dtype=torch.int64)
-        before[1:] = valid.cpu().cumsum(0)
-        offsets, act, all_labels = before[offsets], act[valid], all_labels[valid]
-    return HeadFeatures(name, linear, act, all_labels, offsets)
-
-
-def _capture_layers(
-    model: nn.Module, loader: Any, modules: Mapping[str, nn.Linear], ignore_index: int, bar: bool
-) -> list[GradientFactors]:
-    """Factors of any linear layers: one batched forward and backward of the summed losses."""
-    device = device_of(model)
-    parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in modules}
-    with preserved(model):
-        model.eval()
-        for module in modules.values():
-            module.weight.requires_grad_()
-        for batch in tqdm(as_batches(loader), desc="capture", unit="batch", disable=not bar):
-            args, kwargs, labels = to_device(split_batch(batch), device)
-            with torch.enable_grad(), _catching(modules) as caught:
-                logits = logits_of(model(*args, **kwargs))
-                check_labels(labels, logits.shape[-1], ignore_index)
-                loss = nn.functional.cross_entropy(
-                    logits.flatten(0, -2).float() if logits.dim() == 3 else logits,
-                    labels.flatten(),
-                    reduction="none",
-                    ignore_index=ignore_index,
-                ).view(labels.shape)
-                if labels.dim() == 2:
-                    loss = loss.sum(dim=1) / (labels != ignore_index).sum(dim=1).clamp_min(1)
-                calls = [(name, *call) for name in modules for call in caught[name]]
-                deltas = torch.autograd.grad(loss.sum(), [out for _, _, out in calls])
-            per_layer: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in modules}
-            for (name, act, _), delta in zip(calls, deltas, strict=True):
-                per_layer[name].append((delta.detach(), act.detach()))
-            for name, seen in per_layer.items():
-                # [B, positions, .]: positions of one call and of several calls alike.
-                delta = torch.cat([d.reshape(len(labels), -1, d.shape[-1]) for d, _ in seen], 1)
-                act = torch.cat([a.reshape(len(labels), -1, a.shape[-1]) for _, a in seen], 1)
-                count = torch.full((len(labels),), delta.shape[1])
-                parts[name].append((delta.flatten(0, 1), act.flatten(0, 1), count))
-    out = []
-    for name, pieces in parts.items():
-        if not pieces:
-            raise InputError("loader is empty; pass at least one batch of forget samples")
-        delta, act = (torch.cat([p[i] for p in pieces]) for i in (0, 1))
-        dtype = torch.float64 if delta.dtype == torch.float64 else torch.float32
-        counts = torch.cat([p[2] for p in pieces])
-        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-        check_finite_rows(f"gradient of {name}", delta, "position")
-        has_bias = modules[name].bias is not None
-        out.append(GradientFactors(delta.to(dtype), act.to(dtype), offsets, has_bias, name=name))
-    return out
+    found = _capture_head(
+        model,
+        loader,
+        head,
+        ignore_index=ignore_index,
+        shift_labels=shift_labels,
+        output=output,
+        progress=progress,
+    )
+    return found.features()
 
 
 def capture(
@@ -215,42 +339,57 @@ def capture(
     ignore_index: int = IGNORE_INDEX,
     progress: bool = False,
     shift_labels: bool = False,
+    output: Any = None,
 ) -> GradientFactors | list[GradientFactors]:
-    """Gradient factors of a model's head, or of any of its linear layers (SPEC section 1).
+    """Gradient factors of a model's head, or of any of its linear layers.
+
+    The head is the linear layer whose outputs are the logits, or become them by steps that do not
+    mix them by a weight: a temperature, a softcap, a mask, the mean of two heads. Its signal is
+    taken at its own output, through those steps.
 
     Args:
-        layers: ``"head"``: the classifier, one no-grad forward pass. A name or module: that layer;
-            a list: several. These need one batched forward and backward pass.
+        layers: ``"head"``: the classifier, one forward pass. A name or module: that layer; a list:
+            several. These need one batched forward and backward pass. Linear layers, and
+            convolutions that act as such.
+        output, shift_labels: as in :func:`capture_features`.
 
     Returns:
         GradientFactors; for a list of layers a list, in the order of ``named_parameters``.
+        Their ``labels`` are None where curvatures of a softmax head do not hold.
 
     Raises:
-        As :func:`capture_features`.
+        As :func:`capture_features`; also where rows of a layer belong to no single sample.
     """
     if isinstance(layers, str) and layers == "head":
-        found = capture_features(
+        found = _capture_head(
             model,
             loader,
+            "head",
             ignore_index=ignore_index,
-            progress=progress,
             shift_labels=shift_labels,
+            output=output,
+            progress=progress,
         )
-        return GradientFactors.from_head(
-            found.features,
-            found.head.weight,
-            found.head.bias,
-            found.labels,
-            found.offsets,
-            ignore_index=ignore_index,
-            name=found.name,
-        )
-    _warn_if_shuffled(loader)
+        with full_precision(device_of(model)):
+            return found.factors()
+    warn_if_shuffled(loader)
     single = isinstance(layers, str | nn.Module)
     wanted = [layers] if single else list(layers)  # type: ignore[arg-type]
     if not wanted:
         raise InputError("layers=[] names no layer; pass 'head' or a list of linear layers")
-    chosen = {name for name, _ in (find_head(model, layer) for layer in wanted)}
-    modules = {name: module for name, module in linears(model).items() if name in chosen}
-    out = _capture_layers(model, loader, modules, ignore_index, progress)
+    chosen_layers = [resolve(model, layer) for layer in wanted]
+    twice = [layer.name for k, layer in enumerate(chosen_layers) if layer in chosen_layers[:k]]
+    if twice:
+        raise InputError(f"layers names {twice[0]!r} twice; its scores would count double")
+    names = {layer.name for layer in chosen_layers}
+    ordered = [layer for name, layer in linear_layers(model).items() if name in names]
+    out = capture_layers(
+        model,
+        loader,
+        ordered,
+        ignore_index=ignore_index,
+        shift=shift_labels,
+        output=output,
+        progress=progress,
+    )
     return out[0] if single else out

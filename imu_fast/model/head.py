@@ -1,18 +1,107 @@
-"""The classifier of a model: which linear layer it is."""
+"""Linear layers of a model: what counts as one, their names, and which looks like the head."""
 
 from __future__ import annotations
 
+import difflib
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from imu_fast.errors import NoHeadFoundError
+from imu_fast.errors import InputError, NoHeadFoundError
+from imu_fast.model.run import innermost
 
 # The name of a model that is itself the linear layer.
 WHOLE_MODEL = "(model)"
 
-
 _HEAD_NAMES = ("fc", "classifier", "head", "heads", "score")
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """A layer that is ``act W^T + b`` at every position: nn.Linear, or a convolution used as one.
+
+    A convolution is one where its kernel is a single position, or covers the whole input.
+    """
+
+    name: str
+    module: nn.Module
+
+    @property
+    def kind(self) -> str:
+        """The module's class, for messages."""
+        return type(self.module).__name__
+
+    @property
+    def weight(self) -> Tensor:
+        """[C, d]; a view of the module's own where that is a parameter."""
+        return self.module.weight.detach().flatten(1)  # type: ignore[operator]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[C], or None."""
+        bias = self.module.bias
+        return bias.detach() if isinstance(bias, Tensor) else None
+
+    @property
+    def width(self) -> int:
+        """C, the number of outputs."""
+        return len(self.module.weight)  # type: ignore[arg-type]
+
+    @property
+    def derived(self) -> bool:
+        """Whether the weight is made from other parameters (weight_norm, spectral_norm, ...)."""
+        return not isinstance(self.module._parameters.get("weight"), nn.Parameter)
+
+    def inputs(self, x: Tensor) -> Tensor | None:
+        """The module's input as act [..., d]; None where the layer is not linear on it."""
+        if isinstance(self.module, nn.Linear):
+            return x
+        spatial = self.module.weight.dim() - 2  # type: ignore[operator]
+        kernel = self.module.kernel_size
+        if all(k == 1 for k in kernel) and all(s == 1 for s in self.module.stride):  # type: ignore
+            return x.movedim(-1 - spatial, -1)
+        if tuple(x.shape[-spatial:]) == tuple(kernel):  # type: ignore[arg-type]
+            return x.flatten(-1 - spatial)[(..., *[None] * spatial, slice(None))]
+        return None
+
+    def outputs(self, y: Tensor) -> Tensor:
+        """The module's output, or a gradient of it, as [..., C]."""
+        if isinstance(self.module, nn.Linear):
+            return y
+        return y.movedim(1 - self.module.weight.dim(), -1)  # type: ignore[operator]
+
+    def as_linear(self) -> nn.Linear:
+        """The module, or for a convolution an nn.Linear that shares its memory."""
+        if isinstance(self.module, nn.Linear):
+            return self.module
+        bias = self.bias
+        classes, width = self.weight.shape
+        linear = nn.Linear(width, classes, bias=bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.weight, requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias, requires_grad=False)
+        return linear
+
+
+def _may_be_linear(module: nn.Module) -> bool:
+    if isinstance(module, nn.Linear):
+        return True
+    if not isinstance(module, _CONVOLUTIONS) or module.transposed or module.groups != 1:
+        return False
+    padded = module.padding if isinstance(module.padding, tuple) else (module.padding != "valid",)
+    return not any(padded) and all(d == 1 for d in module.dilation)
+
+
+def linear_layers(model: nn.Module) -> dict[str, LinearLayer]:
+    """Every layer that may be linear, in module order, by its first name."""
+    found = {}
+    for name, module in model.named_modules():
+        if _may_be_linear(module):
+            name = name or WHOLE_MODEL
+            found[name] = LinearLayer(name, module)
+    return found
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -29,6 +118,67 @@ def linear_layers_matching(model: nn.Module, substring: str) -> list[str]:
     return [name for name in linears(model) if substring in name]
 
 
+def shared_with(model: nn.Module, layer: LinearLayer) -> list[str]:
+    """Other parameters of the model that are the layer's weight or bias, under their names."""
+    own = {id(p) for p in layer.module.parameters(recurse=False)}
+    return [
+        f"{name}.{key}" if name else key
+        for name, module in model.named_modules()
+        if module is not layer.module
+        for key, parameter in module.named_parameters(recurse=False)
+        if id(parameter) in own
+    ]
+
+
+def resolve(model: nn.Module, wanted: Any, argument: str = "layers") -> LinearLayer:
+    """The linear layer that a name or a module of the model stands for.
+
+    Raises:
+        InputError: not of this model, or not linear; lists what is near.
+    """
+    layers = linear_layers(model)
+    every = dict(model.named_modules(remove_duplicate=False))
+    if isinstance(wanted, nn.Module):
+        for layer in layers.values():
+            if layer.module is wanted:
+                return layer
+        named = next((name for name, module in every.items() if module is wanted), None)
+        if named is None:
+            raise no_head(
+                model,
+                f"{argument}={_short(wanted)} is no linear layer of the model: it belongs to "
+                "another one, or to a copy; pass its name",
+            )
+        wanted = named or WHOLE_MODEL
+    if not isinstance(wanted, str):
+        raise InputError(
+            f"{argument}={wanted!r} is a {type(wanted).__name__}; pass names of linear layers, or "
+            "the modules"
+        )
+    if wanted in layers:
+        return layers[wanted]
+    module = every.get(wanted)
+    if module is None:  # names of the model inside a wrapper are good too
+        module = dict(innermost(model).named_modules(remove_duplicate=False)).get(wanted)
+    for layer in layers.values():
+        if layer.module is module:
+            return layer
+    if module is not None:
+        inside = [name for name in layers if name.startswith(f"{wanted}.")]
+        hint = f"; it holds {', '.join(map(repr, inside[:5]))}" if inside else ""
+        raise no_head(
+            model,
+            f"{argument}={wanted!r} is no linear layer of the model but a {_short(module)}{hint}",
+        )
+    near = difflib.get_close_matches(wanted, [*layers, *every], n=3, cutoff=0.5)
+    hint = f" (did you mean {' or '.join(map(repr, dict.fromkeys(near)))}?)" if near else ""
+    raise no_head(model, f"{argument}={wanted!r} is no linear layer of the model{hint}")
+
+
+def _short(module: nn.Module) -> str:
+    return f"{type(module).__name__}(...)" if len(str(module)) > 80 else str(module)
+
+
 def find_head(model: nn.Module, head: Any = None) -> tuple[str, nn.Linear]:
     """The classifier by name, without running the model.
 
@@ -39,25 +189,37 @@ def find_head(model: nn.Module, head: Any = None) -> tuple[str, nn.Linear]:
     Raises:
         NoHeadFoundError: lists the candidates.
     """
-    layers = linears(model)
-    if isinstance(head, nn.Module):
-        for name, module in layers.items():
-            if module is head:
-                return name, module
-        raise no_head(model, f"head={head!r} is no linear layer of the model")
-    if head is not None and head != "head":
-        if head not in layers:
-            raise no_head(model, f"head={head!r} is no linear layer of the model")
-        return head, layers[head]
-    get_classifier = getattr(model, "get_classifier", None)
-    found = get_classifier() if callable(get_classifier) else None
-    for name, module in layers.items():
-        if module is found:
-            return name, module
-    for wanted in _HEAD_NAMES:
-        inside = [k for k in layers if k == wanted or k.startswith(f"{wanted}.")]
-        if inside:
-            return inside[-1], layers[inside[-1]]
-    if not layers:
+    if head is not None and not (isinstance(head, str) and head == "head"):
+        found = resolve(model, head, "head")
+        return found.name, found.as_linear()
+    guessed = guess(model, {k: LinearLayer(k, module) for k, module in linears(model).items()})
+    if not guessed:
         raise no_head(model, "no linear head found")
-    return list(layers.items())[-1]
+    return guessed[0].name, guessed[0].as_linear()
+
+
+def guess(model: nn.Module, layers: dict[str, LinearLayer]) -> list[LinearLayer]:
+    """What is probably the head, the likeliest first; only a run of the model can tell."""
+    if not layers:
+        return []
+    inner = innermost(model)
+    get_classifier = getattr(inner, "get_classifier", None)
+    try:
+        found = get_classifier() if callable(get_classifier) else None
+    except Exception:  # a model's own method, which may want arguments
+        found = None
+    declared = list(found) if isinstance(found, tuple | list) else [found]
+    inside = {id(m) for part in declared if isinstance(part, nn.Module) for m in part.modules()}
+    chosen = [layer for layer in layers.values() if id(layer.module) in inside]
+    if chosen:
+        return chosen if len(declared) > 1 else chosen[-1:]
+    names = {id(module): name for name, module in inner.named_modules()}
+    for wanted in _HEAD_NAMES:
+        within = [
+            layer
+            for layer in layers.values()
+            if f"{names.get(id(layer.module))}.".startswith(f"{wanted}.")
+        ]
+        if within:
+            return within[-1:]
+    return list(layers.values())[-1:]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from imu_fast.errors import InputError
-from imu_fast.factors.gradient_factors import check_labels
+from imu_fast.losses.cross_entropy import check_labels
 from imu_fast.model.batches import as_batches, device_of, split_batch, to_device
 from imu_fast.model.guard import preserved
+from imu_fast.model.logits import logits_of as logits_of
 
 
 @dataclass(frozen=True)
@@ -42,19 +43,6 @@ def measure_logits(batches: Iterable[tuple[Tensor, Tensor]]) -> Measurement:
         correct.append(logits.argmax(dim=1) == labels)
     loss = torch.cat(losses)
     return Measurement(loss, torch.cat(correct), torch.exp(-loss))
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits in a model's output: a tensor, ``.logits``, ``["logits"]``, or the first item."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping) and "logits" in output:
-        return output["logits"]
-    if isinstance(getattr(output, "logits", None), Tensor):
-        return output.logits
-    if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
-        return output[0]
-    raise InputError(f"the model returned a {type(output).__name__} without logits")
 
 
 @dataclass(frozen=True)
@@ -136,7 +124,7 @@ def outputs_of(model: nn.Module, loader: Any) -> Outputs:
         model.eval()
         for batch in as_batches(loader):
             args, kwargs, labels = to_device(split_batch(batch), device)
-            logits = logits_of(model(*args, **kwargs))
+            logits = logits_of(model(*args, **kwargs), labels)
             all_logits.append(logits if logits.dtype == torch.float64 else logits.float())
             all_labels.append(labels)
     if not all_logits:

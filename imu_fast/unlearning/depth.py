@@ -17,7 +17,7 @@ OnMilestone = Callable[[str, Record], None]
 BISECTIONS = 12
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StopRule:
     """When a run is deep enough; the first condition met stops it.
 
@@ -53,6 +53,12 @@ class StopRule:
             raise InputError("unseen=None: membership_auc needs a loader of unseen samples")
         if self.membership_auc is None and self.unseen is not None:
             raise InputError("unseen is given without membership_auc, which alone uses it; set it")
+
+    def __repr__(self) -> str:
+        """The conditions that are set."""
+        names = ("forget_accuracy", "forget_loss", "membership_auc")
+        shown = [f"{n}={getattr(self, n):g}" for n in names if getattr(self, n) is not None]
+        return f"StopRule({', '.join(shown)})"
 
     def reached(self, state: Measured) -> str | None:
         """The name of the condition that holds now, or None."""

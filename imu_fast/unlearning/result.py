@@ -26,11 +26,14 @@ class UnlearnResult:
             for uniform weights.
         indices, weights: the selected forget samples [k] and their last weights [k].
         trajectory: one dict per record: step, epoch, forget_loss, forget_accuracy, the weights'
-            mean, std and count, and ``<name>_loss``, ``<name>_accuracy`` per watched set.
+            mean, std and count, and ``<name>_loss``, ``<name>_accuracy`` per watched set. The last
+            record is measured by the model's own forward pass.
         batch_losses: the ascent's loss at every step.
         steps, epochs: optimizer steps made, and epochs begun.
         stopped_by: "epochs", "max_steps", "milestones" (the last one was passed), "edit" (all that
             was asked for), or the stop rule's condition.
+        reached: whether the depth that was asked for (stop, or the last milestone) is there, by the
+            model's own forward pass; None where none was asked for.
         step_fraction: how much of the last step was kept by the bisection, in (0, 1].
         seconds: wall-clock time of the whole call.
         settings: the method and every option of it, as used.
@@ -47,6 +50,7 @@ class UnlearnResult:
     epochs: int = 0
     stopped_by: str = "epochs"
     step_fraction: float = 1.0
+    reached: bool | None = None
     seconds: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
     backends: dict[str, str] = field(default_factory=dict)
@@ -55,9 +59,10 @@ class UnlearnResult:
         """One line: what was done, and what it did to the forget set."""
         first, last = self.trajectory[0], self.trajectory[-1]
         accuracies = f"{first['forget_accuracy']:.3f} -> {last['forget_accuracy']:.3f}"
+        missed = ", depth NOT reached" if self.reached is False else ""
         return (
             f"UnlearnResult({self.settings.get('method', '?')}: forget accuracy {accuracies} in "
-            f"{last['step']:g} steps, stopped by {self.stopped_by}, {self.seconds:.2f} s)"
+            f"{last['step']:g} steps, stopped by {self.stopped_by}, {self.seconds:.2f} s{missed})"
         )
 
     def table(self) -> str:

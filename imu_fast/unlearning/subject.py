@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from imu_fast.errors import InputError
-from imu_fast.factors.gradient_factors import IGNORE_INDEX, GradientFactors, check_labels
+from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.losses.cross_entropy import IGNORE_INDEX, check_labels
 from imu_fast.model.batches import ForgetSet, as_batches, split_batch, to_device
 from imu_fast.model.capture import HeadFeatures, capture, capture_features
 from imu_fast.model.guard import modes
-from imu_fast.model.head import linears
-from imu_fast.model.outputs import Measurement, logits_of, measure_logits
+from imu_fast.model.head import linears, shared_with
+from imu_fast.model.outputs import Measurement, logits_of, measure_logits, outputs_of
 from imu_fast.ops.head_ascent import head_logits
+from imu_fast.unlearning.head_weight import HeadWeight
 
 _EVALUATION_ROWS = 4096
 
@@ -41,10 +43,13 @@ class Subject(Measured, Protocol):
     """What unlearning changes.
 
     Attributes:
-        n: forget samples.
+        n: forget samples. dtype: in which the user's model holds what changes.
     """
 
     n: int
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     def factors(
         self, rows: Tensor | None = None, layers: Literal["head", "trained"] = "head"
@@ -63,6 +68,14 @@ class Subject(Measured, Protocol):
 
     def finish(self) -> None:
         """Leave the current state in the user's model."""
+        ...
+
+    def own(self, name: str) -> Measurement:
+        """Measure the set ``name`` by the user's model itself, as :meth:`finish` has left it."""
+        ...
+
+    def rounded_away(self) -> float:
+        """The fraction of changed weights that rounding to the model's dtype leaves as before."""
         ...
 
 
@@ -84,51 +97,82 @@ def move(subject: Subject, before: dict[str, Tensor], after: dict[str, Tensor], 
 class HeadSubject:
     """A classifier's head: features are captured once, and no backbone runs again.
 
+    A head whose memory is another layer's too (tied to an embedding) changes its own features: it
+    is measured by the model itself at every state, and its features are captured again.
+
     Args:
-        head: the linear layer; written only by :meth:`finish`.
-        sets: captured features of "forget", and of every set that is measured.
+        model: whose head it is. head: by name or as a module; None: found.
+        loaders: "forget", and every set that is measured.
 
     Attributes:
+        head: as a linear layer. layer: the model's own module.
         theta: [C, D], weight and bias; float32, or float64 where the head is.
-        sets: ``(features [n, d], labels [n])`` by name.
+        sets: ``(features [n, d], labels [n])`` by name, in theta's dtype.
+        tied: names of the parameters that share the head's memory.
+
+    Raises:
+        InputError: a sample has no label, or several; or what is written would not hold.
     """
 
-    def __init__(self, head: nn.Linear, sets: Mapping[str, HeadFeatures]) -> None:
-        self.head, self.has_bias = head, head.bias is not None
-        dtype = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
-        self.sets = {k: (s.features.to(dtype), s.labels) for k, s in sets.items()}
+    def __init__(
+        self, model: nn.Module, head: Any, loaders: Mapping[str, Any], progress: bool = False
+    ) -> None:
+        self.model, self._loaders, self._progress = model, dict(loaders), progress
+        captured = {"forget": self._captured("forget", head or "head")}
+        self.head, self.name = captured["forget"].head, captured["forget"].name
+        ((part, _),) = captured["forget"].parts
+        self.layer = part.module
+        captured |= {k: self._captured(k, self.layer) for k in loaders if k != "forget"}
+        self.tied = shared_with(model, part)
+        self._weight = HeadWeight(self.head, self.name)
+        self.has_bias = self.head.bias is not None
+        self._wide = torch.float64 if self._weight.dtype == torch.float64 else torch.float32
+        self.sets = {k: (s.features.to(self._wide), s.labels) for k, s in captured.items()}
         self.n = len(self.sets["forget"][1])
-        parts = [head.weight.detach()]
-        if self.has_bias:
-            parts.append(head.bias.detach()[:, None])
-        self.theta = torch.cat(parts, dim=1).to(dtype)
+        self.trained = self._weight.read()
+        self.theta = self.trained.to(self._wide, copy=True)
 
-    @classmethod
-    def of(
-        cls, model: nn.Module, head: Any, loaders: Mapping[str, Any], progress: bool
-    ) -> HeadSubject:
-        """Features of every set, one batched pass each.
+    def _captured(self, name: str, head: Any) -> HeadFeatures:
+        captured = capture_features(self.model, self._loaders[name], head, progress=self._progress)
+        counts = captured.offsets.diff()
+        if not bool((counts == 1).all()):
+            sample = int(torch.nonzero(counts != 1)[0])
+            raise InputError(
+                f"{name} loader: sample {sample} has {int(counts[sample])} valid labels; "
+                "scope='head' needs exactly one per sample, remove it or use scope='layers'"
+            )
+        return captured
 
-        Raises:
-            InputError: a sample has no label, or several.
-        """
-        sets = {}
-        for name, loader in loaders.items():
-            captured = capture_features(model, loader, head, progress=progress)
-            counts = captured.offsets.diff()
-            if not bool((counts == 1).all()):
-                sample = int(torch.nonzero(counts != 1)[0])
-                raise InputError(
-                    f"{name} loader: sample {sample} has {int(counts[sample])} valid labels; "
-                    "scope='head' needs exactly one per sample, remove it or use scope='layers'"
-                )
-            sets[name] = captured
-        return cls(sets["forget"].head, sets)
+    @property
+    def dtype(self) -> torch.dtype:
+        """The head's own."""
+        return self._weight.dtype
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that :meth:`finish` changes."""
+        return self._weight.tensors()
+
+    def capture_again(self) -> None:
+        """Features as they are with the present weight in the model."""
+        self.finish()
+        for name in self.sets:
+            found = self._captured(name, self.layer)
+            self.sets[name] = found.features.to(self._wide), found.labels
 
     def measure(self, name: str) -> Measurement:
+        if self.tied:
+            self.finish()
+            return self.own(name)
         features, labels = self.sets[name]
         chunks = zip(features.split(_EVALUATION_ROWS), labels.split(_EVALUATION_ROWS), strict=True)
-        return measure_logits((head_logits(x, self.theta, self.has_bias), y) for x, y in chunks)
+        return measure_logits((self._logits(x), y) for x, y in chunks)
+
+    def _logits(self, features: Tensor) -> Tensor:
+        """As the model computes them: in its own precision, with the weight rounded to it."""
+        dtype = self._weight.dtype
+        if dtype == self._wide:
+            return head_logits(features, self.theta, self.has_bias)
+        return head_logits(features.to(dtype), self.theta.to(dtype), self.has_bias)
 
     def factors(
         self, rows: Tensor | None = None, layers: Literal["head", "trained"] = "head"
@@ -146,19 +190,31 @@ class HeadSubject:
         return {"theta": self.theta}
 
     def finish(self) -> None:
-        d = self.head.in_features
-        with torch.no_grad():
-            self.head.weight.copy_(self.theta[:, :d])
-            if self.has_bias:
-                self.head.bias.copy_(self.theta[:, d])
+        self._weight.write(self.theta)
+
+    def rounded_away(self) -> float:
+        changed = self.theta != self.trained.to(self._wide)
+        same = self.theta.to(self.trained.dtype) == self.trained
+        return float((changed & same).sum() / changed.sum().clamp_min(1))
+
+    def own(self, name: str) -> Measurement:
+        found = outputs_of(self.model, self._loaders[name])
+        return Measurement(found.loss, found.correct, found.confidence)
 
 
 class NetworkSubject:
     """Some parameters of a network, or all, in place.
 
+    Half-precision ones are changed in float32 copies, which are rounded into the model: steps below
+    their resolution add up.
+
     Args:
         loaders: "forget" (a :class:`ForgetSet`) and every set that is measured.
         parameters: names of those that change; every other one is frozen here.
+
+    Attributes:
+        parameters: those that change, by name. trained: what an optimizer changes, by the same
+            names: a parameter itself, or its copy.
     """
 
     def __init__(
@@ -169,11 +225,20 @@ class NetworkSubject:
         self.n = self.forget.n
         chosen = set(parameters)
         self.parameters: dict[str, nn.Parameter] = {}
+        self.trained: dict[str, Tensor] = {}
+        self._halves: list[tuple[nn.Parameter, Tensor, Tensor]] = []
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in chosen)
             if name in chosen:
-                self.parameters[name] = parameter
+                self.parameters[name] = self.trained[name] = parameter
+                if parameter.dtype in (torch.bfloat16, torch.float16):
+                    wide = parameter.detach().float()
+                    self.trained[name] = wide
+                    self._halves.append((parameter, wide, parameter.detach().clone()))
         self.device = next(iter(self.parameters.values())).device
+        # Of several the coarsest, whose rounding is what may be lost.
+        dtypes = {p.dtype for p in self.parameters.values()}
+        self.dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Logits and labels of a batch."""
@@ -183,6 +248,7 @@ class NetworkSubject:
         return logits, labels
 
     def measure(self, name: str) -> Measurement:
+        self.finish()
         with torch.no_grad(), modes(self.model, batchnorm="eval", dropout="eval"):
             return measure_logits(self._outputs(as_batches(self.sets[name])))
 
@@ -192,6 +258,7 @@ class NetworkSubject:
     def factors(
         self, rows: Tensor | None = None, layers: Literal["head", "trained"] = "head"
     ) -> list[GradientFactors]:
+        self.finish()
         data: Any = self.forget if rows is None else [self.forget.get(rows.tolist())]
         chosen: Any = "head"
         if layers == "trained":
@@ -201,8 +268,21 @@ class NetworkSubject:
         return [captured] if isinstance(captured, GradientFactors) else captured
 
     def state(self) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = dict(self.parameters)
-        return tensors | dict(self.model.named_buffers())
+        return self.trained | dict(self.model.named_buffers())
 
     def finish(self) -> None:
-        """Nothing to do: the model itself was changed."""
+        """Round the copies into the model; all else was changed there."""
+        with torch.no_grad():
+            for parameter, wide, _ in self._halves:
+                parameter.copy_(wide)
+
+    def rounded_away(self) -> float:
+        changed = lost = 0
+        for parameter, wide, before in self._halves:
+            moved = wide != before.float()
+            changed += int(moved.sum())
+            lost += int((moved & (parameter.detach() == before)).sum())
+        return lost / max(1, changed)
+
+    def own(self, name: str) -> Measurement:
+        return self.measure(name)

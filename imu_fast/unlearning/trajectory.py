@@ -23,7 +23,7 @@ class Trajectory:
 
     def __init__(self, subject: Measured, watch: Sequence[str], callback: Callback | None) -> None:
         self.records: list[Record] = []
-        self._subject, self._watch, self._callback = subject, watch, callback
+        self._subject, self.watched, self._callback = subject, list(watch), callback
         self._measured: dict[str, Measurement] = {}
 
     def moved(self) -> None:
@@ -46,7 +46,7 @@ class Trajectory:
     def entry(self, step: float, epoch: int, extra: Mapping[str, float] | None = None) -> Record:
         """The record of the present state, not kept."""
         entry: Record = {"step": step, "epoch": epoch}
-        for name in ("forget", *self._watch):
+        for name in ("forget", *self.watched):
             measured = self.measure(name)
             entry[f"{name}_loss"] = measured.mean_loss
             entry[f"{name}_accuracy"] = measured.accuracy
@@ -57,3 +57,7 @@ class Trajectory:
         self.records.append(self.entry(step, epoch, extra))
         if self._callback is not None:
             self._callback(dict(self.records[-1]))
+
+    def correct(self, measured: Record) -> None:
+        """Put what the model itself does into the last record."""
+        self.records[-1] |= measured

@@ -18,6 +18,7 @@ from imu_fast.errors import InputError, check_count
 from imu_fast.model.batches import ForgetSet
 from imu_fast.model.guard import preserved, rolled_back
 from imu_fast.unlearning.auto import Auto
+from imu_fast.unlearning.confirm import warn_unless_reached
 from imu_fast.unlearning.depth import Depths, OnMilestone, StopRule
 from imu_fast.unlearning.method import Job, Method
 from imu_fast.unlearning.named import METHODS, MethodName, MethodOptions
@@ -148,6 +149,8 @@ def unlearn(
         preserved(target, buffers=False),
     ):
         result = how.run(job)
+    wanted = "; ".join(map(repr, depths.rules[-1:]))
+    warn_unless_reached(result.reached, wanted, result.trajectory[-1])
     result.backends = dict(used)
     result.settings = described
     result.seconds = time.perf_counter() - started

@@ -131,6 +131,6 @@ def test_self_influence_and_its_bound(kind):
     slack += 4 * torch.finfo(torch.float32).eps * truth.abs() + 1e-12
     assert bool(((values - truth).abs() <= slack).all())
     # The same solves, with their residuals recomputed: never above the bound.
-    x = fitted._primal(g.view(-1, f.num_classes, f.width)).flatten(1)
+    x = fitted.direct.primal(g.view(-1, f.num_classes, f.width)).flatten(1)
     true = (x @ matrix - g).norm(dim=1) / g.norm(dim=1).clamp_min(1e-300)
-    assert float(true.max()) <= 2 * fitted._backward_error()
+    assert float(true.max()) <= 2 * fitted.direct.backward_error()

@@ -41,24 +41,6 @@ def test_exact_on_every_case(case, damping, dtype):
     assert float((x - truth).norm() / truth.norm()) <= 2e-9 * condition
 
 
-def test_scores_self_influence_and_pairs():
-    f = make(CASES[7], torch.float64)
-    g = gradients(f)
-    matrix = g.T @ g / f.n + 0.1 * torch.eye(g.shape[1], dtype=torch.float64)
-    inverse = torch.linalg.inv(matrix)
-    options = dict(curvature="fisher", damping=0.1, tolerance=1e-11)
-    close = dict(rtol=1e-8, atol=1e-10)
-    torch.testing.assert_close(
-        imu.influence_scores(f, **options), -(g @ inverse @ g.mean(0)), **close
-    )
-    torch.testing.assert_close(
-        imu.self_influence(f, **options), ((g @ inverse) * g).sum(1), **close
-    )
-    torch.testing.assert_close(
-        imu.pairwise_influence(f, f, **options), -(g @ inverse @ g.T), **close
-    )
-
-
 def test_works_for_factors_that_are_no_softmax_head_and_refuses_too_many(monkeypatch):
     f = make(CASES[1], torch.float32)
     other = imu.GradientFactors(f.delta, f.act, f.offsets, True)

@@ -44,23 +44,6 @@ def test_exact_on_every_case(case, damping, solver, dtype):
     assert float((x - truth).norm() / truth.norm()) <= 2e-9 * condition
 
 
-def test_scores_self_influence_and_pairs():
-    factors = make(CASES[1], torch.float64)
-    g = reference.sample_gradients(factors.delta, factors.act, factors.offsets, True).flatten(1)
-    inverse = torch.linalg.inv(dense(factors, 0.1))
-    options = dict(curvature="ggn", damping=0.1, tolerance=1e-11)
-    close = dict(rtol=1e-8, atol=1e-10)
-    torch.testing.assert_close(
-        imu.influence_scores(factors, **options), -(g @ inverse @ g.mean(0)), **close
-    )
-    torch.testing.assert_close(
-        imu.self_influence(factors, **options), ((g @ inverse) * g).sum(1), **close
-    )
-    torch.testing.assert_close(
-        imu.pairwise_influence(factors, factors, **options), -(g @ inverse @ g.T), **close
-    )
-
-
 def test_a_zero_right_hand_side_and_a_missed_tolerance(caplog):
     factors = make(CASES[1], torch.float32)
     fitted = imu.fit("ggn", factors, damping=0.1)

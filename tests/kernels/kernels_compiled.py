@@ -13,12 +13,13 @@ import pkgutil
 import re
 import subprocess
 
-import imu_fast.kernels
 import pytest
 import triton
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+import imu_fast.kernels
 
 TOOLS = os.path.join(os.path.dirname(nvidia.__file__), "bin")
 ARCHS = (80, 90)

@@ -143,7 +143,9 @@ def test_an_object_is_what_its_name_is_short_for(name):
 def test_results_say_what_was_done(name):
     records = []
     result = unlearned(name, callback=records.append, watch={"same": PROBLEMS["random"].data})
-    assert records == result.trajectory
+    # The last record is the model's own, and so known to rounding when the callback gets it.
+    assert records[:-1] == result.trajectory[:-1]
+    assert records[-1] == pytest.approx(result.trajectory[-1], rel=1e-5, abs=2**-8)
     assert repr(result).count("\n") == 0 and len(repr(result)) < 160
     assert result.settings["method"] in repr(result)
     table = result.table().splitlines()

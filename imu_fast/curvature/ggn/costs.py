@@ -30,9 +30,13 @@ def solver_costs(tokens: int, classes: int, width: int, solves: int = 1) -> dict
     return costs
 
 
-def choose_solver(tokens: int, classes: int, width: int, solves: int = 1) -> str:
-    """The cheapest of :func:`solver_costs`."""
+def choose_solver(
+    tokens: int, classes: int, width: int, solves: int = 1, *, dual: bool = True
+) -> str:
+    """The cheapest of :func:`solver_costs`; without ``dual`` that is left out."""
     costs = solver_costs(tokens, classes, width, solves)
+    if not dual:
+        costs.pop("dual", None)
     return min(costs, key=lambda name: costs[name])
 
 

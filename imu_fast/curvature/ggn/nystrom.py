@@ -20,18 +20,23 @@ class NystromPreconditioner:
 
     @classmethod
     def fit(
-        cls, apply: Operator, shape: tuple[int, int], damping: float, like: Tensor, rank: int = 32
+        cls,
+        apply: Operator,
+        shape: tuple[int, int],
+        damping: float,
+        device: torch.device,
+        rank: int = 32,
     ) -> NystromPreconditioner:
         """Sketch ``apply``, the undamped matrix, with ``rank`` products; seeded, so reproducible.
 
         Args:
-            apply: ``v -> M v``, row by row of v [k, *shape]. like: gives the device.
+            apply: ``v -> M v``, row by row of v [k, *shape].
         """
         order = shape[0] * shape[1]
         rank = min(rank, order)
         generator = torch.Generator().manual_seed(0)
         test = torch.randn(order, rank, generator=generator, dtype=torch.float32)
-        test = torch.linalg.qr(test.to(like.device))[0]
+        test = torch.linalg.qr(test.to(device))[0]
         sketch = apply(test.T.contiguous().view(rank, *shape)).flatten(1).T
         # The sketch's Gram matrix is singular where M's rank is below k, and float32 products make
         # it slightly indefinite: only its clearly positive part is inverted.

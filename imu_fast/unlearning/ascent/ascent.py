@@ -19,6 +19,7 @@ from imu_fast.unlearning.ascent.scopes import PAPER_LAYERS, SCOPES, Layers, Scop
 from imu_fast.unlearning.ascent.step import Rule, Steps
 from imu_fast.unlearning.ascent.weights import WEIGHTS, Influence, Weights, WeightsName
 from imu_fast.unlearning.checkpoint import Checkpoint, Progress
+from imu_fast.unlearning.confirm import confirm
 from imu_fast.unlearning.depth import StopRule, bisect
 from imu_fast.unlearning.method import Job, Method
 from imu_fast.unlearning.result import DivergedError, UnlearnResult
@@ -95,9 +96,7 @@ class Ascent(Method):
         auxiliary = self.objective.auxiliary(job.model, job.forget, job.seed)
         rule = Rule(self.objective.name, auxiliary, self.alpha, self.optimizer)
         steps = self.scope.steps(job, rule)
-        result = _Run(self, steps, job).ascend()
-        steps.subject.finish()
-        return result
+        return _Run(self, steps, job).ascend()
 
 
 class _Run:
@@ -116,6 +115,8 @@ class _Run:
         self.trajectory = Trajectory(self.subject, job.watch, job.callback)
         self.batch_losses: list[float] = []
         self.step = 0
+        # Where the last step began and ended, once it has been bisected.
+        self.stretch: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
         self.checkpoint: Checkpoint | None = None
         if job.checkpoint is not None:
             self.checkpoint = Checkpoint(
@@ -203,6 +204,13 @@ class _Run:
         epochs: int = 0,
         fraction: float = 1.0,
     ) -> UnlearnResult:
+        met = self.stop if stopped_by not in ("epochs", "max_steps") else None
+        kept, own = confirm(self.subject, self.trajectory, met, fraction, self._stretch_to)
+        if kept != fraction:
+            self.trajectory.records[-1]["step"] = self.step - 1 + kept
+        reached = own is not None
+        if self.stop is None:
+            reached = not self.pending
         return UnlearnResult(
             self.job.model,
             scores,
@@ -213,8 +221,13 @@ class _Run:
             self.step,
             epochs,
             stopped_by,
-            fraction,
+            kept,
+            reached if self.job.depths.rules else None,
         )
+
+    def _stretch_to(self, t: float) -> None:
+        if self.stretch is not None:
+            move(self.subject, *self.stretch, t)
 
     def _record(self, epoch: int, weights: Tensor, position: float | None = None) -> None:
         step = self.step if position is None else position
@@ -234,10 +247,12 @@ class _Run:
 
         fraction = bisect(reached)
         self._move(before, after, fraction)
+        self.stretch = before, after
         return fraction
 
     def _pass_milestones(self, before: dict[str, Tensor], epoch: int, weights: Tensor) -> None:
         """Stop for a moment at every milestone that the last step crossed."""
+        stretch = self.stretch
         for name in [k for k, rule in self.pending.items() if rule.reached(self.trajectory)]:
             after = snapshot(self.subject)
             fraction = self._bisect(self.pending.pop(name), before)
@@ -247,6 +262,7 @@ class _Run:
                 self.subject.finish()
                 self.job.depths.on_milestone(name, entry)
             self._move(after, after, 1.0)
+        self.stretch = stretch
 
     def _epoch(
         self, epoch: int, indices: Tensor, weights: Tensor, bar: tqdm

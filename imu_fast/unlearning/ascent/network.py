@@ -26,7 +26,7 @@ class NetworkSteps:
     ) -> None:
         self.subject, self._objective, self._alpha = subject, rule.objective, rule.alpha
         self._auxiliary, self._batchnorm, self._dropout = rule.auxiliary, batchnorm, dropout
-        self.optimizer = rule.optimizer.make(list(subject.parameters.values()))
+        self.optimizer = rule.optimizer.make(list(subject.trained.values()))
 
     def step(self, rows: Tensor, weights: Tensor) -> Tensor:
         parameters, device = list(self.subject.parameters.values()), self.subject.device
@@ -43,8 +43,9 @@ class NetworkSteps:
                     penalty = [p.abs().sum() for p in parameters]
                     loss = loss + self._alpha * torch.stack(penalty).sum()
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
+        for tensor, gradient in zip(self.subject.trained.values(), gradients, strict=True):
+            tensor.grad = None if gradient is None else gradient.to(tensor.dtype)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.subject.finish()
         return loss.detach()

@@ -17,7 +17,7 @@ from imu_fast.curvature.ggn.ggn import GGN
 from imu_fast.curvature.kfac import KFAC
 from imu_fast.errors import InputError, check_positive
 from imu_fast.factors.gradient_factors import GradientFactors
-from imu_fast.factors.probabilities import augmented, probabilities
+from imu_fast.factors.statistics import second_moment, trace
 from imu_fast.options import Options, Table, option, options
 from imu_fast.solvers.cholesky.cholesky import damped_cholesky_solve
 
@@ -53,12 +53,6 @@ class NoPreconditioner(Preconditioner):
     name = "none"
 
 
-def second_moment(features: Tensor, has_bias: bool) -> Tensor:
-    """``S = mean(a~ a~^T)``: [D, D] in float64; features [n, d]."""
-    a = augmented(features, has_bias)
-    return a.T @ a / len(a)
-
-
 def _on_the_right(s: Tensor, eps: float, like: Tensor) -> Apply:
     """``gradient (S + eps tr(S)/D I)^-1``."""
     eye = torch.eye(len(s), dtype=s.dtype, device=s.device)
@@ -74,7 +68,7 @@ class Features(Preconditioner):
     eps: float = option(default=1e-2, check=check_positive, also="precondition_eps")
 
     def fit(self, factors: GradientFactors) -> Apply:
-        return _on_the_right(second_moment(factors.act, factors.has_bias), self.eps, factors.delta)
+        return _on_the_right(second_moment(factors), self.eps, factors.delta)
 
 
 @options
@@ -100,10 +94,7 @@ class _Curved(Preconditioner):
     eps: float
 
     def _damping(self, factors: GradientFactors) -> float:
-        p, scale = probabilities(factors)
-        norms = augmented(factors.act, factors.has_bias).square().sum(dim=1)
-        trace = (scale * (1 - p.square().sum(dim=1)).clamp_min(0) * norms).sum() / factors.n
-        mean = float(trace) / (factors.num_classes * factors.width)
+        mean = trace(factors) / (factors.num_classes * factors.width)
         # A saturated model has no curvature to speak of: M is then a multiple of the identity.
         return max(self.eps * mean, torch.finfo(torch.float32).tiny)
 

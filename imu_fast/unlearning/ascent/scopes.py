@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -23,6 +24,8 @@ from imu_fast.unlearning.ascent.preconditioners import (
 from imu_fast.unlearning.ascent.step import Rule, Steps
 from imu_fast.unlearning.method import Job
 from imu_fast.unlearning.subject import HeadSubject, NetworkSubject, check_head_layer
+
+logger = logging.getLogger("imu_fast")
 
 # The layers that the authors' code scores and trains.
 PAPER_LAYERS = "*fc*"
@@ -86,14 +89,30 @@ class Head(Scope):
         return replace(self, layer=find_head(model, self.layer)[0])
 
     def steps(self, job: Job, rule: Rule) -> Steps:
-        subject = HeadSubject.of(job.model, self.layer or "head", job.sets, job.progress)
-        job.keep(subject.head.parameters())
+        subject = HeadSubject(job.model, self.layer, job.sets, job.progress)
+        _check_not_frozen(job.model, subject)
+        if subject.tied:
+            return self._through_the_network(job, rule, subject)
+        job.keep(subject.tensors())
         chosen: Tensor | None = None
         if self.rows == "forgotten":
             chosen = torch.zeros(subject.head.out_features, dtype=torch.bool)
             chosen[subject.sets["forget"][1].cpu().unique()] = True
         apply = self.precondition.fit(subject.factors()[0]) if self._preconditioned else None
         return HeadSteps(subject, rule, rows=chosen, preconditioner=apply)
+
+    def _through_the_network(self, job: Job, rule: Rule, head: HeadSubject) -> Steps:
+        """A weight that features depend on: its gradient goes through the network as well."""
+        shared = ", ".join(head.tied)
+        if self.rows != "all" or self._preconditioned:
+            raise InputError(
+                f"rows={self.rows!r}, precondition={self.precondition.name!r}: the head "
+                f"{head.name!r} shares its weight with {shared}, so its features change with it, "
+                "and these two work on cached features; leave them out, or untie the weight"
+            )
+        logger.info("the head %r shares its weight with %s: autograd", head.name, shared)
+        own = {id(parameter) for parameter in head.layer.parameters()}
+        return _network(job, rule, own, batchnorm="eval", dropout="eval")
 
     @property
     def _preconditioned(self) -> bool:
@@ -112,16 +131,34 @@ class _Autograd(Scope):
     batchnorm: Mode
     dropout: Mode
 
-    def _trained(self, model: nn.Module) -> list[str]:
-        """Names of the trained parameters."""
+    def _trained(self, model: nn.Module) -> set[int]:
+        """The ids of the trained parameters."""
         raise NotImplementedError
 
     def steps(self, job: Job, rule: Rule) -> Steps:
-        names = self._trained(job.model)
-        job.keep(p for name, p in job.model.named_parameters() if name in set(names))
-        job.keep(job.model.buffers())
-        subject = NetworkSubject(job.model, job.sets, names)
-        return NetworkSteps(subject, rule, batchnorm=self.batchnorm, dropout=self.dropout)
+        trained = self._trained(job.model)
+        return _network(job, rule, trained, batchnorm=self.batchnorm, dropout=self.dropout)
+
+
+def _network(job: Job, rule: Rule, trained: set[int], *, batchnorm: str, dropout: str) -> Steps:
+    # By identity: a shared parameter has its name at another layer.
+    names = [name for name, p in job.model.named_parameters() if id(p) in trained]
+    job.keep(p for p in job.model.parameters() if id(p) in trained)
+    job.keep(job.model.buffers())
+    subject = NetworkSubject(job.model, job.sets, names)
+    return NetworkSteps(subject, rule, batchnorm=batchnorm, dropout=dropout)
+
+
+def _check_not_frozen(model: nn.Module, subject: HeadSubject) -> None:
+    """Raise InputError where the user trains other parameters and keeps the head's."""
+    head = {id(parameter) for parameter in subject.layer.parameters()}
+    frozen = not any(p.requires_grad for p in subject.layer.parameters())
+    if frozen and any(p.requires_grad for p in model.parameters() if id(p) not in head):
+        raise InputError(
+            f"the head {subject.name!r} has requires_grad=False while other parameters do not; ask "
+            f"for it by name, layers={subject.name!r} with scope='layers', or use scope='all' for "
+            "those that are not frozen"
+        )
 
 
 @options
@@ -157,12 +194,13 @@ class Layers(_Autograd):
             names = [n for layer in wanted for n in _names(layer, modules, model)]  # type: ignore[union-attr]
         return replace(self, layers=list(dict.fromkeys(names)))
 
-    def _trained(self, model: nn.Module) -> list[str]:
+    def _trained(self, model: nn.Module) -> set[int]:
         names: list[str] = self.layers  # type: ignore[assignment]  # bound
-        parameters = [name for name, _ in model.named_parameters()]
-        if WHOLE_MODEL in names:
-            return parameters
-        return [p for p in parameters if any(p.startswith(f"{x}.") for x in names)]
+        modules = [model if n == WHOLE_MODEL else model.get_submodule(n) for n in names]
+        found = {id(p) for module in modules for p in module.parameters()}
+        if not found:
+            raise InputError(f"layers={names} have no parameters to train; name other layers")
+        return found
 
 
 def _names(layer: Any, modules: dict[str, nn.Module], model: nn.Module) -> list[str]:
@@ -187,14 +225,21 @@ def _names(layer: Any, modules: dict[str, nn.Module], model: nn.Module) -> list[
 
 @options
 class Network(_Autograd):
-    """Every parameter."""
+    """Every parameter that is not frozen (``requires_grad=False``)."""
 
     name = "all"
     batchnorm: Mode = option(default="eval", check=_check_mode)
     dropout: Mode = option(default="eval", check=_check_mode)
 
-    def _trained(self, model: nn.Module) -> list[str]:
-        return [name for name, _ in model.named_parameters()]
+    def _trained(self, model: nn.Module) -> set[int]:
+        found = {id(p) for p in model.parameters() if p.requires_grad}
+        if not found:
+            raise InputError(
+                "scope='all' trains the parameters that are not frozen, and all of this model's "
+                "have requires_grad=False; set it on those to train, or name layers=[...] with "
+                "scope='layers'"
+            )
+        return found
 
 
 ScopeName = Literal["head", "layers", "all"]

@@ -14,6 +14,7 @@ from typing_extensions import Self
 from imu_fast.errors import InfeasibleError, InputError, check_positive
 from imu_fast.model.head import find_head
 from imu_fast.options import option, options
+from imu_fast.unlearning.confirm import confirm
 from imu_fast.unlearning.depth import StopRule, bisect
 from imu_fast.unlearning.edit.program import smallest_edit
 from imu_fast.unlearning.method import Job, Method
@@ -25,6 +26,10 @@ logger = logging.getLogger("imu_fast")
 
 # Points on the way from the trained to the edited head that the trajectory records.
 _RECORDS = 8
+# Edits one after the other of a head whose weight its own features depend on.
+_ROUNDS = 10
+# Multiples of an edit that are tried where it does not reach the depth.
+_FURTHER = (1.25, 1.6, 2.0, 3.0)
 
 
 def _check_moment(name: str, value: Any) -> None:
@@ -61,11 +66,9 @@ class MarginEdit(Method):
         return self if self.layer is None else replace(self, layer=find_head(model, self.layer)[0])
 
     def run(self, job: Job) -> UnlearnResult:
-        subject = HeadSubject.of(job.model, self.layer or "head", job.sets, job.progress)
-        job.keep(subject.head.parameters())
-        result = _Edit(self, subject, job).run()
-        subject.finish()
-        return result
+        subject = HeadSubject(job.model, self.layer, job.sets, job.progress)
+        job.keep(subject.tensors())
+        return _Edit(self, subject, job).run()
 
 
 class _Edit:
@@ -81,8 +84,9 @@ class _Edit:
         n, device, depths = self.subject.n, self.trained.device, self.job.depths
         indices, scale, stopped_by = torch.arange(n), 1.0, "milestones"
         milestones = depths.milestones or {}
+        reached = None
         for name, rule in milestones.items():
-            step, indices, scale, _ = self._to(rule)
+            step, indices, scale, reached = self._to(rule)
             if depths.on_milestone is not None:
                 self.subject.finish()
                 depths.on_milestone(name, self.trajectory.entry(scale, 0))
@@ -92,6 +96,11 @@ class _Edit:
         for k in range(_RECORDS + 1) if scale else (0,):
             self._set(step, scale * k / _RECORDS)
             self.trajectory.record(scale * k / _RECORDS, 0)
+        last = depths.rules[-1] if depths.rules else None
+        met = last if reached else None
+        kept, own = confirm(self.subject, self.trajectory, met, scale, lambda t: self._set(step, t))
+        if kept != scale:
+            self.trajectory.records[-1]["step"] = scale = kept
         weights = torch.ones(len(indices), device=device)
         return UnlearnResult(
             self.job.model,
@@ -102,6 +111,7 @@ class _Edit:
             steps=1,
             stopped_by=stopped_by,
             step_fraction=scale,
+            reached=None if last is None else own is not None,
         )
 
     def _set(self, step: Tensor, scale: float) -> None:
@@ -135,38 +145,54 @@ class _Edit:
                 low, high = (low, middle) if deep else (middle, high)
         step, chosen = self._solve(high)
         self._set(step, 1.0)
-        reached, scale = None, 1.0
-        if rule is not None:
-            reached = rule.reached(self.trajectory)
-            if reached is None:
-                logger.warning("margin_edit of %d of %d samples does not reach the depth", high, n)
-            else:
-                scale = bisect(self._holds(rule, step))
-                self._set(step, scale)
+        if rule is None:
+            return step, chosen.cpu(), 1.0, None
+        for _ in range(_ROUNDS if self.subject.tied else 0):
+            if rule.reached(self.trajectory):
+                break
+            # The edit moved its own features: another from where they are now.
+            self.subject.capture_again()
+            more, chosen = self._solve(high, self.subject.theta.clone())
+            step = step + more
+            self._set(step, 1.0)
+        reached = rule.reached(self.trajectory)
+        for further in _FURTHER if reached is None else ():
+            # A half-precision head may round the edit short of its margins.
+            if self._holds(rule, further * step)(1.0):
+                step, reached = further * step, rule.reached(self.trajectory)
+                break
+        if reached is None:
+            self._set(step, 1.0)
+            return step, chosen.cpu(), 1.0, None
+        scale = bisect(self._holds(rule, step))
+        self._set(step, scale)
         return step, chosen.cpu(), scale, reached
 
-    def _solve(self, count: int) -> tuple[Tensor, Tensor]:
-        """The edit [C, D] for ``count`` samples, and which they are.
+    def _solve(self, count: int, theta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The edit [C, D] of theta (as trained) for ``count`` samples, and which they are.
 
         Samples already wrong come first, for free; where holding them so contradicts the others,
         only samples that still have their label are edited, which is always possible.
         """
         features, labels = self.subject.sets["forget"]
+        theta = self.trained if theta is None else theta
         try:
-            return self._edit(features, labels, count)
+            return self._edit(features, labels, theta, count)
         except InfeasibleError:
             self._set(torch.zeros_like(self.trained), 0.0)
             right = torch.nonzero(self.trajectory.measure("forget").correct).flatten()
             count = count - (len(labels) - len(right))
             logger.info("margin_edit leaves out %d samples already wrong", len(labels) - len(right))
-            step, chosen = self._edit(features[right], labels[right], max(1, count))
+            step, chosen = self._edit(features[right], labels[right], theta, max(1, count))
             return step, right[chosen]
 
-    def _edit(self, features: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def _edit(
+        self, features: Tensor, labels: Tensor, theta: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
         found = smallest_edit(
             features,
             labels,
-            self.trained,
+            theta,
             self.subject.has_bias,
             count=count,
             margin=self.method.margin,

@@ -1,0 +1,208 @@
+"""Factors of any linear layers: one forward and one backward pass, every row with its sample."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imu_fast.errors import InputError, check_finite_rows
+from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.model.calls import Call, watched
+from imu_fast.model.head import LinearLayer
+from imu_fast.model.logits import chosen
+from imu_fast.model.loss import counts_of, on_logits, sample_losses, targets_of
+from imu_fast.model.rows import Backward, Mixed, Ownership, one_sample_at_a_time, packed
+from imu_fast.model.run import Batch, evaluated, read
+from imu_fast.model.search import Run, locate
+from imu_fast.model.verify import LinearChecks
+
+logger = logging.getLogger("imu_fast")
+
+Rows = tuple[Tensor, Tensor, Tensor]
+
+
+class _LayersCapture:
+    """Rows of the layers, batch by batch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[LinearLayer],
+        output: Any,
+        ignore_index: int,
+        shift: bool,
+    ) -> None:
+        self.model, self.layers, self.output = model, list(layers), output
+        self.ignore_index, self.shift = ignore_index, shift
+        self.parts: dict[str, list[Rows]] = {layer.name: [] for layer in layers}
+        self.samples: list[Tensor] = []  # how many labels each sample of each batch has
+        self._ownership, self._checks = Ownership(), LinearChecks()
+        self._ran: set[str] = set()
+        self._reached: set[str] = set()
+
+    def add(self, run: Run, batch: Batch) -> None:
+        with watched(self.layers, leaves=True, trained=True) as seen:
+            output = run(batch)
+        for name, why in seen.odd.items():
+            raise InputError(f"layers={name!r}: {why}; it has no factors")
+        self.output = locate(self.model, run, batch, output, self.output)
+        logits = chosen(output, self.output)
+        targets = targets_of(batch[2], logits, ignore_index=self.ignore_index, shift=self.shift)
+        _, delta = sample_losses(logits, targets)
+        signal = on_logits(delta, logits.detach(), targets)
+        for call in seen.calls:
+            self._checks.add(call.layer, call.act, call.rows(call.out.detach()))
+        self._ran |= {call.layer.name for call in seen.calls}
+        labelled = counts_of(targets) > 0
+        self.samples.append(labelled)
+        calls = seen.calls if logits.requires_grad else []
+
+        def backward(weights: Tensor) -> list[Tensor]:
+            weighted = signal * weights.to(signal).view(-1, *[1] * (signal.dim() - 1))
+            return self._gradients(calls, logits, weighted)
+
+        rows = self._rows(run, batch, calls, logits, signal, backward) if calls else []
+        for layer in self.layers:
+            own = [r for r, call in zip(rows, calls, strict=True) if call.layer == layer]
+            self.parts[layer.name].append(_joined(own, layer, labelled))
+
+    def _gradients(self, calls: Sequence[Call], logits: Tensor, signal: Tensor) -> list[Tensor]:
+        targets = [call.target for call in calls]
+        found = torch.autograd.grad(logits, targets, signal, retain_graph=True, allow_unused=True)
+        self._reached |= {c.layer.name for c, g in zip(calls, found, strict=True) if g is not None}
+        return [call.rows(g) for call, g in zip(calls, found, strict=True)]
+
+    def _rows(
+        self,
+        run: Run,
+        batch: Batch,
+        calls: Sequence[Call],
+        logits: Tensor,
+        signal: Tensor,
+        backward: Backward,
+    ) -> list[Rows]:
+        """``(delta [R, C], act [R, d], owner [R])`` of each call."""
+        n = len(signal)
+        base = self._gradients(calls, logits, signal)
+        names = [call.layer.name for call in calls]
+        try:
+            owners = self._ownership.owners(names, base, backward, n)
+        except Mixed as mixed:
+            name = names[mixed.call]
+            _check_independent(run, batch, logits, n, name, self.output)
+            logger.info("layer %r: samples share its rows; one backward pass each", name)
+            return one_sample_at_a_time(backward, [call.act for call in calls], n)
+        return [
+            (g.reshape(-1, g.shape[-1]), call.act.reshape(-1, call.act.shape[-1]), owner.flatten())
+            for g, call, owner in zip(base, calls, owners, strict=True)
+        ]
+
+    def factors(self) -> list[GradientFactors]:
+        if not self.samples:
+            raise InputError("loader is empty; pass at least one batch of forget samples")
+        self._checks.finish()
+        for layer in self.layers:
+            if layer.name not in self._ran:
+                raise InputError(
+                    f"layers={layer.name!r} never ran as a module: the model does not use it on "
+                    "these samples, or reads its weight directly (as nn.MultiheadAttention does "
+                    "with out_proj); leave it out"
+                )
+            if layer.name not in self._reached:
+                logger.warning(
+                    "layer %r does not reach the loss of any sample: its gradient is zero",
+                    layer.name,
+                )
+        return [self._factors(layer) for layer in self.layers]
+
+    def _factors(self, layer: LinearLayer) -> GradientFactors:
+        delta, act, counts = (torch.cat([p[i] for p in self.parts[layer.name]]) for i in range(3))
+        dtype = torch.float64 if delta.dtype == torch.float64 else torch.float32
+        check_finite_rows(f"gradient of {layer.name}", delta, "position")
+        check_finite_rows(f"input of {layer.name}", act, "position")
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        return GradientFactors(
+            delta=delta.to(dtype),
+            act=act.to(dtype),
+            offsets=offsets,
+            has_bias=layer.bias is not None,
+            name=layer.name,
+        )
+
+
+def _joined(rows: Sequence[Rows], layer: LinearLayer, labelled: Tensor) -> Rows:
+    """One layer's rows of one batch in the order of their samples, and how many each has."""
+    if not rows:
+        weight = layer.weight
+        delta, act = (weight.new_zeros(0, size) for size in weight.shape)
+        return packed(delta, act, torch.zeros(0, dtype=torch.int64), labelled)
+    delta, act, owner = rows[0]
+    if len(rows) > 1:
+        delta, act, owner = (torch.cat([r[i] for r in rows]) for i in range(3))
+    return packed(delta.detach(), act.detach(), owner, labelled)
+
+
+def _sample_of(value: Any, sample: int, n: int) -> Any:
+    if isinstance(value, Tensor) and value.dim() and len(value) == n:
+        return value[sample : sample + 1]
+    if isinstance(value, dict):
+        return {key: _sample_of(item, sample, n) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_sample_of(item, sample, n) for item in value)
+    return value
+
+
+def _check_independent(
+    run: Run, batch: Batch, logits: Tensor, n: int, name: str, output: Any
+) -> None:
+    """Raise InputError unless a sample's logits are the same without the rest of its batch.
+
+    Then its gradient is its own too, even at rows that all samples share.
+    """
+    args, kwargs, labels = batch
+    for sample in {0, n - 1}:
+        alone = _sample_of(list(args), sample, n), _sample_of(kwargs, sample, n)
+        one = (alone[0], alone[1], labels[sample : sample + 1])
+        try:
+            found = chosen(run(one), output).detach()[0]
+        except Exception as error:
+            raise _mixes(name, f"and a sample cannot be run alone ({error})") from error
+        here = logits.detach()[sample]
+        bound = 64 * torch.finfo(here.dtype).eps ** 0.75 * (here.abs().max() + found.abs().max())
+        if found.shape != here.shape or not bool(((found - here).abs() <= bound).all()):
+            raise _mixes(name, "and a sample's logits change with the rest of its batch")
+
+
+def _mixes(name: str, why: str) -> InputError:
+    return InputError(
+        f"layers={name!r}: the gradient at a row comes from several samples, {why}; there is no "
+        "gradient of one sample at this layer. Choose another, or batches of one sample"
+    )
+
+
+def capture_layers(
+    model: nn.Module,
+    loader: Any,
+    layers: Sequence[LinearLayer],
+    *,
+    ignore_index: int,
+    shift: bool,
+    output: Any,
+    progress: bool,
+) -> list[GradientFactors]:
+    """Factors of the layers in their order, see :func:`imu_fast.model.capture.capture`."""
+    seen = _LayersCapture(model, layers, output, ignore_index, shift)
+    with ExitStack() as stack:
+        run = stack.enter_context(evaluated(model))
+        for layer in layers:
+            weight = layer.module._parameters.get("weight")
+            if weight is not None:  # keeps torch's fused encoder layers off, which no hook sees
+                weight.requires_grad_()
+        for batch in read(model, loader, progress):
+            seen.add(run, batch)
+    return seen.factors()

@@ -1,0 +1,118 @@
+"""Running the user's model so that its layers can be watched, and leaving it as it was."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from imu_fast.errors import InputError
+from imu_fast.model.batches import as_batches, device_of, split_batch, to_device
+from imu_fast.model.guard import preserved
+
+logger = logging.getLogger("imu_fast")
+
+Batch = tuple[list[Any], dict[str, Any], Tensor]
+
+
+def warn_if_shuffled(loader: Any) -> None:
+    """Scores come in the order of this one pass."""
+    if isinstance(getattr(loader, "sampler", None), torch.utils.data.RandomSampler):
+        logger.warning("the loader shuffles: scores follow the order of this one pass")
+
+
+def read(model: nn.Module, loader: Any, progress: bool) -> Iterator[Batch]:
+    """``(positional inputs, keyword inputs, labels)`` of each batch, on the model's device."""
+    device = device_of(model)
+    batches = tqdm(as_batches(loader), desc="capture", unit="batch", disable=not progress)
+    for batch in batches:
+        args, kwargs, labels = to_device(split_batch(batch), device)
+        yield [_usable(a) for a in args], {k: _usable(v) for k, v in kwargs.items()}, labels
+
+
+def _usable(value: Any) -> Any:
+    """A tensor made under inference_mode cannot be saved for a backward pass; its copy can."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """The user's own module inside DataParallel, DistributedDataParallel and torch.compile.
+
+    Hooks set on the inner layers fire there: replicas have none, compiled code ignores them.
+    """
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _check_runs(model: nn.Module) -> None:
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise InputError(
+            "model holds a TorchScript module, whose layers cannot be watched; pass the eager "
+            "module it was scripted or traced from"
+        )
+    for name, parameter in model.named_parameters():
+        if torch.nn.parameter.is_lazy(parameter):
+            raise InputError(
+                f"model: parameter {name!r} has no shape yet (a lazy layer); run the model once"
+            )
+        if parameter.is_inference():
+            raise InputError(
+                f"model: parameter {name!r} was made under torch.inference_mode(), which rules "
+                "out gradients; build or load the model outside of it"
+            )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise InputError(
+                f"model: {name!r} normalises by its batch's own statistics, in evaluation mode "
+                "too (track_running_stats=False), so that a sample has no loss of its own; give "
+                "it running statistics"
+            )
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[Callable[[Batch], Any]]:
+    """The model in evaluation mode; nothing asks for a gradient but what the caller makes ask.
+
+    So no graph is recorded before a tensor of the caller's, and from there on it is, whatever the
+    model's own code does. Yields what runs a batch. Everything is restored, errors included.
+
+    Raises:
+        InputError: a model whose layers cannot be watched, or whose samples are not independent.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
+    _check_runs(model)
+    inner = innermost(model)
+    with ExitStack() as stack:
+        stack.enter_context(preserved(model))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if "torch._dynamo" in sys.modules:  # no compiled code without it
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        model.eval()
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+
+        def run(batch: Batch) -> Any:
+            if model.training:  # a loader may have meddled
+                model.eval()
+            args, kwargs, _ = batch
+            return inner(*args, **kwargs)
+
+        yield run
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """No autocast: our own products keep their dtype inside the user's autocast."""
+    return torch.autocast(device.type, enabled=False)

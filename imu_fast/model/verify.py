@@ -1,0 +1,142 @@
+"""Whether a layer's output is ``act W^T + b``, to the rounding of what it was computed in."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from imu_fast.errors import NoHeadFoundError
+from imu_fast.model.head import LinearLayer
+from imu_fast.model.run import full_precision
+
+# Multiply-adds that a check may cost; beyond, rows are drawn evenly.
+_BUDGET = 1 << 30
+# Rows and columns checked in each batch after the first, and batches whose rows wait for a check.
+_ROWS, _COLUMNS, _WAITING = 4, 256, 64
+_FORWARDS = tuple(kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+# Multiples of the expected rounding that a sound layer may be off by.
+_SAFETY = 8.0
+
+
+def deviation(layer: LinearLayer, act: Tensor, out: Tensor, columns: slice | None = None) -> str:
+    """What is wrong with the claim ``out = act W^T + b``; empty if it holds.
+
+    A sum of d products that is rounded at each step is off by about ``sqrt(d) u sum |a w|`` (errors
+    add up like a random walk; Higham and Mary 2019), u of the dtype that accumulates; operands or
+    outputs in a coarser dtype add its u times the size of the terms, ``|out| + |a * w|_2``.
+
+    Args:
+        act: [..., d]. out: [..., C], what the layer returned; more rows than the budget allows are
+            drawn evenly. columns: which outputs these are; None: all.
+    """
+    weight, bias = layer.weight, layer.bias
+    if not weight.is_floating_point() or type(weight) not in (Tensor, nn.Parameter):
+        return f"its weight is a {type(weight).__name__} of {weight.dtype}, quantised or sharded"
+    if columns is not None:
+        weight, bias = weight[columns], None if bias is None else bias[columns]
+    act, out = act.reshape(-1, act.shape[-1]), out.reshape(-1, out.shape[-1])
+    if act.shape[1] != weight.shape[1] or out.shape != (len(act), len(weight)):
+        return f"it maps {tuple(act.shape)} to {tuple(out.shape)} by a weight {tuple(weight.shape)}"
+    budget = max(1, _BUDGET // max(1, weight.numel()))
+    if len(act) > budget:
+        chosen = torch.linspace(0, len(act) - 1, budget, device=act.device).round().long()
+        act, out = act[chosen], out[chosen]
+    return _compare(act, weight, bias, out)
+
+
+def _compare(act: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> str:
+    d = act.shape[1]
+    dtypes = (act.dtype, weight.dtype, out.dtype)
+    wide = torch.float64 if all(t == torch.float64 for t in dtypes) else torch.float32
+    fine = torch.finfo(wide).eps / 2
+    coarse = max(torch.finfo(t).eps / 2 for t in dtypes)
+    if act.is_cuda and wide == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        coarse = max(coarse, 2.0**-11)
+    walk = math.sqrt(d) + 2
+    w = weight.to(wide)
+    b = w.new_zeros(len(w)) if bias is None else bias.to(wide)
+    with full_precision(act.device):
+        a = act.to(wide)
+        off = torch.nn.functional.linear(a, w, b).sub_(out).abs_()
+        heights, widths = a.norm(dim=1), w.norm(dim=1)
+        # Most rows are far within what the smallest output may be off by.
+        sound = off.amax(dim=1) <= _SAFETY * fine * walk * heights * widths.amin()
+        if bool(sound.all()):
+            return ""
+        rows = torch.nonzero(~sound).flatten()
+        a, out, off = a[rows], out[rows].to(wide), off[rows]
+        # |a||w| bounds sum |a w|, and is about sqrt(d) |a * w|_2 where no entry stands out.
+        size = heights[rows, None] * widths
+        allowed = fine * walk * size + coarse * (size / math.sqrt(d) + out.abs())
+        allowed += (fine + coarse) * b.abs()
+        # What is not finite on both sides is for another check to report.
+        wrong = (off > _SAFETY * allowed) & torch.isfinite(off)
+        wrong |= torch.isfinite(out) & ~torch.isfinite(off)
+        suspects = torch.nonzero(wrong)
+        for row, column in suspects[:: max(1, len(suspects) // 64)]:
+            spread = (a[row].double() * w[column].double()).norm()
+            bound = _SAFETY * (allowed[row, column] + coarse * spread)
+            if not off[row, column] <= bound:
+                return (
+                    f"output {int(column)} of row {int(rows[row])} is "
+                    f"{float(out[row, column]):.6g}, off by {float(off[row, column]):.2g} where "
+                    f"rounding allows {float(bound):.1g}"
+                )
+    return ""
+
+
+class LinearChecks:
+    """The claim about every call of some layers: in full at first, then on rows of each batch.
+
+    Rows of later calls are put by and checked many at once, which costs next to nothing.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._known: dict[str, LinearLayer] = {}
+        self._round = 0
+
+    def add(self, layer: LinearLayer, act: Tensor, out: Tensor) -> None:
+        """One call: act [..., d], and out [..., C] as the layer returned it.
+
+        Raises:
+            NoHeadFoundError: it, or one before it, is not ``act W^T + b``.
+        """
+        if layer.name not in self._known or type(layer.module).forward not in _FORWARDS:
+            self._known[layer.name] = layer
+            _refuse(layer, deviation(layer, act, out))
+            return
+        act, out = act.reshape(-1, act.shape[-1]), out.reshape(-1, out.shape[-1])
+        every = max(1, len(act) // _ROWS)
+        waiting = self._waiting.setdefault(layer.name, [])
+        waiting.append((act[::every].clone(), out[::every, self._columns(layer)].clone()))
+        if len(waiting) >= _WAITING:
+            self.finish()
+
+    def finish(self) -> None:
+        """Check what waits.
+
+        Raises:
+            NoHeadFoundError: a call was not ``act W^T + b``.
+        """
+        for name, waiting in self._waiting.items():
+            layer = self._known[name]
+            act, out = (torch.cat([pair[i] for pair in waiting]) for i in (0, 1))
+            _refuse(layer, deviation(layer, act, out, self._columns(layer)))
+        self._waiting.clear()
+        self._round += 1
+
+    def _columns(self, layer: LinearLayer) -> slice:
+        step = max(1, layer.width // _COLUMNS)
+        return slice(self._round % step, None, step)
+
+
+def _refuse(layer: LinearLayer, wrong: str) -> None:
+    if wrong:
+        raise NoHeadFoundError(
+            f"layer {layer.name!r} is a {layer.kind} whose output is not act W^T + b: {wrong}; "
+            "score other layers, or pass its own features and effective weight to "
+            "GradientFactors.from_head"
+        )
