@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from cases import Case, assert_close, every_case, every_dtype
+from cases import Call, Case, assert_close, every_case, every_dtype
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import imu_fast as imu
@@ -29,6 +31,45 @@ def truth_of(head: Head):
     bias = None if head.bias is None else head.bias.double()
     logits = torch.nn.functional.linear(head.features.double(), head.weight.double(), bias)
     return *reference.softmax_residual(logits, head.labels, head.scale), logits
+
+
+def bounds(head):
+    """The length of a logit's sum and of the softmax over them, and a logit's size."""
+    logits = truth_of(head)[2]
+    size = float(logits.abs().max())
+    # exp amplifies an absolute error of a logit, itself a sum of d products, into a relative one.
+    return len(head.weight) + int((head.features.shape[1] + 3) * (size + 1)), max(1.0, size)
+
+
+def operands(case, dtype, slab, ignored=False):
+    head, _ = head_of(case, dtype)
+    length, size = bounds(head)
+    if ignored:
+        head.labels[::3] = -100
+    return Call((head, slab), length, [size, 1.0, size])
+
+
+def residual_operands(case, dtype, ignored=False):
+    head, _ = head_of(case, dtype)
+    length, _ = bounds(head)
+    if ignored:
+        head.labels[::3] = -100
+    with imu.use_backend("reference"):
+        known = normaliser(head)
+    return Call((head, known, slice(case.classes // 3, case.classes)), length, [1.0])
+
+
+OPERANDS = {
+    "linear_softmax_normaliser": {
+        "whole": partial(operands, slab=100),
+        "slabs": partial(operands, slab=3),
+        "ignored": partial(operands, slab=3, ignored=True),
+    },
+    "linear_softmax_residual": {
+        "": residual_operands,
+        "ignored": partial(residual_operands, ignored=True),
+    },
+}
 
 
 @every_case
