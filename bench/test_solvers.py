@@ -3,7 +3,7 @@
 From tensors to scores, one thread, for three users: influence of every training sample on one
 query; on 200 queries; and self-influence of every training sample. Without curvature ("gradient
 products") and with the exact one. Floor: the dense alternatives are counted in
-``imu_fast.curvature.ggn_costs``. ``pip install dattri pyDVL captum`` for the peers; those absent
+``imu_fast.curvature.ggn.costs``. ``pip install dattri pyDVL captum`` for the peers; those absent
 are skipped. Ours is certified: its relative residual, in float64, is at most 1e-6; the peers' is
 whatever float32 leaves.
 """

@@ -21,6 +21,7 @@ _EXPORTS = {
     "Curvature": "curvature.base",
     "curvatures": "curvature.named",
     "damped_cholesky_solve": "solvers.cholesky.cholesky",
+    "Data": "model.parts",
     "DivergedError": "unlearning.result",
     "EKFAC": "curvature.kfac",
     "evaluate": "evaluation.evaluate",
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
     from imu_fast.model.capture import capture_features as capture_features
     from imu_fast.model.head import find_head as find_head
     from imu_fast.model.head import linear_layers_matching as linear_layers_matching
+    from imu_fast.model.parts import Data as Data
     from imu_fast.solvers.cholesky.cholesky import damped_cholesky_solve as damped_cholesky_solve
     from imu_fast.unlearning.ascent.ascent import Ascent as Ascent
     from imu_fast.unlearning.ascent.optimizer import SGD as SGD

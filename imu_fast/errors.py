@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -18,6 +19,10 @@ class ImuFastError(Exception):
 
 class InputError(ImuFastError, ValueError):
     """An argument cannot be used; raised before any work is done."""
+
+
+class WriteError(ImuFastError, OSError):
+    """A file cannot be written; what was there before is untouched."""
 
 
 class EmptySelectionError(InputError):
@@ -123,6 +128,28 @@ def check_finite_rows(name: str, tensor: Tensor, what: str = "sample") -> None:
         f"{name} is not finite at {what} {int(rows[0])} ({rows.numel()} of {tensor.shape[0]} "
         f"rows); remove these samples or repair the model (NaN weights, fp16 overflow)"
     )
+
+
+# What modules are called where they are installed from, where that is another name.
+_DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}
+
+
+def check_installed(what: str, *modules: str, install: str = "'imu_fast[demo]'") -> None:
+    """Raise InputError unless these optional modules can be imported; to be asked before the work.
+
+    Args:
+        what: that needs them, as the message begins.
+        install: what pip is to install.
+    """
+    for module in modules:
+        try:
+            import_module(module)
+        except (ImportError, RuntimeError) as error:  # RuntimeError: libraries that do not match
+            name = module.split(".")[0]
+            raise InputError(
+                f"{what} needs {_DISTRIBUTIONS.get(name, name)}, which does not load "
+                f"({brief(error)}); pip install {install}"
+            ) from error
 
 
 def check_same_device(first: str, a: Tensor, second: str, b: Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from imu_fast.errors import ImuFastError, InputError, check_count
+from imu_fast.errors import ImuFastError, InputError, check_count, check_installed
 
 app = typer.Typer(
     help="Influence-guided machine unlearning: score, reweight, unlearn.",
@@ -20,7 +20,11 @@ app = typer.Typer(
 )
 
 Arch = Annotated[
-    str, typer.Option(help="torchvision:NAME, timm:NAME, or MODULE:FUNCTION of your own.")
+    str,
+    typer.Option(
+        help="torchvision:NAME, timm:NAME, transformers:FOLDER, or MODULE:FUNCTION of your own, "
+        "which returns the model, or the model and how an image becomes its input."
+    ),
 ]
 Weights = Annotated[Path, typer.Option(help="State dict: .safetensors, or a torch file.")]
 Data = Annotated[
@@ -34,7 +38,10 @@ Classes = Annotated[
         "are whole numbers are the class indices, and other names must be all classes, sorted."
     ),
 ]
-ImageSize = Annotated[int, typer.Option(help="Pixels, for image folders.")]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(help="Pixels of the images of a folder; without it the model's own."),
+]
 BatchSize = Annotated[int, typer.Option(help="Samples per batch.")]
 
 
@@ -86,11 +93,7 @@ def demo(
     quick: Annotated[bool, typer.Option(help="Fewer methods, shorter training.")] = False,
 ) -> None:
     """Unlearn real digits by IMU and its rivals, all at the same depth; table, plots, JSON."""
-    try:
-        import matplotlib  # noqa: F401
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"the demo needs {error.name}; pip install 'imu_fast[demo]'") from error
+    check_installed("the demo", "matplotlib", "sklearn")
     from imu_fast.cli.score_files import check_folder, writing
     from imu_fast.study.demo import run
     from imu_fast.study.report.demo_table import demo_table
@@ -118,13 +121,14 @@ def score(
         float | None, typer.Option(help="> 0; default 0.01. identity has none.")
     ] = None,
     classes: Classes = None,
-    image_size: ImageSize = 224,
+    image_size: ImageSize = None,
     batch_size: BatchSize = 64,
 ) -> None:
     """Score every sample of a forget set by its influence at the classifier."""
     import torch
 
     from imu_fast.cli.model_files import build_model, count_classes
+    from imu_fast.cli.preprocessing import preprocessing_of
     from imu_fast.cli.score_files import check_ending, check_out, save_scores, writing
     from imu_fast.curvature.named import CURVATURES
     from imu_fast.data.image_files import load_data
@@ -135,11 +139,14 @@ def score(
     check_out(out)
     spec = CURVATURES.choose(curvature, damping=damping)
     model = build_model(arch, weights)
+    preprocessing = preprocessing_of(data, arch, model, weights, image_size)
+    if preprocessing is not None:
+        typer.echo(preprocessing.description)
     loader, names = load_data(
         data,
         functools.partial(count_classes, model),
+        preprocessing=preprocessing,
         classes=classes,
-        image_size=image_size,
         batch_size=batch_size,
     )
     scores = influence_scores(model, loader, curvature=spec, progress=sys.stderr.isatty())
@@ -176,11 +183,12 @@ def unlearn(
         Path | None, typer.Option(help="Resume from, and save each epoch to, this file.")
     ] = None,
     classes: Classes = None,
-    image_size: ImageSize = 224,
+    image_size: ImageSize = None,
     batch_size: BatchSize = 64,
 ) -> None:
     """Make a checkpoint forget a set of samples."""
     from imu_fast.cli.model_files import build_model, count_classes
+    from imu_fast.cli.preprocessing import preprocessing_of
     from imu_fast.cli.score_files import check_out, writing
     from imu_fast.data.image_files import load_data
     from imu_fast.storage import save_tensors
@@ -208,11 +216,14 @@ def unlearn(
         given["batch_size"] = batch_size
     how = METHODS.choose(method, **given)
     model = build_model(arch, weights)
+    preprocessing = preprocessing_of(data, arch, model, weights, image_size)
+    if preprocessing is not None:
+        typer.echo(preprocessing.description)
     loader, _ = load_data(
         data,
         functools.partial(count_classes, model),
+        preprocessing=preprocessing,
         classes=classes,
-        image_size=image_size,
         batch_size=batch_size,
     )
     result = run(
@@ -259,12 +270,7 @@ def compare(
     workers: Annotated[int | None, typer.Option(help="Processes side by side.")] = None,
 ) -> None:
     """Compare methods at matched depth, over seeds and architectures; table, plots, HTML."""
-    try:
-        import jinja2  # noqa: F401
-        import matplotlib  # noqa: F401
-        import statsmodels  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"compare needs {error.name}; pip install 'imu_fast[demo]'") from error
+    check_installed("compare", "jinja2", "matplotlib", "scipy", "sklearn", "statsmodels")
     from imu_fast.cli.score_files import check_folder, writing
     from imu_fast.study.comparison import run
     from imu_fast.study.configuration import Configuration

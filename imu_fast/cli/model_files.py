@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from imu_fast.errors import InputError, brief
+from imu_fast.errors import InputError, brief, check_installed
 from imu_fast.model.outputs import logits_of
 from imu_fast.storage import load_tensors
 
@@ -67,15 +67,20 @@ def build_model(arch: str, weights: Path) -> nn.Module:
     """The model of ``arch`` with these weights; the number of classes is read off the weights.
 
     Args:
-        arch: ``torchvision:NAME``, ``timm:NAME``, or ``MODULE:FUNCTION`` of the user's own, called
-            without arguments; the module may lie in the current directory.
+        arch: ``torchvision:NAME``, ``timm:NAME``, ``transformers:FOLDER`` (its ``config.json``,
+            of an image classifier), or ``MODULE:FUNCTION`` of the user's own, called without
+            arguments; the module may lie in the current directory. It returns the model, or the
+            model and how an image becomes its input, which ``model.preprocess`` then is.
 
     Raises:
         InputError: unknown architecture, or weights that do not fit it.
     """
     source, _, name = arch.partition(":")
     if not name:
-        raise InputError(f"arch={arch!r}; write torchvision:NAME, timm:NAME or MODULE:FUNCTION")
+        raise InputError(
+            f"arch={arch!r}; write torchvision:NAME, timm:NAME, transformers:FOLDER or "
+            "MODULE:FUNCTION"
+        )
     state = load_weights(weights)
     matrices = {k: v for k, v in state.items() if v.dim() == 2}
     if not matrices:
@@ -87,6 +92,8 @@ def build_model(arch: str, weights: Path) -> nn.Module:
         model = _torchvision_model(arch, name, classes)
     elif source == "timm":
         model = _timm_model(arch, name, classes)
+    elif source == "transformers":
+        return _transformers_model(arch, Path(name), weights, state).eval()
     else:
         model = _own_model(arch, source, name)
     try:
@@ -99,13 +106,9 @@ def build_model(arch: str, weights: Path) -> nn.Module:
 
 
 def _torchvision_model(arch: str, name: str, classes: int) -> nn.Module:
-    try:
-        from torchvision import models
-    except (ImportError, RuntimeError) as error:
-        raise InputError(
-            f"arch={arch!r} cannot be built: torchvision does not load ({brief(error)}); "
-            "pip install 'imu_fast[demo]'"
-        ) from error
+    check_installed(f"arch={arch!r}", "torchvision")
+    from torchvision import models
+
     # Classifiers only: others would download weights of their backbone.
     if name not in models.list_models(module=models):
         raise InputError(f"arch={arch!r} cannot be built: torchvision has no classifier {name!r}")
@@ -116,16 +119,36 @@ def _torchvision_model(arch: str, name: str, classes: int) -> nn.Module:
 
 
 def _timm_model(arch: str, name: str, classes: int) -> nn.Module:
-    try:
-        import timm
-    except (ImportError, RuntimeError) as error:
-        raise InputError(
-            f"arch={arch!r} cannot be built: timm does not load ({brief(error)}); pip install timm"
-        ) from error
+    check_installed(f"arch={arch!r}", "timm", install="timm")
+    import timm
+
     try:
         return timm.create_model(name, pretrained=False, num_classes=classes)
     except (ValueError, RuntimeError, TypeError) as error:
         raise InputError(f"arch={arch!r} cannot be built: {brief(error)}") from error
+
+
+def _transformers_model(
+    arch: str, folder: Path, weights: Path, state: dict[str, Tensor]
+) -> nn.Module:
+    """By the library itself, which knows the names that weights had in files of all versions."""
+    check_installed(f"arch={arch!r}", "transformers", install="transformers")
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    if not (folder / "config.json").is_file():
+        raise InputError(f"arch={arch!r}: {str(folder)!r} has no config.json; name its folder")
+    try:
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        kind = type(AutoModelForImageClassification.from_config(config))
+        model, report = kind.from_pretrained(
+            None, config=config, state_dict=state, output_loading_info=True
+        )
+    except (ValueError, OSError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise InputError(f"arch={arch!r} cannot be built: {brief(error)}") from error
+    wrong = {name: sorted(map(str, keys))[:3] for name, keys in report.items() if keys}
+    if wrong:
+        raise InputError(f"weights={str(weights)!r} do not fit arch={arch!r}: {wrong}")
+    return model
 
 
 def _own_model(arch: str, source: str, name: str) -> nn.Module:
@@ -155,6 +178,18 @@ def _own_model(arch: str, source: str, name: str) -> nn.Module:
                 f"arch={arch!r} raised {type(error).__name__}: {brief(error)}; "
                 f"python -c 'import {source}; {source}.{name}()' shows where"
             ) from error
+    preprocess = None
+    if isinstance(model, tuple) and len(model) == 2:  # as clip.load() and others return it
+        model, preprocess = model
+    if isinstance(model, nn.Module) and callable(preprocess):
+        # In the instance, not by nn.Module: it may be a module, but none of the model's.
+        vars(model)["preprocess"] = preprocess
+    elif preprocess is not None:
+        raise InputError(
+            f"arch={arch!r} returned a pair of {type(model).__name__} and "
+            f"{type(preprocess).__name__}; it must return a torch.nn.Module, or that and a "
+            "function of an image"
+        )
     if not isinstance(model, nn.Module):
         raise InputError(
             f"arch={arch!r} returned a {type(model).__name__}; it must return a torch.nn.Module"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,29 +10,20 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from imu_fast.errors import InputError
-from imu_fast.storage import replacing
+from imu_fast.errors import ImuFastError, InputError, check_installed
+from imu_fast.storage import replacing, writable, writable_folder
 
 ENDINGS = (".npz", ".parquet", ".csv")
 
 
 def check_out(path: Path, name: str = "out") -> None:
     """Raise InputError unless a file can be written here; missing folders can be made."""
-    if path.is_dir():
-        raise InputError(f"{name}={str(path)!r} is a folder; add a file name")
-    check_folder(path.absolute().parent, path, name)
+    writable(path, name)
 
 
 def check_folder(folder: Path, path: Path, name: str = "out") -> None:
     """Raise InputError unless ``folder``, which ``path`` needs, exists or can be made, writable."""
-    folder = folder.absolute()
-    there = next(p for p in (folder, *folder.parents) if os.path.exists(p))
-    if not there.is_dir():
-        raise InputError(f"{name}={str(path)!r}: {str(there)!r} is no folder; choose another")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(
-            f"{name}={str(path)!r}: the folder {str(there)!r} cannot be written to; choose another"
-        )
+    writable_folder(folder, f"{name}={str(path)!r}")
 
 
 @contextmanager
@@ -41,6 +31,8 @@ def writing(path: Path) -> Iterator[None]:
     """Turn what the file system refuses (no space, no rights) into an InputError."""
     try:
         yield
+    except ImuFastError:
+        raise
     except OSError as error:
         raise InputError(
             f"out={str(path)!r} cannot be written ({error}); free space there or choose another"
@@ -52,10 +44,7 @@ def check_ending(path: Path) -> None:
     if path.suffix not in ENDINGS:
         raise InputError(f"out={str(path)!r} must end in one of {', '.join(ENDINGS)}")
     if path.suffix == ".parquet":
-        try:
-            import pyarrow  # noqa: F401
-        except ImportError as error:
-            raise InputError("out=.parquet needs pyarrow: pip install pyarrow") from error
+        check_installed(f"out={str(path)!r}", "pyarrow.parquet", install="pyarrow")
 
 
 def save_scores(path: Path, names: Sequence[str], influence: Tensor, weights: Tensor) -> None:
@@ -70,13 +59,14 @@ def save_scores(path: Path, names: Sequence[str], influence: Tensor, weights: Te
         if path.suffix == ".npz":
             np.savez(temporary, sample=np.array(names), influence=scores, weight=weight)
         elif path.suffix == ".parquet":
+            check_installed("out=.parquet", "pyarrow")
             import pyarrow as pa
             import pyarrow.parquet as pq
 
             table = pa.table({"sample": list(names), "influence": scores, "weight": weight})
             pq.write_table(table, temporary)
         else:
-            with open(temporary, "w", newline="") as file:
+            with open(temporary, "w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file)
                 writer.writerow(["sample", "influence", "weight"])
                 writer.writerows(zip(names, scores.tolist(), weight.tolist(), strict=True))

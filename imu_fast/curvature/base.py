@@ -28,54 +28,127 @@ class Curvature(Options, ABC):
 
 
 class Fitted(ABC):
-    """M of some samples. ``M @ v`` is :meth:`product`.
+    """M of some samples. ``M @ v`` is :meth:`product`. Nothing here is followed by autograd.
+
+    Args:
+        shape: (C, D). device: of M, and so of what it is applied to.
 
     Attributes:
         residual: relative residual ``||M X - v|| / ||v||`` of the last solve, the largest where
             there were several right-hand sides; 0.0 where the solve is elementwise.
     """
 
-    residual: float = 0.0
+    def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
+        self.shape, self.device, self.residual = shape, device, 0.0
 
-    @abstractmethod
+    @torch.no_grad()
     def product(self, v: Tensor) -> Tensor:
-        """``M v``; v [C, D] or [m, C, D]; in v's dtype."""
+        """``M v``; v [C, D] or [m, C, D]; in v's dtype.
+
+        Raises:
+            InputError: v has another shape, is elsewhere or no floating-point tensor.
+        """
+        self._check("v", v)
+        # Half precision is the caller's, not that of sums.
+        return self._product(v.float() if v.itemsize < 4 else v).to(v.dtype)
 
     def __matmul__(self, v: Tensor) -> Tensor:
         return self.product(v)
 
-    @abstractmethod
+    @torch.no_grad()
     def solve(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         """``X = M^-1 v``; v and X [C, D], or [m, C, D].
 
-        Where the solve is elementwise X has v's dtype, or the factors' if that is wider, and
-        ``out`` may be v itself, which saves memory; else X is float64 and ``out`` is not used.
-        """
+        X is float64 but where the solve is elementwise: there it has v's dtype, or the factors' if
+        that is wider.
 
-    @abstractmethod
-    def self_influence(self, factors: Factors) -> Tensor:
-        """``g_i^T M^-1 g_i`` of every sample of ``factors``: [n]."""
+        A residual above the curvature's tolerance is logged, and always to be read in
+        ``residual``.
 
-    def pairwise(self, factors: Factors, queries: Factors) -> Tensor:
-        """``g_i^T M^-1 h_j`` of the samples of both sets: [n, m]; by one solve per query.
-
-        ``residual`` is the largest of them.
+        Args:
+            out: where X is to go, in its dtype; may be v itself.
 
         Raises:
-            InputError: the queries are shared among processes.
+            InputError: as :meth:`product`; v is not finite where it is solved by iteration.
+            SingularMatrixError: M is not positive definite in float64.
         """
+        self._check("v", v)
+        if out is None:
+            return self._solve(v, None)
+        if out.shape != v.shape:
+            raise InputError(f"out has shape {tuple(out.shape)}; expected v's, {tuple(v.shape)}")
+        x = self._solve(v, out)
+        return out if x is out else out.copy_(x)
+
+    @torch.no_grad()
+    def self_influence(self, factors: Factors) -> Tensor:
+        """``g_i^T M^-1 g_i`` of every sample of ``factors``: [n].
+
+        Raises:
+            InputError: they are of another layer's shape, or elsewhere.
+        """
+        self._check_layer("factors", factors)
+        return self._self_influence(factors)
+
+    @torch.no_grad()
+    def pairwise(self, factors: Factors, queries: Factors) -> Tensor:
+        """``g_i^T M^-1 h_j`` of the samples of both sets: [n, m].
+
+        ``residual`` is the largest, where queries are solved for.
+
+        Raises:
+            InputError: as :meth:`self_influence`, or queries are shared among processes.
+        """
+        self._check_layer("factors", factors)
+        self._check_layer("queries", queries)
         check_whole("queries", queries)
+        return self._pairwise(factors, queries)
+
+    @abstractmethod
+    def _product(self, v: Tensor) -> Tensor:
+        """``M v``, in v's dtype or a wider one."""
+
+    @abstractmethod
+    def _solve(self, v: Tensor, out: Tensor | None) -> Tensor:
+        """X, which may be written to ``out`` (and then is it); v is not changed otherwise."""
+
+    @abstractmethod
+    def _self_influence(self, factors: Factors) -> Tensor: ...
+
+    def _pairwise(self, factors: Factors, queries: Factors) -> Tensor:
+        """By one solve per query."""
         out = torch.empty(factors.n_here, queries.n, dtype=factors.dtype, device=factors.device)
         first, worst = 0, 0.0
         for chunk in queries.chunks():
             for _, h in gradient_slabs(chunk):
-                x = self.solve(h).to(out)
+                x = self._solve(h, None).to(out)
                 worst = max(worst, self.residual)
                 last = first + len(h)
                 out[:, first:last] = scores(factors, x)
                 first = last
         self.residual = worst
         return out
+
+    def _check(self, argument: str, v: Tensor) -> None:
+        if not isinstance(v, Tensor) or not v.is_floating_point():
+            found = str(v.dtype) if isinstance(v, Tensor) else type(v).__name__
+            raise InputError(f"{argument} is {found}; pass a floating-point tensor [C, D]")
+        if v.dim() not in (2, 3) or tuple(v.shape[-2:]) != self.shape or not len(v):
+            classes, width = self.shape
+            raise InputError(
+                f"{argument} has shape {tuple(v.shape)}; expected [{classes}, {width}], or "
+                f"[m, {classes}, {width}] for m >= 1 of them"
+            )
+        if v.device != self.device:
+            raise InputError(f"{argument} is on {v.device}, M on {self.device}; move it with .to()")
+
+    def _check_layer(self, argument: str, factors: Factors) -> None:
+        found = (factors.num_classes, factors.width), factors.device
+        if found != (self.shape, self.device):
+            raise InputError(
+                f"{argument} have (C, D) = {found[0]} on {found[1]}, M has {self.shape} on "
+                f"{self.device}; capture both from the same model and layer"
+            )
 
 
 def scores(factors: Factors, x: Tensor) -> Tensor:

@@ -59,6 +59,7 @@ class FittedFisher(Fitted):
     """
 
     def __init__(self, factors: GradientFactors, damping: float, tolerance: float) -> None:
+        super().__init__((factors.num_classes, factors.width), factors.device)
         self.factors = factors.to(dtype=torch.float64)
         self.damping, self.tolerance = damping, tolerance
         f = self.factors
@@ -79,24 +80,22 @@ class FittedFisher(Fitted):
             add_gradients(one, weighted, f.act, f.has_bias, beta=1.0, alpha=scale)
         return out
 
-    def product(self, v: Tensor) -> Tensor:
-        """``M v``; v [C, D] or [m, C, D], in v's dtype."""
+    def _product(self, v: Tensor) -> Tensor:
         many = (v if v.dim() == 3 else v[None]).double()
         out = self._add_adjoint(many * self.damping, self._forward(many), 1 / self.factors.n)
-        return out.view_as(v).to(v.dtype)
+        return out.view_as(v)
 
     def _approximate(self, r: Tensor, _: float) -> tuple[Tensor, int]:
         alpha = self._cholesky.solve(self._forward(r))
         return self._add_adjoint(r.clone(), alpha, -1 / self.factors.n) / self.damping, 0
 
-    def solve(self, v: Tensor, out: Tensor | None = None) -> Tensor:
-        """``X = M^-1 v``; v [C, D] or [m, C, D]. X is float64 (``out`` is not used)."""
+    def _solve(self, v: Tensor, out: Tensor | None) -> Tensor:
         many = v if v.dim() == 3 else v[None]
-        solution = refine(self.product, [self._approximate], many, tolerance=self.tolerance)
+        solution = refine(self._product, [self._approximate], many, tolerance=self.tolerance)
         self.residual = solution.residual
         return solution.x if v.dim() == 3 else solution.x[0]
 
-    def self_influence(self, factors: Factors) -> Tensor:
+    def _self_influence(self, factors: Factors) -> Tensor:
         """``g_i^T M^-1 g_i``: [n]; many right-hand sides at once."""
         values, self.residual = self_influence(self, factors)
         return values

@@ -48,19 +48,21 @@ class FittedFisherDiag(Fitted):
     """
 
     def __init__(self, diagonal: Tensor) -> None:
+        classes, width = diagonal.shape
+        super().__init__((classes, width), diagonal.device)
         self.diagonal = diagonal
 
-    def product(self, v: Tensor) -> Tensor:
-        """``v * diagonal``; v [C, D] or [m, C, D]."""
-        return (v * self.diagonal).to(v.dtype)
+    def _product(self, v: Tensor) -> Tensor:
+        return v * self.diagonal
 
-    def solve(self, v: Tensor, out: Tensor | None = None) -> Tensor:
+    def _solve(self, v: Tensor, out: Tensor | None) -> Tensor:
         """``X = v / diagonal``; v [C, D] or [m, C, D]."""
-        return torch.div(v, self.diagonal, out=out)
+        fits = out is not None and out.dtype == torch.promote_types(v.dtype, self.diagonal.dtype)
+        return torch.div(v, self.diagonal, out=out if fits else None)
 
-    def self_influence(self, factors: Factors) -> Tensor:
+    def _self_influence(self, factors: Factors) -> Tensor:
         """``sum_ck g_i[c,k]^2 / diagonal[c,k]``: [n]."""
-        inverse = self.diagonal.reciprocal()
+        inverse = self.diagonal.reciprocal().to(factors.dtype)
         return factors.each(
             lambda chunk: quadratic_scores(
                 chunk.delta, chunk.act, inverse, chunk.offsets, chunk.has_bias

@@ -54,6 +54,7 @@ class FittedGGNBlock(Fitted):
     """
 
     def __init__(self, source: Factors, damping: float) -> None:
+        super().__init__((source.num_classes, source.width), source.device)
         self._source, self.damping = source, damping
         self._tokens = Remembered(self._weigh)
         self._kept: list[tuple[slice, DampedCholesky]] | None = None
@@ -95,29 +96,31 @@ class FittedGGNBlock(Fitted):
             yield pair
         self._kept = kept or None
 
-    def product(self, v: Tensor) -> Tensor:
-        """``M v``; v [C, D] or [m, C, D], in v's dtype."""
+    def _product(self, v: Tensor) -> Tensor:
         many = (v if v.dim() == 3 else v[None]).double()
 
         def products(chunk: GradientFactors) -> Tensor:
             variance, a = self._tokens(chunk)
-            return torch.stack([(a @ one.T).mul_(variance).T @ a for one in many])
+            found = torch.empty_like(many)
+            for one, rhs in zip(found, many, strict=True):
+                torch.mm((a @ rhs.T).mul_(variance).T, a, out=one)
+            return found
 
         out = self._source.sums(products).add_(many, alpha=self.damping)
-        return out.view_as(v).to(v.dtype)
+        return out.view_as(v)
 
-    def solve(self, v: Tensor, out: Tensor | None = None) -> Tensor:
-        """``X = M^-1 v``; v [C, D] or [m, C, D]. X is float64 (``out`` is not used)."""
+    def _solve(self, v: Tensor, out: Tensor | None) -> Tensor:
         v = v.double()
         many = v if v.dim() == 3 else v[None]
         x = torch.empty_like(many)
         for slab, factor in self._factors():
             x[:, slab] = factor.solve(many[:, slab].permute(1, 2, 0)).permute(2, 0, 1)
-        errors, sizes = (many - self.product(x)).flatten(1).norm(dim=1), many.flatten(1).norm(dim=1)
+        errors = (many - self._product(x)).flatten(1).norm(dim=1)
+        sizes = many.flatten(1).norm(dim=1)
         self.residual = float((errors / sizes.where(sizes > 0, 1.0)).max())
         return x if v.dim() == 3 else x[0]
 
-    def self_influence(self, factors: Factors) -> Tensor:
+    def _self_influence(self, factors: Factors) -> Tensor:
         """``g_i^T M^-1 g_i``: [n], the sum over classes of [n, D] quadratic forms."""
         total: Tensor | None = None
         for slab, factor in self._factors():

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from imu_fast.curvature.base import Curvature, Fitted, check_whole
+from imu_fast.curvature.base import Curvature, Fitted
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.source import Factors
 from imu_fast.ops.bilinear_scores import gradient_norms
@@ -23,31 +23,28 @@ class Identity(Curvature):
 
     def fit(self, factors: Factors) -> FittedIdentity:
         """Nothing is read."""
-        return FittedIdentity()
+        return FittedIdentity((factors.num_classes, factors.width), factors.device)
 
 
 class FittedIdentity(Fitted):
     """``I``."""
 
-    def product(self, v: Tensor) -> Tensor:
+    def _product(self, v: Tensor) -> Tensor:
         """``v``, a copy."""
         return v.clone()
 
-    def solve(self, v: Tensor, out: Tensor | None = None) -> Tensor:
-        """``X = v``, a copy unless ``out`` is v."""
-        if out is None:
-            return v.clone()
-        return v if out is v else out.copy_(v)
+    def _solve(self, v: Tensor, out: Tensor | None) -> Tensor:
+        """``X = v``, a copy unless there is an ``out`` to copy it to."""
+        return v.clone() if out is None else v
 
-    def self_influence(self, factors: Factors) -> Tensor:
+    def _self_influence(self, factors: Factors) -> Tensor:
         """``||g_i||^2``: [n]."""
         return factors.each(
             lambda chunk: gradient_norms(chunk.delta, chunk.act, chunk.offsets, chunk.has_bias)
         )
 
-    def pairwise(self, factors: Factors, queries: Factors) -> Tensor:
+    def _pairwise(self, factors: Factors, queries: Factors) -> Tensor:
         """``<g_i, h_j>``: [n, m]; no gradient is formed."""
-        check_whole("queries", queries)
         columns = [factors.each(_products_with(query)) for query in queries.chunks()]
         return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
 

@@ -30,28 +30,27 @@ class KroneckerEigenbasis(Fitted):
     """
 
     def __init__(self, basis_out: Tensor, basis_in: Tensor, damped: Tensor) -> None:
+        super().__init__((len(basis_out), len(basis_in)), damped.device)
         self.basis_out, self.basis_in, self.damped = basis_out, basis_in, damped
 
-    def product(self, v: Tensor) -> Tensor:
-        """``M v``; v [..., C, D]; in v's dtype."""
+    def _product(self, v: Tensor) -> Tensor:
         rotated = self.basis_out.T @ v.to(self.damped) @ self.basis_in
-        return (self.basis_out @ (rotated * self.damped) @ self.basis_in.T).to(v.dtype)
+        return self.basis_out @ (rotated * self.damped) @ self.basis_in.T
 
     def apply_inverse(self, v: Tensor) -> Tensor:
         """``M^-1 v`` in the bases' dtype; v [..., C, D]."""
         rotated = self.basis_out.T @ v @ self.basis_in
         return self.basis_out @ (rotated / self.damped) @ self.basis_in.T
 
-    def solve(self, v: Tensor, out: Tensor | None = None) -> Tensor:
-        """``X = M^-1 v``; v [C, D] or [m, C, D]. X is float64 (``out`` is not used)."""
+    def _solve(self, v: Tensor, out: Tensor | None) -> Tensor:
         v = v.double()
         x = self.apply_inverse(v)
-        error = (self.product(x) - v).flatten(-2).norm(dim=-1)
+        error = (self._product(x) - v).flatten(-2).norm(dim=-1)
         size = v.flatten(-2).norm(dim=-1)
         self.residual = float((error / size.where(size > 0, 1.0)).max())
         return x
 
-    def self_influence(self, factors: Factors) -> Tensor:
+    def _self_influence(self, factors: Factors) -> Tensor:
         """``g_i^T M^-1 g_i``: [n]; in the eigenbasis the inverse is a diagonal."""
         inverse = self.damped.reciprocal()
 

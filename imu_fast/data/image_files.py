@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from imu_fast.errors import InputError, check_count
+from imu_fast.errors import InputError, check_count, check_installed
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CLASSES_HELP = (
@@ -21,33 +22,81 @@ _CLASSES_HELP = (
 )
 
 
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image of a folder becomes a model's input.
+
+    Attributes:
+        transform: an RGB image of Pillow -> a float tensor [3, h, w].
+        description: one line: size, interpolation, mean, deviation, and whose they are.
+    """
+
+    transform: Callable[[Any], Tensor]
+    description: str
+
+
+def imagenet_preprocessing(image_size: int) -> Preprocessing:
+    """The shorter side to ``image_size``, its centre, ImageNet's mean and deviation."""
+    check_count("image_size", image_size)
+    check_installed("an image folder", "torchvision")
+    from torchvision import transforms
+
+    steps = [
+        transforms.Resize(image_size),
+        transforms.CenterCrop(image_size),
+        transforms.ToTensor(),
+        transforms.Normalize(*IMAGENET),
+    ]
+    return Preprocessing(
+        transforms.Compose(steps),
+        described(image_size, image_size, "bilinear", *IMAGENET, "ImageNet's, for want of others"),
+    )
+
+
+def described(
+    resize: Any, crop: Any, interpolation: str, mean: Sequence[float], std: Sequence[float], of: str
+) -> str:
+    """One line that says what is done to an image."""
+    numbers = [" ".join(f"{value:.4g}" for value in values) for values in (mean, std)]
+    return (
+        f"images: shorter side {resize} ({interpolation}), centre {crop}, mean {numbers[0]}, "
+        f"deviation {numbers[1]} ({of})"
+    )
+
+
 def load_data(
     path: Path,
     count_classes: Callable[[Tensor], int],
     *,
+    preprocessing: Preprocessing | None = None,
     classes: Path | None = None,
-    image_size: int = 224,
     batch_size: int = 64,
 ) -> tuple[DataLoader, list[str]]:
     """A loader over ``path`` in a fixed order, and the name of every sample in that order.
 
     Args:
-        path: a folder with one sub-folder per class (read as torchvision.datasets.ImageFolder:
-            resized, cropped, ImageNet's mean and deviation), or an ``.npz`` with ``x`` [n, ...]
-            floating, taken as it is, and ``y`` [n] integers.
+        path: a folder with one sub-folder per class (torchvision.datasets.ImageFolder), or an
+            ``.npz`` with ``x`` [n, ...] floating, taken as it is, and ``y`` [n] integers.
         count_classes: from one sample [1, ...] to the number of the model's outputs.
+        preprocessing: of the images of a folder; needed for one, and for nothing else.
         classes: which class a sub-folder is, see :func:`class_indices`.
 
     Raises:
         InputError: missing, empty, broken or not of these forms; labels that the model has not.
     """
-    check_count("image_size", image_size)
     check_count("batch_size", batch_size)
     if path.is_dir():
-        return _image_folder(path, count_classes, classes, image_size, batch_size)
+        if preprocessing is None:
+            raise InputError(f"data={str(path)!r} is an image folder; say its preprocessing")
+        return _image_folder(path, count_classes, classes, preprocessing, batch_size)
     if path.suffix != ".npz" or not path.is_file():
         raise InputError(
             f"data={str(path)!r} is neither a folder with a sub-folder per class nor an .npz file"
+        )
+    if preprocessing is not None:
+        raise InputError(
+            f"data={str(path)!r} is taken as it is; preprocessing is for image folders, leave it "
+            "out"
         )
     if classes is not None:
         raise InputError(
@@ -142,6 +191,7 @@ def _class_names(path: Path) -> list[str]:
 
 
 def _open_image(path: str) -> Any:
+    check_installed("an image folder", "PIL")
     from PIL import Image
 
     try:
@@ -154,24 +204,13 @@ def _open_image(path: str) -> Any:
         ) from error
 
 
-def _open_folder(path: Path, image_size: int) -> Any:
-    """torchvision's ImageFolder: resized, cropped, ImageNet's mean and deviation."""
+def _open_folder(path: Path, transform: Callable[[Any], Tensor]) -> Any:
+    """torchvision's ImageFolder, its images opened by :func:`_open_image`."""
+    check_installed(f"data={str(path)!r} is an image folder, which", "PIL", "torchvision")
+    from torchvision.datasets import ImageFolder
+
     try:
-        from torchvision import transforms
-        from torchvision.datasets import ImageFolder
-    except (ImportError, RuntimeError) as error:
-        raise InputError(
-            f"data={str(path)!r} is an image folder, which needs torchvision ({error}); "
-            "pip install 'imu_fast[demo]'"
-        ) from error
-    steps = [
-        transforms.Resize(image_size),
-        transforms.CenterCrop(image_size),
-        transforms.ToTensor(),
-        transforms.Normalize(*IMAGENET),
-    ]
-    try:
-        return ImageFolder(str(path), transforms.Compose(steps), loader=_open_image)
+        return ImageFolder(str(path), transform, loader=_open_image)
     except FileNotFoundError as error:
         raise InputError(
             f"data={str(path)!r}: {error}; make a sub-folder per class, none empty"
@@ -184,7 +223,7 @@ def load_images(path: Path, image_size: int = 32) -> tuple[tuple[Tensor, Tensor]
     Raises:
         InputError: missing, empty or broken.
     """
-    dataset = _open_folder(path, image_size)
+    dataset = _open_folder(path, imagenet_preprocessing(image_size).transform)
     x = torch.stack([image for image, _ in dataset])
     return (x, torch.tensor(dataset.targets)), dataset.classes
 
@@ -193,11 +232,14 @@ def _image_folder(
     path: Path,
     count_classes: Callable[[Tensor], int],
     classes: Path | None,
-    image_size: int,
+    preprocessing: Preprocessing,
     batch_size: int,
 ) -> tuple[DataLoader, list[str]]:
-    dataset = _open_folder(path, image_size)
-    count = count_classes(dataset[0][0][None])
+    dataset = _open_folder(path, preprocessing.transform)
+    try:
+        count = count_classes(dataset[0][0][None])
+    except InputError as error:
+        raise InputError(f"{error} [{preprocessing.description}]") from error
     indices = class_indices(dataset.classes, count, classes, data=str(path))
     dataset.target_transform = indices.__getitem__
     names = [str(Path(name).relative_to(path)) for name, _ in dataset.samples]

@@ -6,11 +6,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imu_fast.errors import InputError, check_count, check_finite_rows
+from imu_fast.errors import InputError, check_count, check_finite_rows, check_installed
 from imu_fast.model.outputs import Outputs
 
 # Samples per side that the SVC attack is trained on: its cost grows with their square.
 _ATTACK_SAMPLES = 1000
+
+
+def roc_auc(positive: Tensor, negative: Tensor) -> float:
+    """Probability that a positive exceeds a negative, ties counted half: the area under the ROC.
+
+    Args:
+        positive: [n]. negative: [m]. n, m >= 1.
+
+    Raises:
+        InputError: one is empty, or holds NaN.
+    """
+    for name, values in (("positive", positive), ("negative", negative)):
+        if values.dim() != 1 or len(values) == 0 or bool(values.isnan().any()):
+            raise InputError(
+                f"{name} has shape {tuple(values.shape)} or holds NaN; pass numbers [n], n >= 1"
+            )
+    ordered, values = negative.detach().double().sort().values, positive.detach().double()
+    values = values.to(ordered.device)
+    # Mann-Whitney's U, doubled to stay a whole number.
+    below = torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)
+    return int(below.sum()) / (2 * len(values) * len(ordered))
 
 
 def membership_accuracy(
@@ -26,6 +47,7 @@ def membership_accuracy(
         seed: of the balanced subsample.
         max_samples: of each side to train on; None takes as many as the smaller side has.
     """
+    check_installed("membership_accuracy()", "sklearn")
     from sklearn.svm import SVC
 
     k = min(len(retain), len(test))
@@ -63,14 +85,13 @@ def membership(
     Raises:
         InputError: logits are not finite (the model has diverged).
     """
+    check_installed("membership()", "scipy", "sklearn")
     from scipy.stats import ks_2samp
-    from sklearn.metrics import roc_auc_score
 
     forgotten, other = _finite_confidence("forget", forget), _finite_confidence("unseen", unseen)
     check_finite_rows("retain.logits", retain.logits)
-    member = [1] * len(forgotten) + [0] * len(other)
     return {
-        "auc": float(roc_auc_score(member, np.concatenate([forgotten, other]))),
+        "auc": roc_auc(torch.from_numpy(forgotten), torch.from_numpy(other)),
         # The p-value is not used: "asymp" spares the exact one's cost.
         "ks": float(ks_2samp(forgotten, other, method="asymp").statistic),
         "svc": membership_accuracy(
@@ -97,6 +118,7 @@ def distance(ours: Outputs, reference: Outputs) -> dict[str, float]:
     Raises:
         InputError: shapes or labels differ, or logits are not finite (a model has diverged).
     """
+    check_installed("distance()", "scipy")
     from scipy.stats import wasserstein_distance
 
     if ours.logits.shape != reference.logits.shape:

@@ -5,7 +5,6 @@ An edit of the classifier may reach any depth that outputs show and leave the kn
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -13,9 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from imu_fast.errors import InputError, check_choice, check_count, check_finite_rows, check_positive
+from imu_fast.errors import (
+    InputError,
+    check_choice,
+    check_count,
+    check_finite_rows,
+    check_installed,
+    check_positive,
+)
 from imu_fast.model.batches import ForgetSet, device_of, split_batch, to_device
 from imu_fast.model.capture import capture_features
+from imu_fast.model.guard import copied, door
+from imu_fast.model.labels import class_labels
 from imu_fast.model.outputs import logits_of, outputs_of
 from imu_fast.ops.head_ascent import head_logits
 from imu_fast.ops.mean_gradient import add_gradients
@@ -66,7 +74,7 @@ def _network_accuracies(
     model: nn.Module, samples: ForgetSet, batches: Iterator[Tensor], lr: float
 ) -> Iterator[float]:
     """As :func:`_head_accuracies`, with every parameter of a copy of the network trained."""
-    model = copy.deepcopy(model).eval().requires_grad_()
+    model = copied(model).eval().requires_grad_()
     device = device_of(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=_MOMENTUM)
     while True:
@@ -75,6 +83,7 @@ def _network_accuracies(
         optimizer.zero_grad()
         with torch.enable_grad():
             logits = logits_of(model(*args, **kwargs))
+            labels = class_labels(labels, logits.shape)
             nn.functional.cross_entropy(logits.float(), labels).backward()
         optimizer.step()
 
@@ -82,6 +91,7 @@ def _network_accuracies(
 _ACCURACIES = {"head": _head_accuracies, "all": _network_accuracies}
 
 
+@door
 def relearning_steps(
     model: nn.Module,
     forget: Any,
@@ -118,7 +128,7 @@ def relearning_steps(
     check_count("max_steps", max_steps)
     check_count("seed", seed, minimum=0)
     measure = _ACCURACIES[check_choice("scope", scope, _ACCURACIES)]
-    samples = ForgetSet(forget, batch_size)
+    samples = ForgetSet(forget, batch_size, model, dataset_order=True)
     accuracies = measure(model, samples, _minibatches(samples.n, batch_size, seed), lr)
     for step in range(max_steps):
         if next(accuracies) >= target:
@@ -141,6 +151,7 @@ def linear_probe(features: Tensor, labels: Tensor, forget_mask: Tensor, *, seed:
     Raises:
         InputError: shapes do not fit, features are not finite, or fewer than two forget samples.
     """
+    check_installed("linear_probe()", "sklearn")
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from imu_fast.errors import InputError, check_choice
+from imu_fast.errors import InputError, check_choice, check_installed
 
 Row = Mapping[str, Any]
 _KEYS = ("arch", "seed", "task", "depth", "method")
@@ -75,6 +75,7 @@ def summary(rows: Sequence[Row], metrics: Sequence[str]) -> list[dict[str, Any]]
 
 def _p_values(ours: list[float], baseline: list[float], alternative: str) -> tuple[float, float]:
     """p of the paired t-test and of Wilcoxon's signed-rank test; NaN for fewer than two pairs."""
+    check_installed("paired_tests()", "scipy")
     from scipy.stats import ttest_rel, wilcoxon
 
     if len(ours) < 2:
@@ -87,6 +88,7 @@ def _p_values(ours: list[float], baseline: list[float], alternative: str) -> tup
 
 def _holm(p_values: list[float]) -> list[float]:
     """Holm-adjusted p-values; NaN stays NaN and is no test."""
+    check_installed("paired_tests()", "statsmodels")
     from statsmodels.stats.multitest import multipletests
 
     p = np.array(p_values)

@@ -16,6 +16,7 @@ from imu_fast.curvature.named import CURVATURES, CurvatureName, OwnOptions
 from imu_fast.errors import InputError
 from imu_fast.factors.source import Factors, is_factors
 from imu_fast.factors.statistics import mean_gradient
+from imu_fast.model.guard import door
 
 logger = logging.getLogger("imu_fast")
 
@@ -80,6 +81,7 @@ def _target_vectors(target: Any, layers: list[Factors]) -> list[Tensor]:
     return [mean_gradient(other) for other in others]
 
 
+@door
 def influence_scores(
     source: Layers | nn.Module,
     data: Any = None,
@@ -146,6 +148,7 @@ def influence_scores(
     return scores
 
 
+@door
 def self_influence(
     source: Layers | nn.Module,
     data: Any = None,
@@ -166,6 +169,7 @@ def self_influence(
     return torch.stack(parts).sum(dim=0)
 
 
+@door
 def pairwise_influence(
     source: Layers,
     queries: Layers,

@@ -93,9 +93,13 @@ class Softmax(OutputCurvature):
     scale: Tensor
 
     def diagonal(self) -> Tensor:
-        """``p (1 - p)``."""
-        # 1 - p cancels to a tiny negative number where p rounds above one.
-        return (self.p * (1 - self.p)).clamp_min_(0)
+        """``p (1 - p)``; of the likeliest class ``1 - p`` is the sum of the others.
+
+        By subtraction a confident sample would have none, or a negative one.
+        """
+        top = self.p.argmax(dim=1, keepdim=True)
+        others = self.p.scatter(1, top, 0.0).sum(dim=1, keepdim=True)
+        return self.p * (1 - self.p).scatter_(1, top, others)
 
     def diagonal_in(self, basis: Tensor) -> Tensor:
         """``q_i . (p * q_i) - (p . q_i)^2``."""

@@ -1,127 +1,103 @@
-"""Forms of data: loaders, tensors and batches, read in one way."""
+"""Forms of data: whatever people have, read in one way by every door."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from imu_fast.errors import InputError
+from imu_fast.model.forget_set import ForgetSet, empty_message
+from imu_fast.model.order import say_remarks, warn_of_order
+from imu_fast.model.parts import Data, Parts, device_of, to_device
+from imu_fast.model.reader import Reader
+from imu_fast.model.split import Splitter
+
+__all__ = [
+    "Data",
+    "ForgetSet",
+    "Parts",
+    "as_batches",
+    "device_of",
+    "empty_message",
+    "rereadable",
+    "split_batch",
+    "to_device",
+    "warn_of_order",
+]
 
 
-def indices_of(loader: Any) -> Sequence[int] | None:
-    """Which samples of its dataset a DataLoader draws, ascending; None: not to be read by index."""
-    data = torch.utils.data
-    if not isinstance(loader, data.DataLoader) or isinstance(loader.dataset, data.IterableDataset):
-        return None
-    if loader.batch_sampler is None:  # batch_size=None: the dataset's items are batches
-        return None
-    if loader.batch_size is None:  # the user's own batch_sampler
-        return sorted({i for batch in loader.batch_sampler for i in batch})
-    everything = range(len(loader.dataset))  # type: ignore[arg-type]
-    if isinstance(loader.sampler, data.SequentialSampler):
-        return everything
-    drawn = sorted(set(loader.sampler))
-    return everything if len(drawn) == len(everything) else drawn
+class Reread:
+    """Data that may be read any number of times; made by :func:`rereadable`."""
+
+    def __init__(self, read: Callable[[], Iterator[Parts]]) -> None:
+        self._read = read
+
+    def __iter__(self) -> Iterator[Parts]:
+        return self._read()
 
 
-class ForgetSet:
-    """The forget samples by index, in one fixed order whatever the loader's shuffling.
+def as_batches(loader: Any, model: nn.Module) -> Iterator[Parts]:
+    """All samples of any form of data, in the order in which it gives them.
 
     Args:
-        loader: a DataLoader over a map-style dataset (read by index with its ``collate_fn``; only
-            the samples that its sampler draws, in ascending order), a tuple of tensors, or any
-            iterable of batches (kept in memory: forget sets are small).
-        batch_size: samples per batch of :meth:`batches`.
+        loader: a DataLoader; an iterable of batches ``(inputs, labels)``, dicts with labels,
+            namedtuples or dataclasses, however nested; samples of these forms; a map-style or
+            iterable dataset; tensors or numpy arrays ``(X, y)`` or ``(X, Z, y)`` or a dict of
+            them; a :class:`Data` around any; a :class:`ForgetSet`.
+        model: for its signature, which says how many inputs there are.
+
+    Returns:
+        Batches that have at least one sample. What the loader leaves out (``drop_last``, other
+        processes' shares) is said through the log.
 
     Raises:
-        InputError: the loader is empty.
+        InputError: this is no data, or can be read in two ways.
     """
-
-    def __init__(self, loader: Any, batch_size: int) -> None:
-        self.batch_size = batch_size
-        self._get: Callable[[list[int]], Any]
-        drawn = indices_of(loader)
-        if drawn is not None:
-            dataset = loader.dataset
-            self.n = len(drawn)
-            self._get = lambda rows: loader.collate_fn([dataset[drawn[i]] for i in rows])
-        else:
-            batches = list(as_batches(loader))
-            if batches and isinstance(batches[0], Mapping):
-                columns = {k: torch.cat([b[k] for b in batches]) for k in batches[0]}
-                self.n = len(next(iter(columns.values())))
-                self._get = lambda rows: {k: v[rows] for k, v in columns.items()}
-            else:
-                parts = [torch.cat(part) for part in zip(*batches, strict=True)]
-                self.n = len(parts[0]) if parts else 0
-                self._get = lambda rows: tuple(part[rows] for part in parts)
-        if self.n == 0:
-            raise InputError("forget_loader is empty; pass at least one forget sample")
-
-    def get(self, rows: Sequence[int]) -> Any:
-        """One batch with the samples of these indices."""
-        return self._get(list(rows))
-
-    def __len__(self) -> int:
-        return -(-self.n // self.batch_size)
-
-    def __iter__(self) -> Iterator[Any]:
-        for start in range(0, self.n, self.batch_size):
-            yield self.get(range(start, min(start + self.batch_size, self.n)))
+    if isinstance(loader, ForgetSet | Reread):
+        return iter(loader)
+    reader = Reader(loader, model)
+    say_remarks(reader.loader)
+    return iter(reader)
 
 
-_TENSOR_BATCH = 256
+def rereadable(loader: Any, model: nn.Module) -> Iterable[Parts]:
+    """Any form of data as something that may be iterated again and again, by :func:`as_batches`.
+
+    A generator, or another iterator, is read now and kept; everything else is read anew each time.
+    What the loader leaves out is said once.
+
+    Raises:
+        InputError: as :func:`as_batches`; an iterator that has nothing (more) to give.
+    """
+    if isinstance(loader, ForgetSet | Reread):
+        return loader
+    reader = Reader(loader, model)
+    say_remarks(reader.loader)
+    if not isinstance(reader.loader, Iterator):
+        return Reread(lambda: iter(reader))
+    kept = list(reader)
+    if not kept:
+        raise InputError(empty_message(loader))
+    return Reread(lambda: iter(kept))
 
 
-def as_batches(loader: Any) -> Iterable[Any]:
-    """A loader, or a tuple of tensors cut into batches, as something to iterate."""
-    if isinstance(loader, tuple) and loader and all(isinstance(t, Tensor) for t in loader):
-        if len({len(t) for t in loader}) > 1:
-            raise InputError(f"loader: tensors have lengths {[len(t) for t in loader]}")
-        return (
-            list(zip(*(t.split(_TENSOR_BATCH) for t in loader), strict=True))
-            if len(loader[0])
-            else []
-        )
-    if not isinstance(loader, Iterable):
-        raise InputError(
-            f"loader is a {type(loader).__name__}; pass a DataLoader, batches, or tensors (X, y)"
-        )
-    return loader
-
-
-def split_batch(batch: Any) -> tuple[list[Any], dict[str, Any], Tensor]:
+def split_batch(batch: Any, model: nn.Module | None = None) -> Parts:
     """``(positional inputs, keyword inputs, labels)`` of one batch.
 
+    Args:
+        model: whose inputs they are; needed unless :func:`as_batches` or a :class:`ForgetSet`
+            gave the batch, which have split it already.
+
     Raises:
-        InputError: the batch holds no labels.
+        InputError: the batch holds no labels, or can be read in two ways.
     """
-    if isinstance(batch, Mapping):
-        for key in ("labels", "label"):
-            if key in batch:
-                return [], {k: v for k, v in batch.items() if k != key}, batch[key]
-        raise InputError(f"batch has keys {sorted(batch)}; one must be 'labels' or 'label'")
-    if isinstance(batch, tuple | list) and len(batch) >= 2 and isinstance(batch[-1], Tensor):
-        return list(batch[:-1]), {}, batch[-1]
-    raise InputError(
-        f"batch is a {type(batch).__name__}; pass (inputs, labels) or a dict with 'labels'"
-    )
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter lives."""
-    parameter = next(model.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
-
-
-def to_device(
-    parts: tuple[list[Any], dict[str, Any], Tensor], device: torch.device
-) -> tuple[list[Any], dict[str, Any], Tensor]:
-    """What :func:`split_batch` returned, with its tensors on ``device``."""
-    args, kwargs, labels = parts
-    args = [a.to(device) if isinstance(a, Tensor) else a for a in args]
-    kwargs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-    return args, kwargs, labels.to(device)
+    if isinstance(batch, Parts):
+        return batch
+    if model is None:
+        raise InputError(
+            "model=None: which parts of a batch are inputs depends on the model; pass it, or "
+            "read the data by as_batches(loader, model)"
+        )
+    return Splitter(model)(batch)

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from imu_fast.errors import InputError, check_finite_rows
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.losses.cross_entropy import IGNORE_INDEX
-from imu_fast.model.batches import device_of
+from imu_fast.model.batches import device_of, empty_message, warn_of_order
 from imu_fast.model.between import Between, Piece, bias_columns, plain_piece, side_by_side
+from imu_fast.model.guard import door
 from imu_fast.model.head import LinearLayer, linear_layers, no_head, resolve, shared_with
 from imu_fast.model.layers import capture_layers
 from imu_fast.model.logits import chosen
 from imu_fast.model.loss import targets_of
-from imu_fast.model.run import Batch, evaluated, full_precision, read, warn_if_shuffled
+from imu_fast.model.run import Batch, evaluated, full_precision, read
 from imu_fast.model.search import Head, Run, directly, find, observe
 from imu_fast.model.verify import LinearChecks
 
@@ -79,8 +80,9 @@ class _HeadCapture:
         output: Any,
         ignore_index: int,
         shift: bool,
+        loader: Any,
     ) -> None:
-        self.model, self.explicit, self.output = model, explicit, output
+        self.model, self.explicit, self.output, self.loader = model, explicit, output, loader
         self.ignore_index, self.shift = ignore_index, shift
         self.pieces: list[Piece] = []
         self.samples = 0
@@ -92,7 +94,7 @@ class _HeadCapture:
     @property
     def head(self) -> Head:
         if self._head is None:
-            raise InputError("loader is empty; pass at least one batch of forget samples")
+            raise InputError(empty_message(self.loader))
         return self._head
 
     def add(self, run: Run, batch: Batch) -> None:
@@ -283,9 +285,9 @@ def _capture_head(
     output: Any,
     progress: bool,
 ) -> _HeadCapture:
-    warn_if_shuffled(loader)
+    warn_of_order(loader)
     explicit = [] if isinstance(head, str) and head == "head" else [resolve(model, head, "head")]
-    seen = _HeadCapture(model, explicit, output, ignore_index, shift_labels)
+    seen = _HeadCapture(model, explicit, output, ignore_index, shift_labels, loader)
     with evaluated(model) as run:
         for batch in read(model, loader, progress):
             seen.add(run, batch)
@@ -293,6 +295,7 @@ def _capture_head(
     return seen
 
 
+@door
 def capture_features(
     model: nn.Module,
     loader: Any,
@@ -331,6 +334,7 @@ def capture_features(
     return found.features()
 
 
+@door
 def capture(
     model: nn.Module,
     loader: Any,
@@ -372,7 +376,7 @@ def capture(
         )
         with full_precision(device_of(model)):
             return found.factors()
-    warn_if_shuffled(loader)
+    warn_of_order(loader)
     single = isinstance(layers, str | nn.Module)
     wanted = [layers] if single else list(layers)  # type: ignore[arg-type]
     if not wanted:

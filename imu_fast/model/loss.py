@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from imu_fast.errors import InputError
 from imu_fast.losses.cross_entropy import IGNORE_INDEX, check_labels
+from imu_fast.model.labels import class_labels
 from imu_fast.ops.softmax_residual import softmax_residual
 from imu_fast.ops.tokens import sum_over_tokens
 
@@ -23,11 +23,7 @@ def targets_of(
     Raises:
         InputError: the shapes do not fit, or a label is out of range.
     """
-    if labels.shape != logits.shape[:-1]:
-        raise InputError(
-            f"labels have shape {tuple(labels.shape)}, logits {tuple(logits.shape)}; "
-            "expected one label per row of logits"
-        )
+    labels = class_labels(labels, logits.shape)
     check_labels(labels, logits.shape[-1], ignore_index)
     targets = labels.to(logits.device, torch.int64)
     targets = targets.masked_fill(targets == ignore_index, -1)

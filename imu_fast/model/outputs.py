@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from imu_fast.errors import InputError
 from imu_fast.losses.cross_entropy import check_labels
-from imu_fast.model.batches import as_batches, device_of, split_batch, to_device
-from imu_fast.model.guard import preserved
+from imu_fast.model.batches import as_batches, device_of, empty_message, split_batch, to_device
+from imu_fast.model.guard import door, preserved
+from imu_fast.model.labels import class_labels
 from imu_fast.model.logits import logits_of as logits_of
 
 
@@ -106,6 +107,7 @@ class Outputs:
         return float(self.loss.mean())
 
 
+@door
 def outputs_of(model: nn.Module, loader: Any) -> Outputs:
     """Run a classifier in evaluation mode, and leave its modes as they were.
 
@@ -122,11 +124,11 @@ def outputs_of(model: nn.Module, loader: Any) -> Outputs:
     device = device_of(model)
     with preserved(model), torch.no_grad():
         model.eval()
-        for batch in as_batches(loader):
+        for batch in as_batches(loader, model):
             args, kwargs, labels = to_device(split_batch(batch), device)
             logits = logits_of(model(*args, **kwargs), labels)
             all_logits.append(logits if logits.dtype == torch.float64 else logits.float())
-            all_labels.append(labels)
+            all_labels.append(class_labels(labels, logits.shape))
     if not all_logits:
-        raise InputError("loader is empty; pass at least one sample")
+        raise InputError(empty_message(loader))
     return Outputs(torch.cat(all_logits), torch.cat(all_labels))

@@ -14,23 +14,18 @@ from tqdm.auto import tqdm
 
 from imu_fast.errors import InputError
 from imu_fast.model.batches import as_batches, device_of, split_batch, to_device
-from imu_fast.model.guard import preserved
+from imu_fast.model.forward import innermost as innermost
+from imu_fast.model.guard import check_trainable, preserved
 
 logger = logging.getLogger("imu_fast")
 
 Batch = tuple[list[Any], dict[str, Any], Tensor]
 
 
-def warn_if_shuffled(loader: Any) -> None:
-    """Scores come in the order of this one pass."""
-    if isinstance(getattr(loader, "sampler", None), torch.utils.data.RandomSampler):
-        logger.warning("the loader shuffles: scores follow the order of this one pass")
-
-
 def read(model: nn.Module, loader: Any, progress: bool) -> Iterator[Batch]:
     """``(positional inputs, keyword inputs, labels)`` of each batch, on the model's device."""
     device = device_of(model)
-    batches = tqdm(as_batches(loader), desc="capture", unit="batch", disable=not progress)
+    batches = tqdm(as_batches(loader, model), desc="capture", unit="batch", disable=not progress)
     for batch in batches:
         args, kwargs, labels = to_device(split_batch(batch), device)
         yield [_usable(a) for a in args], {k: _usable(v) for k, v in kwargs.items()}, labels
@@ -41,36 +36,13 @@ def _usable(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
-def innermost(model: nn.Module) -> nn.Module:
-    """The user's own module inside DataParallel, DistributedDataParallel and torch.compile.
-
-    Hooks set on the inner layers fire there: replicas have none, compiled code ignores them.
-    """
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
 def _check_runs(model: nn.Module) -> None:
+    check_trainable(model)
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise InputError(
             "model holds a TorchScript module, whose layers cannot be watched; pass the eager "
             "module it was scripted or traced from"
         )
-    for name, parameter in model.named_parameters():
-        if torch.nn.parameter.is_lazy(parameter):
-            raise InputError(
-                f"model: parameter {name!r} has no shape yet (a lazy layer); run the model once"
-            )
-        if parameter.is_inference():
-            raise InputError(
-                f"model: parameter {name!r} was made under torch.inference_mode(), which rules "
-                "out gradients; build or load the model outside of it"
-            )
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise InputError(

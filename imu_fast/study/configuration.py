@@ -9,7 +9,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from imu_fast.errors import InputError, check_choice, check_count, check_positive
+from imu_fast.errors import (
+    InputError,
+    check_choice,
+    check_count,
+    check_installed,
+    check_positive,
+)
 from imu_fast.study.data.tasks import DATASETS, check_task
 from imu_fast.study.entries import ALL, QUICK
 from imu_fast.study.networks import NETWORKS
@@ -106,6 +112,7 @@ class Configuration:
         Raises:
             InputError: no readable yaml mapping.
         """
+        check_installed(f"config={str(path)!r}", "yaml")
         import yaml
 
         try:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from imu_fast.curvature.named import CURVATURES
+from imu_fast.errors import check_installed
 from imu_fast.evaluation.metrics import distance, membership
 from imu_fast.evaluation.shallowness import linear_probe, relearning_steps
 from imu_fast.influence.scores import influence_scores
@@ -231,6 +232,7 @@ class Setting:
 
     def correlations(self, damping: float = 1e-2) -> dict[str, float]:
         """Spearman correlation of every curvature's influence with the exact one (``ggn``)."""
+        check_installed("correlations()", "scipy")
         from scipy.stats import spearmanr
 
         head = nn.Sequential(self.original.head)

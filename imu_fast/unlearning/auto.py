@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from imu_fast.errors import InputError
-from imu_fast.model.batches import ForgetSet, split_batch
+from imu_fast.model.batches import ForgetSet
 from imu_fast.model.head import find_head
 from imu_fast.options import option, options
 from imu_fast.unlearning.ascent.ascent import Ascent
@@ -88,7 +88,7 @@ class Auto(Method):
 
     def for_task(self, model: nn.Module, forget: ForgetSet) -> tuple[str, Method]:
         """As :meth:`choose`, by the forget set's labels and the model's classes."""
-        labels = torch.cat([split_batch(batch)[2].flatten().cpu() for batch in forget])
+        labels = torch.cat([batch[2].flatten().cpu() for batch in forget])
         given = self.given or {}
         layer = given.get("layers", given.get("layer"))
         check_head_layer("layers", layer)

@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from imu_fast.errors import InputError, check_positive
+from imu_fast.evaluation.metrics import roc_auc
 from imu_fast.unlearning.result import Record
 from imu_fast.unlearning.subject import Measured
 
@@ -68,12 +67,8 @@ class StopRule:
         if self.forget_loss is not None and forget.mean_loss >= self.forget_loss:
             return "forget_loss"
         if self.membership_auc is not None:
-            from sklearn.metrics import roc_auc_score
-
             unseen = state.measure("unseen")
-            confidence = torch.cat([forget.confidence, unseen.confidence]).cpu().numpy()
-            member = [1] * len(forget.confidence) + [0] * len(unseen.confidence)
-            if roc_auc_score(member, confidence) <= self.membership_auc:
+            if roc_auc(forget.confidence, unseen.confidence) <= self.membership_auc:
                 return "membership_auc"
         return None
 

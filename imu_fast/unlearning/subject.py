@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.losses.cross_entropy import IGNORE_INDEX, check_labels
-from imu_fast.model.batches import ForgetSet, as_batches, split_batch, to_device
+from imu_fast.model.batches import ForgetSet, Parts, as_batches, to_device
 from imu_fast.model.capture import HeadFeatures, capture, capture_features
 from imu_fast.model.guard import modes
 from imu_fast.model.head import linears, shared_with
+from imu_fast.model.labels import class_labels
 from imu_fast.model.outputs import Measurement, logits_of, measure_logits, outputs_of
 from imu_fast.ops.head_ascent import head_logits
 from imu_fast.unlearning.head_weight import HeadWeight
@@ -105,8 +106,8 @@ class HeadSubject:
         loaders: "forget", and every set that is measured.
 
     Attributes:
-        head: as a linear layer. layer: the model's own module.
-        theta: [C, D], weight and bias; float32, or float64 where the head is.
+        layers: the head's modules; several where the logits are a mean or a sum of theirs.
+        theta: [C, D], weight and bias (of each side by side); float32, or float64 as the head is.
         sets: ``(features [n, d], labels [n])`` by name, in theta's dtype.
         tied: names of the parameters that share the head's memory.
 
@@ -118,22 +119,29 @@ class HeadSubject:
         self, model: nn.Module, head: Any, loaders: Mapping[str, Any], progress: bool = False
     ) -> None:
         self.model, self._loaders, self._progress = model, dict(loaders), progress
-        captured = {"forget": self._captured("forget", head or "head")}
-        self.head, self.name = captured["forget"].head, captured["forget"].name
-        ((part, _),) = captured["forget"].parts
-        self.layer = part.module
-        captured |= {k: self._captured(k, self.layer) for k in loaders if k != "forget"}
-        self.tied = shared_with(model, part)
-        self._weight = HeadWeight(self.head, self.name)
-        self.has_bias = self.head.bias is not None
-        self._wide = torch.float64 if self._weight.dtype == torch.float64 else torch.float32
+        self._asked = head or "head"
+        captured = {"forget": self._captured("forget", self._asked)}
+        found = captured["forget"]
+        self.name, self.has_bias = found.name, found.head.bias is not None
+        self.layers = [part.module for part, _ in found.parts]
+        captured |= {k: self._captured(k, self._asked) for k in loaders if k != "forget"}
+        self.tied = [name for part, _ in found.parts for name in shared_with(model, part)]
+        self._weights = [(HeadWeight(p.as_linear(), p.name), columns) for p, columns in found.parts]
+        self.trained = torch.cat([weight.read() for weight, _ in self._weights], dim=1)
+        self._wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.sets = {k: (s.features.to(self._wide), s.labels) for k, s in captured.items()}
         self.n = len(self.sets["forget"][1])
-        self.trained = self._weight.read()
         self.theta = self.trained.to(self._wide, copy=True)
 
     def _captured(self, name: str, head: Any) -> HeadFeatures:
         captured = capture_features(self.model, self._loaders[name], head, progress=self._progress)
+        if not captured.linear:
+            what = captured.between or "something changes its output"
+            raise InputError(
+                f"scope='head' trains the head {captured.name!r} on its features, as if the logits "
+                f"were linear in it; here they are not ({what}); use an ascent with scope='layers' "
+                "(default: the head), which runs the model itself"
+            )
         counts = captured.offsets.diff()
         if not bool((counts == 1).all()):
             sample = int(torch.nonzero(counts != 1)[0])
@@ -146,17 +154,17 @@ class HeadSubject:
     @property
     def dtype(self) -> torch.dtype:
         """The head's own."""
-        return self._weight.dtype
+        return self.trained.dtype
 
     def tensors(self) -> list[Tensor]:
         """Everything that :meth:`finish` changes."""
-        return self._weight.tensors()
+        return [tensor for weight, _ in self._weights for tensor in weight.tensors()]
 
     def capture_again(self) -> None:
         """Features as they are with the present weight in the model."""
         self.finish()
         for name in self.sets:
-            found = self._captured(name, self.layer)
+            found = self._captured(name, self._asked)
             self.sets[name] = found.features.to(self._wide), found.labels
 
     def measure(self, name: str) -> Measurement:
@@ -169,7 +177,7 @@ class HeadSubject:
 
     def _logits(self, features: Tensor) -> Tensor:
         """As the model computes them: in its own precision, with the weight rounded to it."""
-        dtype = self._weight.dtype
+        dtype = self.dtype
         if dtype == self._wide:
             return head_logits(features, self.theta, self.has_bias)
         return head_logits(features.to(dtype), self.theta.to(dtype), self.has_bias)
@@ -190,7 +198,8 @@ class HeadSubject:
         return {"theta": self.theta}
 
     def finish(self) -> None:
-        self._weight.write(self.theta)
+        for weight, columns in self._weights:
+            weight.write(self.theta[:, columns])
 
     def rounded_away(self) -> float:
         changed = self.theta != self.trained.to(self._wide)
@@ -240,17 +249,18 @@ class NetworkSubject:
         dtypes = {p.dtype for p in self.parameters.values()}
         self.dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
-    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Parts) -> tuple[Tensor, Tensor]:
         """Logits and labels of a batch."""
-        args, kwargs, labels = to_device(split_batch(batch), self.device)
-        logits = logits_of(self.model(*args, **kwargs))
+        args, kwargs, labels = to_device(batch, self.device)
+        logits = logits_of(self.model(*args, **kwargs), labels)
+        labels = class_labels(labels, logits.shape)
         check_labels(labels, logits.shape[-1], IGNORE_INDEX)
         return logits, labels
 
     def measure(self, name: str) -> Measurement:
         self.finish()
         with torch.no_grad(), modes(self.model, batchnorm="eval", dropout="eval"):
-            return measure_logits(self._outputs(as_batches(self.sets[name])))
+            return measure_logits(self._outputs(as_batches(self.sets[name], self.model)))
 
     def _outputs(self, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
         return (self.forward(batch) for batch in batches)
@@ -259,7 +269,7 @@ class NetworkSubject:
         self, rows: Tensor | None = None, layers: Literal["head", "trained"] = "head"
     ) -> list[GradientFactors]:
         self.finish()
-        data: Any = self.forget if rows is None else [self.forget.get(rows.tolist())]
+        data: Any = self.forget if rows is None else self.forget.subset(rows.tolist())
         chosen: Any = "head"
         if layers == "trained":
             weights = {id(parameter) for parameter in self.parameters.values()}

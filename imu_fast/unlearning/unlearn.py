@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import time
 from collections.abc import Mapping
@@ -15,8 +14,8 @@ from typing_extensions import Unpack
 
 from imu_fast.backend import record_backends
 from imu_fast.errors import InputError, check_count
-from imu_fast.model.batches import ForgetSet
-from imu_fast.model.guard import preserved, rolled_back
+from imu_fast.model.batches import ForgetSet, rereadable
+from imu_fast.model.guard import copied, door, preserved, rolled_back
 from imu_fast.unlearning.auto import Auto
 from imu_fast.unlearning.confirm import warn_unless_reached
 from imu_fast.unlearning.depth import Depths, OnMilestone, StopRule
@@ -28,6 +27,7 @@ from imu_fast.unlearning.trajectory import Callback
 _TAKEN = ("forget", "unseen")
 
 
+@door
 def unlearn(
     model: nn.Module,
     data: Any,
@@ -116,7 +116,7 @@ def unlearn(
         raise InputError(f"callback={callback!r} cannot be called; pass a function of a record")
     forget: ForgetSet | None = None
     if isinstance(how, Auto):
-        forget = ForgetSet(data, how.batches_of)
+        forget = ForgetSet(data, how.batches_of, model)
         label, how = how.for_task(model, forget)
         if not depths.rules:
             depths = Depths(StopRule(forget_accuracy=0.0))
@@ -127,13 +127,13 @@ def unlearn(
         )
     how = how.bind(model)
     forget = forget if forget is not None and forget.batch_size == how.batches_of else None
-    forget = forget or ForgetSet(data, how.batches_of)
+    forget = forget or ForgetSet(data, how.batches_of, model)
     described = {"method": label, "seed": seed, **how.flat()}
-    target = model if inplace else copy.deepcopy(model)
+    target = model if inplace else copied(model)
     job = Job(
         target,
         forget,
-        _sets(forget, watch or {}, depths.unseen),
+        _sets(target, forget, watch or {}, depths.unseen),
         list(watch or {}),
         depths,
         callback,
@@ -157,13 +157,15 @@ def unlearn(
     return result
 
 
-def _sets(forget: ForgetSet, watch: Mapping[str, Any], unseen: Any) -> dict[str, Any]:
+def _sets(
+    model: nn.Module, forget: ForgetSet, watch: Mapping[str, Any], unseen: Any
+) -> dict[str, Any]:
     """Every set that is measured, by name."""
     for name in watch:
         if name in _TAKEN:
             raise InputError(f"watch has a loader named {name!r}; choose another name")
-    sets = {"forget": forget, **watch}
-    return sets if unseen is None else sets | {"unseen": unseen}
+    others = dict(watch) if unseen is None else {**watch, "unseen": unseen}
+    return {"forget": forget, **{name: rereadable(data, model) for name, data in others.items()}}
 
 
 def _plain(value: Any) -> Any:

@@ -252,7 +252,9 @@ def test_bad_files(toy):
     np.savez(folder / "a.npz", x=np.zeros((2, 3), dtype=np.uint8), y=np.zeros(2))
     assert "float32" in run("score", *rest, "--data", folder / "a.npz", code=2)
     (folder / "empty").mkdir()
-    assert "sub-folder per class" in run("score", *rest, "--data", folder / "empty", code=2)
+    assert "sub-folder per class" in run(
+        "score", *rest, "--data", folder / "empty", "--image-size", 8, code=2
+    )
     torch.save(toy_model(), folder / "whole.pt")
     whole = [*options, "--weights", folder / "whole.pt"]
     assert "save model.state_dict()" in run("score", *whole, code=2)

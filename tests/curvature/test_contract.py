@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, DTYPES, IDS, Pieces, every_case, every_dtype, head_factors
+from cases import CASES, DTYPES, IDS, Pieces, assert_close, every_case, every_dtype, head_factors
 
 import imu_fast as imu
 from imu_fast import reference
@@ -258,9 +258,70 @@ def test_a_name_is_short_for_the_object(name):
 @pytest.mark.parametrize("case", CASES[:3], ids=IDS[:3])
 @every_curvature
 def test_out_may_be_the_right_hand_side(name, case):
-    """Where the solve is elementwise it is written there; elsewhere v stays as it was."""
+    """And of any dtype, to which X is rounded."""
     fitted, _ = fit(name, head_factors(case))
     v = torch.randn(case.classes, case.features + case.has_bias, dtype=torch.float64)
-    expected, given = fitted.solve(v), v.clone()
-    torch.testing.assert_close(fitted.solve(given, out=given), expected, rtol=1e-12, atol=0)
-    assert torch.equal(given, expected if name in ("identity", "fisher_diag") else v)
+    expected, given, before = fitted.solve(v), v.clone(), v.clone()
+    assert fitted.solve(given, out=given) is given
+    torch.testing.assert_close(given, expected, rtol=1e-12, atol=0)
+    narrow = torch.empty_like(v, dtype=torch.float32)
+    assert fitted.solve(v, out=narrow) is narrow
+    torch.testing.assert_close(narrow, expected.float())
+    assert torch.equal(v, before)
+    with pytest.raises(InputError, match=r"out has shape \(1,\); expected v's"):
+        fitted.solve(v, out=torch.empty(1))
+
+
+@every_curvature
+def test_what_does_not_fit_is_refused_not_broadcast(name):
+    f = head_factors(CASES[1])  # C = 7, D = 6
+    fitted, _ = fit(name, f)
+    wanted = r"v has shape .*expected \[7, 6\], or \[m, 7, 6\]"
+    shapes = ((6,), (1, 6), (6, 7), (1, 1, 7, 6), (0, 7, 6))
+    for v in map(torch.ones, shapes):
+        for call in (fitted.solve, fitted.product, lambda v: fitted @ v):
+            with pytest.raises(InputError, match=wanted):
+                call(v)
+    for v in (torch.ones(7, 6, dtype=torch.int64), [[1.0]], torch.ones(7, 6, dtype=torch.cfloat)):
+        with pytest.raises(InputError, match="v is .*; pass a floating-point tensor"):
+            fitted.solve(v)
+    other = head_factors(CASES[2])  # no bias
+    for call in (
+        lambda: fitted.self_influence(other),
+        lambda: fitted.pairwise(other, f),
+        lambda: fitted.pairwise(f, other),
+    ):
+        with pytest.raises(InputError, match=r"\(7, 5\) on cpu, M has \(7, 6\) on cpu"):
+            call()
+
+
+@every_curvature
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_and_autograd_stay_outside(name, dtype):
+    f = head_factors(CASES[1], torch.float32)
+    fitted, matrix = fit(name, f)
+    v = torch.randn(7, 6).to(dtype).requires_grad_()
+    found = fitted @ v
+    assert found.dtype == dtype and not found.requires_grad
+    truth = (matrix @ v.detach().double().flatten()).view(7, 6)
+    assert_close(found, truth, length=1)
+    x = fitted.solve(v)
+    assert x.itemsize >= 4 or name == "identity"
+    assert not x.requires_grad
+    truth = torch.linalg.solve(matrix, v.detach().double().flatten()).view(7, 6)
+    torch.testing.assert_close(x.double(), truth, rtol=1e-4, atol=1e-4)
+
+
+@every_curvature
+def test_factors_of_either_dtype_may_be_scored(name):
+    wide = head_factors(CASES[7])
+    narrow = wide.to(dtype=torch.float32)
+    for m, f in ((narrow, wide), (wide, narrow)):
+        fitted = imu.fit(spec_of(name), m)
+        same = imu.fit(spec_of(name), f)
+        for found, truth in (
+            (fitted.self_influence(f), same.self_influence(f)),
+            (fitted.pairwise(f, f), same.pairwise(f, f)),
+        ):
+            assert found.dtype == f.dtype
+            torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-5)

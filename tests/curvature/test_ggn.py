@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, IDS, LargestTensor
+from cases import CASES, IDS, LargestTensor, Pieces
 
 import imu_fast as imu
 from imu_fast import reference
 from imu_fast.curvature.ggn import dense as ggn_dense
+from imu_fast.curvature.ggn import iterative
 from imu_fast.curvature.ggn.costs import choose_preconditioner, choose_solver
 from imu_fast.errors import InputError, SingularMatrixError
 from imu_fast.factors.probabilities import augmented, probabilities
@@ -42,6 +43,29 @@ def test_exact_on_every_case(case, damping, solver, dtype):
     assert true <= 2 * fitted.residual + len(matrix) * 2.2e-16 * condition
     truth = torch.linalg.solve(matrix, v.double().flatten()).view_as(x)
     assert float((x - truth).norm() / truth.norm()) <= 2e-9 * condition
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[3], CASES[8]], ids=lambda c: c.why)
+@pytest.mark.parametrize("solver", ["primal", "dual", "cg"])
+@pytest.mark.parametrize("preconditioner", ["none", "kfac", "nystrom"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_every_solver_on_pieces(case, solver, preconditioner, dtype, monkeypatch):
+    monkeypatch.setattr(iterative, "kfac_cost", lambda *_: -1e9)  # K-FAC from the start
+    monkeypatch.setattr(iterative, "_FIRST_GUESS", 0)
+    f = make(case, dtype)
+    spec = imu.GGN(damping=1e-2, solver=solver, preconditioner=preconditioner, tolerance=1e-9)
+    fitted = imu.fit(spec, Pieces(f, 3))
+    truth = dense(f, 1e-2)
+    v = torch.randn(2, case.classes, f.width, dtype=dtype)
+    x = fitted.solve(v)
+    assert fitted.residual <= 1e-9
+    bound = 2e-9 * float(torch.linalg.cond(truth))
+    for one, rhs in zip(x, v, strict=True):
+        expected = torch.linalg.solve(truth, rhs.double().flatten()).view_as(one)
+        assert float((one - expected).norm() / expected.norm()) <= bound
+    many = torch.randn(40, case.classes, f.width, dtype=dtype)  # by the float64 factor's bound
+    expected = torch.linalg.solve(truth, many.double().flatten(1).T).T.view(many.shape)
+    assert float((fitted.solve(many) - expected).norm() / expected.norm()) <= bound
 
 
 def test_a_zero_right_hand_side_and_a_missed_tolerance(caplog):

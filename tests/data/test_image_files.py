@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from imu_fast.data.image_files import class_indices, load_data
+from imu_fast.data.image_files import class_indices, imagenet_preprocessing, load_data
 from imu_fast.errors import InputError
 
 
@@ -32,7 +32,9 @@ def images(tmp_path):
 
 
 def labels_of(folder, count, classes=None):
-    loader, names = load_data(folder, lambda x: count, classes=classes, image_size=8)
+    loader, names = load_data(
+        folder, lambda x: count, preprocessing=imagenet_preprocessing(8), classes=classes
+    )
     labels = torch.cat([y for _, y in loader]).tolist()
     return dict(zip(names, labels, strict=True))
 
@@ -120,3 +122,14 @@ def test_an_empty_class_folder_is_named(images):
     (folder / "dog").mkdir()
     with pytest.raises(InputError, match="dog.*none empty"):
         labels_of(folder, 2)
+
+
+def test_a_folder_needs_a_preprocessing_and_arrays_have_none(tmp_path, images):
+    folder = images("0")
+    with pytest.raises(InputError, match="say its preprocessing"):
+        load_data(folder, lambda x: 3)
+    np.savez(tmp_path / "a.npz", x=np.zeros((2, 3), np.float32), y=np.zeros(2, np.int64))
+    with pytest.raises(InputError, match="taken as it is"):
+        load_data(tmp_path / "a.npz", lambda x: 3, preprocessing=imagenet_preprocessing(8))
+    with pytest.raises(InputError, match="image_size=0"):
+        imagenet_preprocessing(0)

@@ -10,7 +10,7 @@ from torch import nn
 
 from imu_fast.errors import InputError
 from imu_fast.evaluation.evaluate import evaluate
-from imu_fast.evaluation.metrics import distance, membership, membership_accuracy
+from imu_fast.evaluation.metrics import distance, membership, membership_accuracy, roc_auc
 from imu_fast.model.outputs import Outputs, outputs_of
 
 
@@ -170,3 +170,26 @@ def test_a_diverged_model_is_an_error_that_says_so(position):
     if position < 2:
         with pytest.raises(InputError, match="logits is not finite at sample 1"):
             distance(*sets[:2])
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 200])
+@pytest.mark.parametrize("m", [1, 3, 311])
+@pytest.mark.parametrize("levels", [1, 2, 5, 10**6])
+def test_roc_auc_is_sklearns_with_all_ties(n, m, levels):
+    metrics = pytest.importorskip("sklearn.metrics")
+    positive, negative = (torch.randint(0, levels, (k,)).float() / levels for k in (n, m))
+    member = [1] * n + [0] * m
+    expected = metrics.roc_auc_score(member, torch.cat([positive, negative]).numpy())
+    assert roc_auc(positive, negative) == pytest.approx(expected, abs=1e-12)
+    pairs = (positive[:, None] - negative).sign().double()
+    assert roc_auc(positive, negative) == pytest.approx(float((pairs.mean() + 1) / 2), abs=1e-12)
+
+
+def test_roc_auc_refuses_what_has_no_order():
+    some = torch.rand(3)
+    for bad in (torch.zeros(0), torch.tensor([0.5, torch.nan]), torch.zeros(2, 2)):
+        with pytest.raises(InputError, match="positive has shape"):
+            roc_auc(bad, some)
+        with pytest.raises(InputError, match="negative has shape"):
+            roc_auc(some, bad)
+    assert roc_auc(torch.tensor([torch.inf, 1.0]), torch.tensor([0.0, -torch.inf])) == 1.0

@@ -74,7 +74,8 @@ for case in (CASES[1], CASES[2], CASES[7], CASES[8]):
                 continue
             same(one.self_influence(shared), all_.self_influence(whole)[first:last], name)
     refused(lambda: imu.fit(imu.GGN(solver="dual"), shared), "shared among processes")
-    refused(lambda: imu.fit(imu.GGN(solver="cg"), shared).self_influence(shared), "processes that share samples")
+    by_solves = imu.fit(imu.GGN(solver="cg"), shared)
+    refused(lambda: by_solves.self_influence(shared), "processes that share samples")
     refused(lambda: imu.influence_scores(shared, first_row_is_mean=True), "shared")
 other = head_factors(CASES[1 + rank])
 refused(lambda: imu.ShardedFactors(other), "capture all from the same model")

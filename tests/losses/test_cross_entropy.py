@@ -69,6 +69,21 @@ def test_output_curvature_is_the_softmaxs_jacobian(case, monkeypatch):
     torch.testing.assert_close(narrow.double(), total, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("gap", [1.0, 20.0, 50.0, 80.0])
+@every_dtype
+def test_a_confident_sample_keeps_its_curvature(gap, dtype):
+    """To the relative rounding of its factors, however small it is."""
+    weight = torch.tensor([[gap], [0.0], [-1.0]], dtype=dtype)
+    f = imu.GradientFactors.from_head(
+        torch.ones(1, 1, dtype=dtype), weight, None, torch.tensor([0])
+    )
+    rest = torch.tensor([-gap, -gap - 1], dtype=torch.float64).exp()
+    p = torch.cat([torch.ones(1, dtype=torch.float64), rest]) / (1 + rest.sum())
+    complement = torch.stack([rest.sum() / (1 + rest.sum()), 1 - p[1], 1 - p[2]])
+    found = output_curvature(f).diagonal()[0]
+    torch.testing.assert_close(found, p * complement, rtol=8 * torch.finfo(dtype).eps, atol=0)
+
+
 def test_ignored_labels_are_the_losss():
     x, w = torch.randn(5, 4), torch.randn(3, 4)
     labels = torch.tensor([0, 2, 1, 2, 0])

@@ -64,7 +64,7 @@ def test_every_method_reaches_a_depth(problem, name, kind):
 
 def test_relabelling_targets_are_wrong_and_seeded(problem):
     model, x, y = problem
-    forget = ForgetSet((x[:50], y[:50]), 16)
+    forget = ForgetSet((x[:50], y[:50]), 16, model)
     drawn = wrong_labels(model, forget, 3)
     assert torch.equal(drawn, wrong_labels(model, forget, 3))
     assert not torch.equal(drawn, wrong_labels(model, forget, 4))
@@ -88,7 +88,7 @@ def test_boundary_shrink_wants_inputs_that_can_move(problem):
 
 def test_npo_starts_as_ascent_and_then_slows_down(problem):
     model, x, y = problem
-    losses = NPO().auxiliary(model, ForgetSet((x[:40], y[:40]), 16), 0)
+    losses = NPO().auxiliary(model, ForgetSet((x[:40], y[:40]), 16, model), 0)
     expected = nn.functional.cross_entropy(model(x[:40]), y[:40], reduction="none")
     torch.testing.assert_close(losses, expected.detach())
     # At the reference a sample's weight is 2 sigmoid(0) = 1: the first step is plain ascent's.

@@ -105,6 +105,7 @@ class FittedGGN(Fitted):
         tolerance: float,
         preconditioner: str,
     ) -> None:
+        super().__init__((factors.num_classes, factors.width), factors.device)
         self._factors, self._softmax = factors, Remembered(softmax)
         self._p32 = Remembered(lambda chunk: _by_class(self._softmax(chunk).p))
         self.damping, self.solver, self.tolerance = damping, solver, tolerance
@@ -113,10 +114,9 @@ class FittedGGN(Fitted):
             self._softmax(chunk)
             break
         self.direct = Direct(factors, self._softmax, damping)
-        self.iterative = Iterative(self.product, factors, self._softmax, damping, preconditioner)
+        self.iterative = Iterative(self._product, factors, self._softmax, damping, preconditioner)
 
-    def product(self, v: Tensor) -> Tensor:
-        """``M v``; v [C, D] or [m, C, D], in v's dtype."""
+    def _product(self, v: Tensor) -> Tensor:
         n = self._factors.n
 
         def share(chunk: GradientFactors) -> Tensor:
@@ -138,15 +138,7 @@ class FittedGGN(Fitted):
         whole = f.n_here == f.n
         return choose_solver(f.num_tokens, f.num_classes, f.width, solves, dual=whole)
 
-    def solve(self, v: Tensor, out: Tensor | None = None) -> Tensor:
-        """``X = M^-1 v``; v [C, D] or [m, C, D]. X is float64 (``out`` is not used).
-
-        A residual above the tolerance is logged, and always to be read in ``residual``.
-
-        Raises:
-            InputError: v is not finite.
-            SingularMatrixError: M is not positive definite in float64.
-        """
+    def _solve(self, v: Tensor, out: Tensor | None) -> Tensor:
         many = v if v.dim() == 3 else v[None]
         check_finite_rows("right-hand side", many, "vector")
         if not self._factors.num_tokens:
@@ -162,7 +154,7 @@ class FittedGGN(Fitted):
             approximates = self.iterative.approximates()
         else:
             approximates = self.direct.approximates(solver)
-        solution = refine(self.product, approximates, many, tolerance=self.tolerance)
+        solution = refine(self._product, approximates, many, tolerance=self.tolerance)
         self.residual, self.iterations = solution.residual, solution.iterations
         if self.residual > self.tolerance:
             logger.warning(
@@ -173,7 +165,7 @@ class FittedGGN(Fitted):
             )
         return solution.x if v.dim() == 3 else solution.x[0]
 
-    def self_influence(self, factors: Factors) -> Tensor:
+    def _self_influence(self, factors: Factors) -> Tensor:
         """``g_i^T M^-1 g_i``: [n]; all at once where M is dense, else by one solve each.
 
         Raises:

@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from imu_fast.backend import logger, use_backend
+from imu_fast.backend import logger
 from imu_fast.errors import (
     InputError,
     SingularMatrixError,
@@ -18,12 +18,8 @@ from imu_fast.errors import (
     check_positive,
     check_same_device,
 )
-from imu_fast.solvers.cholesky import cusolver, lapack, low_precision
-from imu_fast.solvers.conjugate_gradient import Solution, conjugate_gradient, refine
-
-# Of conjugate gradient in a round of refinement. A factor that exists by its bound takes 22 for
-# 1e-12; what has not converged after these gains little from more.
-_MAX_ITERATIONS = 100
+from imu_fast.solvers.cholesky import cusolver, lapack, low_precision, refined
+from imu_fast.solvers.conjugate_gradient import Solution
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ class DampedCholesky:
 
         A vector per matrix is meant where b has one dimension less than the factor. In a lower
         precision this is an approximation, of relative error about ``||E|| / lam`` at worst
-        (:mod:`imu_fast.solvers.low_precision`); :meth:`solve_refined` has no such error.
+        (:mod:`imu_fast.solvers.cholesky.low_precision`); :meth:`solve_refined` has no such error.
 
         Raises:
             InputError: shape, dtype or device does not match.
@@ -104,8 +100,8 @@ class DampedCholesky:
         vector = _check_right_hand_side(self.factor, b.dtype, b)
         _check_finite("b", b)
         columns = (b.unsqueeze(-1) if vector else b).double()
-        how = self._refined_together if self.precision == "ieee" else self._refined_each
-        solution = how(self.matrix, columns, tolerance)
+        how = refined.together if self.precision == "ieee" else refined.each
+        solution = how(self, self.matrix, columns, tolerance)
         if solution.residual > tolerance:
             logger.warning(
                 "refinement stopped at relative residual %.2g, above %.2g: condition about %.2g, "
@@ -115,70 +111,6 @@ class DampedCholesky:
                 float(self.condition().max()),
             )
         return replace(solution, x=solution.x.reshape(b.shape))
-
-    def _refined_together(self, a: Tensor, columns: Tensor, tolerance: float) -> Solution:
-        """All matrices at once, b = columns [..., P, m]; x [batch, P, m]."""
-        if not columns.numel():
-            return Solution(columns, 0.0, 0)
-        order, many = columns.shape[-2:]
-        wide = a.double().reshape(-1, order, order)
-
-        def each(x: Tensor) -> Tensor:
-            """The right-hand sides as rows [batch m, P], or back: [batch, P, m]."""
-            return x.reshape(-1, many, order).mT if x.dim() == 2 else x.mT.reshape(-1, order)
-
-        def product(x: Tensor) -> Tensor:
-            return each(wide @ each(x)) + self.damping * x
-
-        def approximate(r: Tensor, _: float) -> tuple[Tensor, int]:
-            x = self.solve(each(r).to(self.dtype).reshape(columns.shape))
-            return each(x.double().reshape(-1, order, many)), 0
-
-        b = each(columns.reshape(-1, order, many))
-        solution = refine(product, [approximate], b, tolerance=tolerance, together=True)
-        return replace(solution, x=each(solution.x))
-
-    def _refined_each(self, a: Tensor, columns: Tensor, tolerance: float) -> Solution:
-        """Matrix by matrix, by conjugate gradient; the same shapes."""
-        if not columns.numel():
-            return Solution(columns, 0.0, 0)
-        order = a.shape[-1]
-        each = zip(
-            a.reshape(-1, order, order),
-            self.factor.reshape(-1, order, order),
-            columns.reshape(-1, order, columns.shape[-1]),
-            strict=True,
-        )
-        found = [self._refined_one(*one, tolerance) for one in each]
-        return Solution(
-            torch.stack([one.x for one in found]),
-            max(one.residual for one in found),
-            sum(one.iterations for one in found),
-        )
-
-    def _refined_one(self, a: Tensor, factor: Tensor, b: Tensor, tolerance: float) -> Solution:
-        wide = a.double()
-        one = replace(self, factor=factor, matrix=None, dtype=torch.float64)
-
-        def product(x: Tensor) -> Tensor:
-            return torch.addmm(x, x, wide.mT, beta=self.damping)
-
-        def precondition(r: Tensor) -> Tensor:
-            return one.solve(r.mT).mT
-
-        def approximate(r: Tensor, goal: float) -> tuple[Tensor, int]:
-            # The iteration's kernels are float32's, which would take more solves with the factor.
-            with use_backend("torch"):
-                return conjugate_gradient(
-                    product,
-                    r,
-                    tolerance=goal / 2,  # the recurrence's residual is not quite the true one
-                    max_iterations=_MAX_ITERATIONS,
-                    precondition=precondition,
-                )
-
-        solution = refine(product, [approximate], b.mT, tolerance=tolerance)
-        return replace(solution, x=solution.x.mT)
 
     def with_damping(self, damping: float) -> DampedCholesky:
         """The factor of ``A + damping I`` of the same A: one point of a sweep of dampings.
@@ -265,7 +197,7 @@ def _check_finite(name: str, tensor: Tensor) -> None:
 
 
 def _torch_factor(a: Tensor, damping: float, overwrite: bool) -> tuple[Tensor, Tensor]:
-    """As :func:`imu_fast.solvers.lapack.factor`, on any device."""
+    """As :func:`imu_fast.solvers.cholesky.lapack.factor`, on any device."""
     damped = a if overwrite else a.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(damping)
     factor, status = torch.linalg.cholesky_ex(damped, upper=True)
@@ -274,7 +206,7 @@ def _torch_factor(a: Tensor, damping: float, overwrite: bool) -> tuple[Tensor, T
 
 
 def _factor_plain(a: Tensor, damping: float, overwrite: bool) -> tuple[Tensor, Tensor]:
-    """As :func:`imu_fast.solvers.lapack.factor`, wherever a is."""
+    """As :func:`imu_fast.solvers.cholesky.lapack.factor`, wherever a is."""
     backend = _backend(a)
     run = _torch_factor if backend == "torch" else _LIBRARIES[backend].factor
     return run(a, damping, overwrite)
@@ -355,9 +287,9 @@ def damped_cholesky(
             factor, of a float64 A too, that is up to about ``||A||`` 2^-11 and 2^-8 off, for
             matrix units of CUDA (a CPU emulates them, slowly): a factor for
             :meth:`DampedCholesky.solve_refined`. It may not exist where lam is below that
-            (:mod:`imu_fast.solvers.low_precision` says when): then A's dtype is used after all,
-            which is logged. So it is up to order 512, where there is nothing to gain. The factor's
-            ``precision`` is what was used. Not yet run on a GPU.
+            (:mod:`imu_fast.solvers.cholesky.low_precision` says when): then A's dtype is used
+            after all, which is logged. So it is up to order 512, where there is nothing to gain.
+            The factor's ``precision`` is what was used. Not yet run on a GPU.
 
     Raises:
         InputError: shape, dtype, a non-finite entry, damping not positive and finite, or an

@@ -95,7 +95,7 @@ def _where(tensor: Tensor) -> tuple[int, int]:
 def factor(a: Tensor, damping: float, overwrite: bool) -> tuple[Tensor, Tensor]:
     """The upper factor of ``A + lam I``, and a status per matrix, both still on their way.
 
-    Args and returns as :func:`imu_fast.solvers.lapack.factor`, on a's device.
+    Args and returns as :func:`imu_fast.solvers.cholesky.lapack.factor`, on a's device.
     """
     from imu_fast import _C_cuda
 

@@ -179,11 +179,12 @@ def factor(
     Args:
         a: [..., P, P], float32 or float64 (of which the float32 copy is factored).
         overwrite: the factor takes a's memory, if a is float32 and contiguous.
-        precision: "tf32" or "bf16". factor_block: :func:`imu_fast.solvers.lapack.factor`, or its
-            like, of a diagonal block, float32. block: rows at a time, :data:`BLOCK` if None.
+        precision: "tf32" or "bf16". block: rows at a time, :data:`BLOCK` if None.
+        factor_block: :func:`imu_fast.solvers.cholesky.lapack.factor`, or its like, of a diagonal
+            block, float32.
 
     Returns:
-        As :func:`imu_fast.solvers.lapack.factor`.
+        As :func:`imu_fast.solvers.cholesky.lapack.factor`.
     """
     out = a.to(torch.float32, copy=not overwrite, memory_format=torch.contiguous_format)
     out = out.contiguous()

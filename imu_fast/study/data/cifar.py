@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from imu_fast.errors import InputError
+from imu_fast.errors import InputError, check_installed
 
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
@@ -25,6 +25,7 @@ def load(path: Path, split: str, count: int | None = None, seed: int = 0) -> tup
     Raises:
         InputError: the file is missing or of another form.
     """
+    check_installed(f"data={str(path)!r}", "PIL")
     import numpy as np
     from PIL import Image
 
@@ -58,6 +59,7 @@ def load_torchvision(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     Raises:
         InputError: the files are not there.
     """
+    check_installed(f"data_path={str(folder)!r}", "torchvision")
     from torchvision.datasets import CIFAR10
 
     try:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from imu_fast.errors import check_installed
+
 Samples = tuple[Tensor, Tensor]
 
 
@@ -29,6 +31,7 @@ class DigitsTask:
 
 def load(seed: int) -> tuple[Samples, Samples]:
     """Training (70 %) and test images, split by seed."""
+    check_installed("data='digits'", "sklearn")
     from sklearn.datasets import load_digits
 
     raw = load_digits()

@@ -8,11 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
+from imu_fast.errors import check_installed
 from imu_fast.storage import replacing
 
 
 def new_figure(**size: Any) -> Any:
     """A matplotlib Figure, not pyplot's: no global state, no display, nothing to close."""
+    check_installed("a figure", "matplotlib")
     from matplotlib.figure import Figure
 
     return Figure(layout="constrained", dpi=120, **size)

@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from imu_fast.errors import check_installed
 from imu_fast.storage import replacing
 from imu_fast.study.report import plots as plots
 from imu_fast.study.report.blocks import (
@@ -231,6 +232,7 @@ def _overview(results: dict[str, Any], arranged: list[Block]) -> list[dict[str, 
 
 
 def _html(results: dict[str, Any], arranged: list[Block], figures: list[dict[str, str]]) -> str:
+    check_installed("the report", "jinja2")
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(

@@ -33,12 +33,16 @@ class NetworkSteps:
         share = weights.to(device) / weights.sum()
         with modes(self.subject.model, batchnorm=self._batchnorm, dropout=self._dropout):
             with torch.enable_grad():
-                logits, labels = self.subject.forward(self.subject.forget.get(rows.tolist()))
-                auxiliary = None
-                if self._auxiliary is not None:
-                    auxiliary = self._auxiliary[rows.to(self._auxiliary.device)].to(device)
-                values = objective(logits.to(share.dtype), labels, self._objective, auxiliary)
-                loss = -(share * values).sum()
+                terms = []
+                for batch, at in self.subject.forget.pieces(rows.tolist()):
+                    logits, labels = self.subject.forward(batch)
+                    auxiliary = None
+                    if self._auxiliary is not None:
+                        chosen = rows[at].to(self._auxiliary.device)
+                        auxiliary = self._auxiliary[chosen].to(device)
+                    values = objective(logits.to(share.dtype), labels, self._objective, auxiliary)
+                    terms.append((share[at] * values).sum())
+                loss = -torch.stack(terms).sum()
                 if self._alpha:
                     penalty = [p.abs().sum() for p in parameters]
                     loss = loss + self._alpha * torch.stack(penalty).sum()

@@ -96,7 +96,7 @@ class Head(Scope):
         job.keep(subject.tensors())
         chosen: Tensor | None = None
         if self.rows == "forgotten":
-            chosen = torch.zeros(subject.head.out_features, dtype=torch.bool)
+            chosen = torch.zeros(len(subject.theta), dtype=torch.bool)
             chosen[subject.sets["forget"][1].cpu().unique()] = True
         apply = self.precondition.fit(subject.factors()[0]) if self._preconditioned else None
         return HeadSteps(subject, rule, rows=chosen, preconditioner=apply)
@@ -111,7 +111,7 @@ class Head(Scope):
                 "and these two work on cached features; leave them out, or untie the weight"
             )
         logger.info("the head %r shares its weight with %s: autograd", head.name, shared)
-        own = {id(parameter) for parameter in head.layer.parameters()}
+        own = {id(p) for layer in head.layers for p in layer.parameters()}
         return _network(job, rule, own, batchnorm="eval", dropout="eval")
 
     @property
@@ -151,8 +151,8 @@ def _network(job: Job, rule: Rule, trained: set[int], *, batchnorm: str, dropout
 
 def _check_not_frozen(model: nn.Module, subject: HeadSubject) -> None:
     """Raise InputError where the user trains other parameters and keeps the head's."""
-    head = {id(parameter) for parameter in subject.layer.parameters()}
-    frozen = not any(p.requires_grad for p in subject.layer.parameters())
+    own = [p for layer in subject.layers for p in layer.parameters()]
+    head, frozen = {id(p) for p in own}, not any(p.requires_grad for p in own)
     if frozen and any(p.requires_grad for p in model.parameters() if id(p) not in head):
         raise InputError(
             f"the head {subject.name!r} has requires_grad=False while other parameters do not; ask "

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from imu_fast.errors import InputError
 from imu_fast.model.batches import ForgetSet, device_of, split_batch, to_device
 from imu_fast.model.guard import preserved
+from imu_fast.model.labels import class_labels
 from imu_fast.model.outputs import logits_of, outputs_of
 
 # Of the input's own standard deviation: the reach of the single adversarial step.
@@ -27,14 +28,17 @@ def nearest_wrong_labels(model: nn.Module, forget: ForgetSet, seed: int) -> Tens
             parameter.requires_grad_(False)
         for batch in forget:
             inputs, kwargs, labels = to_device(split_batch(batch), device)
-            if kwargs or not inputs[0].is_floating_point():
+            first = inputs[0] if inputs else None
+            if kwargs or not isinstance(first, Tensor) or not first.is_floating_point():
                 raise InputError(
                     "method='boundary_shrink' moves the inputs, which must be one floating tensor; "
                     "use method='random_label'"
                 )
             x = inputs[0].detach().requires_grad_()
             with torch.enable_grad():
-                loss = nn.functional.cross_entropy(logits_of(model(x, *inputs[1:])), labels)
+                logits = logits_of(model(x, *inputs[1:]), labels)
+                labels = class_labels(labels, logits.shape)
+                loss = nn.functional.cross_entropy(logits, labels)
                 (gradient,) = torch.autograd.grad(loss, x)
             with torch.no_grad():
                 step = _REACH * x.std() * gradient.sign()

@@ -1,0 +1,132 @@
+"""What surrounds a call, autocast, inference mode, random states, set aside for its duration."""
+
+from __future__ import annotations
+
+import random
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+
+_DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
+
+
+@contextmanager
+def random_state_kept(devices: Iterable[torch.device] = ()) -> Iterator[None]:
+    """The global random states of torch, numpy and Python, as they were."""
+    cuda = sorted({d.index or 0 for d in devices if d.type == "cuda"})
+    numbers, arrays = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=cuda):
+        try:
+            yield
+        finally:
+            random.setstate(numbers)
+            np.random.set_state(arrays)
+
+
+@contextmanager
+def plain_torch(devices: Iterable[torch.device] = ()) -> Iterator[None]:
+    """Full precision, ordinary tensors and eager modules inside; all as it was afterwards.
+
+    Autocast would round our sums to half precision; what is made under ``torch.inference_mode()``
+    has no gradient; compiled modules do not run the hooks that are set after they were compiled.
+    Random numbers drawn inside leave the caller's streams where they were.
+
+    Args:
+        devices: whose random states are kept, besides the CPU's.
+    """
+    dtype = torch.get_default_dtype()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+            torch.set_grad_enabled(False)
+        for kind in _DEVICE_TYPES:
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(random_state_kept(devices))
+        stack.enter_context(_eager())
+        inner_grad = torch.is_grad_enabled()
+        try:
+            yield
+        finally:
+            # Whatever the user's forward, or an exception in it, has left behind.
+            torch.set_grad_enabled(inner_grad)
+            if torch.get_default_dtype() != dtype:
+                torch.set_default_dtype(dtype)
+            now = torch.are_deterministic_algorithms_enabled()
+            if (now, torch.is_deterministic_algorithms_warn_only_enabled()) != (
+                deterministic,
+                warn_only,
+            ):
+                torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+_eager_lock = threading.Lock()
+_eager_count = 0
+_eager_stack = ExitStack()
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Compiled modules run their original code; the switch is one for all threads, so counted."""
+    global _eager_count
+    if "torch._dynamo" not in sys.modules:  # nothing has been compiled
+        yield
+        return
+    with _eager_lock:
+        if _eager_count == 0:
+            _eager_stack.enter_context(torch.compiler.set_stance("force_eager"))
+        _eager_count += 1
+    try:
+        yield
+    finally:
+        with _eager_lock:
+            _eager_count -= 1
+            if _eager_count == 0:
+                _eager_stack.close()
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the end; it arrives in the main thread only, so nothing to do elsewhere.
+
+    Raises:
+        KeyboardInterrupt: afterwards, if it came.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or handler is None:
+        yield
+        return
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
+
+
+def finish(steps: Iterable[Callable[[], object]]) -> None:
+    """Run every step, whatever any of them raises; each is tried twice, so it must bear that.
+
+    Raises:
+        BaseException: the first one that came, once all steps have run.
+    """
+    first: BaseException | None = None
+    with uninterrupted():
+        for step in steps:
+            for _ in range(2):
+                try:
+                    step()
+                    break
+                except BaseException as error:
+                    first = first or error
+        if first is not None:
+            raise first

@@ -1,0 +1,92 @@
+"""What a model's forward takes: how many inputs, and under which names."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+# Under these names labels come in batches and into models, the commonest first.
+LABEL_NAMES = ("labels", "label", "label_ids", "target", "targets", "y")
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """The user's own module inside DataParallel, DistributedDataParallel and torch.compile."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        wraps = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
+        if wraps or type(model).__name__ == "FullyShardedDataParallel":
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The inputs of a forward.
+
+    Attributes:
+        positional: names of what may be given by position, in order.
+        required: names of what must be given, by position or keyword.
+        names: of everything that may be given by keyword.
+        any_position, any_keyword: whether it takes ``*args``, ``**kwargs``.
+    """
+
+    positional: tuple[str, ...] = ()
+    required: frozenset[str] = frozenset()
+    names: frozenset[str] = frozenset()
+    any_position: bool = True
+    any_keyword: bool = True
+
+    @property
+    def fewest(self) -> int:
+        """Inputs that must be given by position, labels among them where they are required."""
+        return sum(name in self.required for name in self.positional)
+
+    @property
+    def most(self) -> float:
+        """Inputs that may be given by position before labels are, infinity for ``*args``."""
+        if self.any_position:
+            return math.inf
+        for place, name in enumerate(self.positional):
+            if name in LABEL_NAMES and name not in self.required:
+                return place
+        return len(self.positional)
+
+    def takes_labels_at(self, place: int) -> bool:
+        """Whether the forward must have the labels as its input number ``place``."""
+        if place + 1 != self.fewest or place >= len(self.positional):
+            return False
+        return place > 0 and self.positional[place] in LABEL_NAMES
+
+
+def forward_of(model: nn.Module) -> Forward:
+    """Read a model's signature; one that cannot be read takes anything."""
+    forward = innermost(model).forward
+    try:
+        parameters = inspect.signature(forward).parameters.values()
+    except (ValueError, TypeError):
+        schema = getattr(forward, "schema", None)  # a traced or scripted model
+        if schema is None:
+            return Forward()
+        arguments = schema.arguments[1:]
+        names = tuple(argument.name for argument in arguments)
+        required = frozenset(a.name for a in arguments if not a.has_default_value())
+        return Forward(names, required, frozenset(names), False, False)
+    kinds = inspect.Parameter
+    by_position = (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
+    by_keyword = (kinds.KEYWORD_ONLY, kinds.POSITIONAL_OR_KEYWORD)
+    return Forward(
+        tuple(p.name for p in parameters if p.kind in by_position),
+        frozenset(
+            p.name
+            for p in parameters
+            if p.default is kinds.empty and p.kind in (*by_position, *by_keyword)
+        ),
+        frozenset(p.name for p in parameters if p.kind in by_keyword),
+        any(p.kind == kinds.VAR_POSITIONAL for p in parameters),
+        any(p.kind == kinds.VAR_KEYWORD for p in parameters),
+    )

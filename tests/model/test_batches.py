@@ -1,0 +1,929 @@
+"""Data in every form people have it: the right scores, in the loader's order, or an InputError."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import dataclasses
+import logging
+import types
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+import imu_fast as imu
+from imu_fast.errors import InputError
+from imu_fast.model.batches import ForgetSet, as_batches, rereadable, split_batch
+
+N, WIDTH, CLASSES = 14, 6, 5
+DAMPING = 1e-2
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.fc = nn.Linear(WIDTH, 7), nn.Linear(7, CLASSES)
+
+    def logits(self, x):
+        return self.fc(torch.relu(self.body(x)))
+
+    def forward(self, x):
+        return self.logits(x)
+
+
+class TwoInputs(Net):
+    def forward(self, x, z):
+        return self.logits(x + z)
+
+
+class Optional(Net):
+    """As models of transformers: everything optional, by name."""
+
+    def forward(self, x=None, z=None, labels=None, **kwargs):
+        assert labels is None and not kwargs
+        return self.logits(x if z is None else x + z)
+
+
+class TakesDict(Net):
+    def forward(self, batch):
+        return self.logits(batch["a"])
+
+
+class Loss(Net):
+    """Computes a loss of its own, so it must have the labels."""
+
+    def forward(self, x, labels):
+        assert labels.dtype == torch.int64
+        return {"loss": 0.0, "logits": self.logits(x)}
+
+
+def oracle(model, x, y, z=None):
+    """``-g_i^T (diag(mean g^2) + damping)^-1 gbar`` of the head: float64, a sample at a time."""
+    model = copy.deepcopy(model).double().eval()
+    inputs = x.double() if z is None else x.double() + z.double()
+    rows = []
+    for sample, label in zip(inputs, y, strict=True):
+        loss = nn.functional.cross_entropy(model.logits(sample[None]), label[None].long())
+        gradient = torch.autograd.grad(loss, list(model.fc.parameters()))
+        rows.append(torch.cat([g.flatten() for g in gradient]))
+    g = torch.stack(rows)
+    mean = g.mean(0)
+    return -(g @ (mean / ((g * g).mean(0) + DAMPING)))
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(N, WIDTH, generator=generator)
+    z = torch.randn(N, WIDTH, generator=generator)
+    return x, torch.randint(0, CLASSES, (N,), generator=generator), z
+
+
+def scores_of_both_doors(model, loader):
+    """Scores by ``influence_scores`` and by ``unlearn``; the model stays."""
+    model = copy.deepcopy(model)
+    scored = imu.influence_scores(model, loader, damping=DAMPING)
+    result = imu.unlearn(
+        model, loader, epochs=1, damping=DAMPING, on_empty="uniform", inplace=False
+    )
+    return scored, result.scores
+
+
+def check(model, loader, want):
+    for got in scores_of_both_doors(model, loader):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+
+
+Named = collections.namedtuple("Named", "x y")
+Anonymous = collections.namedtuple("Anonymous", "first second")
+
+
+@dataclasses.dataclass
+class Record:
+    x: torch.Tensor
+    label: torch.Tensor
+
+
+class Pairs(Dataset):
+    """A map-style dataset of samples."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, i):
+        x, y, _ = data()
+        return self.make(x[i], y[i], i)
+
+
+class DuckTyped:
+    """A dataset that inherits from nothing."""
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, i):
+        if i >= N:
+            raise IndexError
+        x, y, _ = data()
+        return x[i], int(y[i])
+
+
+class Arrow:
+    """What is read of a ``datasets.Dataset``, which gives plain lists; it can be iterated, too."""
+
+    features = ("x", "label")
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, i):
+        x, y, _ = data()
+        return {"x": x[i].tolist(), "label": int(y[i]), "text": "t"}
+
+    def __iter__(self):
+        return (self[i] for i in range(N))
+
+
+Arrow.__module__ = "datasets.arrow_dataset"
+
+
+class Stream(IterableDataset):
+    def __init__(self, batched=False):
+        self.batched = batched
+
+    def __iter__(self):
+        x, y, _ = data()
+        if self.batched:
+            return iter(list(zip(x.split(5), y.split(5), strict=True)))
+        return iter(list(zip(x, y, strict=True)))
+
+
+class SameMemory:
+    """Fills the same tensors again for each batch."""
+
+    def __iter__(self):
+        x, y, _ = data()
+        held, labels = torch.empty(7, WIDTH), torch.empty(7, dtype=torch.int64)
+        for start in (0, 7):
+            yield held.copy_(x[start : start + 7]), labels.copy_(y[start : start + 7])
+
+
+def halves(make):
+    x, y, _ = data()
+    return [make(x[:9], y[:9]), make(x[9:], y[9:])]
+
+
+def as_list(batch):
+    return batch
+
+
+FORMS = {
+    "tensors": lambda x, y: (x, y),
+    "a list of tensors": lambda x, y: [x, y],
+    "numpy": lambda x, y: (x.numpy(), y.numpy()),
+    "numpy of float64": lambda x, y: (x.double().numpy(), y.numpy().astype("int16")),
+    "a list of labels": lambda x, y: (x, y.tolist()),
+    "labels [n, 1]": lambda x, y: (x, y[:, None]),
+    "lists of tensors": lambda x, y: (list(x), list(y)),
+    "a list of single labels": lambda x, y: (x, list(y)),
+    "uint8 labels": lambda x, y: (x, y.to(torch.uint8)),
+    "int8 labels": lambda x, y: (x, y.to(torch.int8)),
+    "int32 labels": lambda x, y: (x, y.to(torch.int32)),
+    "a dict of columns": lambda x, y: {"x": x, "labels": y},
+    "a UserDict of columns": lambda x, y: collections.UserDict(x=x, label=y),
+    "batches": lambda x, y: halves(lambda a, b: (a, b)),
+    "list batches": lambda x, y: halves(lambda a, b: [a, b]),
+    "dict batches": lambda x, y: halves(lambda a, b: {"x": a, "target": b}),
+    "dict batches, y": lambda x, y: halves(lambda a, b: {"x": a, "y": b}),
+    "dict batches, one input of another name": lambda x, y: halves(
+        lambda a, b: {"image": a, "label": b}
+    ),
+    "dict batches with metadata": lambda x, y: halves(
+        lambda a, b: {"x": a, "labels": b, "idx": torch.arange(len(a)), "name": ["f"] * len(a)}
+    ),
+    "mapping proxies": lambda x, y: halves(
+        lambda a, b: types.MappingProxyType({"x": a, "labels": b})
+    ),
+    "namedtuples": lambda x, y: halves(Named),
+    "namedtuples of other names": lambda x, y: halves(Anonymous),
+    "dataclasses": lambda x, y: halves(Record),
+    "(x, {'labels': y})": lambda x, y: halves(lambda a, b: (a, {"labels": b})),
+    "({'x': x}, y)": lambda x, y: halves(lambda a, b: ({"x": a}, b)),
+    "({'x': x}, y) in whole": lambda x, y: ({"x": x}, y),
+    "nested columns": lambda x, y: {"x": x, "labels": y, "more": {"idx": torch.arange(len(x))}},
+    "(x, y, index)": lambda x, y: halves(lambda a, b: (a, b, torch.arange(len(a)))),
+    "(x, y, names)": lambda x, y: halves(lambda a, b: (a, b, ["f"] * len(a))),
+    "(x, names, y)": lambda x, y: halves(lambda a, b: (a, ["f"] * len(a), b)),
+    "(x, y, weights, index)": lambda x, y: halves(
+        lambda a, b: (a, b, torch.rand(len(a)), torch.arange(len(a)))
+    ),
+    "a generator of batches": lambda x, y: iter(halves(lambda a, b: (a, b))),
+    "batches in the same memory": lambda x, y: SameMemory(),
+    "a tuple of batches": lambda x, y: tuple(halves(lambda a, b: (a, b))),
+    "samples": lambda x, y: list(zip(x, y, strict=True)),
+    "samples with plain labels": lambda x, y: list(zip(x, y.tolist(), strict=True)),
+    "samples of numpy": lambda x, y: list(zip(x.numpy(), y.numpy(), strict=True)),
+    "samples of lists": lambda x, y: list(zip(x.tolist(), y.tolist(), strict=True)),
+    "dict samples": lambda x, y: [
+        {"x": a, "label": b, "name": "f"} for a, b in zip(x, y.tolist(), strict=True)
+    ],
+    "samples with an index": lambda x, y: [
+        (a, b, i) for i, (a, b) in enumerate(zip(x, y.tolist(), strict=True))
+    ],
+    "a generator of samples": lambda x, y: zip(x, y, strict=True),
+    "a TensorDataset": lambda x, y: TensorDataset(x, y),
+    "a Subset": lambda x, y: Subset(TensorDataset(x.flip(0), y.flip(0)), range(N - 1, -1, -1)),
+    "a ConcatDataset": lambda x, y: ConcatDataset(
+        [TensorDataset(x[:3], y[:3]), TensorDataset(x[3:], y[3:])]
+    ),
+    "a dataset": lambda x, y: Pairs(lambda a, b, i: (a, int(b))),
+    "a dataset of dicts": lambda x, y: Pairs(lambda a, b, i: {"x": a, "label": int(b), "n": "f"}),
+    "a dataset of (x, y, index)": lambda x, y: Pairs(lambda a, b, i: (a, b, i)),
+    "a dataset without a base": lambda x, y: DuckTyped(),
+    "an IterableDataset": lambda x, y: Stream(),
+    "an IterableDataset of batches": lambda x, y: Stream(batched=True),
+    "a dataset of the datasets library": lambda x, y: Arrow(),
+    "a loader": lambda x, y: DataLoader(TensorDataset(x, y), 4),
+    "a loader of a dataset of dicts": lambda x, y: DataLoader(
+        Pairs(lambda a, b, i: {"x": a, "label": b, "name": str(i)}), 4
+    ),
+    "a loader of (x, y, index)": lambda x, y: DataLoader(Pairs(lambda a, b, i: (a, b, i)), 4),
+    "a loader of an IterableDataset": lambda x, y: DataLoader(Stream(), 4),
+    "a loader without batches of an IterableDataset": lambda x, y: DataLoader(
+        Stream(batched=True), batch_size=None
+    ),
+    "a loader without batches": lambda x, y: DataLoader(TensorDataset(x, y), batch_size=None),
+    "a loader whose items are batches": lambda x, y: DataLoader(
+        halves(lambda a, b: (a, b)), batch_size=None
+    ),
+    "a loader that does not collate": lambda x, y: DataLoader(
+        TensorDataset(x, y), 4, collate_fn=as_list
+    ),
+    "a loader of workers": lambda x, y: DataLoader(TensorDataset(x, y), 4, num_workers=1),
+    "a batch sampler": lambda x, y: DataLoader(
+        TensorDataset(x, y), batch_sampler=[[0, 1, 2], list(range(3, N))]
+    ),
+    "Data by index": lambda x, y: imu.Data(
+        halves(lambda a, b: (torch.arange(len(a)), b, a)), inputs=2, labels=1
+    ),
+    "Data by key": lambda x, y: imu.Data(
+        halves(lambda a, b: {"pixels": a, "fine": b, "coarse": b // 2}),
+        inputs="pixels",
+        labels="fine",
+    ),
+    "Data by keyword": lambda x, y: imu.Data(
+        halves(lambda a, b: (torch.arange(len(a)), b, a)), inputs={"x": -1}, labels=1
+    ),
+    "Data by functions": lambda x, y: imu.Data(
+        halves(lambda a, b: types.SimpleNamespace(x=a, y=b)),
+        inputs=lambda batch: batch.x,
+        labels=lambda batch: batch.y,
+    ),
+    "Data, labels alone, by key": lambda x, y: imu.Data(
+        halves(lambda a, b: {"x": a, "fine": b, "label": b // 2}), labels="fine"
+    ),
+    "Data, labels alone, by index": lambda x, y: imu.Data(
+        halves(lambda a, b: (a, b, torch.arange(len(a)))), labels=1
+    ),
+    "Data of a dataset": lambda x, y: imu.Data(
+        Pairs(lambda a, b, i: (i, a, int(b))), inputs=1, labels=2
+    ),
+    "Data of a loader": lambda x, y: imu.Data(
+        DataLoader(Pairs(lambda a, b, i: (i, a, int(b))), 4), inputs=1, labels=2
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_has_the_scores_of_the_oracle(form):
+    model, (x, y, _) = Net(), data()
+    want = oracle(model, x, y)
+    make = FORMS[form]
+    got = imu.influence_scores(model, make(x, y), damping=DAMPING)
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+    result = imu.unlearn(
+        model, make(x, y), epochs=1, damping=DAMPING, on_empty="uniform", inplace=False
+    )
+    torch.testing.assert_close(result.scores.double(), want, rtol=1e-4, atol=1e-5)
+    # Sample by sample, as ascent reads them.
+    forget, rows = ForgetSet(make(x, y), 4, model), [11, 0, 5, 5, 9]
+    parts = forget.get(rows)
+    torch.testing.assert_close(parts.labels.flatten(), y[rows])
+    torch.testing.assert_close(model(*parts.args, **parts.kwargs), model(x[rows]))
+    found = imu.evaluate(model, make(x, y))
+    logits = model(x).detach()
+    assert found["n"] == N
+    assert found["accuracy"] == pytest.approx(float((logits.argmax(1) == y).double().mean()))
+
+
+TWO = {
+    "tensors": (TwoInputs, lambda x, y, z: (x, z, y)),
+    "batches": (TwoInputs, lambda x, y, z: [(x, z, y)]),
+    "metadata after the labels": (TwoInputs, lambda x, y, z: [(x, z, y, torch.arange(N))]),
+    "a list of inputs": (TwoInputs, lambda x, y, z: [([x, z], y)]),
+    "a dict": (TwoInputs, lambda x, y, z: [{"z": z, "x": x, "label": y}]),
+    "a dict and labels": (TwoInputs, lambda x, y, z: [({"z": z, "x": x}, y)]),
+    "a dict and a dict": (TwoInputs, lambda x, y, z: [({"x": x, "z": z}, {"labels": y})]),
+    "labels beside an input": (TwoInputs, lambda x, y, z: [(x, {"labels": y, "z": z})]),
+    "optional inputs": (Optional, lambda x, y, z: (x, z, y)),
+    "optional inputs, a dict": (Optional, lambda x, y, z: [{"x": x, "z": z, "label": y}]),
+    "optional inputs, a dict and labels": (Optional, lambda x, y, z: [({"x": x, "z": z}, y)]),
+    "a namedtuple": (
+        TwoInputs,
+        lambda x, y, z: [collections.namedtuple("B", "one two label")(x, z, y)],
+    ),
+    "samples": (TwoInputs, lambda x, y, z: list(zip(x, z, y, strict=True))),
+    "Data": (TwoInputs, lambda x, y, z: imu.Data([(y, z, x)], inputs=[2, 1], labels=0)),
+}
+
+
+@pytest.mark.parametrize("form", TWO)
+def test_several_inputs(form):
+    kind, make = TWO[form]
+    model, (x, y, z) = kind(), data()
+    check(model, make(x, y, z), oracle(model, x, y, z))
+
+
+def test_the_model_is_asked_where_its_signature_does_not_say():
+    """One input and an index, or two inputs? Only one of the two has labels that fit."""
+    model, (x, y, _) = Optional(), data()
+    index = torch.arange(100, 100 + N)
+    check(model, [(x, y, index)], oracle(model, x, y))
+    with pytest.raises(InputError, match=r"can be read in 2 ways.*imu_fast\.Data\(loader"):
+        # One label per sample either way, and the model takes both.
+        both = nn.Linear(WIDTH, CLASSES)
+        both.forward = lambda x, z=None: nn.functional.linear(x, both.weight, both.bias)
+        imu.capture(both, [(x, y, y % 2)])
+    check(model, imu.Data([(x, y, y % 2)], inputs=0, labels=1), oracle(model, x, y))
+
+
+def test_labels_are_no_input_of_a_model_that_may_have_them():
+    class MayHaveLabels(Net):
+        def forward(self, x, labels=None):
+            return self.logits(x)
+
+    model, (x, y, _) = MayHaveLabels(), data()
+    check(model, [(x, y, y % 2)], oracle(model, x, y))
+
+
+def test_a_model_that_takes_the_whole_batch():
+    model, (x, y, _) = TakesDict(), data()
+    want = oracle(model, x, y)
+    check(model, [({"a": x}, y)], want)
+    check(model, [{"a": x, "labels": y}], want)
+    check(model, [{"a": x, "b": y, "labels": y}], want)
+
+
+def test_a_model_that_must_have_the_labels_gets_them():
+    model, (x, y, _) = Loss(), data()
+    want = oracle(model, x, y)
+    check(model, (x, y.int()), want)
+    check(model, [{"x": x, "labels": y.int()}], want)
+    check(model, [(x, y, torch.arange(100, 100 + N))], want)
+
+
+def test_a_mask_is_never_left_out():
+    """Tokens, labels and mask: a causal model runs on the first alone, but should not."""
+
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb, self.fc = nn.Embedding(30, 8), nn.Linear(8, 30)
+
+        def forward(self, ids, mask=None):
+            return self.fc(self.emb(ids) if mask is None else self.emb(ids) * mask[..., None])
+
+    ids = torch.randint(0, 30, (4, 7))
+    mask = (torch.arange(7) < 5).long().expand(4, 7)
+    labels = ids.masked_fill(mask == 0, -100)
+    for batch in ((ids, labels, mask), (ids, labels, mask, torch.arange(4))):
+        with pytest.raises(InputError, match=r"can be read in 2 ways|may be a mask"):
+            imu.influence_scores(Tagger(), [batch])
+    data = imu.Data([(ids, labels, mask)], inputs={"ids": 0, "mask": 2}, labels=1)
+    assert imu.influence_scores(Tagger(), data).shape == (4,)
+    one = nn.Sequential(nn.Embedding(30, 8), nn.Linear(8, 30))
+    with pytest.raises(InputError, match="part 2, of its inputs' shape, may be a mask"):
+        imu.influence_scores(one, [(ids, labels, mask)])
+
+
+def test_wrapped_models_have_the_signature_of_what_they_wrap():
+    model, (x, y, z) = TwoInputs(), data()
+    want = oracle(model, x, y, z)
+    assert torch.allclose(
+        imu.influence_scores(nn.DataParallel(model), [(x, z, y, y)], damping=DAMPING).double(),
+        want,
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_batch_encodings():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=40,
+        num_labels=5,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    model = transformers.BertForSequenceClassification(config)
+    ids = torch.randint(1, 40, (6, 7))
+    mask = (torch.arange(7) < torch.tensor([3, 7, 5, 2, 6, 4])[:, None]).long()
+    y = torch.tensor([0, 4, 2, 1, 3, 0])
+    want = imu.influence_scores(model, [{"input_ids": ids, "attention_mask": mask, "labels": y}])
+    unmasked = imu.influence_scores(model, [{"input_ids": ids, "labels": y}])
+    assert not torch.allclose(want, unmasked)
+    encoding = transformers.BatchEncoding({"input_ids": ids, "attention_mask": mask})
+    rows = [
+        {"input_ids": i, "attention_mask": m, "label": int(c)}
+        for i, m, c in zip(ids, mask, y, strict=True)
+    ]
+    for loader in (
+        (ids, mask, y),
+        DataLoader(TensorDataset(ids, mask, y), 4),
+        [(ids, mask, y, torch.arange(6))],
+        [transformers.BatchEncoding({**encoding, "labels": y})],
+        transformers.BatchEncoding({**encoding, "label": y}),
+        [(encoding, y)],
+        rows,
+        [{k: v.tolist() if torch.is_tensor(v) else v for k, v in row.items()} for row in rows],
+        DataLoader(rows, 2, collate_fn=transformers.default_data_collator),
+        imu.Data([(y, ids, mask)], inputs={"input_ids": 1, "attention_mask": 2}, labels=0),
+    ):
+        for got in scores_of_both_doors(model, loader):
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+
+
+class Padded(nn.Module):
+    """Takes tokens of any number, 0 being none."""
+
+    def __init__(self):
+        super().__init__()
+        self.emb, self.fc = nn.Embedding(30, 8, padding_idx=0), nn.Linear(8, 4)
+
+    def forward(self, input_ids):
+        mask = (input_ids != 0)[..., None]
+        return self.fc((self.emb(input_ids) * mask).sum(1) / mask.sum(1))
+
+
+def ragged():
+    """Batches of different widths, and the same samples padded to one."""
+    batches = [
+        {"input_ids": torch.randint(1, 30, (n, t)), "labels": torch.randint(0, 4, (n,))}
+        for n, t in ((5, 3), (4, 9), (3, 3), (2, 6))
+    ]
+    wide = torch.cat(
+        [nn.functional.pad(b["input_ids"], (0, 9 - b["input_ids"].shape[1])) for b in batches]
+    )
+    return batches, (wide, torch.cat([b["labels"] for b in batches]))
+
+
+@pytest.mark.parametrize("scope", ["head", "all"])
+@pytest.mark.parametrize("reweight", ["once", "batch"])
+def test_batches_of_different_widths(scope, reweight):
+    """Each batch, and each list of samples, padded to a length of its own, or not at all."""
+    model, (batches, whole) = Padded(), ragged()
+    options = dict(
+        scope=scope, reweight=reweight, epochs=2, batch_size=5, lr=0.1, on_empty="uniform"
+    )
+    want = imu.unlearn(copy.deepcopy(model), whole, **options)
+    samples = [
+        {"input_ids": ids, "labels": int(label)}
+        for b in batches
+        for ids, label in zip(b["input_ids"], b["labels"], strict=True)
+    ]
+    for loader in (batches, samples, DataLoader(samples, 5, collate_fn=as_list)):
+        trained = copy.deepcopy(model)
+        got = imu.unlearn(trained, loader, **options)
+        torch.testing.assert_close(got.scores, want.scores, rtol=1e-4, atol=1e-6)
+        for ours, theirs in zip(trained.parameters(), want.model.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_pieces_and_order_of_different_widths():
+    model, (batches, (wide, labels)) = Padded(), ragged()
+    forget = ForgetSet(batches, 5, model)
+    assert forget.n == 14 and len(forget) == 4
+    rows = [13, 0, 6, 10, 4, 1]
+    pieces = forget.pieces(rows)
+    assert sorted(at for _, places in pieces for at in places) == list(range(6))
+    assert len(pieces) == 3  # widths 6, 3 (of two batches) and 9
+    for parts, places in pieces:
+        for k, place in enumerate(places):
+            ids = parts.kwargs["input_ids"][k]
+            assert torch.equal(ids, wide[rows[place], : len(ids)])
+            assert parts.labels[k] == labels[rows[place]]
+    in_order = torch.cat([parts.labels for parts in forget.subset(rows)])
+    assert torch.equal(in_order, labels[rows])
+    with pytest.raises(InputError, match="3 different shapes"):
+        forget.get(rows)
+
+
+# Order.
+
+
+class Order(Sampler):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+    def __len__(self):
+        return len(self.rows)
+
+
+class EveryTimeAnother(Order):
+    """Counts its own iterations; nothing in its name says that it shuffles."""
+
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        shift = self.passes % len(self.rows)
+        return iter(self.rows[shift:] + self.rows[:shift])
+
+
+class ByNumpy(Order):
+    def __iter__(self):
+        return iter(np.random.permutation(self.rows).tolist())
+
+
+class AnotherLoader(DataLoader):
+    """What it gives is not what its dataset holds."""
+
+    def __iter__(self):
+        for x, y in super().__iter__():
+            yield x * 0.5, y
+
+
+ROWS = [12, 4, 7, 4, 0, 9]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda ds: DataLoader(ds, 4, sampler=Order(ROWS)),
+        lambda ds: DataLoader(ds, 4, sampler=ROWS),
+        lambda ds: DataLoader(ds, 4, sampler=torch.tensor(ROWS)),
+        lambda ds: DataLoader(ds, batch_sampler=[ROWS[:1], ROWS[1:]]),
+        lambda ds: DataLoader(ds, batch_sampler=BatchSampler(Order(ROWS), 4, False)),
+        lambda ds: DataLoader(Subset(ds, ROWS), 4),
+        lambda ds: DataLoader(ds, batch_size=None, sampler=Order(ROWS)),
+        lambda ds: Subset(ds, ROWS),
+    ],
+)
+def test_order_and_repetitions_are_those_of_the_loader(make, caplog):
+    model, (x, y, _) = Net(), data()
+    want = oracle(model, x[ROWS], y[ROWS])
+    with caplog.at_level(logging.WARNING, "imu_fast"):
+        check(model, make(TensorDataset(x, y)), want)
+    assert not caplog.text
+    forget = ForgetSet(make(TensorDataset(x, y)), 4, model)
+    labels = torch.cat([parts.labels for parts in forget])
+    assert torch.equal(labels, y[ROWS]) and torch.equal(forget.get(range(6)).labels, y[ROWS])
+
+
+def test_a_sampler_that_can_be_read_once():
+    model, (x, y, _) = Net(), data()
+    forget = ForgetSet(DataLoader(TensorDataset(x, y), 4, sampler=iter(ROWS)), 4, model)
+    assert forget.dataset_indices == ROWS
+    for _ in range(2):
+        assert torch.equal(torch.cat([parts.labels for parts in forget]), y[ROWS])
+
+
+SHUFFLING = {
+    "RandomSampler": lambda ds: DataLoader(ds, 4, shuffle=True),
+    "RandomSampler, replacement": lambda ds: DataLoader(
+        ds, 4, sampler=RandomSampler(ds, replacement=True, num_samples=20)
+    ),
+    "RandomSampler, generator": lambda ds: DataLoader(
+        ds, 4, shuffle=True, generator=torch.Generator().manual_seed(7)
+    ),
+    "SubsetRandomSampler": lambda ds: DataLoader(ds, 4, sampler=SubsetRandomSampler(ROWS)),
+    "WeightedRandomSampler": lambda ds: DataLoader(
+        ds, 4, sampler=WeightedRandomSampler(torch.arange(N).float(), 30)
+    ),
+    "BatchSampler of RandomSampler": lambda ds: DataLoader(
+        ds, batch_sampler=BatchSampler(RandomSampler(ds), 4, False)
+    ),
+    "DistributedSampler": lambda ds: DataLoader(
+        ds, 4, sampler=DistributedSampler(ds, num_replicas=1, rank=0)
+    ),
+    "EveryTimeAnother": lambda ds: DataLoader(ds, 4, sampler=EveryTimeAnother(ROWS)),
+    "BatchSampler of EveryTimeAnother": lambda ds: DataLoader(
+        ds, batch_sampler=BatchSampler(EveryTimeAnother(ROWS), 4, False)
+    ),
+    "ByNumpy": lambda ds: DataLoader(ds, 4, sampler=ByNumpy(ROWS)),
+    "a Data around it": lambda ds: imu.Data(DataLoader(ds, 4, shuffle=True), labels=1),
+}
+
+
+@pytest.mark.parametrize("name", SHUFFLING)
+@pytest.mark.parametrize("door", ["influence_scores", "unlearn"])
+def test_a_shuffling_loader_is_reported_and_scored_in_the_order_of_its_pass(name, door, caplog):
+    model, (x, y, _) = Net(), data()
+    loader = SHUFFLING[name](TensorDataset(x, y))
+    seen = []
+
+    def note(module, args, output):
+        seen.append(args[0].clone())
+
+    handle = model.body.register_forward_hook(note)
+    with caplog.at_level(logging.WARNING, "imu_fast"):
+        if door == "unlearn":
+            got = imu.unlearn(model, loader, epochs=1, on_empty="uniform", inplace=False).scores
+        else:
+            got = imu.influence_scores(model, loader)
+    handle.remove()
+    assert caplog.text.count("the loader shuffles") == 1
+    read = torch.cat(seen)[: len(got)]
+    rows = [int((x == row).all(1).nonzero()[0]) for row in read]
+    torch.testing.assert_close(got.double(), oracle(model, x[rows], y[rows]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", list(SHUFFLING)[:6])
+def test_the_next_pass_has_the_order_of_the_scores(name):
+    """No generator has moved, so whoever iterates the loader afterwards finds the same samples."""
+    model, (x, y, _) = Net(), data()
+    loader = SHUFFLING[name](TensorDataset(x, y))
+    scored, unlearned = scores_of_both_doors(model, loader)
+    torch.testing.assert_close(scored, unlearned, rtol=1e-4, atol=1e-5)
+    batches = list(loader)
+    inputs, labels = (torch.cat(column) for column in zip(*batches, strict=True))
+    torch.testing.assert_close(scored.double(), oracle(model, inputs, labels), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("door", [imu.influence_scores, imu.unlearn])
+def test_a_sampler_is_iterated_once(door):
+    model, (x, y, _) = Net(), data()
+    sampler = EveryTimeAnother(ROWS)
+    door(model, DataLoader(TensorDataset(x, y), 4, sampler=sampler))
+    assert sampler.passes == 1
+
+
+def test_a_loader_that_changes_what_it_reads_is_not_read_by_index():
+    model, (x, y, _) = Net(), data()
+    check(model, AnotherLoader(TensorDataset(x, y), 4), oracle(model, x * 0.5, y))
+
+
+def test_loaders_of_accelerate_are_seen_through(caplog):
+    """Its loaders and samplers, by their names and attributes."""
+    model, (x, y, _) = Net(), data()
+
+    class SeedableRandomSampler(Order):
+        pass
+
+    class DataLoaderShard:
+        def __init__(self, base_dataloader):
+            self.base_dataloader = base_dataloader
+
+        def __iter__(self):
+            return iter(self.base_dataloader)
+
+    loader = DataLoaderShard(
+        DataLoader(TensorDataset(x, y), 4, sampler=SeedableRandomSampler(ROWS))
+    )
+    with caplog.at_level(logging.WARNING, "imu_fast"):
+        check(model, loader, oracle(model, x[ROWS], y[ROWS]))
+    assert "SeedableRandomSampler" in caplog.text
+
+
+def test_what_a_loader_leaves_out_is_said_once(caplog):
+    model, (x, y, _) = Net(), data()
+    ds = TensorDataset(x, y)
+    for door in (imu.influence_scores, imu.evaluate):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "imu_fast"):
+            door(model, DataLoader(ds, 4, drop_last=True))
+        assert caplog.text.count("its last 2 of 14 samples are left out") == 1
+    with caplog.at_level(logging.WARNING, "imu_fast"):
+        caplog.clear()
+        imu.unlearn(model, DataLoader(ds, 4, drop_last=True), epochs=3, on_empty="uniform")
+        assert caplog.text.count("left out") == 1
+        caplog.clear()
+        imu.influence_scores(model, DataLoader(ds, 7, drop_last=True))
+        assert not caplog.text
+        sampler = DistributedSampler(ds, num_replicas=3, rank=1, shuffle=False)
+        imu.influence_scores(model, DataLoader(ds, 4, sampler=sampler))
+        assert "share 1 of 3" in caplog.text and "shuffles" not in caplog.text
+        caplog.clear()
+        list(as_batches(DataLoader(Stream(), 4, num_workers=2), model))
+        assert "samples come 2 times" in caplog.text
+        caplog.clear()
+        imu.influence_scores(model, halves(lambda a, b: {"x": a, "labels": b, "idx": b}))
+        assert caplog.text.count("takes no idx") == 1
+        caplog.clear()
+        imu.influence_scores(model, halves(lambda a, b: (a, b, b)))
+        assert caplog.text.count("part 1 (counted from 0) is taken for the labels") == 1
+    with pytest.raises(InputError, match="drop_last=True leaves out its only batch"):
+        imu.influence_scores(model, DataLoader(ds, 20, drop_last=True))
+
+
+def test_dataset_indices():
+    model, (x, y, _) = Net(), data()
+    ds = TensorDataset(x, y)
+    indices = lambda loader: ForgetSet(loader, 4, model).dataset_indices  # noqa: E731
+    assert indices(DataLoader(ds, 4, sampler=ROWS)) == ROWS
+    assert indices(DataLoader(ds, 4, sampler=ROWS, drop_last=True)) == ROWS[:4]
+    assert indices(DataLoader(Subset(ds, ROWS), 4)) == list(range(6))
+    assert indices(Pairs(lambda a, b, i: (a, b))) == list(range(N))
+    assert indices((x, y)) == list(range(N))
+    assert indices([(x, y)]) is None
+    assert indices(AnotherLoader(ds, 4)) is None
+    shuffled = ForgetSet(DataLoader(ds, 4, shuffle=True), 4, model)
+    assert sorted(shuffled.dataset_indices) == list(range(N)) != shuffled.dataset_indices
+    assert torch.equal(shuffled.get(range(N)).labels, y[shuffled.dataset_indices])
+    kept = ForgetSet(DataLoader(ds, 4, shuffle=True), 4, model, dataset_order=True)
+    assert kept.dataset_indices == list(range(N))
+
+
+# Iterators.
+
+
+def test_an_iterator_is_read_once_and_never_silently_empty():
+    model, (x, y, _) = Net(), data()
+    batches = iter([(x[:9], y[:9]), (x[9:], y[9:])])
+    want = oracle(model, x, y)
+    got = imu.influence_scores(model, batches, damping=DAMPING)
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+    for door in (imu.influence_scores, imu.evaluate, imu.unlearn):
+        with pytest.raises(InputError, match=r"empty: a list_iterator can be read once"):
+            door(model, batches)
+    again = rereadable(iter([(x[:9], y[:9]), (x[9:], y[9:])]), model)
+    for _ in range(3):
+        assert [parts.n for parts in as_batches(again, model)] == [9, 5]
+    with pytest.raises(InputError, match="can be read once"):
+        rereadable(iter([]), model)
+
+
+@pytest.mark.parametrize("scope", ["head", "all"])
+def test_watched_and_unseen_generators_are_measured_at_every_record(scope):
+    model, (x, y, z) = Net(), data()
+    result = imu.unlearn(
+        model,
+        (x, y),
+        scope=scope,
+        epochs=3,
+        on_empty="uniform",
+        watch={"other": iter([(z, y)])},
+        stop=imu.StopRule(membership_auc=0.0, unseen=iter([(z, y)])),
+        inplace=False,
+    )
+    assert len(result.trajectory) >= 2
+    assert all(0 <= entry["other_accuracy"] <= 1 for entry in result.trajectory)
+
+
+# Refusals.
+
+
+def test_labels_that_are_no_class_indices():
+    model, (x, y, _) = Net(), data()
+    hot = nn.functional.one_hot(y, CLASSES)
+    for labels, message in (
+        (y.float(), r"dtype torch.float32; pass integer class indices: labels.long\(\)"),
+        (y.bool(), r"torch.bool.*labels.long\(\)"),
+        (hot.float(), r"one-hot or soft labels, which are not supported.*argmax\(-1\)"),
+        (hot, r"labels have shape \(14, 5\), logits \(14, 5\); expected one label per row"),
+        (y[:, None, None], "expected one label per row"),
+        ([str(v) for v in y.tolist()], "labels are a list of str; pass integer class indices"),
+        (y + 1, r"labels\[\d+\]=5 is outside \[0, 5\)"),
+    ):
+        for door in (imu.influence_scores, imu.evaluate, imu.unlearn):
+            with pytest.raises(InputError, match=message):
+                door(model, [(x, labels)])
+        with pytest.raises(InputError, match=message):
+            imu.unlearn(model, [(x, labels)], scope="all")
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (3, "pass a DataLoader"),
+        ("folder", "is no data"),
+        (open, "call it and pass what it returns"),
+        (torch.zeros(3, 6), "one array without labels"),
+        ({"train": [1], "test": [2]}, "keys .'test', 'train'.*no arrays|must be 'labels'"),
+        ({"train": "x"}, "no arrays under them"),
+        ((torch.zeros(3, 6), torch.zeros(2, dtype=torch.int64)), r"lengths \[3, 2\]"),
+        ({"x": torch.zeros(3, 6), "labels": torch.zeros(2)}, r"lengths \[3, 2\]"),
+        ([{"x": torch.zeros(3, 6)}], "one must be 'labels' or 'label'"),
+        ([torch.zeros(3, 6)], r"pass \(inputs, labels\)"),
+        (["a.png"], r"batch is a str; pass \(inputs, labels\)"),
+        ([(torch.zeros(3, 6), {"boxes": torch.zeros(3)})], "second part of a batch has keys"),
+        (
+            [{"x": torch.zeros(3, 6), "label": torch.zeros(3), "target": torch.zeros(3)}],
+            r"'label' and 'target'.*say which: imu_fast.Data\(loader, labels",
+        ),
+        ([(torch.zeros(3, 6), None)], "labels are a NoneType"),
+        ([(torch.zeros(3, 6), (torch.zeros(3), torch.zeros(3)))], "labels are a tuple of Tensor"),
+        ([(torch.zeros(3, 6), "a", "b")], "none of them can be the labels"),
+        ([(torch.zeros(3, 6), torch.arange(3), 2)], "one sample or a batch"),
+        (imu.Data([(torch.zeros(3, 6), torch.arange(3))], labels=2), "labels=2 is not in a batch"),
+        (imu.Data([{"x": torch.zeros(3, 6)}], labels="y"), "labels='y' is not in a batch"),
+        (imu.Data([(torch.arange(3), torch.zeros(3, 6))], labels=0), "say inputs= as well"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(loader, message):
+    for door in (imu.influence_scores, imu.evaluate, imu.unlearn):
+        with pytest.raises(InputError, match=message):
+            door(Net(), loader)
+
+
+def test_two_inputs_of_which_one_is_missing():
+    x, y, _ = data()
+    with pytest.raises(InputError, match=r"takes 2 inputs \(x, z\), a batch has 1"):
+        imu.influence_scores(TwoInputs(), (x, y))
+    with pytest.raises(InputError, match=r"fits the model in none of 1 ways"):
+        imu.influence_scores(Net(), [{"image": x, "mask": x, "label": y}])
+    with pytest.raises(InputError, match=r"fits the model in none of 1 ways.*mat1"):
+        imu.influence_scores(Net(), [(torch.arange(N), x, y)])
+    with pytest.raises(InputError, match=r"keys \['x'\] besides 'label'.*takes \['x', 'z'\]"):
+        imu.influence_scores(TwoInputs(), [{"x": x, "label": y}])
+    with pytest.raises(InputError, match="none of them can be the labels"):
+        imu.influence_scores(TwoInputs(), (x, y, ["f"] * N))
+
+
+def test_bad_selections():
+    with pytest.raises(InputError, match="is a Data already"):
+        imu.Data(imu.Data([], labels=1), labels=1)
+    with pytest.raises(InputError, match="say where the labels are"):
+        imu.Data([], inputs=0)
+    with pytest.raises(InputError, match="labels is a function"):
+        imu.Data([], labels=len)
+
+
+def test_batches_that_cannot_be_cut_are_refused_where_they_must_be():
+    """Sequences first: the samples are the second axis, which only a dataset can say."""
+
+    class First(Net):
+        def forward(self, x):
+            return self.logits(x.mean(0))
+
+    model, (x, y, _) = First(), data()
+    batches = [(x[None].repeat(3, 1, 1), y)]
+    want = oracle(model, x, y)
+    torch.testing.assert_close(
+        imu.influence_scores(model, batches, damping=DAMPING).double(), want, rtol=1e-4, atol=1e-5
+    )
+    with pytest.raises(InputError, match="whose first axis is not the samples'"):
+        imu.unlearn(model, batches, scope="all", batch_size=5, on_empty="uniform")
+    assert split_batch((x, y), Net()).n == N
+    with pytest.raises(InputError, match="model=None"):
+        split_batch((x, y))
+
+
+class Opaque:
+    """A batch of another library: no tensor, but it can move itself."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def to(self, device):
+        return Opaque(self.x.to(device), self.y)
+
+
+def test_batches_of_other_libraries():
+    class OfOpaque(Net):
+        def forward(self, batch):
+            return self.logits(batch.x)
+
+    model, (x, y, _) = OfOpaque(), data()
+    batches = imu.Data([Opaque(x, y)], inputs=lambda batch: batch, labels=lambda batch: batch.y)
+    got = imu.influence_scores(model, batches, damping=DAMPING)
+    torch.testing.assert_close(got.double(), oracle(model, x, y), rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="a Opaque, which cannot be cut into samples"):
+        imu.unlearn(model, batches, scope="all", batch_size=5, on_empty="uniform")
+
+
+def test_mappings_keep_their_kind():
+    class Strict(Net):
+        def forward(self, batch):
+            assert isinstance(batch, Mapping) and type(batch) is collections.UserDict
+            return self.logits(batch["a"])
+
+    model, (x, y, _) = Strict(), data()
+    batch = (collections.UserDict(a=x), y)
+    got = imu.influence_scores(model, [batch], damping=DAMPING)
+    torch.testing.assert_close(got.double(), oracle(model, x, y), rtol=1e-4, atol=1e-5)
+    assert torch.equal(batch[0]["a"], x)
