@@ -29,7 +29,7 @@ def ours(features, weight, bias, labels, offsets):
 
 def truth(features, weight, bias, labels, offsets):
     head = features, weight, bias, labels, None
-    return reference.linear_softmax_scores(*head, offsets, LAM, "add")
+    return reference.linear_softmax_scores(head, offsets, LAM, "add")
 
 
 def formula(features, weight, bias, labels, offsets):

@@ -13,17 +13,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import torch
-from torch import Tensor
 
 from imu_fast.errors import BackendUnavailableError, check_choice
 
 logger = logging.getLogger("imu_fast")
 
 CHOICES = ("auto", "reference", "torch", "triton")
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ENVIRONMENT = "IMU_FAST_BACKEND"
 _choice: ContextVar[str | None] = ContextVar("imu_fast_backend", default=None)
 _record: ContextVar[dict[str, str] | None] = ContextVar("imu_fast_backend_record", default=None)
@@ -92,12 +90,10 @@ def backends() -> dict[str, BackendInfo]:
     }
 
 
-def kernel_limits(*tensors: Tensor) -> str:
-    """Why the Triton kernels cannot take these operands; "" where they can."""
-    for tensor in tensors:
-        if tensor.dtype not in KERNEL_DTYPES:
-            return f"{tensor.dtype} is not among float32, bfloat16 and float16"
-    return ""
+def why_no_triton() -> str:
+    """Why no kernel runs here at all; "" where they do."""
+    info = _triton()
+    return "" if info.available else info.reason
 
 
 def input_precision() -> str:
@@ -117,9 +113,12 @@ def current_backend() -> str:
         InputError: the environment variable IMU_FAST_BACKEND names no backend.
     """
     chosen = _choice.get()
-    if chosen is not None:
-        return chosen
-    return check_choice(_ENVIRONMENT, os.environ.get(_ENVIRONMENT, "auto"), CHOICES)
+    if chosen is None:
+        chosen = os.environ.get(_ENVIRONMENT)
+        if chosen is None:
+            return "auto"
+        check_choice(_ENVIRONMENT, chosen, CHOICES)
+    return chosen
 
 
 @contextmanager
@@ -147,61 +146,15 @@ def record_backends() -> Iterator[dict[str, str]]:
     """Collect ``{operation: backend}`` for every operation run in the body."""
     token = _record.set({})
     try:
-        record = _record.get()
-        assert record is not None
-        yield record
+        noted = _record.get()
+        assert noted is not None
+        yield noted
     finally:
         _record.reset(token)
 
 
-def resolve(
-    operation: str,
-    implemented: tuple[str, ...],
-    tensor: Tensor | None = None,
-    unsupported: str = "",
-    needs_kernel: bool = True,
-) -> str:
-    """The backend that runs ``operation``, out of those that implement it. Only ops/ calls this.
-
-    Args:
-        implemented: names of backends.
-        tensor: the main operand; its device decides what "auto" means.
-        unsupported: why the kernel cannot take these operands (a dtype, a size); "" where it can.
-        needs_kernel: False for what is one matrix product: "triton" then runs (and records) torch.
-
-    Raises:
-        BackendUnavailableError: a backend was chosen by name and does not implement the operation,
-            or cannot take these operands.
-    """
-    chosen = current_backend()
-    if chosen == "triton" and not needs_kernel:
-        chosen = "torch"
-    if chosen == "auto":
-        chosen = "torch"
-        if tensor is not None and tensor.is_cuda and "triton" in implemented:
-            reason = unsupported or ("" if (info := _triton()).available else info.reason)
-            if reason:
-                _warn_once(operation, reason)
-            else:
-                chosen = "triton"
-    elif chosen not in implemented:
-        raise BackendUnavailableError(
-            f"backend={chosen!r} does not implement {operation}; choose one of "
-            f"{', '.join(implemented)} or 'auto'"
-        )
-    elif chosen == "triton":
-        if tensor is not None and not tensor.is_cuda and not interpreted():
-            unsupported = f"its input is on {tensor.device}, not on a CUDA device"
-        if unsupported:
-            raise BackendUnavailableError(
-                f"backend='triton' cannot run {operation}: {unsupported}; use 'torch' or 'auto'"
-            )
-    record = _record.get()
-    if record is not None:
-        record[operation] = chosen
-    return chosen
-
-
-@cache
-def _warn_once(operation: str, reason: str) -> None:
-    logger.warning("%s runs in PyTorch, not in its Triton kernel: %s", operation, reason)
+def record(operation: str, chosen: str) -> None:
+    """Note for :func:`record_backends` that an operation runs by this backend."""
+    noted = _record.get()
+    if noted is not None:
+        noted[operation] = chosen

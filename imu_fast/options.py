@@ -80,14 +80,14 @@ class Table(Generic[T]):
                 )
             return self[value].with_options(f"{argument}={value!r}", given)
         if not isinstance(value, self.base):
-            if (held := self._coerce(value)) is not None:
-                return held.with_options(f"{argument}={value!r}", given)
             named = f"one of the names {', '.join(self)}"
-            if isinstance(value, type):
+            if isinstance(value, type) and issubclass(value, Options):
                 raise InputError(
                     f"{argument} is the class {value.__name__}; pass an object, "
                     f"{value.__name__}(...), or {named}"
                 )
+            if (held := self._coerce(value)) is not None:
+                return held.with_options(f"{argument}={value!r}", given)
             raise InputError(f"{argument}={value!r}; pass a {self.base.__name__} or {named}")
         if given:
             raise InputError(
@@ -138,24 +138,42 @@ class Options:
 
     def __repr__(self) -> str:
         """The class and what differs from its defaults."""
-        shown = [
-            f"{field.name}={getattr(self, field.name)!r}"
-            for field in dataclasses.fields(self)  # type: ignore[arg-type]
-            if not _same(getattr(self, field.name), _default(type(self), field))
-        ]
+        shown = []
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value, default = getattr(self, field.name), _default(type(self), field)
+            if type(value) is not type(default) or not _equal(value, default):
+                shown.append(f"{field.name}={value!r}")
         return f"{type(self).__name__}({', '.join(shown)})"
 
-    def paths(self) -> dict[str, tuple[str, ...]]:
-        """Flat option -> the fields that lead to it; an outer option hides an inner of its name."""
+    def _values(self) -> list[Any]:
+        return [getattr(self, f.name) for f in dataclasses.fields(self)]  # type: ignore[arg-type]
+
+    def __eq__(self, other: object) -> bool:
+        """The same class with equal options; tensors and arrays are equal to themselves alone."""
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(map(_equal, self._values(), other._values()))
+
+    def __hash__(self) -> int:
+        """Over the options that have a hash; a list of layers has none."""
+        return hash((type(self), *(v for v in self._values() if _hashable(v))))
+
+    def _ways(self) -> dict[str, list[tuple[str, ...]]]:
+        """Flat option -> every way to it; an outer option hides an inner of its name."""
         own = dataclasses.fields(self)  # type: ignore[arg-type]
-        found: dict[str, tuple[str, ...]] = {field.name: (field.name,) for field in own}
-        found |= {f.metadata["also"]: (f.name,) for f in own if f.metadata.get("also")}
+        found: dict[str, list[tuple[str, ...]]] = {field.name: [(field.name,)] for field in own}
+        found |= {f.metadata["also"]: [(f.name,)] for f in own if f.metadata.get("also")}
+        deeper: dict[str, list[tuple[str, ...]]] = {}
         for field in own:
             inner = getattr(self, field.name)
             if isinstance(inner, Options):
-                for name, path in inner.paths().items():
-                    found.setdefault(name, (field.name, *path))
-        return found
+                for name, ways in inner._ways().items():
+                    deeper.setdefault(name, []).extend((field.name, *way) for way in ways)
+        return found | {name: ways for name, ways in deeper.items() if name not in found}
+
+    def paths(self) -> dict[str, tuple[str, ...]]:
+        """Flat option -> the fields that lead to it; an outer option hides an inner of its name."""
+        return {name: ways[0] for name, ways in self._ways().items()}
 
     def get(self, name: str) -> Any:
         """A flat option's value.
@@ -187,36 +205,35 @@ class Options:
         Raises:
             InputError: an option that is not here, or that belongs into an object that was given.
         """
-        made, rest, sealed = self, dict(given), {}
+        made = self
+        sealed: dict[tuple[str, ...], str] = {}
+        rest = {name: value for name, value in given.items() if value is not None}
+        if not rest:
+            return self
         for name in [name for name in rest if name in self.shorthands]:
             made = self.shorthands[name](made, rest.pop(name))
         while True:
-            paths = made.paths()
-            choices = [k for k in rest if k in paths and made._is_choice(paths[k])]
+            ways = made._ways()
+            choices = [k for k in rest if k in ways and made._is_choice(ways[k][0])]
             if not choices:
                 break
-            first = min(choices, key=lambda name: len(paths[name]))
-            path, value = paths[first], rest.pop(first)
+            first = min(choices, key=lambda name: len(ways[name][0]))
+            path, value = _only_way(first, ways[first], sealed), rest.pop(first)
             made = made._replaced(path[:-1], {path[-1]: value})
             if isinstance(value, Options):
-                sealed[path] = first
-        by_owner: dict[tuple[str, ...], dict[str, Any]] = {}
+                sealed[path] = f"{first}={value!r}"
+        named: dict[tuple[str, ...], str] = {}
         for name, value in rest.items():
-            if name not in paths:
+            if name not in ways:
                 raise InputError(self._unknown(described, name, made))
-            path = paths[name]
-            for outer, argument in sealed.items():
-                if path[: len(outer)] == outer:
-                    raise InputError(
-                        f"{argument}={given[argument]!r} is an object, which holds its own "
-                        f"options; give {name} to it, not beside it"
-                    )
-            owner = by_owner.setdefault(path[:-1], {})
-            if path[-1] in owner:
-                raise InputError(f"{name} and its other name {path[-1]} are both given; pass one")
-            owner[path[-1]] = value
-        for path in sorted(by_owner, key=len, reverse=True):
-            made = made._replaced(path, by_owner[path])
+            path = _only_way(name, ways[name], sealed)
+            if path in named:
+                raise InputError(
+                    f"{named[path]} and {name} are two names of one option; pass one of them"
+                )
+            named[path] = name
+            made = made._replaced(path[:-1], {path[-1]: value})
+        made._check_all()
         return made
 
     def _is_choice(self, path: tuple[str, ...]) -> bool:
@@ -226,10 +243,20 @@ class Options:
         return isinstance(_descriptor(type(owner), path[-1]), Choice)
 
     def _replaced(self, path: tuple[str, ...], changes: Mapping[str, Any]) -> Self:
+        """A copy whose checks are still to come: what contradicts now may be replaced next."""
         if path:
-            inner = getattr(self, path[0])._replaced(path[1:], changes)
-            changes = {path[0]: inner}
-        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+            changes = {path[0]: getattr(self, path[0])._replaced(path[1:], changes)}
+        made = object.__new__(type(self))
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = changes[field.name] if field.name in changes else getattr(self, field.name)
+            object.__setattr__(made, field.name, value)
+        return made
+
+    def _check_all(self) -> None:
+        for value in self._values():
+            if isinstance(value, Options):
+                value._check_all()
+        self.__post_init__()
 
     @staticmethod
     def _unknown(described: str, name: str, made: Options) -> str:
@@ -240,9 +267,30 @@ class Options:
             for other in choice.table
             if name in choice.table[other].paths()
         )
-        hint = _meant(name, known) or (f"; {' or '.join(elsewhere)} would" if elsewhere else "")
+        hint = f"; {' or '.join(elsewhere)} would" if elsewhere else _meant(name, known)
         has = f"it has {', '.join(sorted(known))}" if known else "it has none"
         return f"{described} has no option {name}; {has}{hint}"
+
+
+def _only_way(
+    name: str, ways: list[tuple[str, ...]], sealed: Mapping[tuple[str, ...], str]
+) -> tuple[str, ...]:
+    """The way to a flat option, unless it is one of several, or into a given object.
+
+    Args:
+        sealed: where objects were given -> as what.
+    """
+    path, *others = ways
+    for outer, written in sealed.items():
+        if path[: len(outer)] == outer:
+            raise InputError(
+                f"{written} is an object, which holds its own options; give {name} to it, "
+                "not beside it"
+            )
+    if others:
+        owners = " and to ".join(".".join(way[:-1]) for way in ways)
+        raise InputError(f"{name} belongs to {owners}; give it to the object that is meant")
+    return path
 
 
 def _descriptor(cls: type, name: str) -> Any:
@@ -267,8 +315,24 @@ def _default(cls: type, field: dataclasses.Field[Any]) -> Any:
     return field.default
 
 
-def _same(a: Any, b: Any) -> bool:
-    return a is b or (type(a) is type(b) and isinstance(a, (Options, str, int, float)) and a == b)
+def _equal(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    try:
+        same = a == b
+    except Exception:  # tensors within a list
+        return False
+    # What tensors and arrays answer is no bool, nor is numpy's of two numbers.
+    plain = isinstance(a, (int, float, str)) and isinstance(b, (int, float, str))
+    return bool(same) if plain else same is True
+
+
+def _hashable(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _meant(name: str, known: Any) -> str:
@@ -278,5 +342,15 @@ def _meant(name: str, known: Any) -> str:
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(option,))
 def options(cls: type[T]) -> type[T]:
-    """Make a class a choice: a frozen dataclass whose fields are given by keyword."""
-    return dataclasses.dataclass(frozen=True, kw_only=True, repr=False)(cls)
+    """Make a class a choice: a frozen dataclass whose fields are given by keyword.
+
+    Raises:
+        TypeError: two of its options have one name.
+    """
+    made = dataclasses.dataclass(frozen=True, kw_only=True, repr=False, eq=False)(cls)
+    fields = dataclasses.fields(made)  # type: ignore[arg-type]
+    also = [f.metadata["also"] for f in fields if f.metadata.get("also")]
+    names = [*(f.name for f in fields), *also]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise TypeError(f"{made.__name__} has two options of the name {', '.join(twice)}")
+    return made

@@ -8,10 +8,14 @@ d features, D = d + bias, and ``offsets [n+1]`` says which tokens belong to whic
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 import torch
 from torch import Tensor
+
+# Features [N, d], weight [C, d], bias [C] or None, labels [N], scale [N] or None.
+Head = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]
 
 
 def softmax_residual(logits: Tensor, labels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,6 +84,11 @@ def quadratic_scores(
     return torch.stack([(gi * gi * x.double()).sum() for gi in g])
 
 
+def gradient_norms(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
+    """``||g_i||^2``: [n], float64."""
+    return sample_gradients(delta, act, offsets, has_bias).square().sum(dim=(1, 2))
+
+
 def damped_diagonal(diagonal: Tensor, damping: float, mode: str) -> Tensor:
     """``diag + lam`` (mode "add") or ``max(diag, lam)`` (mode "clamp")."""
     return diagonal + damping if mode == "add" else diagonal.clamp_min(damping)
@@ -118,14 +127,14 @@ def quantile(values: list[float], q: float) -> float:
 
 
 def objective(logits: Tensor, labels: Tensor, name: str, auxiliary: Tensor | None = None) -> Tensor:
-    """``f(l_i)``, what reweighted ascent increases: [B], differentiable.
+    """``f(l_i)``, what reweighted ascent increases: [B], float64, differentiable.
 
     ``ce``: the cross-entropy. ``log1mp``: ``log(1 - p_y)``. ``margin``: minus the hinge
     ``max(0, z_y - max_{j != y} z_j)``. ``npo``: ``-2/beta log(1 + (p_y/p_ref)^beta)``, beta = 0.1,
     auxiliary ``-log p_ref``. ``relabel``: ``log p`` of the class that auxiliary names.
     """
     values = []
-    for i, (z, y) in enumerate(zip(logits, labels.tolist(), strict=True)):
+    for i, (z, y) in enumerate(zip(logits.double(), labels.tolist(), strict=True)):
         log_p = z - z.logsumexp(dim=0)
         others = torch.cat([z[:y], z[y + 1 :]])
         if name == "ce":
@@ -136,12 +145,39 @@ def objective(logits: Tensor, labels: Tensor, name: str, auxiliary: Tensor | Non
             values.append(-(z[y] - others.max()).clamp_min(0))
         elif name == "npo":
             assert auxiliary is not None
-            ratio = (log_p[y] + auxiliary[i]).exp()
+            ratio = (log_p[y] + auxiliary[i].double()).exp()
             values.append(-20 * torch.log(1 + ratio**0.1))
         else:
             assert auxiliary is not None
             values.append(log_p[int(auxiliary[i])])
     return torch.stack(values)
+
+
+def objective_residual(
+    logits: Tensor, labels: Tensor, name: str, auxiliary: Tensor | None = None
+) -> Tensor:
+    """``d f / d z`` of :func:`objective`, by autograd: [B, C], float64."""
+    z = logits.detach().double().requires_grad_()
+    with torch.enable_grad():
+        total = objective(z, labels, name, auxiliary).sum()
+    return torch.autograd.grad(total, z)[0]
+
+
+def head_ascent_gradient(
+    features: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    theta: Tensor,
+    has_bias: bool,
+    name: str,
+    auxiliary: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradient [C, D] of ``- sum w f / sum w`` by autograd, and that loss; float64."""
+    t, w = theta.detach().double().requires_grad_(), weights.double()
+    with torch.enable_grad():
+        logits = augment(features.double(), has_bias) @ t.T
+        loss = -(w * objective(logits, labels, name, auxiliary)).sum() / w.sum()
+    return torch.autograd.grad(loss, t)[0], loss.detach()
 
 
 def head_ascent(
@@ -157,26 +193,29 @@ def head_ascent(
     weight_decay: float,
     alpha: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One SGD step on ``- sum w f / sum w + alpha ||theta||_1``, by autograd.
+    """One SGD step on ``- sum w f / sum w + alpha ||theta||_1``.
 
     Returns:
         theta [C, D] and momentum buffer [C, D] after the step (buffer None before it: zero), and
         the loss before it; float64.
     """
-    t, w = theta.detach().double().requires_grad_(), weights.double()
-    with torch.enable_grad():
-        logits = augment(features.double(), has_bias) @ t.T
-        loss = -(w * objective(logits, labels, name)).sum() / w.sum() + alpha * t.abs().sum()
-    gradient = torch.autograd.grad(loss, t)[0] + weight_decay * t.detach()
+    gradient, loss = head_ascent_gradient(features, labels, weights, theta, has_bias, name)
+    t = theta.detach().double()
+    gradient, loss = gradient + alpha * t.sign() + weight_decay * t, loss + alpha * t.abs().sum()
     old = torch.zeros_like(gradient) if buffer is None else buffer.double()
     velocity = momentum * old + gradient
-    return t.detach() - lr * velocity, velocity, loss.detach()
+    return t - lr * velocity, velocity, loss
 
 
 def ggn_product(
     p: Tensor, scale: Tensor, act: Tensor, v: Tensor, n: int, damping: float, has_bias: bool
 ) -> Tensor:
-    """``1/n sum_t c_t (diag(p_t) - p_t p_t^T) V a~_t a~_t^T + lam V``: [C, D], float64."""
+    """``1/n sum_t c_t (diag(p_t) - p_t p_t^T) V a~_t a~_t^T + lam V``: v's shape, float64.
+
+    v: [C, D], or [m, C, D] for m of them.
+    """
+    if v.dim() == 3:
+        return torch.stack([ggn_product(p, scale, act, one, n, damping, has_bias) for one in v])
     out = damping * v.double()
     for pt, c, a in zip(p.double(), scale.double(), augment(act.double(), has_bias), strict=True):
         jacobian = torch.diag(pt) - torch.outer(pt, pt)
@@ -214,10 +253,39 @@ def conjugate_gradient(
     return x
 
 
+def conjugate_gradient_iteration(
+    x: Tensor, r: Tensor, p: Tensor, mp: Tensor, moving: Tensor, inverse: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, ...]:
+    """One iteration of m systems: x, r, p [m, ...], ``r.z``, ``r.r``, step [m, 1 ...], float64.
+
+    mp: ``M p``. moving: [m, 1 ...]; where ``p.Mp`` is not positive none moves: step zero. inverse:
+    about ``M^-1``, of [m, ...].
+    """
+
+    def dot(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).flatten(1).sum(dim=1).view(moving.shape)
+
+    x, r, p, mp = (t.double() for t in (x, r, p, mp))
+    rho, curvature = dot(r, inverse(r)), dot(p, mp)
+    step = torch.where(moving & (curvature > 0), rho / curvature, 0.0)
+    x, r = x + step * p, r - step * mp
+    z = inverse(r)
+    p = torch.where(step != 0, z + dot(r, z) / rho * p, p)
+    return x, r, p, dot(r, z), dot(r, r), step
+
+
 def gram(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
     """``K[i,j] = <g_i, g_j>``: [n, n], float64."""
     g = sample_gradients(delta, act, offsets, has_bias).flatten(1)
     return g @ g.T
+
+
+def cross_gram(
+    left: tuple[Tensor, Tensor, Tensor], right: tuple[Tensor, Tensor, Tensor], has_bias: bool
+) -> Tensor:
+    """``<g_i, h_j>`` of two sets, each as (delta, act, offsets): [n, m], float64."""
+    g, h = (sample_gradients(*one, has_bias).flatten(1) for one in (left, right))
+    return g @ h.T
 
 
 def ggn_block_matrix(
@@ -264,23 +332,35 @@ def ekfac_matrix(
     return q @ torch.diag((q.T @ full @ q).diagonal()) @ q.T
 
 
+def linear_softmax_normaliser(head: Head) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exp of each token's logits, ``1 - p_y`` (1 where y is negative) and loss; [N]."""
+    lse, others = [], []
+    for z, y in zip(head_logits(*head[:3]), head[3].tolist(), strict=True):
+        lse.append(z.logsumexp(dim=0))
+        rest = z if y < 0 else torch.cat([z[:y], z[y + 1 :]])
+        others.append(torch.exp(rest.logsumexp(dim=0) - lse[-1]))
+    return torch.stack(lse), torch.stack(others), linear_softmax_residual(head)[1]
+
+
+def linear_softmax_residual(head: Head) -> tuple[Tensor, Tensor]:
+    """delta [N, C] and loss [N], zero where a label is negative; float64."""
+    *_, labels, scale = head
+    valid = (labels >= 0).double()
+    scale = valid if scale is None else valid * scale
+    return softmax_residual(head_logits(*head[:3]), labels.clamp_min(0), scale)
+
+
+def head_logits(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``features W^T + b``: [N, C], float64."""
+    logits = features.double() @ weight.double().T
+    return logits if bias is None else logits + bias.double()
+
+
 def linear_softmax_scores(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    scale: Tensor | None,
-    offsets: Tensor,
-    damping: float,
-    mode: str,
+    head: Head, offsets: Tensor, damping: float, mode: str
 ) -> tuple[Tensor, Tensor]:
     """A large vocabulary by definition: scores [n] under ``fisher_diag``, and losses [N]."""
-    logits = features.double() @ weight.double().T
-    logits = logits if bias is None else logits + bias.double()
-    ones = torch.ones(len(labels), dtype=torch.float64) if scale is None else scale.double()
-    valid = labels >= 0
-    delta, loss = softmax_residual(logits, labels.clamp_min(0), ones * valid)
-    has_bias = bias is not None
+    (delta, loss), features, has_bias = linear_softmax_residual(head), head[0], head[2] is not None
     fisher = fisher_diagonal(delta, features, offsets, has_bias)
     x = mean_gradient(delta, features, offsets, has_bias) / damped_diagonal(fisher, damping, mode)
     return influence(delta, features, offsets, has_bias, x), loss

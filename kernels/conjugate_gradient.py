@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
+
 from imu_fast.kernels.specialisation import Specialisation, specialise
 
 # Entries that a program takes at once, and into how many pieces a row is cut at most: every

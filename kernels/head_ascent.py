@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
+
 from imu_fast.kernels.specialisation import (
     ALIGN,
     Specialisation,

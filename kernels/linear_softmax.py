@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
+
 from imu_fast.kernels.specialisation import (
     Specialisation,
     aligned,
@@ -220,7 +221,8 @@ def normaliser(
             *act.stride(), *weight.stride(), N, **constants,
         )  # fmt: skip
     # Second stage: the splits' sums on one footing, added in the order of the splits.
-    largest, z_y = m.amax(dim=0), label.sum(dim=0)
+    # An ignored label has no logit, and zero would count as one.
+    largest, z_y = m.amax(dim=0), torch.where(labels >= 0, label.sum(dim=0), -torch.inf)
     rest = (others * torch.exp(m - largest)).sum(dim=0)
     total = rest + torch.exp(z_y - largest)
     q, lse = rest / total, largest + total.log()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -121,6 +123,21 @@ def assert_close(
     error = float((actual.double() - truth.double()).abs().max()) if truth.numel() else 0.0
     assert actual.shape == truth.shape
     assert error <= bound, f"error {error:.3g} > {bound:.3g}"
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operation's operands for one case, and what bounds its error.
+
+    length: of the sums that it makes. sizes: the magnitude of their terms, of each result in turn;
+    None where the results' own will do. changes: which operands it changes, in place.
+    """
+
+    args: tuple[Any, ...]
+    length: int
+    sizes: Sequence[float | None] = (None,)
+    named: dict[str, Any] = field(default_factory=dict)
+    changes: tuple[int, ...] = ()
 
 
 DTYPES = [torch.float64, torch.float32]

@@ -1,12 +1,13 @@
-"""Row-wise bilinear forms ``<g_i, X>`` from gradient factors, SPEC section 3."""
+"""Row-wise bilinear forms ``<g_i, X>`` from gradient factors."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from imu_fast import backend
+from imu_fast.backend import input_precision
 from imu_fast.ops.fisher_diagonal import CHUNK_TOKENS, TILE_ELEMENTS, gradient_tiles
+from imu_fast.ops.operation import kernel_dtypes, operation
 from imu_fast.ops.tokens import is_flat, sum_over_tokens
 
 # Elements of the per-token gradients that exist at once where they are formed: 1 MB in float32.
@@ -57,18 +58,22 @@ def _many_scores(delta: Tensor, act: Tensor, x: Tensor, has_bias: bool) -> Tenso
     return out
 
 
-def _kernel_scores(
-    delta: Tensor, act: Tensor, x: Tensor, offsets: Tensor, has_bias: bool, square: bool
+def _kernel_limits(delta: Tensor, act: Tensor, x: Tensor, offsets: Tensor, has_bias: bool) -> str:
+    return kernel_dtypes(delta, act, x)
+
+
+def _launch(
+    delta: Tensor, act: Tensor, x: Tensor, offsets: Tensor, has_bias: bool, square: bool = False
 ) -> Tensor:
     from imu_fast.kernels import bilinear_scores as kernel
 
     many = x if x.dim() == 3 else x[None]
     ragged = None if is_flat(offsets) else offsets
-    precision = backend.input_precision()
-    out = kernel.bilinear_scores(delta, act, many, ragged, has_bias, precision, square)
+    out = kernel.bilinear_scores(delta, act, many, ragged, has_bias, input_precision(), square)
     return (out if x.dim() == 3 else out[:, 0]).to(delta.dtype)
 
 
+@operation(kernel=_launch, limits=_kernel_limits)
 def bilinear_scores(
     delta: Tensor, act: Tensor, x: Tensor, offsets: Tensor, has_bias: bool
 ) -> Tensor:
@@ -81,36 +86,29 @@ def bilinear_scores(
     Returns:
         [n], or [n, m].
     """
-    limits = backend.kernel_limits(delta, act, x)
-    which = backend.resolve("bilinear_scores", ("reference", "torch", "triton"), delta, limits)
-    if which == "triton":
-        return _kernel_scores(delta, act, x, offsets, has_bias, square=False)
-    if which == "reference":
-        from imu_fast import reference
-
-        return reference.bilinear_scores(delta, act, x, offsets, has_bias).to(delta.dtype)
     per_token = (_token_scores if x.dim() == 2 else _many_scores)(delta, act, x, has_bias)
     return per_token if is_flat(offsets) else sum_over_tokens(per_token, offsets)
 
 
+def _square_limits(delta: Tensor, act: Tensor, x: Tensor, offsets: Tensor, has_bias: bool) -> str:
+    ragged = "" if is_flat(offsets) else "the square of a sum over tokens has no kernel yet"
+    return kernel_dtypes(delta, act, x) or ragged
+
+
+def _launch_squares(
+    delta: Tensor, act: Tensor, x: Tensor, offsets: Tensor, has_bias: bool
+) -> Tensor:
+    return _launch(delta, act, x, offsets, has_bias, square=True)
+
+
+@operation(kernel=_launch_squares, limits=_square_limits)
 def quadratic_scores(
     delta: Tensor, act: Tensor, x: Tensor, offsets: Tensor, has_bias: bool
 ) -> Tensor:
     """``sum_ck X[c,k] g_i[c,k]^2``: self-influence under a diagonal curvature, [n]; x [C, D]."""
-    flat = is_flat(offsets)
-    limits = backend.kernel_limits(delta, act, x)
-    if not flat:
-        limits = limits or "the square of a sum over tokens has no kernel yet"
-    which = backend.resolve("quadratic_scores", ("reference", "torch", "triton"), delta, limits)
-    if which == "triton":
-        return _kernel_scores(delta, act, x, offsets, has_bias, square=True)
-    if which == "reference":
-        from imu_fast import reference
-
-        return reference.quadratic_scores(delta, act, x, offsets, has_bias).to(delta.dtype)
     n = len(offsets) - 1
     out = delta.new_zeros(n)
-    if flat:
+    if is_flat(offsets):
         for start in range(0, n, CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
             out[rows] = _token_scores(delta[rows].square(), act[rows].square(), x, has_bias)
@@ -120,10 +118,10 @@ def quadratic_scores(
     return out
 
 
+@operation()
 def gradient_norms(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
     """``||g_i||^2``: [n]; of a single token ``||delta||^2 ||a~||^2`` (Goodfellow 2015)."""
-    which = backend.resolve("gradient_norms", ("reference", "torch"), needs_kernel=False)
-    if which == "torch" and is_flat(offsets):
+    if is_flat(offsets):
         signal, features = (torch.linalg.vector_norm(x, dim=1).square_() for x in (delta, act))
         return signal.mul_(features.add_(float(has_bias)))
     ones = delta.new_ones(1, 1).expand(delta.shape[1], act.shape[1] + has_bias)

@@ -10,12 +10,13 @@ precision of this dtype), stands still from then on, so the host need not look a
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from imu_fast import backend
+from imu_fast.ops.operation import kernel_dtypes, operation
 
 # Iterations between two looks at who still moves, where a look waits for a device: dearer than a
 # few iterations too many.
@@ -86,29 +87,55 @@ def start(v: Tensor, z: Tensor, tolerance: float) -> Iterates:
     )
 
 
-def iterate(
-    state: Iterates, mp: Tensor, precondition: Callable[[Tensor], Tensor] | None = None
+Precondition = Callable[[Tensor], Tensor]
+
+
+def _kernel_limits(state: Iterates, mp: Tensor, precondition: Precondition | None = None) -> str:
+    if state.x.dtype in (torch.bfloat16, torch.float16):
+        return f"the vectors are {state.x.dtype}; the kernels take float32"
+    return kernel_dtypes(state.x)
+
+
+def _launch(state: Iterates, mp: Tensor, precondition: Precondition | None = None) -> Iterates:
+    from imu_fast.kernels import conjugate_gradient as kernel
+
+    x, r, p, rho, size, goal, _ = state
+    new_size, step = torch.empty_like(size), torch.empty_like(rho)
+    sizes = kernel.advance(x, r, p, mp.contiguous(), rho, size, goal, step)
+    z = r if precondition is None else precondition(r).contiguous()
+    rhos = sizes if precondition is None else kernel.dots(r, z)
+    rho = kernel.turn(p, z, rhos, sizes, step, rho, new_size)
+    return Iterates(x, r, p, rho, new_size, goal, step)
+
+
+def _by_definition(
+    reference: ModuleType, state: Iterates, mp: Tensor, precondition: Precondition | None = None
 ) -> Iterates:
+    def inverse(r: Tensor) -> Tensor:
+        return r if precondition is None else precondition(r.to(state.x.dtype)).double()
+
+    iteration = reference.conjugate_gradient_iteration
+    x, r, p, rho, size, goal, _ = state
+    *vectors, rho, size, step = iteration(x, r, p, mp, size > goal, inverse)
+    for old, new in zip((x, r, p), vectors, strict=True):
+        old.copy_(new)
+    rho, size, step = (t.to(x.dtype) for t in (rho, size, step))
+    return Iterates(x, r, p, rho, size, goal, step)
+
+
+@operation(
+    name="conjugate_gradient_iteration",
+    reference=_by_definition,
+    kernel=_launch,
+    limits=_kernel_limits,
+)
+def iterate(state: Iterates, mp: Tensor, precondition: Precondition | None = None) -> Iterates:
     """One iteration after its product; x, r and p change in place.
 
     Args:
         mp: ``M p``, [m, ...]. precondition: ``r -> about M^-1 r``, symmetric positive definite.
     """
     x, r, p, rho, size, goal, _ = state
-    limits = backend.kernel_limits(x)
-    if x.dtype in (torch.bfloat16, torch.float16):
-        limits = f"the vectors are {x.dtype}; the kernels take float32"
-    # Under "reference" the products are the reference's; the iteration around them is this one.
-    implemented = ("reference", "torch", "triton")
-    if backend.resolve("conjugate_gradient", implemented, x, limits) == "triton":
-        from imu_fast.kernels import conjugate_gradient as kernel
-
-        size, step = torch.empty_like(size), torch.empty_like(rho)
-        sizes = kernel.advance(x, r, p, mp.contiguous(), rho, state.size, goal, step)
-        z = r if precondition is None else precondition(r).contiguous()
-        rhos = sizes if precondition is None else kernel.dots(r, z)
-        rho = kernel.turn(p, z, rhos, sizes, step, rho, size)
-        return Iterates(x, r, p, rho, size, goal, step)
     curvature = _dot(p, mp)
     step = torch.where((curvature > 0) & (size > goal), rho / curvature, 0.0)
     x.addcmul_(p, step)

@@ -8,8 +8,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from imu_fast import backend
+from imu_fast.backend import input_precision
 from imu_fast.ops.mean_gradient import add_gradients
+from imu_fast.ops.operation import kernel_dtypes, operation
 from imu_fast.ops.tokens import groups_of_equal_length, is_flat
 
 # Squares live only for one chunk: large enough for a full-speed GEMM, small enough to stay in a
@@ -42,8 +43,20 @@ def gradient_tiles(
                 yield chunk, slab, delta[rows][..., slab].transpose(1, 2) @ a
 
 
+def _kernel_limits(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> str:
+    return kernel_dtypes(delta, act)
+
+
+def _launch(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
+    from imu_fast.kernels import fisher_diagonal as kernel
+
+    ragged = None if is_flat(offsets) else offsets
+    return kernel.fisher_diagonal(delta, act, ragged, has_bias, input_precision()).to(delta.dtype)
+
+
+@operation(kernel=_launch, limits=_kernel_limits)
 def fisher_diagonal(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
-    """``diag(1/n sum_i g_i g_i^T)``, SPEC section 2.
+    """``diag(1/n sum_i g_i g_i^T)``.
 
     One token per sample: ``(delta*delta).T @ (a~*a~) / n``. Several: the square of the sum over a
     sample's tokens, tile by tile.
@@ -54,22 +67,6 @@ def fisher_diagonal(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool)
     Returns:
         [C, D] in delta's dtype.
     """
-    which = backend.resolve(
-        "fisher_diagonal",
-        ("reference", "torch", "triton"),
-        delta,
-        backend.kernel_limits(delta, act),
-    )
-    if which == "triton":
-        from imu_fast.kernels import fisher_diagonal as kernel
-
-        ragged = None if is_flat(offsets) else offsets
-        total = kernel.fisher_diagonal(delta, act, ragged, has_bias, backend.input_precision())
-        return total.to(delta.dtype)
-    if which == "reference":
-        from imu_fast import reference
-
-        return reference.fisher_diagonal(delta, act, offsets, has_bias).to(delta.dtype)
     n = len(offsets) - 1
     shape = (delta.shape[1], act.shape[1] + has_bias)
     if is_flat(offsets):

@@ -1,18 +1,54 @@
-"""The GGN-vector product of a softmax head, streamed over tokens (SPEC section 2)."""
+"""The GGN-vector product of a softmax head, streamed over tokens."""
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from imu_fast import backend
+from imu_fast.backend import input_precision
 from imu_fast.ops.mean_gradient import add_gradients
+from imu_fast.ops.operation import kernel_dtypes, operation
 
 # Bytes of a chunk's largest array; three or four of them stay in cache, and each product is long
 # enough to run at full speed.
 CHUNK_BYTES = 1 << 22
 
 
+def _kernel_limits(
+    p: Tensor, scale: Tensor, act: Tensor, v: Tensor, n: int, damping: float, has_bias: bool
+) -> str:
+    if v.dtype in (torch.bfloat16, torch.float16):
+        return f"V is {v.dtype}, and products are computed in V's dtype"
+    return kernel_dtypes(p, act, v)
+
+
+def _launch(
+    p: Tensor, scale: Tensor, act: Tensor, v: Tensor, n: int, damping: float, has_bias: bool
+) -> Tensor:
+    from imu_fast.kernels import ggn_product as kernel
+
+    many = v if v.dim() == 3 else v[None]
+    out = kernel.ggn_product(p, scale, act, many, n, damping, has_bias, input_precision())
+    return out if v.dim() == 3 else out[0]
+
+
+def _by_definition(
+    reference: ModuleType,
+    p: Tensor,
+    scale: Tensor,
+    act: Tensor,
+    v: Tensor,
+    n: int,
+    damping: float,
+    has_bias: bool,
+) -> Tensor:
+    found: Tensor = reference.ggn_product(p, scale, act, v, n, damping, has_bias)
+    return found.to(v.dtype)
+
+
+@operation(reference=_by_definition, kernel=_launch, limits=_kernel_limits)
 def ggn_product(
     p: Tensor, scale: Tensor, act: Tensor, v: Tensor, n: int, damping: float, has_bias: bool
 ) -> Tensor:
@@ -28,24 +64,6 @@ def ggn_product(
     Returns:
         v's shape and dtype.
     """
-    limits = backend.kernel_limits(p, act, v)
-    if v.dtype in (torch.bfloat16, torch.float16):
-        limits = f"V is {v.dtype}, and products are computed in V's dtype"
-    which = backend.resolve("ggn_product", ("reference", "torch", "triton"), v, limits)
-    if which == "triton":
-        from imu_fast.kernels import ggn_product as kernel
-
-        many = v if v.dim() == 3 else v[None]
-        precision = backend.input_precision()
-        out = kernel.ggn_product(p, scale, act, many, n, damping, has_bias, precision)
-        return out if v.dim() == 3 else out[0]
-    if which == "reference":
-        from imu_fast import reference
-
-        if v.dim() == 2:
-            return reference.ggn_product(p, scale, act, v, n, damping, has_bias).to(v.dtype)
-        products = [reference.ggn_product(p, scale, act, vj, n, damping, has_bias) for vj in v]
-        return torch.stack(products).to(v.dtype)
     # Several V are one tall one: their classes one below the other in both matrix products. Class
     # by class, s [m C, tokens], both are as fast as the widest of their sides allows.
     classes, d = p.shape[1], act.shape[1]

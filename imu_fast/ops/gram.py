@@ -1,11 +1,12 @@
-"""Inner products of per-sample gradients, ``K = G G^T``, without G (SPEC section 2, ``fisher``)."""
+"""Inner products of per-sample gradients, ``K = G G^T``, without G (curvature ``fisher``)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from imu_fast import backend
+from imu_fast.backend import input_precision
+from imu_fast.ops.operation import kernel_dtypes, operation
 from imu_fast.ops.tokens import is_flat, sum_over_tokens
 
 # Elements of the two [rows, N] products that exist at once.
@@ -19,6 +20,19 @@ Operands = tuple[Tensor, Tensor, Tensor]
 """delta [N, C], act [N, d] and offsets [n+1] of one set of samples."""
 
 
+def _kernel_limits(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> str:
+    many = len(offsets) - 1 > MAX_KERNEL_SAMPLES
+    return kernel_dtypes(delta, act) or (f"more than {MAX_KERNEL_SAMPLES} samples" if many else "")
+
+
+def _launch(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
+    from imu_fast.kernels import gram as kernel
+
+    ragged = None if is_flat(offsets) else offsets
+    return kernel.gram(delta, act, ragged, has_bias, input_precision()).to(delta.dtype)
+
+
+@operation(kernel=_launch, limits=_kernel_limits)
 def gram(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
     """``K[i,j] = sum_{s,t} (delta_is . delta_jt)(a~_is . a~_jt)``.
 
@@ -31,20 +45,6 @@ def gram(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
     Returns:
         [n, n] in delta's dtype, symmetric to the last bit.
     """
-    limits = backend.kernel_limits(delta, act)
-    if len(offsets) - 1 > MAX_KERNEL_SAMPLES:
-        limits = limits or f"more than {MAX_KERNEL_SAMPLES} samples"
-    which = backend.resolve("gram", ("reference", "torch", "triton"), delta, limits)
-    if which == "triton":
-        from imu_fast.kernels import gram as kernel
-
-        ragged = None if is_flat(offsets) else offsets
-        k = kernel.gram(delta, act, ragged, has_bias, backend.input_precision())
-        return k.to(delta.dtype)
-    if which == "reference":
-        from imu_fast import reference
-
-        return reference.gram(delta, act, offsets, has_bias).to(delta.dtype)
     n = len(offsets) - 1
     k = delta.new_empty(n, n)
     for start in range(0, n, _STRIP):
@@ -64,14 +64,9 @@ def _samples(delta: Tensor, act: Tensor, offsets: Tensor, first: int, last: int)
     return delta[tokens], act[tokens], offsets[first : last + 1] - offsets[first]
 
 
+@operation()
 def cross_gram(left: Operands, right: Operands, has_bias: bool) -> Tensor:
     """``<g_i, h_j>`` of the samples of two sets: [n, m] in delta's dtype; see :func:`gram`."""
-    which = backend.resolve("cross_gram", ("reference", "torch"), needs_kernel=False)
-    if which == "reference":
-        from imu_fast import reference
-
-        g, h = (reference.sample_gradients(*one, has_bias).flatten(1) for one in (left, right))
-        return (g @ h.T).to(left[0].dtype)
     return _cross_products(left, right, has_bias)
 
 

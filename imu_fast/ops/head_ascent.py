@@ -1,13 +1,17 @@
-"""One reweighted ascent step at a softmax head on cached features, in closed form (SPEC 5)."""
+"""One reweighted ascent step at a softmax head on cached features, in closed form."""
 
 from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from imu_fast import backend
+from imu_fast.backend import input_precision
 from imu_fast.ops.mean_gradient import add_gradients
 from imu_fast.ops.objective import objective, objective_residual
+from imu_fast.ops.operation import kernel_dtypes, operation
 
 
 def head_logits(features: Tensor, theta: Tensor, has_bias: bool) -> Tensor:
@@ -16,6 +20,21 @@ def head_logits(features: Tensor, theta: Tensor, has_bias: bool) -> Tensor:
     return torch.nn.functional.linear(features, theta[:, :d], theta[:, d] if has_bias else None)
 
 
+def _gradient_by_definition(
+    reference: ModuleType,
+    features: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    theta: Tensor,
+    *rest: Any,
+    **named: Any,
+) -> tuple[Tensor, Tensor]:
+    operands = (features, labels, weights, theta, *rest)
+    gradient, loss = reference.head_ascent_gradient(*operands, **named)
+    return gradient.to(theta.dtype), loss.to(theta.dtype)
+
+
+@operation(reference=_gradient_by_definition)
 def head_ascent_gradient(
     features: Tensor,
     labels: Tensor,
@@ -34,24 +53,59 @@ def head_ascent_gradient(
     Returns:
         gradient [C, D], and the loss as a scalar tensor (no host synchronisation).
     """
-    which = backend.resolve("head_ascent_gradient", ("reference", "torch"), needs_kernel=False)
     features, share = features.to(theta.dtype), weights / weights.sum()
     logits = head_logits(features, theta, has_bias)
-    if which == "reference":
-        from imu_fast import reference
-
-        t = theta.detach().requires_grad_()
-        with torch.enable_grad():
-            z = features @ t[:, : features.shape[1]].T
-            z = z + t[:, -1] if has_bias else z
-            loss = -(share * reference.objective(z, labels, name, auxiliary)).sum()
-        return torch.autograd.grad(loss, t)[0], loss.detach()
     loss = -(share * objective(logits, labels, name, auxiliary)).sum()
     residual = objective_residual(logits, labels, name, auxiliary).mul_(-share[:, None])
     gradient = torch.empty_like(theta)
     return add_gradients(gradient, residual, features, has_bias, beta=0.0, alpha=1.0), loss
 
 
+def _kernel_limits(
+    features: Tensor, labels: Tensor, weights: Tensor, theta: Tensor, *_: Any, **__: Any
+) -> str:
+    exact = theta.dtype == torch.float32
+    wide = "" if exact else f"theta is {theta.dtype}; the kernel updates float32"
+    return kernel_dtypes(features) or wide
+
+
+def _launch(
+    features: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    theta: Tensor,
+    buffer: Tensor | None,
+    has_bias: bool,
+    name: str,
+    **rates: float,
+) -> Tensor:
+    from imu_fast.kernels import head_ascent as kernel
+
+    logits, share = head_logits(features, theta, has_bias), weights / weights.sum()
+    operands = (logits, features, labels, share, theta, buffer, has_bias, name)
+    rates = {key: float(rate) for key, rate in rates.items()}
+    return kernel.head_ascent(*operands, **rates, input_precision=input_precision())
+
+
+def _by_definition(
+    reference: ModuleType,
+    features: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    theta: Tensor,
+    buffer: Tensor | None,
+    *rest: Any,
+    **rates: float,
+) -> Tensor:
+    operands = (features, labels, weights, theta, buffer, *rest)
+    new_theta, new_buffer, loss = reference.head_ascent(*operands, **rates)
+    theta.copy_(new_theta)
+    if buffer is not None:
+        buffer.copy_(new_buffer)
+    return loss.to(theta.dtype)
+
+
+@operation(reference=_by_definition, kernel=_launch, limits=_kernel_limits)
 def head_ascent(
     features: Tensor,
     labels: Tensor,
@@ -80,29 +134,6 @@ def head_ascent(
     Returns:
         the loss before the step, as a scalar tensor (no host synchronisation).
     """
-    limits = backend.kernel_limits(features)
-    if theta.dtype != torch.float32:
-        limits = limits or f"theta is {theta.dtype}; the kernel updates float32"
-    which = backend.resolve("head_ascent", ("reference", "torch", "triton"), theta, limits)
-    if which == "triton":
-        from imu_fast.kernels import head_ascent as kernel
-
-        logits, share = head_logits(features, theta, has_bias), weights / weights.sum()
-        rates = float(lr), float(momentum), float(weight_decay), float(alpha)
-        precision = backend.input_precision()
-        return kernel.head_ascent(
-            logits, features, labels, share, theta, buffer, has_bias, name, *rates, precision
-        )
-    if which == "reference":
-        from imu_fast import reference
-
-        rates = lr, momentum, weight_decay, alpha
-        args = (features, labels, weights, theta, buffer, has_bias, name)
-        new_theta, new_buffer, loss = reference.head_ascent(*args, *rates)
-        theta.copy_(new_theta)
-        if buffer is not None:
-            buffer.copy_(new_buffer)
-        return loss.to(theta.dtype)
     step, loss = head_ascent_gradient(features, labels, weights, theta, has_bias, name)
     if alpha:
         step.add_(theta.sign(), alpha=alpha)

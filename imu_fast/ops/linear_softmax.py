@@ -1,22 +1,24 @@
 """A large-vocabulary head, features and weight to scores, without ever storing ``[N, C]`` logits.
 
-Two sweeps over slabs of the vocabulary (SPEC section 6): the first finds each token's log-sum-exp
-by an online softmax, the second forms ``delta[:, slab]``, uses it and discards it. What exists at
-once is ``N x slab`` and a few ``slab x D``; FLOPs are 2 N C D for each sweep and product.
+Two sweeps over slabs of the vocabulary: the first finds each token's log-sum-exp by an online
+softmax, the second forms ``delta[:, slab]``, uses it and discards it. What exists at once is
+``N x slab`` and a few ``slab x D``; FLOPs are 2 N C D for each sweep and product.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from imu_fast import backend
+from imu_fast.backend import input_precision
 from imu_fast.ops.bilinear_scores import bilinear_scores
 from imu_fast.ops.fisher_diagonal import fisher_diagonal
 from imu_fast.ops.mean_gradient import mean_gradient
+from imu_fast.ops.operation import kernel_dtypes, operation
 
 # Classes at once: delta's slab is 128 MB at 8,192 tokens in float32, and X's at D = 4,096 64 MB.
 SLAB = 4096
@@ -68,17 +70,29 @@ def _token_scale(head: Head, dtype: torch.dtype) -> Tensor:
     return valid if head.scale is None else valid * head.scale.to(dtype)
 
 
-def _resolve(head: Head) -> str:
-    limits = backend.kernel_limits(head.features, head.weight)
-    return backend.resolve("linear_softmax", ("torch", "triton"), head.features, limits)
+def _normaliser_limits(head: Head, slab: int = SLAB) -> str:
+    return kernel_dtypes(head.features, head.weight)
 
 
+def _launch_normaliser(head: Head, slab: int = SLAB) -> Normaliser:
+    from imu_fast.kernels import linear_softmax as kernel
+
+    return Normaliser(*kernel.normaliser(*head, input_precision()))
+
+
+def _define_normaliser(reference: ModuleType, head: Head, slab: int = SLAB) -> Normaliser:
+    found = reference.linear_softmax_normaliser(head)
+    return Normaliser(*(t.to(_compute_dtype(head)) for t in found))
+
+
+@operation(
+    name="linear_softmax_normaliser",
+    reference=_define_normaliser,
+    kernel=_launch_normaliser,
+    limits=_normaliser_limits,
+)
 def normaliser(head: Head, slab: int = SLAB) -> Normaliser:
     """The first sweep: log-sum-exp, ``1 - p_y`` and loss of every token, online over slabs."""
-    if _resolve(head) == "triton":
-        from imu_fast.kernels import linear_softmax as kernel
-
-        return Normaliser(*kernel.normaliser(*head, backend.input_precision()))
     dtype = _compute_dtype(head)
     size, device = len(head.features), head.features.device
     largest = torch.full((size,), -torch.inf, dtype=dtype, device=device)
@@ -103,26 +117,48 @@ def normaliser(head: Head, slab: int = SLAB) -> Normaliser:
     return Normaliser(lse, others, torch.where(scale > 0, loss * scale, 0.0))
 
 
+def _residual_limits(head: Head, known: Normaliser, classes: slice) -> str:
+    return kernel_dtypes(head.features, head.weight)
+
+
+def _launch_residual(head: Head, known: Normaliser, classes: slice) -> Tensor:
+    from imu_fast.kernels import linear_softmax as kernel
+
+    bias = None if head.bias is None else head.bias[classes]
+    scale = _token_scale(head, _compute_dtype(head))
+    part = (head.features, head.weight[classes], bias, head.labels, scale)
+    return kernel.residual(*part, known.lse, known.others, classes.start, input_precision())
+
+
+def _define_residual(
+    reference: ModuleType, head: Head, known: Normaliser, classes: slice
+) -> Tensor:
+    delta: Tensor = reference.linear_softmax_residual(head)[0][:, classes]
+    return delta.to(_compute_dtype(head))
+
+
+@operation(
+    name="linear_softmax_residual",
+    reference=_define_residual,
+    kernel=_launch_residual,
+    limits=_residual_limits,
+)
+def residual(head: Head, known: Normaliser, classes: slice) -> Tensor:
+    """``delta[:, classes]``, [N, slab], of what the first sweep found."""
+    dtype = _compute_dtype(head)
+    delta = _logits(head, classes, dtype).sub_(known.lse[:, None]).exp_()
+    local = head.labels - classes.start
+    rows = torch.nonzero((local >= 0) & (local < delta.shape[1]))[:, 0]
+    delta[rows, local[rows]] = -known.others[rows]
+    return delta.mul_(_token_scale(head, dtype)[:, None])
+
+
 def residual_slabs(
     head: Head, known: Normaliser, slab: int = SLAB
 ) -> Iterator[tuple[slice, Tensor]]:
     """The second sweep: ``(classes, delta[:, classes])``, each to be used and discarded."""
-    dtype = _compute_dtype(head)
-    which, scale = _resolve(head), _token_scale(head, dtype)
     for piece in _slabs(len(head.weight), slab):
-        if which == "triton":
-            from imu_fast.kernels import linear_softmax as kernel
-
-            part = head._replace(weight=head.weight[piece], scale=scale)
-            part = part._replace(bias=None if head.bias is None else head.bias[piece])
-            precision = backend.input_precision()
-            yield piece, kernel.residual(*part, known.lse, known.others, piece.start, precision)
-            continue
-        delta = _logits(head, piece, dtype).sub_(known.lse[:, None]).exp_()
-        local = head.labels - piece.start
-        rows = torch.nonzero((local >= 0) & (local < delta.shape[1]))[:, 0]
-        delta[rows, local[rows]] = -known.others[rows]
-        yield piece, delta.mul_(scale[:, None])
+        yield piece, residual(head, known, piece)
 
 
 def linear_softmax_gradients(
@@ -168,11 +204,6 @@ def linear_softmax_scores(
     Returns:
         scores [n], and losses of the tokens [N].
     """
-    if backend.current_backend() == "reference":
-        from imu_fast import reference
-
-        truth = reference.linear_softmax_scores(*head, offsets, damping, damping_mode)
-        return truth[0].to(head.features.dtype), truth[1].to(head.features.dtype)
     has_bias, known = head.bias is not None, normaliser(head, slab)
     act = head.features.to(known.lse.dtype)
     scores = act.new_zeros(len(offsets) - 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from imu_fast import backend
+from imu_fast.ops.operation import operation
 
 
 def add_gradients(
@@ -23,16 +23,12 @@ def add_gradients(
     return out
 
 
+@operation()
 def mean_gradient(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
-    """Mean per-sample gradient [C, D], SPEC section 3.
+    """Mean per-sample gradient: [C, D] in delta's dtype.
 
     Args:
         delta: [N, C]. act: [N, d]. offsets: [n+1]. has_bias: whether a~ has a trailing 1.
     """
-    which = backend.resolve("mean_gradient", ("reference", "torch"), needs_kernel=False)
-    if which == "reference":
-        from imu_fast import reference
-
-        return reference.mean_gradient(delta, act, offsets, has_bias).to(delta.dtype)
     out = delta.new_empty(delta.shape[1], act.shape[1] + has_bias)
     return add_gradients(out, delta, act, has_bias, beta=0.0, alpha=1 / (len(offsets) - 1))

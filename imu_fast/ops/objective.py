@@ -1,11 +1,11 @@
-"""What ascent increases: ``f(l_i)`` of SPEC section 5 at a softmax head, and its residual."""
+"""What ascent increases, ``f(l_i)``, at a softmax head, and its residual."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from imu_fast import backend
+from imu_fast.ops.operation import operation
 from imu_fast.ops.softmax_residual import softmax_residual
 
 # Of the label alone; and those that need to know more of each sample, see objective().
@@ -16,6 +16,7 @@ OBJECTIVES = (*LABEL_OBJECTIVES, *NEEDS_AUXILIARY)
 NPO_BETA = 0.1
 
 
+@operation()
 def objective(logits: Tensor, labels: Tensor, name: str, auxiliary: Tensor | None = None) -> Tensor:
     """``f(l_i)``: [B], differentiable. logits [B, C], labels [B], auxiliary [B].
 
@@ -25,11 +26,6 @@ def objective(logits: Tensor, labels: Tensor, name: str, auxiliary: Tensor | Non
     first step (Zhang et al. 2024). ``relabel``: minus the cross-entropy of the class that
     ``auxiliary`` names instead.
     """
-    which = backend.resolve("objective", ("reference", "torch"), needs_kernel=False)
-    if which == "reference":
-        from imu_fast import reference
-
-        return reference.objective(logits, labels, name, auxiliary)
     cross_entropy = torch.nn.functional.cross_entropy
     if name == "ce":
         return cross_entropy(logits, labels, reduction="none")
@@ -47,6 +43,7 @@ def objective(logits: Tensor, labels: Tensor, name: str, auxiliary: Tensor | Non
     return others.logsumexp(dim=1) - logits.logsumexp(dim=1)
 
 
+@operation()
 def objective_residual(
     logits: Tensor, labels: Tensor, name: str, auxiliary: Tensor | None = None
 ) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from imu_fast import backend
+from imu_fast.ops.operation import kernel_dtypes, operation
 
 # Up to so many classes a softmax over rows leaves most of a vector register empty.
 _NARROW = 16
@@ -20,10 +22,33 @@ def linear_logits(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     return torch.addmm(bias[:, None], weight, features.t()).t()
 
 
+def _kernel_limits(logits: Tensor, labels: Tensor, scale: Tensor | None = None) -> str:
+    return kernel_dtypes(logits)
+
+
+def _launch(logits: Tensor, labels: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    from imu_fast.kernels import softmax_residual as kernel
+
+    return kernel.softmax_residual(logits, labels, scale)
+
+
+def _compute_dtype(logits: Tensor) -> torch.dtype:
+    return logits.dtype if logits.dtype == torch.float64 else torch.float32
+
+
+def _by_definition(
+    reference: ModuleType, logits: Tensor, labels: Tensor, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    ones = logits.new_ones(len(logits)) if scale is None else scale
+    delta, loss = reference.softmax_residual(logits, labels, ones)
+    return delta.to(_compute_dtype(logits)), loss.to(_compute_dtype(logits))
+
+
+@operation(reference=_by_definition, kernel=_launch, limits=_kernel_limits)
 def softmax_residual(
     logits: Tensor, labels: Tensor, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Residual and loss of the cross-entropy, SPEC section 1.
+    """Residual and loss of the cross-entropy.
 
     The label's entry is minus the sum of the other probabilities, not ``p_y - 1``: for a confident
     sample the latter cancels and loses every digit of the gradient. The same sum gives the loss.
@@ -36,20 +61,7 @@ def softmax_residual(
     Returns:
         delta [N, C] in the logits' dtype (float32 for half precision) and loss [N], scaled.
     """
-    which = backend.resolve(
-        "softmax_residual", ("reference", "torch", "triton"), logits, backend.kernel_limits(logits)
-    )
-    if which == "triton":
-        from imu_fast.kernels import softmax_residual as kernel
-
-        return kernel.softmax_residual(logits, labels, scale)
-    if which == "reference":
-        from imu_fast import reference
-
-        ones = logits.new_ones(logits.shape[0]) if scale is None else scale
-        delta, loss = reference.softmax_residual(logits, labels, ones)
-        return delta.to(logits.dtype), loss.to(logits.dtype)
-    compute = logits.dtype if logits.dtype == torch.float64 else torch.float32
+    compute = _compute_dtype(logits)
     column = labels[:, None]
     # Few classes are normalised with the tokens side by side.
     if logits.shape[1] <= _NARROW:

@@ -372,7 +372,7 @@ def test_linear_softmax_scores(case):
     head, offsets, *_ = linear_softmax_case(case, torch.float32)
     head.labels[2] = -100
     scores, loss = linear_softmax_scores(head, offsets, 0.1, slab=10)
-    truth, true_loss = reference.linear_softmax_scores(*head, offsets, 0.1, "add")
+    truth, true_loss = reference.linear_softmax_scores(head, offsets, 0.1, "add")
     torch.testing.assert_close(scores.double(), truth, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(loss.double(), true_loss, rtol=1e-4, atol=1e-6)
     assert loss[2] == 0

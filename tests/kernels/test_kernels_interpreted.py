@@ -11,10 +11,13 @@ import pytest
 
 
 def test_kernels_agree_with_the_reference_under_the_interpreter():
-    """kernels_interpreted.py with TRITON_INTERPRET=1, which is read when kernels import."""
+    """With TRITON_INTERPRET=1, which is read when kernels import: kernels_interpreted.py, and the
+    contract of every operation."""
     pytest.importorskip("triton")
-    file = Path(__file__).with_name("kernels_interpreted.py")
+    here = Path(__file__).parent
+    contract = here.parent / "ops" / "test_contract.py::test_kernels_agree_with_the_definition"
     env = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += [str(here / "kernels_interpreted.py"), str(contract)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

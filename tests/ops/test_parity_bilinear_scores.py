@@ -1,34 +1,50 @@
-"""Bilinear and quadratic scores against reference.py, and whole scores against a dense oracle."""
+"""Operands of bilinear and quadratic scores, and whole scores against a dense oracle."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from cases import assert_close, every_case, every_dtype, factors_of
+from cases import Call, factors_of
 from torch.func import functional_call, grad, vmap
 
 import imu_fast as imu
-from imu_fast import reference
-from imu_fast.ops.bilinear_scores import bilinear_scores, quadratic_scores
 
 
-@every_case
-@every_dtype
-@pytest.mark.parametrize("many", [None, 3])
-def test_bilinear_scores(case, dtype, many):
+def operands(case, dtype, many):
+    """x: one X, or several; the order of the products is by their number."""
     delta, act, offsets, has_bias = factors_of(case, dtype)
     shape = (case.classes, case.features + has_bias)
     x = torch.randn(shape if many is None else (many, *shape), dtype=dtype)
     size = float(delta.abs().sum(1).max() * x.abs().max()) * float(act.abs().max() + 1)
     size *= case.features * max(case.lengths)
-    for function in ("bilinear_scores", "quadratic_scores"):
-        if function == "quadratic_scores" and many:
-            continue
-        fast = {"bilinear_scores": bilinear_scores, "quadratic_scores": quadratic_scores}[function]
-        slow = getattr(reference, function)
-        bound = size if function == "bilinear_scores" else size**2 / float(x.abs().max())
-        args = (delta, act, x, offsets, has_bias)
-        assert_close(fast(*args), slow(*args), case.classes + case.features, max(bound, 1e-30))
+    length = case.classes + case.features
+    return Call((delta, act, x, offsets, has_bias), length, [max(size, 1e-30)])
+
+
+def squares(case, dtype):
+    made = operands(case, dtype, None)
+    size = made.sizes[0] ** 2 / float(made.args[2].abs().max())
+    return Call(made.args, made.length, [max(size, 1e-30)])
+
+
+def norms(case, dtype):
+    delta, act, offsets, has_bias = factors_of(case, dtype)
+    size = float(delta.abs().sum(1).max() * (act.abs().sum(1).max() + 1)) * max(case.lengths)
+    length = case.classes + case.features
+    return Call((delta, act, offsets, has_bias), length, [max(size**2, 1e-30)])
+
+
+OPERANDS = {
+    "bilinear_scores": {
+        "one": partial(operands, many=None),
+        "three": partial(operands, many=3),
+        "as many as features": partial(operands, many=20),
+    },
+    "quadratic_scores": {"": squares},
+    "gradient_norms": {"": norms},
+}
 
 
 def dense_scores(features, weight, bias, labels, lam):

@@ -2,13 +2,45 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from cases import check_conjugate_gradient, every_dtype, positive_systems
+from cases import Call, check_conjugate_gradient, every_dtype, positive_systems
 
 import imu_fast as imu
 from imu_fast.ops.conjugate_gradient import iterate, start
 from imu_fast.solvers import conjugate_gradient as solver
+
+
+def operands(case, dtype, preconditioned):
+    """The first iteration of three systems; the second has ended, the third's curvature is none."""
+    wide = torch.float64
+    v = torch.randn(3, case.classes, case.features, dtype=wide)
+    diagonal = (1 + torch.rand(case.classes, case.features, dtype=wide)).to(dtype)
+    v[1] = 0
+    v = v.to(dtype)
+
+    def precondition(r):
+        return r / diagonal.to(r.dtype)
+
+    state = start(v, precondition(v) if preconditioned else v, tolerance=1e-3)
+    mp = state.p * (diagonal + 0.5)
+    mp[2].neg_()
+    length, one = v[0].numel(), float(v.abs().max())
+    squares = float(v.square().sum())
+    # x, r, p, then r.z and r.r, the goal, and steps that are below one.
+    sizes = [one, 2 * one, 3 * one, squares, squares, None, 1.0]
+    args = (state, mp, precondition if preconditioned else None)
+    return Call(args, 2 * length, [*sizes, *sizes], changes=(0,))
+
+
+OPERANDS = {
+    "conjugate_gradient_iteration": {
+        "plain": partial(operands, preconditioned=False),
+        "preconditioned": partial(operands, preconditioned=True),
+    }
+}
 
 
 @pytest.mark.parametrize("preconditioned", [False, True])

@@ -1,22 +1,23 @@
-"""The Fisher diagonal against reference.py."""
+"""Operands of the Fisher diagonal, and its tiles."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case, assert_close, every_case, every_dtype, factors_of
+from cases import Call, Case, factors_of
 
 from imu_fast import reference
 from imu_fast.ops.bilinear_scores import quadratic_scores
 from imu_fast.ops.fisher_diagonal import fisher_diagonal
 
 
-@every_case
-@every_dtype
-def test_fisher_diagonal(case, dtype):
+def operands(case, dtype):
     f = factors_of(case, dtype)
     size = float((f[0].abs().max() * f[1].abs().max()) ** 2) * max(case.lengths)
-    assert_close(fisher_diagonal(*f), reference.fisher_diagonal(*f), len(f[0]), max(size, 1e-30))
+    return Call(f, len(f[0]), [max(size, 1e-30)])
+
+
+OPERANDS = {"fisher_diagonal": {"": operands}}
 
 
 @pytest.mark.parametrize("tile", [1, 7, 64])

@@ -1,39 +1,51 @@
-"""The GGN product against reference.py, and the reference against autograd's Hessian."""
+"""The GGN product's operands, its chunks, and the reference against autograd's Hessian."""
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import pytest
 import torch
-from cases import Case, assert_close, every_case, every_dtype
+from cases import Call, Case, every_case
 
+import imu_fast as imu
 from imu_fast import reference
 from imu_fast.ops.ggn_product import ggn_product
 
 
-def arguments(case: Case, dtype: torch.dtype):
+def operands(case: Case, dtype: torch.dtype, many: int | None):
     p = case.make(torch.float64)
     probabilities = torch.softmax(p.logits, dim=1)
     width = case.features + p.has_bias
-    v = torch.randn(case.classes, width, dtype=torch.float64)
+    shape = (case.classes, width) if many is None else (many, case.classes, width)
+    v = torch.randn(shape, dtype=torch.float64)
     tensors = [t.to(dtype) for t in (probabilities, p.scale, p.act, v)]
-    return (*tensors, len(case.lengths), 0.1, p.has_bias)
+    size = float(v.abs().max() * (p.act.abs().max() + 1) ** 2) * case.features * 2
+    length = len(p.act) + case.features + case.classes
+    return Call((*tensors, len(case.lengths), 0.1, p.has_bias), length, [size])
 
 
-@every_case
-@every_dtype
-def test_ggn_product(case, dtype):
-    args = arguments(case, dtype)
-    p, _, act, v = args[:4]
-    size = float(v.abs().max() * (act.abs().max() + 1) ** 2) * act.shape[1] * 2
-    length = len(act) + act.shape[1] + p.shape[1]
-    assert_close(ggn_product(*args), reference.ggn_product(*args), length, size)
+OPERANDS = {
+    "ggn_product": {"one": partial(operands, many=None), "three": partial(operands, many=3)}
+}
+
+
+def test_products_are_in_the_dtype_of_v():
+    """Of probabilities and features that are stored in float32."""
+    args = operands(Case("odd and prime", (1,) * 13, 7, 5), torch.float64, None).args
+    p, scale, act, v, *rest = args
+    stored = (p.float(), scale, act.float())
+    found, truth = ggn_product(*stored, v, *rest), reference.ggn_product(*stored, v, *rest)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-12)
+    with imu.use_backend("reference"):
+        assert torch.equal(ggn_product(*stored, v, *rest), truth)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_chunks_change_nothing(monkeypatch, chunk):
-    args = arguments(Case("odd and prime", (1,) * 13, 7, 5), torch.float64)
+    args = operands(Case("odd and prime", (1,) * 13, 7, 5), torch.float64, None).args
     expected = ggn_product(*args)
     monkeypatch.setattr(sys.modules["imu_fast.ops.ggn_product"], "CHUNK_BYTES", 8 * 7 * chunk)
     torch.testing.assert_close(ggn_product(*args), expected)

@@ -1,41 +1,53 @@
-"""The head's ascent gradient and whole steps of SGD against the reference."""
+"""Operands of the head's ascent gradient and of whole steps, and torch's SGD."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from cases import ASCENT_RATES, CASES, ascent_arguments, assert_close, every_dtype
+from cases import ASCENT_RATES, CASES, Call, ascent_arguments
 
-import imu_fast as imu
-from imu_fast import reference
 from imu_fast.ops.head_ascent import head_ascent, head_ascent_gradient
-from imu_fast.ops.objective import LABEL_OBJECTIVES, OBJECTIVES
+from imu_fast.ops.objective import LABEL_OBJECTIVES, NEEDS_AUXILIARY, OBJECTIVES
 
 
-@pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_head_ascent_gradient(name, has_bias):
-    theta = torch.randn(4, 5 + has_bias, dtype=torch.float64)
-    features, labels = torch.randn(9, 5, dtype=torch.float64), torch.randint(4, (9,))
-    auxiliary = torch.randint(4, (9,)) if name == "relabel" else torch.rand(9).double()
-    args = (features, labels, torch.rand(9).double(), theta, has_bias, name, auxiliary)
-    fast, loss = head_ascent_gradient(*args)
-    with imu.use_backend("reference"):
-        slow, true_loss = head_ascent_gradient(*args)
-    torch.testing.assert_close(fast, slow)
-    torch.testing.assert_close(loss, true_loss)
-
-
-@pytest.mark.parametrize("name", LABEL_OBJECTIVES)
-@pytest.mark.parametrize("case", [c for c in CASES if c.classes > 1], ids=lambda c: c.why)
-@every_dtype
-def test_head_ascent(case, name, dtype):
+def operands(case, dtype, name, buffer):
+    """A whole step, which changes theta and its buffer; results: the loss, then these two."""
+    if case.classes == 1:
+        return None
     args, length, size = ascent_arguments(case, dtype, name)
-    theta, buffer, true_loss = reference.head_ascent(*args, **ASCENT_RATES)
-    loss = head_ascent(*args, **ASCENT_RATES)
-    assert_close(args[3], theta, length, size)
-    assert_close(args[4], buffer, length, size)
-    assert_close(loss, true_loss, length, float(theta.abs().sum()) + size)
+    theta = args[3]
+    named = ASCENT_RATES
+    if not buffer:
+        args, named = (*args[:4], None, *args[5:]), ASCENT_RATES | dict(momentum=0.0)
+    sizes = [float(theta.abs().sum()) + size, size, size]
+    return Call(args, length, sizes, named, changes=(3, 4))
+
+
+def gradient_operands(case, dtype, name):
+    if case.classes == 1:
+        return None
+    (features, labels, weights, theta, _, *options), length, size = ascent_arguments(
+        case, dtype, "ce"
+    )
+    auxiliary = None
+    if name in NEEDS_AUXILIARY:
+        own = torch.nn.functional.cross_entropy(
+            features.to(theta.dtype) @ theta[:, : case.features].T, labels, reduction="none"
+        )
+        auxiliary = (labels + 1) % case.classes if name == "relabel" else own
+    args = (features, labels, weights, theta, options[0], name, auxiliary)
+    return Call(args, 4 * length, [2 * size, 2 * size * case.features])
+
+
+OPERANDS = {
+    "head_ascent_gradient": {name: partial(gradient_operands, name=name) for name in OBJECTIVES},
+    "head_ascent": {
+        **{name: partial(operands, name=name, buffer=True) for name in LABEL_OBJECTIVES},
+        "ce, no momentum": partial(operands, name="ce", buffer=False),
+    },
+}
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from cases import Case, assert_close, every_case, every_dtype
+from cases import Call, Case, assert_close, every_case, every_dtype
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import imu_fast as imu
@@ -31,6 +33,45 @@ def truth_of(head: Head):
     return *reference.softmax_residual(logits, head.labels, head.scale), logits
 
 
+def bounds(head):
+    """The length of a logit's sum and of the softmax over them, and a logit's size."""
+    logits = truth_of(head)[2]
+    size = float(logits.abs().max())
+    # exp amplifies an absolute error of a logit, itself a sum of d products, into a relative one.
+    return len(head.weight) + int((head.features.shape[1] + 3) * (size + 1)), max(1.0, size)
+
+
+def operands(case, dtype, slab, ignored=False):
+    head, _ = head_of(case, dtype)
+    length, size = bounds(head)
+    if ignored:
+        head.labels[::3] = -100
+    return Call((head, slab), length, [size, 1.0, size])
+
+
+def residual_operands(case, dtype, ignored=False):
+    head, _ = head_of(case, dtype)
+    length, _ = bounds(head)
+    if ignored:
+        head.labels[::3] = -100
+    with imu.use_backend("reference"):
+        known = normaliser(head)
+    return Call((head, known, slice(case.classes // 3, case.classes)), length, [1.0])
+
+
+OPERANDS = {
+    "linear_softmax_normaliser": {
+        "whole": partial(operands, slab=100),
+        "slabs": partial(operands, slab=3),
+        "ignored": partial(operands, slab=3, ignored=True),
+    },
+    "linear_softmax_residual": {
+        "": residual_operands,
+        "ignored": partial(residual_operands, ignored=True),
+    },
+}
+
+
 @every_case
 @every_dtype
 @pytest.mark.parametrize("slab", [1, 3, 100])
@@ -52,7 +93,7 @@ def test_residual_and_loss(case, dtype, slab):
 def test_scores_in_float64(case, mode, slab):
     head, offsets = head_of(case, torch.float64)
     scores, loss = linear_softmax_scores(head, offsets, 0.01, mode, slab)
-    truth, true_loss = reference.linear_softmax_scores(*head, offsets, 0.01, mode)
+    truth, true_loss = reference.linear_softmax_scores(head, offsets, 0.01, mode)
     torch.testing.assert_close(scores, truth, rtol=1e-8, atol=1e-12)
     torch.testing.assert_close(loss, true_loss, rtol=1e-8, atol=1e-12)
     with imu.use_backend("reference"):
@@ -95,7 +136,7 @@ def test_an_ignored_token_has_no_gradient_and_no_loss():
     head, offsets = head_of(Case("odd and prime", (1,) * 13, 7, 5), torch.float64)
     head.labels[4] = -100
     scores, loss = linear_softmax_scores(head, offsets, 0.01, slab=3)
-    truth, true_loss = reference.linear_softmax_scores(*head, offsets, 0.01, "add")
+    truth, true_loss = reference.linear_softmax_scores(head, offsets, 0.01, "add")
     assert scores[4] == 0 and loss[4] == 0
     torch.testing.assert_close(scores, truth)
     torch.testing.assert_close(loss, true_loss)

@@ -1,20 +1,19 @@
-"""The mean gradient against reference.py, and the reference against autograd."""
+"""The mean gradient's operands, and the reference against autograd."""
 
 from __future__ import annotations
 
 import torch
-from cases import assert_close, every_case, every_dtype, factors_of
+from cases import Call, every_case, factors_of
 
 from imu_fast import reference
-from imu_fast.ops.mean_gradient import mean_gradient
 
 
-@every_case
-@every_dtype
-def test_mean_gradient(case, dtype):
+def operands(case, dtype):
     f = factors_of(case, dtype)
-    size = float(f[0].abs().max() * f[1].abs().max())
-    assert_close(mean_gradient(*f), reference.mean_gradient(*f), len(f[0]), size)
+    return Call(f, len(f[0]), [float(f[0].abs().max() * f[1].abs().max())])
+
+
+OPERANDS = {"mean_gradient": {"": operands}}
 
 
 @every_case

@@ -1,12 +1,20 @@
-"""Objectives and their residuals against the reference and autograd of it."""
+"""Operands of objectives and their residuals, and residuals against autograd."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+from cases import Call
 
 from imu_fast import reference
-from imu_fast.ops.objective import OBJECTIVES, objective, objective_residual
+from imu_fast.ops.objective import (
+    NEEDS_AUXILIARY,
+    OBJECTIVES,
+    objective,
+    objective_residual,
+)
 
 
 def auxiliary_of(name, logits, labels):
@@ -15,6 +23,31 @@ def auxiliary_of(name, logits, labels):
         return (labels + 1) % logits.shape[1]
     moved = logits.detach() + torch.randn(logits.shape, dtype=logits.dtype)
     return torch.nn.functional.cross_entropy(moved, labels, reduction="none")
+
+
+def operands(case, dtype, name):
+    """None: of one class there is no other, whose logit or probability it could be."""
+    if case.classes == 1 and name != "ce":
+        return None
+    p = case.make(torch.float64)
+    logits = p.logits.to(dtype)
+    auxiliary = None
+    if name in NEEDS_AUXILIARY:
+        auxiliary = auxiliary_of(name, logits, p.labels)
+    # exp amplifies an absolute error of a logit into a relative one.
+    size = float(logits.abs().max())
+    return Call((logits, p.labels, name, auxiliary), case.classes + 4 * int(size + 2), [size + 2])
+
+
+def residual_operands(case, dtype, name):
+    made = operands(case, dtype, name)
+    return made and Call(made.args, made.length, [2.0])
+
+
+OPERANDS = {
+    "objective": {name: partial(operands, name=name) for name in OBJECTIVES},
+    "objective_residual": {name: partial(residual_operands, name=name) for name in OBJECTIVES},
+}
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -1,0 +1,153 @@
+"""How an operation picks what runs it, once: its body in PyTorch, its kernel, or its definition.
+
+A file of this folder says of each operation what these are, and nothing of how one is picked::
+
+    @operation(kernel=_launch, limits=_limits)
+    def gram(delta, act, offsets, has_bias):
+        ...  # in PyTorch
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from imu_fast import backend
+from imu_fast.errors import BackendUnavailableError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def kernel_dtypes(*tensors: Tensor) -> str:
+    """Why kernels cannot take tensors of these dtypes; "" where they can."""
+    for tensor in tensors:
+        if tensor.dtype not in KERNEL_DTYPES:
+            return f"{tensor.dtype} is not among float32, bfloat16 and float16"
+    return ""
+
+
+class Operation(Generic[P, R]):
+    """A function of tensors that runs as ``IMU_FAST_BACKEND`` or ``use_backend`` says.
+
+    ``auto``: the kernel, for tensors on a CUDA device that it can take, or else PyTorch, and why is
+    logged once. ``triton``: the kernel, or an error that says why it cannot; an operation without
+    one is in PyTorch. What ran is what ``record_backends`` finds under the operation's name.
+
+    Raises:
+        BackendUnavailableError: ``triton`` was chosen and cannot take these operands.
+    """
+
+    def __init__(
+        self,
+        body: Callable[P, R],
+        name: str,
+        reference: Callable[..., R],
+        kernel: Callable[..., R] | None,
+        limits: Callable[..., str] | None,
+    ) -> None:
+        functools.update_wrapper(self, body)
+        self.name, self.body, self.reference = name, body, reference
+        self.kernel, self.limits = kernel, limits
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        chosen = backend.current_backend()
+        if chosen in ("auto", "triton"):
+            chosen = "torch" if self.kernel is None else self._kernel_or_torch(chosen, args, kwargs)
+        backend.record(self.name, chosen)
+        if chosen == "torch":
+            return self.body(*args, **kwargs)
+        if chosen == "triton" and self.kernel is not None:
+            return self.kernel(*args, **kwargs)
+        from imu_fast import reference
+
+        return self.reference(reference, *args, **kwargs)
+
+    def __reduce__(self) -> str:
+        """Pickled by name, as the function that it is."""
+        return self.body.__name__
+
+    def _kernel_or_torch(self, chosen: str, args: Any, kwargs: Any) -> str:
+        tensor = first_tensor(args) if args else first_tensor(kwargs.values())
+        if chosen == "auto" and not tensor.is_cuda:
+            return "torch"
+        reason = self.limits(*args, **kwargs) if self.limits is not None else ""
+        reason = reason or backend.why_no_triton()
+        if chosen == "auto":
+            if reason:
+                _log_once(self.name, reason)
+            return "torch" if reason else "triton"
+        if not (tensor.is_cuda or backend.interpreted()):
+            reason = f"its input is on {tensor.device}, not on a CUDA device"
+        if reason:
+            raise BackendUnavailableError(
+                f"backend='triton' cannot run {self.name}: {reason}; use 'torch' or 'auto'"
+            )
+        return "triton"
+
+
+def operation(
+    *,
+    name: str = "",
+    reference: Callable[..., Any] | None = None,
+    kernel: Callable[..., Any] | None = None,
+    limits: Callable[..., str] | None = None,
+) -> Callable[[Callable[P, R]], Operation[P, R]]:
+    """Make an operation of its body in PyTorch, whose signature and docstring it has.
+
+    Args:
+        name: of the definition in ``imu_fast/reference.py``; default: the body's.
+        reference: that module and the operands -> the result. Default: its function of this name,
+            with the same operands, and the result in the first tensor's dtype.
+        kernel: imports and launches the Triton kernel. Without one torch runs in its place.
+        limits: why the kernel cannot take these operands; "" where it can.
+    """
+
+    def decorate(body: Callable[P, R]) -> Operation[P, R]:
+        called = name or body.__name__
+        return Operation(body, called, reference or _definition(called), kernel, limits)
+
+    return decorate
+
+
+def _definition(name: str) -> Callable[..., Any]:
+    def define(reference: ModuleType, *args: Any, **kwargs: Any) -> Any:
+        found: Tensor = getattr(reference, name)(*args, **kwargs)
+        return found.to(first_tensor((*args, *kwargs.values())).dtype)
+
+    return define
+
+
+def first_tensor(operands: Iterable[Any]) -> Tensor:
+    """The first tensor among operands, some of which may be tuples of tensors."""
+    for operand in operands:
+        if isinstance(operand, Tensor):
+            return operand
+        if isinstance(operand, tuple):
+            return first_tensor(operand)
+    raise TypeError("an operation takes tensors, and none was given")
+
+
+@functools.cache
+def _log_once(name: str, reason: str) -> None:
+    backend.logger.warning("%s runs in PyTorch, not in its Triton kernel: %s", name, reason)
+
+
+def operations() -> dict[str, Operation[..., Any]]:
+    """Every operation of this folder, by name."""
+    package = importlib.import_module("imu_fast.ops")
+    found = {}
+    for file in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"imu_fast.ops.{file.name}")
+        for value in vars(module).values():
+            if isinstance(value, Operation) and value.body.__module__ == module.__name__:
+                found[value.name] = value
+    return found
