@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 DEMO_OUT ?= imu-fast-demo
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint options bench bench-report studies sanitize roofline clean
+.PHONY: demo test lint options zoo bench bench-report studies sanitize roofline clean
 
 demo: $(VENV)/.demo
 	$(BIN)/imu-fast demo --out $(DEMO_OUT)
@@ -28,6 +28,10 @@ bench: $(VENV)/.test
 # One table and one figure of all results in bench/results; bench/gpu.sh adds a GPU's.
 bench-report: $(VENV)/.test
 	$(BIN)/python bench/report.py
+
+# Two hundred classifiers of timm, torchvision and transformers against autograd in float64.
+zoo: $(VENV)/.test
+	$(BIN)/python bench/zoo.py
 
 # Score orderings by curvature, and preconditioners; DATA names CIFAR-10 as an .npz of JPEG files.
 studies: $(VENV)/.test

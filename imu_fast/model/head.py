@@ -198,22 +198,27 @@ def find_head(model: nn.Module, head: Any = None) -> tuple[str, nn.Linear]:
     return guessed[0].name, guessed[0].as_linear()
 
 
-def guess(model: nn.Module, layers: dict[str, LinearLayer]) -> list[LinearLayer]:
-    """What is probably the head, the likeliest first; only a run of the model can tell."""
-    if not layers:
-        return []
-    inner = innermost(model)
-    get_classifier = getattr(inner, "get_classifier", None)
+def declared(model: nn.Module, layers: dict[str, LinearLayer]) -> list[LinearLayer]:
+    """What timm's ``get_classifier`` names: the last linear layer in it, or in each of several."""
+    get_classifier = getattr(innermost(model), "get_classifier", None)
     try:
         found = get_classifier() if callable(get_classifier) else None
-    except Exception:  # a model's own method, which may want arguments
-        found = None
-    declared = list(found) if isinstance(found, tuple | list) else [found]
-    inside = {id(m) for part in declared if isinstance(part, nn.Module) for m in part.modules()}
-    chosen = [layer for layer in layers.values() if id(layer.module) in inside]
-    if chosen:
-        return chosen if len(declared) > 1 else chosen[-1:]
-    names = {id(module): name for name, module in inner.named_modules()}
+    except Exception:  # a method of another kind, which wants arguments
+        return []
+    several = isinstance(found, tuple | list | nn.ModuleList)
+    out = []
+    for part in found if several else [found]:  # type: ignore[union-attr]
+        inside = {id(m) for m in part.modules()} if isinstance(part, nn.Module) else set()
+        out += [layer for layer in layers.values() if id(layer.module) in inside][-1:]
+    return out
+
+
+def guess(model: nn.Module, layers: dict[str, LinearLayer]) -> list[LinearLayer]:
+    """What is probably the head, the likeliest first; only a run of the model can tell."""
+    named = declared(model, layers)
+    if named or not layers:
+        return named
+    names = {id(module): name for name, module in innermost(model).named_modules()}
     for wanted in _HEAD_NAMES:
         within = [
             layer

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from imu_fast.errors import NoHeadFoundError
 from imu_fast.model.between import named_steps
 from imu_fast.model.calls import Call, Seen, leaves_of, searched, steps_of, watched
-from imu_fast.model.head import LinearLayer, guess, linear_layers, no_head
+from imu_fast.model.head import LinearLayer, declared, guess, linear_layers, no_head
 from imu_fast.model.logits import Path, ambiguous, candidates, chosen
 from imu_fast.model.run import Batch, innermost
 
@@ -177,6 +177,8 @@ def _frontier(
         # Beside what makes one output per class, a gate or a learned temperature is no head.
         classes = logits.shape[-1]
         parts = [part for part in parts if part.width == classes] or parts
+        own = declared(model, linear_layers(model))  # of several, those that the model calls so
+        parts = own if own and all(layer in parts for layer in own) else parts
     again = [c.layer.name for c in every.calls if c.upstream and c.layer in parts]
     if again:
         raise NoHeadFoundError(
