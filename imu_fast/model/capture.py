@@ -14,7 +14,14 @@ from imu_fast.errors import InputError, check_finite_rows
 from imu_fast.factors.gradient_factors import IGNORE_INDEX, GradientFactors
 from imu_fast.model.batches import device_of
 from imu_fast.model.between import Between, Piece, bias_columns, plain_piece, side_by_side
-from imu_fast.model.head import LinearLayer, linear_layers, no_head, resolve, shared_with
+from imu_fast.model.head import (
+    LinearLayer,
+    linear_layers,
+    no_head,
+    resolve,
+    say_of_weight,
+    shared_with,
+)
 from imu_fast.model.layers import capture_layers
 from imu_fast.model.logits import chosen
 from imu_fast.model.loss import targets_of
@@ -238,32 +245,24 @@ class _HeadCapture:
         return made.delta, made.losses if made.losses is not None else made.delta.sum(dim=1)
 
     def finish(self) -> None:
-        """The last checks, and what a reader of the scores must know, to the log."""
+        """The last checks."""
         self._checks.finish()
-        head = self.head
+
+    def say(self) -> None:
+        """Log what a reader of the scores must know."""
+        name = self.head.name
         steps = ", ".join(dict.fromkeys(piece.steps for piece in self.pieces if piece.steps))
-        for part in head.parts:
-            if part.derived:
-                logger.warning(
-                    "head %r: gradients are those of the weight it computes with, which it makes "
-                    "from other parameters",
-                    part.name,
-                )
-            if others := shared_with(self.model, part):
-                logger.info(
-                    "head %r shares its weight with %s: gradients are of the head's use of it",
-                    part.name,
-                    ", ".join(others),
-                )
+        for part in self.head.parts:
+            say_of_weight(self.model, part)
         if any(piece.kind == "tokens" for piece in self.pieces):
             logger.warning(
                 "head %r: between its output and the loss are %s; gradients are exact, curvatures "
                 "that need the outputs' Hessian (ggn, ggn_block, kfac, ekfac) are not offered",
-                head.name,
+                name,
                 steps,
             )
         elif steps:
-            logger.info("head %r: between its output and the loss are %s", head.name, steps)
+            logger.info("head %r: between its output and the loss are %s", name, steps)
 
 
 def _weight_and_bias(layer: LinearLayer) -> Tensor:
@@ -369,6 +368,7 @@ def capture(
             output=output,
             progress=progress,
         )
+        found.say()
         with full_precision(device_of(model)):
             return found.factors()
     warn_if_shuffled(loader)
