@@ -284,7 +284,8 @@ def searched(model: nn.Module, layers: Sequence[LinearLayer]) -> Iterator[Seen]:
                 stack.callback(weight.requires_grad_, weight.requires_grad)
                 weight.requires_grad_()
         for name, module in model.named_modules():
-            own = [p for p in module.parameters(recurse=False) if sum(s > 1 for s in p.shape) > 1]
+            inside = isinstance(module, torch.jit.ScriptModule)  # hooks fire outside of it only
+            own = [p for p in module.parameters(inside) if sum(s > 1 for s in p.shape) > 1]
             if own or isinstance(module, nn.Linear):
                 handle = module.register_forward_pre_hook(enter, with_kwargs=True)
                 stack.callback(handle.remove)

@@ -121,9 +121,8 @@ class _LayersCapture:
             logits, list(checked.values()), signal, retain_graph=True, allow_unused=True
         )
         for name, whole in zip(checked, found, strict=True):
-            weight = checked[name].flatten(1)
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            made = torch.zeros_like(weight, dtype=wide)
+            like = checked[name].detach().flatten(1)
+            made = torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
             for call, g in zip(calls, base, strict=True):
                 if call.layer.name == name:
                     delta = g.reshape(-1, g.shape[-1])

@@ -56,10 +56,10 @@ def innermost(model: nn.Module) -> nn.Module:
 
 
 def _check_runs(model: nn.Module) -> None:
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+    if isinstance(innermost(model), torch.jit.ScriptModule):
         raise InputError(
-            "model holds a TorchScript module, whose layers cannot be watched; pass the eager "
-            "module it was scripted or traced from"
+            "model is a TorchScript module, whose layers cannot be watched; pass the eager module "
+            "that it was scripted or traced from"
         )
     for name, parameter in model.named_parameters():
         if torch.nn.parameter.is_lazy(parameter):

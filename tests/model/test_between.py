@@ -150,6 +150,12 @@ def test_affine_steps_keep_every_curvature(kind):
                 assert_scores(found, truth, 1e-4)
 
 
+@pytest.mark.parametrize("kind", [*AFFINE, *OTHER])
+def test_large_outputs_which_are_not_copied_at_first(kind, monkeypatch):
+    monkeypatch.setattr("imu_fast.model.calls._SMALL_BYTES", 0)
+    check(Net((AFFINE | OTHER)[kind]), *data(3 if kind in AFFINE else C))
+
+
 @pytest.mark.parametrize("kind", OTHER)
 def test_other_steps_give_the_gradient_and_no_hessian(kind, caplog):
     model, (x, y) = Net(OTHER[kind]), data()
