@@ -158,6 +158,11 @@ def watched(
             seen.calls.append(Call(layer, act.clone(), out, None, output, version))
             return None
         torch.set_grad_enabled(True)  # until the model's own no_grad ends
+        if torch._C._functorch.is_functorch_wrapped_tensor(output):
+            raise InputError(
+                f"the model calls layer {layer.name!r} inside a torch.func transform (vmap, grad), "
+                "where it cannot be watched; call it on the batch"
+            )
         if traced:
             leaf = output.new_zeros(()).requires_grad_()
             seen.calls.append(Call(layer, leaf, leaf, leaf, leaf, 0))
@@ -273,8 +278,14 @@ def searched(model: nn.Module, layers: Sequence[LinearLayer]) -> Iterator[Seen]:
             for tensor in tensors_in(output):
                 seen.made.append((weakref.ref(tensor), name, module))
 
+        for layer in layers:
+            weight = layer.module._parameters.get("weight")
+            if weight is not None and weight.is_floating_point():
+                stack.callback(weight.requires_grad_, weight.requires_grad)
+                weight.requires_grad_()
         for name, module in model.named_modules():
-            own = [p for p in module.parameters(recurse=False) if sum(s > 1 for s in p.shape) > 1]
+            inside = isinstance(module, torch.jit.ScriptModule)  # hooks fire outside of it only
+            own = [p for p in module.parameters(inside) if sum(s > 1 for s in p.shape) > 1]
             if own or isinstance(module, nn.Linear):
                 handle = module.register_forward_pre_hook(enter, with_kwargs=True)
                 stack.callback(handle.remove)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from imu_fast.errors import InputError, NoHeadFoundError
 from imu_fast.model.run import innermost
+
+logger = logging.getLogger("imu_fast")
 
 # The name of a model that is itself the linear layer.
 WHOLE_MODEL = "(model)"
@@ -128,6 +131,22 @@ def shared_with(model: nn.Module, layer: LinearLayer) -> list[str]:
         for key, parameter in module.named_parameters(recurse=False)
         if id(parameter) in own
     ]
+
+
+def say_of_weight(model: nn.Module, layer: LinearLayer) -> None:
+    """Log a warning where gradients are not those of parameters that the layer alone uses."""
+    if layer.derived:
+        logger.warning(
+            "layer %r makes its weight from other parameters: gradients are those of the weight "
+            "that it computes with",
+            layer.name,
+        )
+    if others := shared_with(model, layer):
+        logger.warning(
+            "layer %r shares its weight with %s: gradients are those of the layer's own use of it",
+            layer.name,
+            ", ".join(others),
+        )
 
 
 def resolve(model: nn.Module, wanted: Any, argument: str = "layers") -> LinearLayer:

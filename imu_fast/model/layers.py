@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from imu_fast.errors import InputError, check_finite_rows
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.model.calls import Call, watched
-from imu_fast.model.head import LinearLayer
+from imu_fast.model.head import LinearLayer, say_of_weight, shared_with
 from imu_fast.model.logits import chosen
 from imu_fast.model.loss import counts_of, on_logits, sample_losses, targets_of
 from imu_fast.model.rows import Backward, Mixed, Ownership, one_sample_at_a_time, packed
@@ -89,6 +89,8 @@ class _LayersCapture:
         """``(delta [R, C], act [R, d], owner [R])`` of each call."""
         n = len(signal)
         base = self._gradients(calls, logits, signal)
+        if len(self.samples) == 1:
+            self._check_whole(calls, base, logits, signal)
         names = [call.layer.name for call in calls]
         try:
             owners = self._ownership.owners(names, base, backward, n)
@@ -101,6 +103,38 @@ class _LayersCapture:
             (g.reshape(-1, g.shape[-1]), call.act.reshape(-1, call.act.shape[-1]), owner.flatten())
             for g, call, owner in zip(base, calls, owners, strict=True)
         ]
+
+    def _check_whole(
+        self, calls: Sequence[Call], base: Sequence[Tensor], logits: Tensor, signal: Tensor
+    ) -> None:
+        """Raise InputError where the calls are not all that a weight does to the loss."""
+        ran = {call.layer.name for call in calls}
+        checked = {
+            layer.name: weight
+            for layer in self.layers
+            if layer.name in ran and (weight := layer.module._parameters.get("weight")) is not None
+            if not shared_with(self.model, layer)  # of its other uses the log speaks
+        }
+        if not checked:
+            return
+        found = torch.autograd.grad(
+            logits, list(checked.values()), signal, retain_graph=True, allow_unused=True
+        )
+        for name, whole in zip(checked, found, strict=True):
+            like = checked[name].detach().flatten(1)
+            made = torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+            for call, g in zip(calls, base, strict=True):
+                if call.layer.name == name:
+                    delta = g.reshape(-1, g.shape[-1])
+                    made += (delta.T @ call.act.reshape(-1, made.shape[1]).to(delta)).to(made)
+            if whole is None:
+                continue
+            off = (made - whole.flatten(1)).norm()
+            if off > 8 * torch.finfo(signal.dtype).eps ** 0.5 * whole.norm():
+                raise InputError(
+                    f"layers={name!r}: the model's code uses its weight outside of the layer too, "
+                    "so that its calls are not all of the gradient; call the layer there"
+                )
 
     def factors(self) -> list[GradientFactors]:
         if not self.samples:
@@ -205,4 +239,6 @@ def capture_layers(
                 weight.requires_grad_()
         for batch in read(model, loader, progress):
             seen.add(run, batch)
+    for layer in layers:
+        say_of_weight(model, layer)
     return seen.factors()

@@ -75,8 +75,8 @@ def _digits(base: Tensor, weighted: Tensor, low: int) -> tuple[Tensor, Tensor, T
     # Below, a product with a power of two may round.
     clear = size > limits.tiny * 2.0 ** (3 if base.dtype == torch.float16 else 30)
     column = largest[:, None]
-    ratio = weighted.gather(1, column).double() / base.gather(1, column).double()
-    exponent = torch.where(clear[:, None], ratio, 1.0).clamp_min(2.0**-1000).log2().round()
+    ratio = weighted.gather(1, column).float() / base.gather(1, column).float()
+    exponent = torch.where(clear[:, None], ratio, 1.0).clamp_min(2.0**-100).log2().round()
     power = torch.exp2(exponent).to(base.dtype)
     rest = torch.addcmul(weighted, base, power, value=-1).abs().amax(dim=1)
     # Passes whose sums run in another order each time (atomics) differ by rounding.

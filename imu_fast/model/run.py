@@ -38,10 +38,10 @@ def _usable(value: Any) -> Any:
 
 def _check_runs(model: nn.Module) -> None:
     check_trainable(model)
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+    if isinstance(innermost(model), torch.jit.ScriptModule):
         raise InputError(
-            "model holds a TorchScript module, whose layers cannot be watched; pass the eager "
-            "module it was scripted or traced from"
+            "model is a TorchScript module, whose layers cannot be watched; pass the eager module "
+            "that it was scripted or traced from"
         )
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:

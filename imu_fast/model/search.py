@@ -162,6 +162,7 @@ def _frontier(
     model: nn.Module, every: Seen, logits: Tensor, explicit: Sequence[LinearLayer]
 ) -> list[LinearLayer]:
     """The layers from whose outputs the logits come with no other layer in between."""
+    layers = linear_layers(model)
     reached = leaves_of(logits) if logits.requires_grad else set()
     live = [call for call in every.calls if call.leaf is not None and id(call.leaf) in reached]
     parts = list({call.layer.name: call.layer for call in live}.values())
@@ -176,14 +177,38 @@ def _frontier(
     else:
         # Beside what makes one output per class, a gate or a learned temperature is no head.
         classes = logits.shape[-1]
-        parts = [part for part in parts if part.width == classes] or parts
-        own = declared(model, linear_layers(model))  # of several, those that the model calls so
+        fitting = [part for part in parts if part.width == classes]
+        unasked = [
+            name
+            for name, layer in layers.items()
+            if _weight(layer) in reached and name not in every.odd
+        ]
+        if unasked and not fitting:
+            raise no_head(
+                model,
+                f"the model's code uses the weight of {unasked[0]!r} itself instead of calling the "
+                "layer; call it, or pass features and weight to GradientFactors.from_head",
+            )
+        parts = fitting or parts
+        own = declared(model, layers)  # of several, those that the model calls so
         parts = own if own and all(layer in parts for layer in own) else parts
     again = [c.layer.name for c in every.calls if c.upstream and c.layer in parts]
     if again:
         raise NoHeadFoundError(
             f"layer {again[0]!r} makes the logits, but also what leads to them: it runs several "
             f"times, one after another; capture all of its calls with layers=[{again[0]!r}]"
+        )
+    if len({id(part.module.weight) for part in parts}) < len(parts):
+        raise NoHeadFoundError(
+            f"the logits are made by {', '.join(repr(part.name) for part in parts)}, which share a "
+            "weight; make them one layer that is called several times"
+        )
+    outside = [p.name for p in parts if _weight(p) in reached]
+    if outside:
+        raise NoHeadFoundError(
+            f"layer {outside[0]!r} makes the logits, and so does its weight where the model's code "
+            "uses it outside of the layer; a head's weight must be used by the head alone. Call "
+            "the layer there, or pass features and weight to GradientFactors.from_head"
         )
     if not parts:
         unread = "".join(f"; layer {name!r}: {why}" for name, why in every.odd.items())
@@ -200,6 +225,11 @@ def _frontier(
             "model), or name one layer: layers=[...]"
         )
     return parts
+
+
+def _weight(layer: LinearLayer) -> int:
+    """What :func:`leaves_of` calls the layer's own parameter."""
+    return id(layer.module._parameters.get("weight"))
 
 
 def _check_steps(

@@ -85,6 +85,17 @@ def without_grad(self, z):
     return z
 
 
+def padded_buffer(self, z):
+    out = torch.zeros(len(z), C + 2, dtype=z.dtype)
+    out[:, 1 : C + 1] = z
+    return out[:, 1 : C + 1]
+
+
+def only_largest(self, z):
+    kept = z.topk(3, 1).indices
+    return torch.full_like(z, -1e4).scatter(1, kept, z.gather(1, kept))
+
+
 # Steps by which each row of logits is a number times a row of outputs, plus anything.
 AFFINE = {
     "temperature": lambda self, z: z / 0.2,
@@ -98,6 +109,12 @@ AFFINE = {
     "a copy": lambda self, z: z.clone().unsqueeze(1).flatten(1),
     "written to without autograd": without_grad,
     "a flip there and back": lambda self, z: z.flip(0).flip(0),
+    "other strides": lambda self, z: z.t().contiguous().t(),
+    "the mean of copies": lambda self, z: z[:, None].expand(-1, 4, -1).mean(1),
+    "one sample after another": lambda self, z: torch.stack([row * 2 for row in z]),
+    "a padded buffer": padded_buffer,
+    "its memory by .data": by_data,
+    "negated": lambda self, z: -z,
 }
 # Steps with a Jacobian that is no number.
 OTHER = {
@@ -109,6 +126,14 @@ OTHER = {
     "normalised": lambda self, z: 3 * F.normalize(z, dim=1),
     "its largest taken off": lambda self, z: z - 0.5 * z.amax(dim=1, keepdim=True),
     "relu in place": lambda self, z: F.relu(z, inplace=True),
+    "its own logsumexp taken off": lambda self, z: z - z.logsumexp(1, keepdim=True),
+    "centred in place": lambda self, z: z.sub_(z.mean(1, keepdim=True)),
+    "groups with scales of their own": lambda self, z: torch.cat([z[:, :3] / 2, z[:, 3:] * 2], 1),
+    "classes in another order": lambda self, z: z[:, torch.tensor([4, 2, 0, 1, 3])],
+    "sorted": lambda self, z: z.sort(1).values,
+    "all but the largest ruled out": only_largest,
+    "a normalisation over classes": lambda self, z: F.layer_norm(z, (C,)),
+    "ensembled by logsumexp": lambda self, z: torch.stack([z, z * 0.3]).logsumexp(0),
 }
 
 
@@ -123,6 +148,12 @@ def test_affine_steps_keep_every_curvature(kind):
             found = imu.influence_scores(factors, curvature=curvature)
             if curvature == "ggn":
                 assert_scores(found, truth, 1e-4)
+
+
+@pytest.mark.parametrize("kind", [*AFFINE, *OTHER])
+def test_large_outputs_which_are_not_copied_at_first(kind, monkeypatch):
+    monkeypatch.setattr("imu_fast.model.calls._SMALL_BYTES", 0)
+    check(Net((AFFINE | OTHER)[kind]), *data(3 if kind in AFFINE else C))
 
 
 @pytest.mark.parametrize("kind", OTHER)
@@ -165,6 +196,67 @@ def test_hooks_of_the_user(always, returns):
     model.fc.register_forward_hook(hook, always_call=always)
     check(model, *data())
     assert len(model.fc._forward_hooks) == 1
+
+
+def test_some_rows_are_scaled_in_place():
+    def after(self, z):
+        z[z[:, 0] > 0] *= 3
+        return z
+
+    assert check(Net(after), *data()).labels is not None  # each by a number of its own
+
+
+def test_layers_beside_the_head_that_are_no_heads():
+    class Tempered(Net):
+        def __init__(self):
+            super().__init__()
+            self.temperature = nn.Linear(H, 1)
+
+        def forward(self, x):
+            h = self.features(x)
+            return self.fc(h) / F.softplus(self.temperature(h))
+
+    assert check(Tempered(), *data()).labels is not None
+
+    class Gated(Net):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.other = nn.Linear(H, 2), nn.Linear(H, C)
+
+        def forward(self, x):
+            h = self.features(x)
+            weights = self.gate(h).softmax(1)
+            return weights[:, :1] * self.fc(h) + weights[:, 1:] * self.other(h)
+
+    factors = check(Gated(), *data(), BOTH)
+    assert factors.name == "fc+other" and factors.labels is not None
+
+    class Calibrated(Net):
+        def __init__(self):
+            super().__init__()
+            self.matrix = nn.Linear(C, C)
+
+        def forward(self, x):
+            return self.matrix(super().forward(x))
+
+    assert check(Calibrated(), *data(), ("matrix.weight", "matrix.bias")).name == "matrix"
+
+
+def test_a_normalisation_with_statistics_after_the_head():
+    model = Net(lambda self, z: self.norm(z))
+    model.norm = nn.BatchNorm1d(C)
+    model.norm.running_mean.normal_()
+    model.norm.running_var.uniform_(0.5, 2)
+    check(model, *data())
+
+
+def test_a_matrix_between_is_refused():
+    model = Net(lambda self, z: (z.softmax(1) @ self.transition).log())
+    model.register_buffer("transition", torch.rand(C, C).softmax(0))
+    x, y = data()
+    with pytest.raises(NoHeadFoundError, match=r"made by mm out of 'fc'.*layers=\['fc'\]"):
+        imu.capture(model, (x, y))
+    check(model, x, y, layers=["fc"])
 
 
 def test_a_hook_that_changes_the_input_of_the_head():
@@ -261,6 +353,15 @@ def test_heads_joined_otherwise(join):
     assert factors.labels is None
 
 
+def test_heads_that_share_a_weight_are_refused():
+    model = Heads(lambda a, b: a + b)
+    model.other = nn.Linear(D, C)
+    model.fc, model.features = nn.Linear(D, C), lambda x: x * x
+    model.other.weight = model.fc.weight
+    with pytest.raises(NoHeadFoundError, match="share a weight"):
+        imu.capture(model, data())
+
+
 def test_heads_without_bias_and_zero_at_first():
     model, (x, y) = Heads(lambda a, b: (a + b) / 2, bias=False), data()
     check(model, x, y, BOTH[:3])
@@ -314,6 +415,40 @@ def test_a_head_that_feeds_itself_is_refused():
     with pytest.raises(NoHeadFoundError, match="several times, one after another"):
         imu.capture(model, (x, y))
     check(model, x, y, layers=["fc"])
+
+
+class Outside(Net):
+    """The weight is used by the code of the model, not only by its layer."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.form = form
+
+    def forward(self, x):
+        return self.form(self, self.features(x))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda self, h: F.linear(h, self.fc.weight, self.fc.bias),
+        lambda self, h: self.fc.forward(h),
+        lambda self, h: self.fc(h) + F.linear(h * h, self.fc.weight),
+        lambda self, h: F.linear(h * h, self.fc.weight) + self.fc(h),
+    ],
+)
+def test_a_weight_used_outside_of_its_layer_is_refused(form):
+    model, (x, y) = Outside(form), data()
+    with pytest.raises(NoHeadFoundError, match=r"uses (the weight of 'fc' itself|it outside)"):
+        imu.capture(model, (x, y))
+    with pytest.raises(InputError, match=r"outside of the layer too|never ran"):
+        imu.capture(model, (x, y), layers=["fc"])
+
+
+def test_heads_inside_transforms_are_refused():
+    model = Outside(lambda self, h: torch.func.vmap(self.fc)(h))
+    with pytest.raises(InputError, match="vmap"):
+        imu.capture(model, data())
 
 
 class Convolutional(nn.Module):

@@ -126,6 +126,12 @@ def test_lazy_and_scripted_models_are_refused():
         imu.capture(nn.Sequential(nn.LazyLinear(C)), (x, y))
     with pytest.raises(InputError, match="TorchScript"):
         imu.capture(torch.jit.trace(Net(), x), (x, y))
+    model = Net()
+    want = truth(model, x, y)
+    model.body = torch.jit.trace(model.body, x)
+    assert_scores(imu.influence_scores(model, (x, y)), want)
+    with pytest.raises(InputError, match="'body' is no linear layer of the model but a"):
+        imu.capture(model, (x, y), layers=["body"])
     with pytest.raises(InputError, match="model is a function"):
         imu.capture(lambda x: x, (x, y))
 
@@ -190,6 +196,31 @@ class Tuple(nn.Linear):
 def test_subclasses_that_are_not_linear_are_refused(kind, layers):
     with pytest.raises(InputError, match=f"'fc' is a {kind.__name__} whose output is not act W"):
         imu.capture(Net(kind(H, C)), data(), layers=layers)
+
+
+def test_a_head_that_changes_later_is_noticed():
+    model, (x, y) = Net(), data()
+    batches = list(zip(x.split(2), y.split(2), strict=True))
+    forward, ran = model.fc.forward, []
+
+    def patched(h):
+        ran.append(1)
+        return forward(h) * (1 + 1e-3 * (len(ran) > 4))
+
+    model.fc.forward = patched
+    with pytest.raises(NoHeadFoundError, match="samples from 8 on.*not act W"):
+        imu.capture(model, batches)
+
+    def meddling():
+        yield from batches[:3]
+        with torch.no_grad():
+            model.fc.weight[2, 3] += 0.1
+        yield from batches[3:]
+
+    del model.fc.forward
+    for layers in ("head", ["fc"]):
+        with pytest.raises(NoHeadFoundError, match="not act W"):
+            imu.capture(model, meddling(), layers=layers)
 
 
 def test_subclasses_that_are_linear():
@@ -345,7 +376,7 @@ def test_derived_weights(wrap, caplog):
     )
     with caplog.at_level(logging.WARNING, "imu_fast"):
         found = imu.influence_scores(model, (x, y))
-    assert "makes from other parameters" in caplog.text
+    assert "makes its weight from other parameters" in caplog.text
     assert_scores(found, truth(plain, x, y))
     features = imu.capture_features(model, (x, y))
     assert not features.plain and "computes its weight" in features.why

@@ -1,0 +1,277 @@
+"""What a head saw of every batch, and the factors and features made of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imu_fast.errors import InputError, NoHeadFoundError, check_finite_rows
+from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.model.between import Between, Piece, bias_columns, plain_piece, side_by_side
+from imu_fast.model.calls import Seen
+from imu_fast.model.head import LinearLayer, no_head, say_of_weight, shared_with
+from imu_fast.model.logits import chosen
+from imu_fast.model.loss import targets_of
+from imu_fast.model.run import Batch
+from imu_fast.model.search import Head, Run, directly, find, observe
+from imu_fast.model.verify import LinearChecks
+
+logger = logging.getLogger("imu_fast")
+
+
+@dataclass(frozen=True)
+class HeadFeatures:
+    """What a linear head saw.
+
+    Attributes:
+        name: of the layer; of several that make the logits together, joined by ``+``.
+        head: a linear layer with ``head(features)`` the logits, where ``linear``. It is the model's
+            own, or shares its memory (a 1x1 convolution's), unless ``write_back`` says otherwise.
+        features: [N, d], the head's inputs, in the model's dtype unless they had to be computed.
+        labels: [N] int64. offsets: [n+1] int64 on the CPU, tokens of each sample.
+        linear: whether ``head(features)`` is the model's logits. If not, features are only what
+            the layer saw (rows need not be one per label), and ``between`` says what follows.
+        between: what stands between the head's output and the logits; empty if nothing.
+        write_back: why writing ``head.weight`` is not enough to change the model's logits to
+            ``head(features)``; empty if it is.
+        parts: the layers themselves, each with its columns of ``[features, 1]``'s weight.
+        output: where the logits are in the model's output, for ``logits_of(..., choice=output)``.
+    """
+
+    name: str
+    head: nn.Linear
+    features: Tensor
+    labels: Tensor
+    offsets: Tensor
+    linear: bool = True
+    between: str = ""
+    write_back: str = ""
+    parts: tuple[tuple[LinearLayer, slice], ...] = ()
+    output: Any = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the model ends in this layer and in nothing else: it may be trained alone."""
+        return not self.why
+
+    @property
+    def why(self) -> str:
+        """Why not ``plain``; empty if it is."""
+        if self.between:
+            return f"between the head {self.name!r} and the logits: {self.between}"
+        return self.write_back
+
+
+class HeadCapture:
+    """What the batches say of the head, one after another."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        explicit: Sequence[LinearLayer],
+        output: Any,
+        ignore_index: int,
+        shift: bool,
+    ) -> None:
+        self.model, self.explicit, self.output = model, explicit, output
+        self.ignore_index, self.shift = ignore_index, shift
+        self.pieces: list[Piece] = []
+        self.samples = 0
+        self._checks = LinearChecks()
+        # Whether the logits have been the output itself so far: then nothing is differentiated.
+        self._untouched = True
+        self._head: Head | None = None
+
+    @property
+    def head(self) -> Head:
+        if self._head is None:
+            raise InputError("loader is empty; pass at least one batch of forget samples")
+        return self._head
+
+    def add(self, run: Run, batch: Batch) -> None:
+        """Run one batch.
+
+        Raises:
+            InputError: says from which sample on, after the first batch.
+        """
+        try:
+            piece = self._piece(run, batch)
+        except InputError as error:
+            if not self.samples:
+                raise
+            raise type(error)(f"samples from {self.samples} on: {error}") from None
+        self.pieces.append(piece)
+        self.samples += len(piece.counts)
+
+    def _piece(self, run: Run, batch: Batch) -> Piece:
+        if self._head is None:
+            self._head, seen = find(self.model, run, batch, self.explicit, self.output)
+            self._between = Between(self._head.parts)
+        else:
+            seen = observe(run, batch, self._head.parts, not self._untouched)
+        logits = chosen(seen.output, self._head.choice)
+        call = directly(seen, logits)
+        if call is None or not call.is_returned_as(logits) or not self._checked(seen):
+            self._untouched, call = False, None
+            if any(watched.leaf is None for watched in seen.calls):
+                seen = observe(run, batch, self._head.parts, True)
+                logits = chosen(seen.output, self._head.choice)
+            self._check(seen)
+        targets = targets_of(batch[2], logits, ignore_index=self.ignore_index, shift=self.shift)
+        if call is not None:
+            return plain_piece(call.act.reshape(*targets.shape, -1), targets)
+        if not logits.requires_grad:
+            raise no_head(
+                self.model, f"{self._head.name}: not the producer of the logits of this batch"
+            )
+        return self._between.piece(seen.calls, logits, targets)
+
+    def _check(self, seen: Seen) -> None:
+        for call in seen.calls:
+            self._checks.add(call.layer, call.act, call.rows(call.out.detach()))
+
+    def _checked(self, seen: Seen) -> bool:
+        """False where an output that was only kept is not what its layer computes: something may
+        have written to it unseen (by ``.data``), which a copy will show."""
+        try:
+            self._check(seen)
+        except NoHeadFoundError:
+            if any(call.leaf is None for call in seen.calls):
+                return False
+            raise
+        return True
+
+    @property
+    def offsets(self) -> Tensor:
+        """[n+1]."""
+        counts = torch.cat([piece.counts for piece in self.pieces])
+        return torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+
+    @property
+    def only(self) -> LinearLayer | None:
+        """The one layer of the head, if it acts on features and a one as it does in the model."""
+        parts = self.head.parts
+        ones = [
+            piece.act[:, column]
+            for piece in self.pieces
+            if piece.kind != "plain"
+            for column in bias_columns(parts)
+        ]
+        unit = all(bool((column == 1).all()) for column in ones)
+        return parts[0] if len(parts) == 1 and unit else None
+
+    def columns(self, piece: Piece) -> Tensor:
+        """A piece's features: [a] of the only layer, or ``[a, 1]`` of each part side by side."""
+        if self.only is not None:
+            return piece.act[:, : self.only.weight.shape[1]]
+        if piece.kind != "plain":
+            return piece.act
+        return side_by_side([(piece.act, piece.act.new_ones(len(piece.act)))], self.head.parts)
+
+    def features(self) -> HeadFeatures:
+        head, only = self.head, self.only
+        blocks = [_weight_and_bias(part) for part in head.parts]
+        ends = torch.tensor([block.shape[1] for block in blocks]).cumsum(0).tolist()
+        parts = tuple(
+            (part, slice(end - block.shape[1], end))
+            for part, block, end in zip(head.parts, blocks, ends, strict=True)
+        )
+        write_back = self._write_back()
+        if only is not None:
+            linear = only.as_linear()
+        else:
+            linear = nn.Linear(ends[-1], len(blocks[0]), bias=False, device="meta")
+            linear.weight = nn.Parameter(torch.cat(blocks, dim=1), requires_grad=False)
+            write_back = write_back or (
+                f"head {head.name!r} stands for {len(parts)} scaled layer(s): its weight is "
+                "[W, b] of each, to be copied into them"
+            )
+        acts = [self.columns(piece) for piece in self.pieces]
+        wide = torch.promote_types(acts[0].dtype, acts[-1].dtype)
+        for act in acts:
+            wide = torch.promote_types(wide, act.dtype)
+        return HeadFeatures(
+            head.name,
+            linear,
+            torch.cat([act.to(wide) for act in acts]),
+            torch.cat([piece.labels for piece in self.pieces]),
+            self.offsets,
+            all(piece.exact for piece in self.pieces),
+            ", ".join(dict.fromkeys(piece.steps for piece in self.pieces if piece.steps)),
+            write_back,
+            parts,
+            head.choice,
+        )
+
+    def _write_back(self) -> str:
+        for part in self.head.parts:
+            if part.derived:
+                return f"head {part.name!r} computes its weight from other parameters"
+            if others := shared_with(self.model, part):
+                return f"head {part.name!r} shares its weight with {', '.join(others)}"
+        return ""
+
+    def factors(self) -> GradientFactors:
+        head, only, offsets = self.head, self.only, self.offsets
+        labels = torch.cat([piece.labels for piece in self.pieces])
+        if only is not None and all(piece.kind == "plain" for piece in self.pieces):
+            act = torch.cat([piece.act for piece in self.pieces])
+            return GradientFactors.from_head(
+                act, only.weight, only.bias, labels, offsets, name=head.name
+            )
+        done = [self._with_signal(piece) for piece in self.pieces]
+        delta = torch.cat([d for d, _ in done])
+        act = torch.cat([self.columns(piece).to(delta.dtype) for piece in self.pieces])
+        check_finite_rows("features", act)
+        tokens = any(piece.kind == "tokens" for piece in self.pieces)
+        return GradientFactors(
+            delta=delta,
+            act=act,
+            offsets=offsets,
+            has_bias=only is not None and only.bias is not None,
+            labels=None if tokens else labels,
+            losses=torch.cat([loss for _, loss in done]),
+            name=head.name,
+        )
+
+    def _with_signal(self, piece: Piece) -> tuple[Tensor, Tensor]:
+        """delta and losses, also of a piece that left them to be computed from the features."""
+        if piece.delta is not None and piece.losses is not None:
+            return piece.delta, piece.losses
+        part = self.head.parts[0]
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), piece.counts.cumsum(0)])
+        made = GradientFactors.from_head(
+            piece.act, part.weight, part.bias, piece.labels, offsets, name=part.name
+        )
+        return made.delta, made.losses if made.losses is not None else made.delta.sum(dim=1)
+
+    def finish(self) -> None:
+        """The last checks."""
+        self._checks.finish()
+
+    def say(self) -> None:
+        """Log what a reader of the scores must know."""
+        name = self.head.name
+        steps = ", ".join(dict.fromkeys(piece.steps for piece in self.pieces if piece.steps))
+        for part in self.head.parts:
+            say_of_weight(self.model, part)
+        if any(piece.kind == "tokens" for piece in self.pieces):
+            logger.warning(
+                "head %r: between its output and the loss are %s; gradients are exact, curvatures "
+                "that need the outputs' Hessian (ggn, ggn_block, kfac, ekfac) are not offered",
+                name,
+                steps,
+            )
+        elif steps:
+            logger.info("head %r: between its output and the loss are %s", name, steps)
+
+
+def _weight_and_bias(layer: LinearLayer) -> Tensor:
+    """``[W, b]``."""
+    bias = [] if layer.bias is None else [layer.bias[:, None]]
+    return torch.cat([layer.weight, *bias], dim=1)
