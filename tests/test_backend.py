@@ -78,6 +78,7 @@ def test_a_backend_that_cannot_run_is_refused_with_the_remedy(monkeypatch):
     monkeypatch.setattr(backend, "_triton", lambda: there)
     with imu.use_backend("triton"):
         assert backend.current_backend() == "triton"
+    assert backend.why_no_triton() == ""
 
 
 def test_records_are_of_their_own_body():

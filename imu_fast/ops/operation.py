@@ -10,8 +10,6 @@ A file of this folder says of each operation what these are, and nothing of how 
 from __future__ import annotations
 
 import functools
-import importlib
-import pkgutil
 from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -139,15 +137,3 @@ def first_tensor(operands: Iterable[Any]) -> Tensor:
 @functools.cache
 def _log_once(name: str, reason: str) -> None:
     backend.logger.warning("%s runs in PyTorch, not in its Triton kernel: %s", name, reason)
-
-
-def operations() -> dict[str, Operation[..., Any]]:
-    """Every operation of this folder, by name."""
-    package = importlib.import_module("imu_fast.ops")
-    found = {}
-    for file in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"imu_fast.ops.{file.name}")
-        for value in vars(module).values():
-            if isinstance(value, Operation) and value.body.__module__ == module.__name__:
-                found[value.name] = value
-    return found

@@ -21,7 +21,7 @@ from cases import CASES, Case, assert_close
 from imu_fast import reference
 from imu_fast.backend import backends, interpreted, record_backends, use_backend
 from imu_fast.errors import BackendUnavailableError
-from imu_fast.ops.operation import operations
+from imu_fast.ops.named import operations
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -250,7 +250,7 @@ def test_every_place_is_of_an_operation():
 LAZY = """
 import sys
 import torch
-from imu_fast.ops.operation import operations
+from imu_fast.ops.named import operations
 from imu_fast.ops.mean_gradient import mean_gradient
 operations()
 mean_gradient(torch.ones(2, 3), torch.ones(2, 4), torch.arange(3), True)
