@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import imu_fast as imu
 from imu_fast import reference
-from imu_fast.factors.source import joined, summed
+from imu_fast.factors.sums import joined, summed
 from imu_fast.ops.conjugate_gradient import iterate, start
 
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from imu_fast.curvature.base import Curvature, Fitted, self_influence
 from imu_fast.errors import InputError, check_positive
-from imu_fast.factors.gradient_factors import GradientFactors, in_memory
-from imu_fast.factors.source import Factors
+from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.factors.source import Factors, in_memory
 from imu_fast.ops.bilinear_scores import bilinear_scores
 from imu_fast.ops.gram import gram
 from imu_fast.ops.mean_gradient import add_gradients

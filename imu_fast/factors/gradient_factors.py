@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from imu_fast.errors import InputError, check_count, check_finite_rows, check_same_device
-from imu_fast.factors.source import Factors, S, joined, summed
+from imu_fast.factors.sums import S, joined, summed
 from imu_fast.losses.base import Loss, mean_scale
 from imu_fast.losses.cross_entropy import CrossEntropy
 from imu_fast.losses.named import LOSSES, LossName
@@ -22,8 +22,6 @@ from imu_fast.ops.tokens import is_flat, sum_over_tokens
 
 # Rows of logits that exist at once while the residual is computed.
 _CHUNK_TOKENS = 2048
-# Bytes that factors which are kept elsewhere may take where they are needed all at once.
-MAX_GATHERED = 1 << 32
 
 
 def check_offsets(offsets: Tensor, num_tokens: int) -> None:
@@ -347,44 +345,3 @@ class GradientFactors:
             metadata.get("name", "head"),
             options and LOSSES.choose(options.pop("loss"), "loss", **options),
         )
-
-
-def in_memory(source: Factors, what: str) -> GradientFactors:
-    """All samples as one, for what is no sum over them.
-
-    Args:
-        what: needs that, for the message.
-
-    Raises:
-        InputError: they are shared among processes, or beyond MAX_GATHERED bytes.
-    """
-    if isinstance(source, GradientFactors):
-        return source
-    if source.n_here != source.n:
-        raise InputError(
-            f"{what} needs all samples in one process, and these are shared among several; "
-            "use 'fisher_diag', 'kfac', or 'ggn' with solver='cg'"
-        )
-    size = source.num_tokens * (source.num_classes + source.feature_dim) * source.dtype.itemsize
-    if size > MAX_GATHERED:
-        raise InputError(
-            f"{what} needs all factors in memory, which are {size / 1e9:.1f} GB; use fewer "
-            "samples, or 'fisher_diag', 'kfac', or 'ggn' with solver='cg'"
-        )
-    chunks = list(source.chunks())
-    counts = torch.cat([chunk.offsets.diff() for chunk in chunks])
-    return GradientFactors(
-        torch.cat([chunk.delta for chunk in chunks]),
-        torch.cat([chunk.act for chunk in chunks]),
-        torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
-        source.has_bias,
-        _joined([chunk.labels for chunk in chunks]),
-        _joined([chunk.losses for chunk in chunks]),
-        source.name,
-        chunks[0].loss,
-    )
-
-
-def _joined(parts: list[Tensor | None]) -> Tensor | None:
-    there = [part for part in parts if part is not None]
-    return torch.cat(there) if len(there) == len(parts) else None

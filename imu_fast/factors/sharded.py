@@ -10,7 +10,8 @@ from torch import Tensor
 from imu_fast import distributed
 from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
-from imu_fast.factors.source import Factors, S
+from imu_fast.factors.source import Factors
+from imu_fast.factors.sums import S
 
 
 class ShardedFactors:

@@ -6,16 +6,18 @@ memory, read from a file, made anew from a loader at each pass, and shared among
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.errors import InputError
+from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.factors.sums import S
 
-S = TypeVar("S", Tensor, tuple[Tensor, ...])
+# Bytes that factors which are kept elsewhere may take where they are needed all at once.
+MAX_GATHERED = 1 << 32
 T = TypeVar("T", covariant=True)
 
 
@@ -81,25 +83,6 @@ def is_factors(value: Any) -> bool:
     return all(callable(getattr(type(value), name, None)) for name in ("chunks", "sums", "each"))
 
 
-def summed(parts: Iterable[S]) -> S:
-    """The sum, in this order, in the memory of the first."""
-    total: Any = None
-    for part in parts:
-        if total is None:
-            total = part
-            continue
-        pairs = [(total, part)] if isinstance(part, Tensor) else zip(total, part, strict=True)
-        for one, more in pairs:
-            one.add_(more)
-    return total
-
-
-def joined(parts: Iterable[Tensor]) -> Tensor:
-    """All rows; of a single part itself."""
-    first, *rest = parts
-    return torch.cat([first, *rest]) if rest else first
-
-
 def mean_of(source: Factors, statistic: Callable[[GradientFactors], Tensor]) -> Tensor:
     """The mean over all samples, from the mean over each chunk's.
 
@@ -126,3 +109,44 @@ class Remembered(Generic[T]):
             self._last = None  # two at once would need the memory of two
             self._last = chunk, self._make(chunk)
         return self._last[1]
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if len(there) == len(parts) else None
+
+
+def in_memory(source: Factors, what: str) -> GradientFactors:
+    """All samples as one, for what is no sum over them.
+
+    Args:
+        what: needs that, for the message.
+
+    Raises:
+        InputError: they are shared among processes, or beyond MAX_GATHERED bytes.
+    """
+    if isinstance(source, GradientFactors):
+        return source
+    if source.n_here != source.n:
+        raise InputError(
+            f"{what} needs all samples in one process, and these are shared among several; "
+            "use 'fisher_diag', 'kfac', or 'ggn' with solver='cg'"
+        )
+    size = source.num_tokens * (source.num_classes + source.feature_dim) * source.dtype.itemsize
+    if size > MAX_GATHERED:
+        raise InputError(
+            f"{what} needs all factors in memory, which are {size / 1e9:.1f} GB; use fewer "
+            "samples, or 'fisher_diag', 'kfac', or 'ggn' with solver='cg'"
+        )
+    chunks = list(source.chunks())
+    counts = torch.cat([chunk.offsets.diff() for chunk in chunks])
+    return GradientFactors(
+        torch.cat([chunk.delta for chunk in chunks]),
+        torch.cat([chunk.act for chunk in chunks]),
+        torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
+        source.has_bias,
+        _joined([chunk.labels for chunk in chunks]),
+        _joined([chunk.losses for chunk in chunks]),
+        source.name,
+        chunks[0].loss,
+    )

@@ -10,10 +10,8 @@ import imu_fast as imu
 from imu_fast import reference
 from imu_fast.curvature.named import CURVATURES
 from imu_fast.errors import InputError
-from imu_fast.factors import gradient_factors
-from imu_fast.factors.gradient_factors import in_memory
 from imu_fast.factors.probabilities import probabilities
-from imu_fast.factors.source import is_factors
+from imu_fast.factors.source import in_memory, is_factors
 from imu_fast.factors.statistics import mean_gradient, second_moment, trace
 
 close = torch.testing.assert_close
@@ -65,7 +63,7 @@ def test_pieces_are_gathered_where_all_are_needed(monkeypatch):
         assert torch.equal(getattr(found, name), getattr(f, name))
     assert (found.name, found.has_bias, found.loss) == (f.name, f.has_bias, f.loss)
     assert in_memory(f, "this") is f
-    monkeypatch.setattr(gradient_factors, "MAX_GATHERED", 8 * f.num_tokens * 11 - 1)
+    monkeypatch.setattr("imu_fast.factors.source.MAX_GATHERED", 8 * f.num_tokens * 11 - 1)
     with pytest.raises(InputError, match=r"curvature='fisher' needs all factors in memory.*'kfac'"):
         imu.fit("fisher", Pieces(f, 2))
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from imu_fast.curvature.base import gradient_slabs
 from imu_fast.curvature.ggn.dense import contrasts, dual_matrix, primal_matrix
 from imu_fast.errors import SingularMatrixError
-from imu_fast.factors.gradient_factors import GradientFactors, in_memory
+from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.probabilities import augmented
-from imu_fast.factors.source import Factors, Remembered
+from imu_fast.factors.source import Factors, Remembered, in_memory
 from imu_fast.losses.cross_entropy import Softmax
 from imu_fast.ops.mean_gradient import add_gradients
 from imu_fast.solvers.cholesky.cholesky import DampedCholesky, damped_cholesky

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,15 +11,24 @@ from torch import Tensor
 from imu_fast.backend import use_backend
 from imu_fast.solvers.conjugate_gradient import Solution, conjugate_gradient, refine
 
-if TYPE_CHECKING:
-    from imu_fast.solvers.cholesky.cholesky import DampedCholesky
-
 # Of conjugate gradient in a round of refinement. A factor that exists by its bound takes 22 for
 # 1e-12; what has not converged after these gains little from more.
 _MAX_ITERATIONS = 100
 
 
-def together(factor: DampedCholesky, a: Tensor, columns: Tensor, tolerance: float) -> Solution:
+class Factor(Protocol):
+    """What a :class:`~imu_fast.solvers.cholesky.cholesky.DampedCholesky` offers."""
+
+    @property
+    def factor(self) -> Tensor: ...
+    @property
+    def damping(self) -> float: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def solve(self, b: Tensor) -> Tensor: ...
+
+
+def together(factor: Factor, a: Tensor, columns: Tensor, tolerance: float) -> Solution:
     """All matrices at once, by the factor in A's own dtype.
 
     Args:
@@ -50,7 +59,7 @@ def together(factor: DampedCholesky, a: Tensor, columns: Tensor, tolerance: floa
     return replace(solution, x=turned(solution.x))
 
 
-def each(factor: DampedCholesky, a: Tensor, columns: Tensor, tolerance: float) -> Solution:
+def each(factor: Factor, a: Tensor, columns: Tensor, tolerance: float) -> Solution:
     """Matrix by matrix, by conjugate gradient that the factor preconditions; as :func:`together`.
 
     With a factor in a lower precision alone refinement would stall.
@@ -65,7 +74,7 @@ def each(factor: DampedCholesky, a: Tensor, columns: Tensor, tolerance: float) -
         strict=True,
     )
     found = [
-        _one(replace(factor, factor=upper, matrix=None, dtype=torch.float64), matrix, b, tolerance)
+        _one(replace(factor, factor=upper, matrix=None, dtype=torch.float64), matrix, b, tolerance)  # type: ignore[type-var]
         for matrix, upper, b in systems
     ]
     return Solution(
@@ -75,7 +84,7 @@ def each(factor: DampedCholesky, a: Tensor, columns: Tensor, tolerance: float) -
     )
 
 
-def _one(factor: DampedCholesky, a: Tensor, b: Tensor, tolerance: float) -> Solution:
+def _one(factor: Factor, a: Tensor, b: Tensor, tolerance: float) -> Solution:
     """One matrix; b and x [P, m]."""
     wide = a.double()
 
