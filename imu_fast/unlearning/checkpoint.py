@@ -155,6 +155,15 @@ class Checkpoint:
             None if run["ended"] is None else tuple(run["ended"]),
         )
 
+    def check_budget(self, there: Progress, epochs: int, max_steps: int | None) -> None:
+        """Raise InputError if the file's run has gone beyond this budget."""
+        if there.epochs > epochs or there.step > (max_steps or there.step):
+            raise InputError(
+                f"checkpoint={str(self.path)!r} is of a run that has made {there.epochs} epochs "
+                f"and {there.step} steps, more than the budget of epochs={epochs}, "
+                f"max_steps={max_steps}; give a larger one, or resume=False"
+            )
+
     def mark(self, passed: list[str]) -> None:
         """Note in the file, whose state stays, that these milestones have been."""
         tensors, run = self._read()

@@ -51,6 +51,14 @@ def of_forget_set(forget: ForgetSet) -> str:
     return _digest(items)
 
 
+def of_data(batches: Iterable[Parts]) -> str:
+    """Of labels and inputs of every batch."""
+    items: list[tuple[str, Any]] = []
+    for batch in batches:
+        items += [("labels", batch.labels), *_leaves(batch)]
+    return _digest(items)
+
+
 def of_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Its class, and the settings of its groups."""
     groups = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
 import torch
@@ -21,6 +22,18 @@ from imu_fast.ops.head_ascent import head_logits
 from imu_fast.unlearning.head_weight import HeadWeight
 
 _EVALUATION_ROWS = 4096
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Errors of a set that is measured say which it is."""
+    try:
+        yield
+    except InputError as error:
+        if name == "forget":
+            raise
+        which = "unseen of a StopRule" if name == "unseen" else f"watch[{name!r}]"
+        raise type(error)(f"{which}: {error}") from error
 
 
 def check_head_layer(name: str, value: Any) -> None:
@@ -134,7 +147,13 @@ class HeadSubject:
         self.theta = self.trained.to(self._wide, copy=True)
 
     def _captured(self, name: str, head: Any) -> HeadFeatures:
-        captured = capture_features(self.model, self._loaders[name], head, progress=self._progress)
+        with naming(name):
+            found = capture_features(self.model, self._loaders[name], head, progress=self._progress)
+            self._check(found)
+        return found
+
+    @staticmethod
+    def _check(captured: HeadFeatures) -> None:
         if not captured.linear:
             what = captured.between or "something changes its output"
             raise InputError(
@@ -146,10 +165,9 @@ class HeadSubject:
         if not bool((counts == 1).all()):
             sample = int(torch.nonzero(counts != 1)[0])
             raise InputError(
-                f"{name} loader: sample {sample} has {int(counts[sample])} valid labels; "
-                "scope='head' needs exactly one per sample, remove it or use scope='layers'"
+                f"sample {sample} has {int(counts[sample])} valid labels; unlearning needs exactly "
+                "one per sample, remove it"
             )
-        return captured
 
     @property
     def dtype(self) -> torch.dtype:
@@ -254,12 +272,17 @@ class NetworkSubject:
         args, kwargs, labels = to_device(batch, self.device)
         logits = logits_of(self.model(*args, **kwargs), labels)
         labels = class_labels(labels, logits.shape)
+        if bool((labels == IGNORE_INDEX).any()):
+            raise InputError(
+                f"a batch has samples without a label ({IGNORE_INDEX}), which are neither "
+                "forgotten nor counted; remove them"
+            )
         check_labels(labels, logits.shape[-1], IGNORE_INDEX)
         return logits, labels
 
     def measure(self, name: str) -> Measurement:
         self.finish()
-        with torch.no_grad(), modes(self.model, batchnorm="eval", dropout="eval"):
+        with naming(name), torch.no_grad(), modes(self.model, batchnorm="eval", dropout="eval"):
             return measure_logits(self._outputs(as_batches(self.sets[name], self.model)))
 
     def _outputs(self, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:

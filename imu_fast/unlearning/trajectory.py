@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from imu_fast.model.outputs import Measurement
 from imu_fast.unlearning.result import DivergedError, Record
@@ -61,3 +62,12 @@ class Trajectory:
     def correct(self, measured: Record) -> None:
         """Put what the model itself does into the last record."""
         self.records[-1] |= measured
+
+
+def spread(weights: Tensor) -> dict[str, float]:
+    """The sample weights' statistics in a record."""
+    return {
+        "weight_count": len(weights),
+        "weight_mean": float(weights.mean()),
+        "weight_std": float(weights.std(unbiased=False)),
+    }

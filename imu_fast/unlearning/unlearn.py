@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from imu_fast.backend import record_backends
-from imu_fast.errors import InputError, check_count
-from imu_fast.model.batches import ForgetSet, rereadable
+from imu_fast.errors import InputError, check_count, check_flag
+from imu_fast.model.batches import ForgetSet, as_batches, rereadable
 from imu_fast.model.guard import copied, door, preserved, rolled_back
 from imu_fast.storage import writable
 from imu_fast.unlearning.auto import Auto
 from imu_fast.unlearning.confirm import warn_unless_reached
 from imu_fast.unlearning.depth import Depths, OnMilestone, StopRule
-from imu_fast.unlearning.identity import of_forget_set, of_model
+from imu_fast.unlearning.identity import of_data, of_forget_set, of_model
 from imu_fast.unlearning.method import Job, Method
 from imu_fast.unlearning.named import METHODS, MethodName, MethodOptions
 from imu_fast.unlearning.result import UnlearnResult
+from imu_fast.unlearning.subject import naming
 from imu_fast.unlearning.trajectory import Callback
 
 _TAKEN = ("forget", "unseen")
@@ -63,7 +64,8 @@ def unlearn(
         milestones: depths on the way, by name; without ``stop`` the last one ends the run.
         on_milestone: ``(name, record)``, called at each with the model there (bisected as a stop).
         watch: data to measure at every record, by name.
-        callback: called with each record of the trajectory as it is made (wandb, tensorboard).
+        callback: called with each record of the trajectory as it is made (wandb, tensorboard);
+            with ``scope="head"`` the model itself changes only at milestones and at the end.
         checkpoint: a safetensors file, replaced atomically after each epoch; if it exists and
             ``resume``, the run goes on from there and ends as an uninterrupted one would. Only for
             methods that have epochs.
@@ -111,6 +113,10 @@ def unlearn(
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
     check_count("seed", seed, minimum=0)
+    for flag, value in (("inplace", inplace), ("resume", resume), ("progress", progress)):
+        check_flag(flag, value)
+    if checkpoint is not None and not isinstance(checkpoint, str | os.PathLike):
+        raise InputError(f"checkpoint={checkpoint!r} is no path; pass a file name")
     depths = Depths(stop, milestones, on_milestone)
     label = method if isinstance(method, str) else type(method).__name__
     how = METHODS.choose(method, **options)
@@ -130,6 +136,7 @@ def unlearn(
     how = how.bind(model)
     forget = forget if forget is not None and forget.batch_size == how.batches_of else None
     forget = forget or ForgetSet(data, how.batches_of, model)
+    _check_one_label_each(forget)
     described = {"method": label, "seed": seed, **how.flat()}
     target = model if inplace else copied(model)
     job = Job(
@@ -148,6 +155,9 @@ def unlearn(
     if job.checkpoint is not None:
         writable(job.checkpoint, "checkpoint")
         job.belongs |= {"model": of_model(target), "forget set": of_forget_set(forget)}
+        for name, batches in job.sets.items():
+            if name != "forget":
+                job.belongs[f"set {name!r}"] = of_data(as_batches(batches, target))
     with (
         record_backends() as used,
         rolled_back(target, []) as job.kept,
@@ -170,8 +180,21 @@ def _sets(
     for name in watch:
         if name in _TAKEN:
             raise InputError(f"watch has a loader named {name!r}; choose another name")
-    others = dict(watch) if unseen is None else {**watch, "unseen": unseen}
-    return {"forget": forget, **{name: rereadable(data, model) for name, data in others.items()}}
+    sets: dict[str, Any] = {"forget": forget}
+    for name, data in (dict(watch) if unseen is None else {**watch, "unseen": unseen}).items():
+        with naming(name):
+            sets[name] = rereadable(data, model)
+    return sets
+
+
+def _check_one_label_each(forget: ForgetSet) -> None:
+    """Raise InputError for the labels of sequences, before any work."""
+    shape = tuple(forget.get([0]).labels.shape[1:])
+    if shape not in ((), (1,)):
+        raise InputError(
+            f"each forget sample has labels of shape {shape}; unlearn takes one label per sample "
+            "(sequences can be scored by imu_fast.influence_scores, and not yet unlearned)"
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -141,6 +141,32 @@ def test_files_that_lack_something(tmp_path, missing):
         run(path, epochs=4)
 
 
+def test_a_budget_that_is_used_up(tmp_path):
+    path = tmp_path / "run.safetensors"
+    run(path, epochs=4)
+    assert run(path, epochs=4).epochs == 4
+    for options in ({"epochs": 3}, {"epochs": 9, "max_steps": 5}):
+        with pytest.raises(imu.InputError, match="has made 4 epochs and 16 steps, more than"):
+            run(path, **options)
+    assert run(path, epochs=9, max_steps=16).steps == 16
+
+
+@pytest.mark.parametrize("name", ["watch", "unseen"])
+def test_sets_that_are_measured_belong_to_the_run(tmp_path, name):
+    path, (x, y) = tmp_path / "run.safetensors", PROBLEM.data
+
+    def options(labels):
+        if name == "watch":
+            return {"watch": {"w": (x[:5], labels)}}
+        return {"stop": imu.StopRule(membership_auc=0.0, unseen=(x[:5], labels))}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run(path, **options(y[:5]))
+        with pytest.raises(imu.InputError, match="differs in .*set '(w|unseen)'"):
+            run(path, epochs=4, **options((y[:5] + 1) % 4))
+
+
 def test_the_target_is_tried_before_the_work(tmp_path):
     calls = []
     with pytest.raises(imu.InputError, match="checkpoint=.* is a folder"):

@@ -206,6 +206,7 @@ def test_an_optimizer_gets_the_rates_that_are_given():
         ({"optimizer": torch.optim.Adam, "momentum": 0.5}, "optimizer=Adam takes no momentum"),
         ({"optimizer": lambda t: torch.optim.SGD(t, lr=1.0), "lr": 0.1}, "takes no lr; set it"),
         ({"optimizer": lambda t: None}, "returned a NoneType"),
+        ({"optimizer": torch.optim.LBFGS}, "makes a LBFGS, whose step needs a closure"),
         ({"optimizer": torch.optim.Adam([torch.ones(1)])}, "pass what makes it"),
         (
             {"optimizer": lambda t: torch.optim.SGD([torch.ones(1)], lr=1.0)},
@@ -225,6 +226,16 @@ def test_an_optimizer_gets_the_rates_that_are_given():
         ({"seed": -1}, "seed=-1"),
         ({"stop": 0.5}, r"pass imu_fast.StopRule"),
         ({"watch": {"unseen": []}}, "choose another name"),
+        ({"watch": {"w": []}}, r"watch\['w'\]: loader is empty"),
+        ({"on_milestone": "x", "milestones": {}}, "on_milestone='x' cannot be called"),
+        ({"milestones": [imu.StopRule(forget_loss=1.0)]}, "milestones is a list"),
+        ({"inplace": "no"}, "inplace='no' must be True or False"),
+        ({"resume": "no"}, "resume='no' must be True or False"),
+        ({"checkpoint": 3}, "checkpoint=3"),
+        (
+            {"stop": imu.StopRule(membership_auc=0.5, unseen=[])},
+            "unseen of a StopRule: loader is empty",
+        ),
     ],
 )
 @every_method

@@ -257,6 +257,42 @@ def test_requests_in_turn():
         imu.unlearn_in_turn(model, [first], checkpoint="a.safetensors")
 
 
+def test_samples_without_a_label_are_refused_and_not_counted():
+    model, x, y = problem(Net)
+    y = torch.where(torch.arange(60) == 7, -100, y)
+    for scope in ("head", "layers", "all"):
+        with pytest.raises(imu.InputError, match="without a label|0 valid labels"):
+            imu.unlearn(model, (x, y), "uniform", scope=scope)
+        with pytest.raises(imu.InputError, match=r"watch\['w'\]: .*(without a|0 valid) label"):
+            imu.unlearn(model, (x[:5], y[:5]), "uniform", scope=scope, watch={"w": (x, y)})
+
+
+@pytest.mark.parametrize("method", imu.methods())
+def test_sequences_are_refused_before_the_work(method):
+    model = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 11))
+    ids = torch.randint(0, 11, (7, 5))
+    with pytest.raises(imu.InputError, match=r"labels of shape \(5,\); unlearn takes one label"):
+        imu.unlearn(model, [(ids, ids)], method=method)
+
+
+@pytest.mark.parametrize("scope", ["head", "all"])
+def test_a_milestone_that_is_there_already_is_at_step_zero(scope):
+    model, x, y = problem(Net)
+    seen = []
+    rules = {"a": imu.StopRule(forget_accuracy=1.0), "b": imu.StopRule(forget_accuracy=0.5)}
+    options = {"scope": scope, "lr": 0.1, "epochs": 400}
+    note = lambda name, record: seen.append((name, record["step"]))  # noqa: E731
+    imu.unlearn(model, (x, y), "uniform", milestones=rules, on_milestone=note, **options)
+    assert seen[0] == ("a", 0) and seen[1][0] == "b" and seen[1][1] > 0
+
+
+def test_a_diverged_ascent_is_no_fault_of_the_data():
+    model, x, y = problem(Net)
+    options = {"lr": 1e30, "epochs": 50, "batch_size": 8, "reweight": "batch", "scope": "all"}
+    with pytest.raises(imu.DivergedError, match="lower lr"):
+        imu.unlearn(model, (x, y), "loss_weights", **options)
+
+
 def test_places_in_the_dataset_are_told():
     model, x, y = problem(Net)
     data = torch.utils.data.TensorDataset(x, y)

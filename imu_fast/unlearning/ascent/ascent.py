@@ -30,7 +30,7 @@ from imu_fast.unlearning.depth import StopRule, bisect
 from imu_fast.unlearning.method import Job, Method
 from imu_fast.unlearning.result import DivergedError, UnlearnResult
 from imu_fast.unlearning.subject import move, snapshot
-from imu_fast.unlearning.trajectory import Trajectory
+from imu_fast.unlearning.trajectory import Trajectory, spread
 
 logger = logging.getLogger("imu_fast")
 
@@ -153,6 +153,9 @@ class _Run:
             self.trajectory.moved()
             for name in there.passed:
                 self.pending.pop(name, None)
+            self.checkpoint.check_budget(there, method.epochs, method.max_steps)
+            if there.step == method.max_steps:
+                return self._result(scores, indices, weights, "max_steps", first_epoch)
             if there.ended is not None:
                 wanted, stopped_by, fraction = there.ended
                 if wanted != self._wanted:
@@ -186,8 +189,7 @@ class _Run:
             for epoch in range(first_epoch, method.epochs):
                 torch.manual_seed(seed + epoch)
                 if method.weights.reweight == "epoch" and epoch > 0:
-                    again = method.weights.scores(self.subject)
-                    indices, weights = self._weigh(again, epoch, device)
+                    indices, weights = self._weigh(self._scores(None), epoch, device)
                 outcome = self._epoch(epoch, indices, weights, bar)
                 if outcome is not None:
                     stopped_by, fraction = outcome
@@ -261,7 +263,7 @@ class _Run:
 
     def _record(self, epoch: int, weights: Tensor, position: float | None = None) -> None:
         step = self.step if position is None else position
-        self.trajectory.record(step, epoch, _spread(weights))
+        self.trajectory.record(step, epoch, spread(weights))
 
     def _move(self, before: dict[str, Tensor], after: dict[str, Tensor], t: float) -> None:
         move(self.subject, before, after, t)
@@ -284,11 +286,12 @@ class _Run:
         """Stop for a moment at every milestone that the last step crossed."""
         stretch = self.stretch
         for name in [k for k, rule in self.pending.items() if rule.reached(self.trajectory)]:
-            after = snapshot(self.subject)
-            fraction = self._bisect(self.pending.pop(name), before)
+            after, rule = snapshot(self.subject), self.pending.pop(name)
+            # Before the first step there is none to bisect.
+            fraction = self._bisect(rule, before) if self.step else 1.0
             if self.job.depths.on_milestone is not None:
-                position = self.step - 1 + fraction
-                entry = self.trajectory.entry(position, epoch, _spread(weights))
+                position = self.step - 1 + fraction if self.step else 0
+                entry = self.trajectory.entry(position, epoch, spread(weights))
                 self.subject.finish()
                 self.job.depths.on_milestone(name, entry)
             if self.checkpoint is not None:
@@ -345,10 +348,20 @@ class _Run:
         self.step += count
         bar.update(count)
 
+    def _scores(self, rows: Tensor | None) -> Tensor:
+        """At the present state; what is not finite there is the ascent's fault, not the data's."""
+        try:
+            scores = self.method.weights.scores(self.subject, rows)
+        except InputError as error:
+            if self.step:
+                raise DivergedError(str(error)) from error
+            raise
+        assert scores is not None
+        return scores
+
     def _batch_weights(self, rows: Tensor) -> tuple[Tensor, Tensor] | None:
         """The samples of one batch that are selected, and their weights; None: none of them."""
-        scores = self.method.weights.scores(self.subject, rows)
-        assert scores is not None
+        scores = self._scores(rows)
         try:
             kept, weights = self.method.weights.weigh(scores, self.job.seed + self.step)
         except EmptySelectionError:
@@ -383,12 +396,3 @@ class _Run:
         finite = not losses or bool(torch.isfinite(torch.stack(losses)).all())
         if not finite or not all(bool(torch.isfinite(t).all()) for t in state):
             raise DivergedError("loss or weights are no longer finite")
-
-
-def _spread(weights: Tensor) -> dict[str, float]:
-    """The weights' statistics in a record."""
-    return {
-        "weight_count": len(weights),
-        "weight_mean": float(weights.mean()),
-        "weight_std": float(weights.std(unbiased=False)),
-    }

@@ -96,6 +96,13 @@ class Custom(Optimizer):
                 f"optimizer={self._called} returned a {type(made).__name__}; it must return a "
                 "torch.optim.Optimizer"
             )
+        try:
+            inspect.signature(made.step).bind()
+        except TypeError:
+            raise InputError(
+                f"optimizer={self._called} makes a {type(made).__name__}, whose step needs a "
+                "closure; use one that steps by gradients that are there, such as Adam"
+            ) from None
         held = {id(p) for group in made.param_groups for p in group["params"]}
         if held != {id(t) for t in tensors}:
             raise InputError(

@@ -93,7 +93,7 @@ class Head(Scope):
         _check_not_frozen(job.model, subject)
         if subject.tied:
             return self._through_the_network(job, rule, subject)
-        job.keep(subject.tensors())
+        job.keep([*subject.tensors(), *job.model.buffers()])
         chosen: Tensor | None = None
         if self.rows == "forgotten":
             chosen = torch.zeros(len(subject.theta), dtype=torch.bool)
@@ -104,11 +104,14 @@ class Head(Scope):
     def _through_the_network(self, job: Job, rule: Rule, head: HeadSubject) -> Steps:
         """A weight that features depend on: its gradient goes through the network as well."""
         shared = ", ".join(head.tied)
-        if self.rows != "all" or self._preconditioned:
+        on_features = [f"rows={self.rows!r}"] if self.rows != "all" else []
+        if self._preconditioned:
+            on_features.append(f"precondition={self.precondition.name or self.precondition!r}")
+        if on_features:
             raise InputError(
-                f"rows={self.rows!r}, precondition={self.precondition.name!r}: the head "
-                f"{head.name!r} shares its weight with {shared}, so its features change with it, "
-                "and these two work on cached features; leave them out, or untie the weight"
+                f"{', '.join(on_features)}: the head {head.name!r} shares its weight with "
+                f"{shared}, so its features change with it, and this works on cached features; use "
+                "method='imu' or 'margin_edit', which can do without, or untie the weight"
             )
         logger.info("the head %r shares its weight with %s: autograd", head.name, shared)
         own = {id(p) for layer in head.layers for p in layer.parameters()}

@@ -67,7 +67,7 @@ class MarginEdit(Method):
 
     def run(self, job: Job) -> UnlearnResult:
         subject = HeadSubject(job.model, self.layer, job.sets, job.progress)
-        job.keep(subject.tensors())
+        job.keep([*subject.tensors(), *job.model.buffers()])
         return _Edit(self, subject, job).run()
 
 
