@@ -17,7 +17,7 @@ from imu_fast.model.head import LinearLayer, say_of_weight, shared_with
 from imu_fast.model.logits import chosen
 from imu_fast.model.loss import counts_of, on_logits, sample_losses, targets_of
 from imu_fast.model.rows import Backward, Mixed, Ownership, one_sample_at_a_time, packed
-from imu_fast.model.run import Batch, evaluated, read
+from imu_fast.model.run import Batch, evaluated, full_precision, read
 from imu_fast.model.search import Run, locate
 from imu_fast.model.verify import LinearChecks
 
@@ -90,7 +90,8 @@ class _LayersCapture:
         n = len(signal)
         base = self._gradients(calls, logits, signal)
         if len(self.samples) == 1:
-            self._check_whole(calls, base, logits, signal)
+            with full_precision(logits.device):
+                self._check_whole(calls, base, logits, signal)
         names = [call.layer.name for call in calls]
         try:
             owners = self._ownership.owners(names, base, backward, n)
