@@ -214,16 +214,12 @@ def _walk(tensor: Tensor) -> tuple[list[Tensor], list[Any]]:
     return leaves, nodes
 
 
-def steps_of(tensor: Tensor) -> tuple[list[str], int]:
-    """Names of the operations between the leaves and a tensor, and the most elements of any."""
+def steps_of(tensor: Tensor) -> tuple[list[str], list[tuple[int, ...]]]:
+    """Operations between the leaves and a tensor: their names, and the shapes that they make."""
     nodes = _walk(tensor)[1]
     names = [node.name().split("::")[-1] for node in nodes]
-    sizes = [
-        metadata.shape.numel() if hasattr(metadata.shape, "numel") else 0
-        for node in nodes
-        for metadata in getattr(node, "_input_metadata", ())
-    ]
-    return list(dict.fromkeys(names)), max(sizes, default=0)
+    shapes = [tuple(m.shape) for node in nodes for m in node._input_metadata]
+    return list(dict.fromkeys(names)), list(dict.fromkeys(shapes))
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

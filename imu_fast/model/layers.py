@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +15,15 @@ from imu_fast.model.calls import Call, watched
 from imu_fast.model.head import LinearLayer, say_of_weight, shared_with
 from imu_fast.model.logits import chosen
 from imu_fast.model.loss import counts_of, on_logits, sample_losses, targets_of
-from imu_fast.model.rows import Backward, Mixed, Ownership, one_sample_at_a_time, packed
-from imu_fast.model.run import Batch, evaluated, read
+from imu_fast.model.rows import (
+    Backward,
+    LayoutChanged,
+    Mixed,
+    Ownership,
+    one_sample_at_a_time,
+    packed,
+)
+from imu_fast.model.run import Batch, evaluated, full_precision, read
 from imu_fast.model.search import Run, locate
 from imu_fast.model.verify import LinearChecks
 
@@ -36,12 +42,13 @@ class _LayersCapture:
         output: Any,
         ignore_index: int,
         shift: bool,
+        always: bool,
     ) -> None:
         self.model, self.layers, self.output = model, list(layers), output
         self.ignore_index, self.shift = ignore_index, shift
         self.parts: dict[str, list[Rows]] = {layer.name: [] for layer in layers}
         self.samples: list[Tensor] = []  # how many labels each sample of each batch has
-        self._ownership, self._checks = Ownership(), LinearChecks()
+        self._ownership, self._checks = Ownership(always), LinearChecks()
         self._ran: set[str] = set()
         self._reached: set[str] = set()
 
@@ -90,7 +97,8 @@ class _LayersCapture:
         n = len(signal)
         base = self._gradients(calls, logits, signal)
         if len(self.samples) == 1:
-            self._check_whole(calls, base, logits, signal)
+            with full_precision(logits.device):
+                self._check_whole(calls, base, logits, signal)
         names = [call.layer.name for call in calls]
         try:
             owners = self._ownership.owners(names, base, backward, n)
@@ -230,15 +238,29 @@ def capture_layers(
     progress: bool,
 ) -> list[GradientFactors]:
     """Factors of the layers in their order, see :func:`imu_fast.model.capture.capture`."""
-    seen = _LayersCapture(model, layers, output, ignore_index, shift)
-    with ExitStack() as stack:
-        run = stack.enter_context(evaluated(model))
-        for layer in layers:
-            weight = layer.module._parameters.get("weight")
-            if weight is not None:  # keeps torch's fused encoder layers off, which no hook sees
-                weight.requires_grad_()
-        for batch in read(model, loader, progress):
-            seen.add(run, batch)
+
+    def captured(always: bool) -> list[GradientFactors]:
+        seen = _LayersCapture(model, layers, output, ignore_index, shift, always)
+        with evaluated(model) as run:
+            for layer in layers:
+                weight = layer.module._parameters.get("weight")
+                if weight is not None:  # keeps torch's fused encoder layers off, which hide theirs
+                    weight.requires_grad_()
+            for batch in read(model, loader, progress):
+                seen.add(run, batch)
+        return seen.factors()
+
+    try:
+        out = captured(always=False)
+    except LayoutChanged as changed:
+        if isinstance(loader, Iterator):
+            raise InputError(
+                f"layers={changed.layer!r}: its rows belong to the samples in one way in some "
+                "batches and in another way in others, which takes a second pass to tell; pass a "
+                "list of batches or a DataLoader instead of an iterator"
+            ) from None
+        logger.info("layer %r lays out its rows by the data: every batch is tested", changed.layer)
+        out = captured(always=True)
     for layer in layers:
         say_of_weight(model, layer)
-    return seen.factors()
+    return out

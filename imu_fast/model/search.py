@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -247,10 +248,14 @@ def _check_steps(
         logits: with the graph from the parts alone. outputs: numbers in all the parts' outputs.
     """
     classes = logits.shape[-1]
-    steps, largest = steps_of(logits)
+    steps, shapes = steps_of(logits)
     mixing = [name for name in steps if _MIXES.search(name)]
-    # Every step has as many numbers as the outputs; a comparison with C vectors has C times that.
-    expanded = largest > max(outputs, logits.numel())
+    # Every output beside every class: what a comparison with one vector per class looks like.
+    expanded = any(
+        shape.count(classes) > tuple(logits.shape).count(classes)
+        and math.prod(shape) >= outputs * classes
+        for shape in shapes
+    )
     kept = all(part.width == classes for part in parts)
     sliced = all(part.width > classes for part in parts) and not named_steps(steps)
     binary = classes == 2 and all(part.width == 1 for part in parts)

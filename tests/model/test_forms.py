@@ -105,7 +105,13 @@ def test_autocast_around_the_call():
     with torch.autocast("cpu", torch.bfloat16):
         factors = imu.capture(model, (x, y))
         body = imu.capture(model, (x, y), layers="body")
-    assert factors.delta.dtype == torch.float32
+        seen = imu.capture_features(model, (x, y))
+        floating = Net(d=64)
+        floating.load_state_dict(model.state_dict())
+        floating.fc.register_forward_hook(lambda *a: a[2].float())
+        imu.capture(floating, (x, y), layers=["body"])
+    again = imu.GradientFactors.from_head(seen.features, model.fc.weight, model.fc.bias, y)
+    assert factors.delta.dtype == torch.float32 and torch.equal(factors.delta, again.delta)
     assert_scores(imu.influence_scores(factors), want, 0.03)
     assert_scores(
         imu.influence_scores(body), truth(model, x, y, ("body.weight", "body.bias")), 0.05
@@ -235,11 +241,14 @@ def test_subclasses_that_are_linear():
 class CosineHead(nn.Module):
     def __init__(self, d=H):
         super().__init__()
-        self.prototypes = nn.Parameter(torch.randn(C, d))
         self.register_buffer("means", torch.randn(C, d))
 
 
-class ByProduct(CosineHead):
+class ByProduct(nn.Module):
+    def __init__(self, d=H):
+        super().__init__()
+        self.prototypes = nn.Parameter(torch.randn(C, d))
+
     def forward(self, h):
         return F.normalize(h, dim=1) @ F.normalize(self.prototypes, dim=1).T * 10
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import imu_fast as imu
 from imu_fast.errors import InputError, NoHeadFoundError
-from imu_fast.model.rows import Ownership
+from imu_fast.model.rows import LayoutChanged, Ownership
 
 N, T, D, H, C = 12, 4, 6, 8, 3
 
@@ -347,23 +347,65 @@ def test_regular_layouts_cost_one_backward_pass(monkeypatch):
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: passes.append(1) or grad(*a, **k))
     x, y = torch.randn(4 * 16, T, D), torch.randint(C, (4 * 16,))
     imu.capture(Net(sequence_first), list(zip(x.split(4), y.split(4), strict=True)), layers=["a"])
-    # Batches 0, 1, 3, 7 and 15 are tested; the first also against the weight's whole gradient.
+    # Batches 0 to 3 and 8 are tested; the first also against the weight's whole gradient.
     assert len(passes) == 16 + 5 + 1
     passes.clear()
     imu.capture(Net(routed), list(zip(x.split(4), y.split(4), strict=True)), layers=["a"])
     assert len(passes) == 2 * 16 + 1
 
 
-def test_a_layout_that_changes_is_noticed():
-    ownership, n = Ownership(), 6
-    weights = torch.randn(n, 2)
+def sorted_by_the_data(self, x):
+    """As a packed sequence: samples in the order of their lengths, put back at the end."""
+    h = self.emb(x).mean(1)
+    order = h[:, 0].detach().argsort() if float(h.detach()[0, 1]) > 0 else torch.arange(len(x))
+    return self.fc(F.gelu(self.a(h[order]))[order.argsort()])
 
-    def owned(owner):
+
+def test_a_layout_that_changes_with_the_data():
+    model, x, y = Net(sorted_by_the_data), torch.randn(12 * 8, T, D), torch.randint(C, (12 * 8,))
+    batches = list(zip(x.split(8), y.split(8), strict=True))
+    first = [float(model.emb(b).mean(1)[0, 1]) for b, _ in batches]
+    ordered = [batches[i] for i in torch.tensor(first).argsort()]  # the last ones are sorted
+    x, y = torch.cat([b for b, _ in ordered]), torch.cat([b for _, b in ordered])
+
+    def loss(model, sample):  # alone in a batch, a sample is always in order
+        return cross_entropy(model, sample)
+
+    check(model, x, y, ("a",), ordered, loss)
+    with pytest.raises(InputError, match="'a': its rows belong to the samples in one way in some"):
+        imu.capture(model, iter(ordered), layers=["a"])
+
+
+def test_ownership_goes_by_what_it_has_tested():
+    n, weights = 6, torch.randn(6, 2)
+    straight = torch.arange(n)[:, None].expand(n, 2)
+    turned = torch.arange(n).flip(0)[:, None].expand(n, 2)
+
+    def owned(ownership, owner):
         base = weights[owner]
         return ownership.owners(["x"], [base], lambda w: [base * w[owner][..., None]], n)[0]
 
-    first = torch.arange(n)[:, None].expand(n, 2)
-    assert torch.equal(owned(first), first)
-    second = torch.arange(n).flip(0)[:, None].expand(n, 2)
-    assert torch.equal(owned(second), second)
-    assert torch.equal(owned(first), first)  # and since then every batch is tested
+    ownership = Ownership()
+    for owner in (straight, turned, straight, turned):  # the first batches are all tested
+        assert torch.equal(owned(ownership, owner), owner)
+    ownership = Ownership()
+    for _ in range(8):
+        assert torch.equal(owned(ownership, straight), straight)
+    with pytest.raises(LayoutChanged):
+        owned(ownership, turned)
+    ownership = Ownership(always=True)
+    for k in range(20):
+        owner = turned if k % 5 == 4 else straight
+        assert torch.equal(owned(ownership, owner), owner)
+
+
+def test_few_samples_are_little_evidence():
+    """Two experts' rows may lie in the samples' order by chance: then every batch is tested."""
+    x, y = torch.randn(60, 1, D), torch.randint(C, (60,))
+
+    def expert(self, x):
+        h = self.emb(x[:, 0])
+        order = h[:, 0].detach().argsort()
+        return self.fc(F.gelu(self.a(h[order]))[order.argsort()])
+
+    check(Net(expert), x, y, ("a",), list(zip(x.split(2), y.split(2), strict=True)))
