@@ -401,7 +401,10 @@ def test_demo_out_is_a_file(tmp_path):
         ("def make(): return Odd(lambda x: x @ x[0, 0, 0, :1])", "cannot take a sample"),
         ("def make(): return Odd(lambda x: 3)", "returned a int without logits"),
         ("def make(): return Odd(lambda x: x.sum())", "returns shape () for one sample"),
-        ("def make(): return Odd(lambda x: x[:, :3, 0, 0].exp())", "producer of the logits"),
+        (
+            "def make(): return Odd(lambda x: x[:, :3, 0, 0].exp())",
+            "no linear layer makes the logits",
+        ),
     ],
 )
 def test_bad_architectures(toy, monkeypatch, body, message):
