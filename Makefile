@@ -11,7 +11,7 @@ demo: $(VENV)/.demo
 	$(BIN)/imu-fast demo --out $(DEMO_OUT)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest --cov=imu_fast --cov-report=term --cov-fail-under=90
+	$(BIN)/python -m pytest --numprocesses auto --cov=imu_fast --cov-report=term --cov-fail-under=90
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

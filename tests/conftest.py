@@ -9,6 +9,12 @@ import pytest
 import torch
 
 
+def pytest_configure(config):
+    """Workers side by side have a thread each."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

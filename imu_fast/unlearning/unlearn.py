@@ -16,6 +16,7 @@ from imu_fast.backend import record_backends
 from imu_fast.errors import InputError, check_count, check_flag
 from imu_fast.model.batches import ForgetSet, as_batches, rereadable
 from imu_fast.model.guard import copied, door, preserved, rolled_back
+from imu_fast.model.labels import is_integer
 from imu_fast.storage import writable
 from imu_fast.unlearning.auto import Auto
 from imu_fast.unlearning.confirm import warn_unless_reached
@@ -189,8 +190,9 @@ def _sets(
 
 def _check_one_label_each(forget: ForgetSet) -> None:
     """Raise InputError for the labels of sequences, before any work."""
-    shape = tuple(forget.get([0]).labels.shape[1:])
-    if shape not in ((), (1,)):
+    labels = forget.get([0]).labels
+    shape = tuple(labels.shape[1:])
+    if is_integer(labels.dtype) and shape not in ((), (1,)):
         raise InputError(
             f"each forget sample has labels of shape {shape}; unlearn takes one label per sample "
             "(sequences can be scored by imu_fast.influence_scores, and not yet unlearned)"

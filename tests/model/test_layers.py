@@ -364,7 +364,7 @@ def sorted_by_the_data(self, x):
 def test_a_layout_that_changes_with_the_data():
     model, x, y = Net(sorted_by_the_data), torch.randn(12 * 8, T, D), torch.randint(C, (12 * 8,))
     batches = list(zip(x.split(8), y.split(8), strict=True))
-    first = [float(model.emb(b).mean(1)[0, 1]) for b, _ in batches]
+    first = [float(model.emb(b).detach().mean(1)[0, 1]) for b, _ in batches]
     ordered = [batches[i] for i in torch.tensor(first).argsort()]  # the last ones are sorted
     x, y = torch.cat([b for b, _ in ordered]), torch.cat([b for _, b in ordered])
 
