@@ -94,6 +94,7 @@ CASES = [
     Case("ragged, an empty sample first, middle and last", (0, 2, 0, 3, 0), 6, 5),
     Case("ragged without bias", (2, 5, 1), 11, 3, has_bias=False),
     Case("one sample of many tokens", (129,), 4, 3),
+    Case("a token or none", (1, 0, 1, 1, 0), 5, 4),
 ]
 IDS = [case.why for case in CASES]
 

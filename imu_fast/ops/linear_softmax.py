@@ -101,7 +101,7 @@ def normaliser(head: Head, slab: int = SLAB) -> Normaliser:
     for piece in _slabs(len(head.weight), slab):
         z = _logits(head, piece, dtype)
         local = head.labels - piece.start
-        inside = (local >= 0) & (local < z.shape[1]) & (head.labels >= 0)
+        inside = (local >= 0) & (local < z.shape[1])
         column = local.clamp(0, z.shape[1] - 1)[:, None]
         at_label = z.gather(1, column)[:, 0]
         label_logit = torch.where(inside, at_label, label_logit)

@@ -86,6 +86,7 @@ def check(name, variant, case, dtype, backend, tf32=False):
     sizes = call.sizes if len(call.sizes) > 1 else [*call.sizes] * len(found)
     for i, (a, b) in enumerate(zip(found, truth, strict=True)):
         assert a.dtype == b.dtype and a.shape == b.shape and a.device == device
+        assert a.is_contiguous()
         assert_close(a, b, call.length, sizes[i], tf32)
     for i, (value, old) in enumerate(zip(call.args, before[0], strict=True)):
         for a, b in zip(tensors(value), tensors(old), strict=True):
@@ -181,6 +182,20 @@ def test_a_kernel_that_cannot_run_is_refused_by_name(name, monkeypatch):
     )
     with pytest.raises(BackendUnavailableError, match=message):
         operation(*call.args, **call.named)
+
+
+KERNELS = [name for name in OPERATIONS if OPERATIONS[name].kernel is not None]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_take_no_float64(name):
+    """Whichever operand it is: one at a time among those of a dtype that they take."""
+    for variant in OPERANDS[name]:
+        call = made(name, variant, CASES[1], torch.float32)
+        assert OPERATIONS[name].limits(*call.args, **call.named) == ""
+        wide = made(name, variant, CASES[1], torch.float64)
+        said = OPERATIONS[name].limits(*wide.args, **wide.named)
+        assert "torch.float64" in said
 
 
 @every_operation

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 
 import pytest
 import torch
-from cases import Call, factors_of
+from cases import Call, Case, LargestTensor, factors_of
 from torch.func import functional_call, grad, vmap
 
 import imu_fast as imu
+from imu_fast import reference
+from imu_fast.ops.bilinear_scores import bilinear_scores, quadratic_scores
 
 
 def operands(case, dtype, many):
@@ -45,6 +48,37 @@ OPERANDS = {
     "quadratic_scores": {"": squares},
     "gradient_norms": {"": norms},
 }
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("many", [3, 20])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_pieces_of_many_scores_change_nothing(many, has_bias, rows, monkeypatch):
+    """Thirteen tokens in pieces whose last is short, in either order of the products."""
+    args = operands(Case("in pieces", (1,) * 13, 7, 6, has_bias), torch.float64, many).args
+    expected = reference.bilinear_scores(*args)
+    module = sys.modules["imu_fast.ops.bilinear_scores"]
+    monkeypatch.setattr(module, "_FEWEST_TOKENS", rows)
+    monkeypatch.setattr(module, "_GRADIENT_ELEMENTS", 1)
+    monkeypatch.setattr(module, "TILE_ELEMENTS", rows * many * 7)
+    torch.testing.assert_close(bilinear_scores(*args), expected)
+
+
+def test_many_scores_store_the_smaller_of_the_two_products():
+    """Of a token: classes by features, or classes by how many there are."""
+    for many, largest in ((4, 4 * 50), (40, 50 * 11)):
+        delta, act = torch.randn(64, 50), torch.randn(64, 10)
+        x = torch.randn(many, 50, 11)
+        with LargestTensor() as mode:
+            bilinear_scores(delta, act, x, torch.arange(65), True)
+        assert mode.largest <= max(64 * largest, x.numel())
+
+
+def test_the_square_of_a_sum_has_no_kernel():
+    args = squares(Case("ragged tokens", (3, 1), 6, 5), torch.float32).args
+    assert quadratic_scores.limits(*args) == "the square of a sum over tokens has no kernel yet"
+    wide = squares(Case("ragged tokens", (3, 1), 6, 5), torch.float64).args
+    assert "torch.float64" in quadratic_scores.limits(*wide)
 
 
 def dense_scores(features, weight, bias, labels, lam):

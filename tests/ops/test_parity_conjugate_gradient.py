@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 
 import pytest
@@ -41,6 +42,29 @@ OPERANDS = {
         "preconditioned": partial(operands, preconditioned=True),
     }
 }
+
+
+def test_the_goal_is_of_the_relative_residual():
+    v = torch.randn(2, 3, 4, dtype=torch.float64)
+    state = start(v, v, tolerance=1e-3)
+    norms = v.flatten(1).norm(dim=1)
+    torch.testing.assert_close(state.goal.flatten().sqrt(), 1e-3 * norms)
+    assert state.goal.shape == state.rho.shape == state.size.shape == (2, 1, 1)
+
+
+def test_products_of_long_rows_are_summed_in_pieces(monkeypatch):
+    v, z = torch.randn(2, 3, 7, 11, dtype=torch.float64)
+    monkeypatch.setattr(sys.modules["imu_fast.ops.conjugate_gradient"], "_PIECE", 8)
+    state = start(v, z, tolerance=1e-3)
+    torch.testing.assert_close(state.rho.flatten(), (v * z).sum(dim=(1, 2)))
+    torch.testing.assert_close(state.size.flatten(), (v * v).sum(dim=(1, 2)))
+
+
+def test_vectors_in_half_precision_have_no_kernel():
+    v = torch.randn(2, 3)
+    assert iterate.limits(start(v, v, 1e-3), v) == ""
+    said = "the vectors are torch.bfloat16; the kernels take float32"
+    assert iterate.limits(start(v.bfloat16(), v.bfloat16(), 1e-3), v.bfloat16()) == said
 
 
 @pytest.mark.parametrize("preconditioned", [False, True])

@@ -43,10 +43,20 @@ def test_products_are_in_the_dtype_of_v():
         assert torch.equal(ggn_product(*stored, v, *rest), truth)
 
 
+def test_products_in_half_precision_have_no_kernel():
+    case = Case("odd and prime", (1,) * 13, 7, 5)
+    p, scale, act, v, *rest = operands(case, torch.bfloat16, None).args
+    assert ggn_product.limits(p, scale, act, v.float(), *rest) == ""
+    assert "torch.float64" in ggn_product.limits(p, scale, act, v.double(), *rest)
+    assert ggn_product.limits(p, scale, act, v, *rest) == (
+        "V is torch.bfloat16, and products are computed in V's dtype"
+    )
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_chunks_change_nothing(monkeypatch, chunk):
-    args = operands(Case("odd and prime", (1,) * 13, 7, 5), torch.float64, None).args
-    expected = ggn_product(*args)
+    args = operands(Case("ragged tokens", (3, 1, 7, 2), 7, 5), torch.float64, None).args
+    expected = reference.ggn_product(*args)
     monkeypatch.setattr(sys.modules["imu_fast.ops.ggn_product"], "CHUNK_BYTES", 8 * 7 * chunk)
     torch.testing.assert_close(ggn_product(*args), expected)
 

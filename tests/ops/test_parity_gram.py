@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 import pytest
@@ -46,6 +47,14 @@ def test_strips_of_rows_change_nothing(monkeypatch):
     f = factors_of(Case("ragged tokens", (3, 1, 7, 2, 3, 0, 1), 6, 5), torch.float64)
     monkeypatch.setattr(sys.modules["imu_fast.ops.gram"], "_STRIP", 3)
     torch.testing.assert_close(gram(*f), reference.gram(*f))
+
+
+def test_what_the_kernels_grid_holds():
+    """One program for a pair of samples, fewer than 2^31 of them."""
+    most = math.isqrt(2**31 - 1)
+    delta, act = torch.zeros(1, 1), torch.zeros(1, 1)
+    assert gram.limits(delta, act, torch.arange(most + 1), True) == ""
+    assert gram.limits(delta, act, torch.arange(most + 2), True) == f"more than {most} samples"
 
 
 @pytest.mark.parametrize("tile", [1, 50, 1000])

@@ -8,7 +8,8 @@ import pytest
 import torch
 from cases import ASCENT_RATES, CASES, Call, ascent_arguments
 
-from imu_fast.ops.head_ascent import head_ascent, head_ascent_gradient
+from imu_fast import reference
+from imu_fast.ops.head_ascent import head_ascent, head_ascent_gradient, head_logits
 from imu_fast.ops.objective import LABEL_OBJECTIVES, NEEDS_AUXILIARY, OBJECTIVES
 
 
@@ -48,6 +49,22 @@ OPERANDS = {
         "ce, no momentum": partial(operands, name="ce", buffer=False),
     },
 }
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_are_in_the_dtype_of_theta(dtype, has_bias):
+    features, theta = torch.randn(4, 3).to(dtype), torch.randn(5, 3 + has_bias).double()
+    truth = reference.augment(features.double(), has_bias) @ theta.T
+    torch.testing.assert_close(head_logits(features, theta, has_bias), truth)
+
+
+def test_the_kernel_updates_float32():
+    args, *_ = ascent_arguments(CASES[1], torch.float32, "ce")
+    assert head_ascent.limits(*args, **ASCENT_RATES) == ""
+    wide = (args[0], args[1], args[2], args[3].double(), *args[4:])
+    said = "theta is torch.float64; the kernel updates float32"
+    assert head_ascent.limits(*wide, **ASCENT_RATES) == said
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

@@ -132,6 +132,18 @@ def test_half_precision_is_computed_in_float32():
     assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
+def test_a_confident_token_keeps_its_digits():
+    """In float32, where p_y is one: of the loss, and of what is left for the other classes."""
+    features, weight = torch.tensor([[20.0]]), torch.tensor([[1.0], [0.0], [0.0]])
+    head = Head(features, weight, None, torch.tensor([0]))
+    known = normaliser(head, 2)
+    delta = torch.cat([part for _, part in residual_slabs(head, known, 2)], dim=1)
+    left = 2 * torch.exp(torch.tensor(-20.0).double())
+    torch.testing.assert_close(known.loss.double(), torch.log1p(left)[None], rtol=1e-6, atol=0)
+    truth = torch.stack([-left / (1 + left), left / 2 / (1 + left), left / 2 / (1 + left)])
+    torch.testing.assert_close(delta[0].double(), truth, rtol=1e-6, atol=0)
+
+
 def test_an_ignored_token_has_no_gradient_and_no_loss():
     head, offsets = head_of(Case("odd and prime", (1,) * 13, 7, 5), torch.float64)
     head.labels[4] = -100

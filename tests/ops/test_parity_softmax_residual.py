@@ -9,7 +9,7 @@ import torch
 from cases import Call
 
 from imu_fast import reference
-from imu_fast.ops.softmax_residual import softmax_residual
+from imu_fast.ops.softmax_residual import linear_logits, softmax_residual
 
 
 def operands(case, dtype, scaled):
@@ -36,6 +36,28 @@ def test_residual_of_the_label_keeps_its_digits():
     truth, _ = reference.softmax_residual(logits, torch.tensor([0]), torch.ones(1))
     torch.testing.assert_close(delta.double(), truth, rtol=1e-5, atol=0)
     assert float(delta[0, 0]) < 0
+
+
+@pytest.mark.parametrize("classes", [2, 40])
+def test_the_loss_of_a_confident_sample_keeps_its_digits(classes):
+    """log(1 - others) would round to zero, and so would the difference of logits."""
+    logits = torch.zeros(3, classes)
+    logits[:, 0] = torch.tensor([20.0, 16.0, 0.5])
+    labels = torch.zeros(3, dtype=torch.int64)
+    _, loss = softmax_residual(logits, labels)
+    others = (classes - 1) * torch.exp(-logits[:, 0].double())
+    torch.testing.assert_close(loss.double(), torch.log1p(others), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("classes", [1, 16, 17])
+def test_logits_of_a_head(classes, bias):
+    """Class by class in memory up to sixteen of them."""
+    features, weight = torch.randn(5, 3).double(), torch.randn(classes, 3).double()
+    bias = torch.randn(classes).double() if bias else None
+    truth = reference.head_logits(features, weight, bias)
+    torch.testing.assert_close(linear_logits(features, weight, bias), truth)
+    assert linear_logits(features, weight, bias).shape == (5, classes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
