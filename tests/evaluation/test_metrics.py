@@ -193,3 +193,15 @@ def test_roc_auc_refuses_what_has_no_order():
         with pytest.raises(InputError, match="negative has shape"):
             roc_auc(some, bad)
     assert roc_auc(torch.tensor([torch.inf, 1.0]), torch.tensor([0.0, -torch.inf])) == 1.0
+
+
+def test_evaluate_by_hand():
+    import imu_fast as imu
+
+    torch.manual_seed(0)
+    model, x, y = torch.nn.Linear(5, 3), torch.randn(20, 5), torch.arange(20) % 3
+    found, logits = imu.evaluate(model, (x, y)), model(x).detach()
+    assert found["accuracy"] == float((logits.argmax(1) == y).double().mean()) and found["n"] == 20
+    expected = float(torch.nn.functional.cross_entropy(logits, y))
+    assert abs(found["loss"] - expected) < 1e-6
+    torch.testing.assert_close(found["confidence"], logits.softmax(1)[torch.arange(20), y])

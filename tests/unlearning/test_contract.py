@@ -35,6 +35,10 @@ def assert_same(model, before):
         assert torch.equal(value, before[key]), key
 
 
+def test_every_name_is_listed():
+    assert imu.methods() == list(METHODS) == list(SUMMARIES)
+
+
 def test_nothing_that_is_passed_is_ignored():
     ignored = [
         f"{method}: {option}"

@@ -226,10 +226,11 @@ def test_requests_in_turn():
     before = copy.deepcopy(model.state_dict())
     options = {"stop": imu.StopRule(forget_accuracy=0.3), "lr": 0.1, "epochs": 300}
     byhand = copy.deepcopy(model)
-    for data in (first, second):
-        imu.unlearn(byhand, data, "uniform", **options)
+    alone = [imu.unlearn(byhand, data, "uniform", **options) for data in (first, second)]
     results = imu.unlearn_in_turn(model, {"a": first, "b": second}, "uniform", **options)
     assert list(results) == ["a", "b"]
+    for one, other in zip(results.values(), alone, strict=True):
+        assert torch.equal(one.weights, other.weights) and one.stopped_by == other.stopped_by
     for key, value in model.state_dict().items():
         assert torch.equal(value, byhand.state_dict()[key])
     last = results["b"].trajectory[-1]
