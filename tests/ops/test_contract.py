@@ -86,7 +86,6 @@ def check(name, variant, case, dtype, backend, tf32=False):
     sizes = call.sizes if len(call.sizes) > 1 else [*call.sizes] * len(found)
     for i, (a, b) in enumerate(zip(found, truth, strict=True)):
         assert a.dtype == b.dtype and a.shape == b.shape and a.device == device
-        assert a.is_contiguous()
         assert_close(a, b, call.length, sizes[i], tf32)
     for i, (value, old) in enumerate(zip(call.args, before[0], strict=True)):
         for a, b in zip(tensors(value), tensors(old), strict=True):

@@ -39,6 +39,12 @@ def test_residual_of_the_label_keeps_its_digits():
 
 
 @pytest.mark.parametrize("classes", [2, 40])
+def test_rows_are_adjacent(classes):
+    """Also where few classes are normalised with the tokens side by side."""
+    assert softmax_residual(torch.randn(7, classes), torch.zeros(7).long())[0].is_contiguous()
+
+
+@pytest.mark.parametrize("classes", [2, 40])
 def test_the_loss_of_a_confident_sample_keeps_its_digits(classes):
     """log(1 - others) would round to zero, and so would the difference of logits."""
     logits = torch.zeros(3, classes)
