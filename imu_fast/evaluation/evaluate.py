@@ -5,15 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from typing_extensions import Unpack
 
 from imu_fast.model.outputs import outputs_of
+from imu_fast.model.reading import ReadingOptions
 
 
-def evaluate(model: nn.Module, loader: Any) -> dict[str, Any]:
+def evaluate(model: nn.Module, loader: Any, **reading: Unpack[ReadingOptions]) -> dict[str, Any]:
     """Evaluate a classifier in evaluation mode, and leave its modes as they were.
 
     Args:
         loader: DataLoader, iterable of ``(inputs, labels)`` batches, or tensors (X, y).
+        reading: as of :func:`outputs_of`.
 
     Returns:
         ``loss`` (mean cross-entropy, nats), ``accuracy`` in [0, 1], ``n``, and ``confidence`` [n],
@@ -22,7 +25,7 @@ def evaluate(model: nn.Module, loader: Any) -> dict[str, Any]:
     Raises:
         As :func:`outputs_of`.
     """
-    outputs = outputs_of(model, loader)
+    outputs = outputs_of(model, loader, **reading)
     return {
         "loss": outputs.mean_loss,
         "accuracy": outputs.accuracy,

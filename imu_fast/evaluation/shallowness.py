@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from imu_fast.errors import (
     InputError,
@@ -23,8 +24,8 @@ from imu_fast.errors import (
 from imu_fast.model.batches import ForgetSet, device_of, split_batch, to_device
 from imu_fast.model.capture import capture_features
 from imu_fast.model.guard import copied, door
-from imu_fast.model.labels import class_labels
 from imu_fast.model.outputs import logits_of, outputs_of
+from imu_fast.model.reading import Reading, ReadingOptions
 from imu_fast.ops.head_ascent import head_logits
 from imu_fast.ops.mean_gradient import add_gradients
 from imu_fast.ops.softmax_residual import softmax_residual
@@ -43,10 +44,10 @@ def _minibatches(n: int, batch_size: int, seed: int) -> Iterator[Tensor]:
 
 
 def _head_accuracies(
-    model: nn.Module, samples: ForgetSet, batches: Iterator[Tensor], lr: float
+    model: nn.Module, samples: ForgetSet, batches: Iterator[Tensor], lr: float, reading: Reading
 ) -> Iterator[float]:
     """Accuracy on all samples before the first step, and after each: head only, closed form."""
-    found = capture_features(model, samples)
+    found = capture_features(model, samples, **reading.given())
     wide = torch.float64 if found.features.dtype == torch.float64 else torch.float32
     features, labels = found.features.to(wide), found.labels
     if len(labels) != samples.n:
@@ -71,19 +72,19 @@ def _head_accuracies(
 
 
 def _network_accuracies(
-    model: nn.Module, samples: ForgetSet, batches: Iterator[Tensor], lr: float
+    model: nn.Module, samples: ForgetSet, batches: Iterator[Tensor], lr: float, reading: Reading
 ) -> Iterator[float]:
     """As :func:`_head_accuracies`, with every parameter of a copy of the network trained."""
     model = copied(model).eval().requires_grad_()
     device = device_of(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=_MOMENTUM)
     while True:
-        yield outputs_of(model, samples).accuracy
+        yield outputs_of(model, samples, **reading.given()).accuracy
         args, kwargs, labels = to_device(split_batch(samples.get(next(batches).tolist())), device)
         optimizer.zero_grad()
         with torch.enable_grad():
-            logits = logits_of(model(*args, **kwargs))
-            labels = class_labels(labels, logits.shape)
+            logits = logits_of(model(*args, **kwargs), labels, reading.output)
+            labels = reading.labels_of_all(labels, logits, "relearning_steps()")
             nn.functional.cross_entropy(logits.float(), labels).backward()
         optimizer.step()
 
@@ -102,6 +103,7 @@ def relearning_steps(
     max_steps: int = 50,
     seed: int = 0,
     scope: str = "head",
+    **reading: Unpack[ReadingOptions],
 ) -> int:
     """Steps of descent on the forget set until its accuracy is back: few, if it was never gone.
 
@@ -113,6 +115,7 @@ def relearning_steps(
         target: forget accuracy in [0, 1] that counts as relearned, asked after each step on the
             whole forget set; for example the accuracy before unlearning.
         scope: ``"head"``: the classifier, on features captured once. ``"all"``: the network.
+        reading: ``output``, ``loss``, ``ignore_index``, as of :func:`imu_fast.capture_features`.
 
     Returns:
         Steps taken: 0 if the target holds already, ``max_steps`` if it is never reached.
@@ -128,8 +131,10 @@ def relearning_steps(
     check_count("max_steps", max_steps)
     check_count("seed", seed, minimum=0)
     measure = _ACCURACIES[check_choice("scope", scope, _ACCURACIES)]
+    how = Reading.of("relearning_steps()", reading)
+    how.of_classes("relearning_steps()")
     samples = ForgetSet(forget, batch_size, model, dataset_order=True)
-    accuracies = measure(model, samples, _minibatches(samples.n, batch_size, seed), lr)
+    accuracies = measure(model, samples, _minibatches(samples.n, batch_size, seed), lr, how)
     for step in range(max_steps):
         if next(accuracies) >= target:
             return step

@@ -17,6 +17,7 @@ from imu_fast.errors import InputError
 from imu_fast.factors.source import Factors, is_factors
 from imu_fast.factors.statistics import mean_gradient
 from imu_fast.model.guard import door
+from imu_fast.model.reading import ReadingOptions, taken
 
 logger = logging.getLogger("imu_fast")
 
@@ -37,15 +38,26 @@ def _as_layers(value: Any, name: str) -> list[Factors]:
     return layers
 
 
-def _factors_of(source: Any, data: Any, layers: Any, progress: bool) -> list[Factors]:
+class ScoreOptions(OwnOptions, ReadingOptions, total=False):
+    """Flat options of the curvature, and of how a model is read."""
+
+
+def _factors_of(
+    source: Any, data: Any, layers: Any, progress: bool, reading: dict[str, Any]
+) -> list[Factors]:
     if isinstance(source, nn.Module):
         if data is None:
             raise InputError("data=None: pass the samples after the model")
         from imu_fast.model.capture import capture
 
-        source = capture(source, data, layers=layers, progress=progress)
+        source = capture(source, data, layers=layers, progress=progress, **reading)
     elif data is not None:
         raise InputError("data is only used with a model; pass factors alone")
+    elif given := [name for name, value in reading.items() if value is not None]:
+        raise InputError(
+            f"{given[0]} says how a model is read, and source is factors, which are captured "
+            "already; pass it to imu_fast.capture"
+        )
     return _as_layers(source, "source")
 
 
@@ -92,7 +104,7 @@ def influence_scores(
     layers: Any = "head",
     first_row_is_mean: bool = False,
     progress: bool = False,
-    **options: Unpack[OwnOptions],
+    **options: Unpack[ScoreOptions],
 ) -> Tensor:
     """``influence_i = - g_i^T M^-1 v`` of every sample.
 
@@ -109,7 +121,9 @@ def influence_scores(
         layers: which layers to capture, if a model is given.
         first_row_is_mean: reproduce a defect of the IMU authors' published code, whose in-place sum
             overwrites sample 0's gradient with the mean: its score becomes ``-gbar^T M^-1 gbar``.
-        options: others of the named curvature, such as ``damping_mode="clamp"``.
+        options: others of the named curvature, such as ``damping_mode="clamp"``; and, with a model,
+            how it is read: ``output``, ``loss``, ``ignore_index``, ``shift``, as of
+            :func:`imu_fast.capture_features`.
 
     Returns:
         [n], in the factors' dtype and on their device.
@@ -118,8 +132,9 @@ def influence_scores(
         InputError: unknown curvature, an option that it does not have or a bad value; factors,
             target or data that do not fit; factors that the curvature cannot be made of.
     """
-    spec = CURVATURES.choose(curvature, damping=damping, **options)
-    all_layers = _factors_of(source, data, layers, progress)
+    reading, own = taken(options)
+    spec = CURVATURES.choose(curvature, damping=damping, **own)
+    all_layers = _factors_of(source, data, layers, progress, reading)
     if first_row_is_mean:
         check_whole("first_row_is_mean=True: source", all_layers[0])
     vectors = _target_vectors(target, all_layers)
@@ -157,14 +172,15 @@ def self_influence(
     damping: float | None = None,
     layers: Any = "head",
     progress: bool = False,
-    **options: Unpack[OwnOptions],
+    **options: Unpack[ScoreOptions],
 ) -> Tensor:
     """``g_i^T M^-1 g_i`` of every sample: [n], not negative.
 
     Arguments and errors as in :func:`influence_scores`.
     """
-    spec = CURVATURES.choose(curvature, damping=damping, **options)
-    all_layers = _factors_of(source, data, layers, progress)
+    reading, own = taken(options)
+    spec = CURVATURES.choose(curvature, damping=damping, **own)
+    all_layers = _factors_of(source, data, layers, progress, reading)
     parts = [spec.fit(layer).self_influence(layer) for layer in all_layers]
     return torch.stack(parts).sum(dim=0)
 

@@ -6,32 +6,33 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from typing_extensions import Unpack
 
 from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
-from imu_fast.losses.cross_entropy import IGNORE_INDEX
 from imu_fast.model.batches import device_of, empty_message, warn_of_order
 from imu_fast.model.features import HeadCapture
 from imu_fast.model.features import HeadFeatures as HeadFeatures
 from imu_fast.model.guard import door
-from imu_fast.model.head import linear_layers, resolve
+from imu_fast.model.head import LinearLayer, linear_layers, resolve
 from imu_fast.model.layers import capture_layers
+from imu_fast.model.reading import Reading, ReadingOptions
 from imu_fast.model.run import evaluated, full_precision, read
+
+
+def _explicit(model: nn.Module, head: Any) -> list[LinearLayer]:
+    return [] if isinstance(head, str) and head == "head" else [resolve(model, head, "head")]
 
 
 def _capture_head(
     model: nn.Module,
     loader: Any,
     head: Any,
-    *,
-    ignore_index: int,
-    shift_labels: bool,
-    output: Any,
+    reading: Reading,
     progress: bool,
 ) -> HeadCapture:
     warn_of_order(loader)
-    explicit = [] if isinstance(head, str) and head == "head" else [resolve(model, head, "head")]
-    seen = HeadCapture(model, explicit, output, ignore_index, shift_labels)
+    seen = HeadCapture(model, _explicit(model, head), reading)
     with evaluated(model) as run:
         for batch in read(model, loader, progress):
             seen.add(run, batch)
@@ -41,16 +42,30 @@ def _capture_head(
     return seen
 
 
+def head_of(
+    model: nn.Module, loader: Any, reading: Reading, head: Any = "head"
+) -> tuple[list[str], int]:
+    """The layers that make the logits of the first batch, by name, and how many logits there are.
+
+    Raises:
+        As :func:`capture_features`.
+    """
+    seen = HeadCapture(model, _explicit(model, head), reading)
+    with evaluated(model) as run:
+        for batch in read(model, loader, progress=False):
+            seen.add(run, batch)
+            break
+    return [part.name for part in seen.head.parts], seen.classes
+
+
 @door
 def capture_features(
     model: nn.Module,
     loader: Any,
     head: Any = "head",
     *,
-    ignore_index: int = IGNORE_INDEX,
     progress: bool = False,
-    shift_labels: bool = False,
-    output: Any = None,
+    **reading: Unpack[ReadingOptions],
 ) -> HeadFeatures:
     """The classifier's inputs over a loader, in one batched forward pass in evaluation mode.
 
@@ -58,9 +73,14 @@ def capture_features(
         loader: DataLoader, iterable of ``(inputs, labels)`` or dict batches, or tensors (X, y).
         head: ``"head"``: the linear layer whose output is the model's logits, found while the
             first batch runs; or a module, or its name, which must produce the logits.
-        shift_labels: logits [B, T, C] at position t predict the label at t + 1 (causal models).
-        output: where the logits are in what the model returns: a key, an attribute, an index, or
-            a function of it; None: the tensor, what is called ``logits``, or what fits the labels.
+        reading: how the model is read.
+
+            * ``output``: where the logits are in what the model returns: a key, an attribute, an
+              index, a path of these, or a function of it; without, the tensor, what is called
+              ``logits``, or what fits the labels.
+            * ``loss``: a name, or an object such as ``imu.CrossEntropy(shift=True)``. Of the named
+              one: ``ignore_index``; ``shift``: logits [B, T, C] at position t predict the label at
+              t + 1 (causal models).
 
     Raises:
         InputError: empty loader, labels out of range, several outputs that may be the logits,
@@ -68,16 +88,8 @@ def capture_features(
         NoHeadFoundError: no linear layer, or not the given one, produces the logits, or it is
             not ``act W^T + b``.
     """
-    found = _capture_head(
-        model,
-        loader,
-        head,
-        ignore_index=ignore_index,
-        shift_labels=shift_labels,
-        output=output,
-        progress=progress,
-    )
-    return found.features()
+    how = Reading.of("capture_features()", reading)
+    return _capture_head(model, loader, head, how, progress).features()
 
 
 @door
@@ -86,10 +98,8 @@ def capture(
     loader: Any,
     layers: str | nn.Module | Sequence[str | nn.Module] = "head",
     *,
-    ignore_index: int = IGNORE_INDEX,
     progress: bool = False,
-    shift_labels: bool = False,
-    output: Any = None,
+    **reading: Unpack[ReadingOptions],
 ) -> GradientFactors | list[GradientFactors]:
     """Gradient factors of a model's head, or of any of its linear layers.
 
@@ -101,7 +111,7 @@ def capture(
         layers: ``"head"``: the classifier, one forward pass. A name or module: that layer; a list:
             several. These need one batched forward and backward pass. Linear layers, and
             convolutions that act as such.
-        output, shift_labels: as in :func:`capture_features`.
+        reading: ``output``, ``loss``, ``ignore_index``, ``shift``, as in :func:`capture_features`.
 
     Returns:
         GradientFactors; for a list of layers a list, in the order of ``named_parameters``.
@@ -110,16 +120,9 @@ def capture(
     Raises:
         As :func:`capture_features`; also where rows of a layer belong to no single sample.
     """
+    how = Reading.of("capture()", reading)
     if isinstance(layers, str) and layers == "head":
-        found = _capture_head(
-            model,
-            loader,
-            "head",
-            ignore_index=ignore_index,
-            shift_labels=shift_labels,
-            output=output,
-            progress=progress,
-        )
+        found = _capture_head(model, loader, "head", how, progress)
         found.say()
         with full_precision(device_of(model)):
             return found.factors()
@@ -134,13 +137,5 @@ def capture(
         raise InputError(f"layers names {twice[0]!r} twice; its scores would count double")
     names = {layer.name for layer in chosen_layers}
     ordered = [layer for name, layer in linear_layers(model).items() if name in names]
-    out = capture_layers(
-        model,
-        loader,
-        ordered,
-        ignore_index=ignore_index,
-        shift=shift_labels,
-        output=output,
-        progress=progress,
-    )
+    out = capture_layers(model, loader, ordered, how, progress)
     return out[0] if single else out

@@ -17,6 +17,7 @@ from imu_fast.model.calls import Seen
 from imu_fast.model.head import LinearLayer, no_head, say_of_weight, shared_with
 from imu_fast.model.logits import chosen
 from imu_fast.model.loss import targets_of
+from imu_fast.model.reading import Reading
 from imu_fast.model.run import Batch
 from imu_fast.model.search import Head, Run, directly, find, observe
 from imu_fast.model.verify import LinearChecks
@@ -74,18 +75,16 @@ class HeadCapture:
         self,
         model: nn.Module,
         explicit: Sequence[LinearLayer],
-        output: Any,
-        ignore_index: int,
-        shift: bool,
+        reading: Reading,
     ) -> None:
-        self.model, self.explicit, self.output = model, explicit, output
-        self.ignore_index, self.shift = ignore_index, shift
+        self.model, self.explicit, self.reading = model, explicit, reading
         self.pieces: list[Piece] = []
         self.samples = 0
         self._checks = LinearChecks()
         # Whether the logits have been the output itself so far: then nothing is differentiated.
         self._untouched = True
         self._head: Head | None = None
+        self.classes = 0  # of the logits
 
     @property
     def head(self) -> Head:
@@ -110,7 +109,7 @@ class HeadCapture:
 
     def _piece(self, run: Run, batch: Batch) -> Piece:
         if self._head is None:
-            self._head, seen = find(self.model, run, batch, self.explicit, self.output)
+            self._head, seen = find(self.model, run, batch, self.explicit, self.reading.output)
             self._between = Between(self._head.parts)
         else:
             seen = observe(run, batch, self._head.parts, not self._untouched)
@@ -122,7 +121,8 @@ class HeadCapture:
                 seen = observe(run, batch, self._head.parts, True)
                 logits = chosen(seen.output, self._head.choice)
             self._check(seen)
-        targets = targets_of(batch[2], logits, ignore_index=self.ignore_index, shift=self.shift)
+        targets = targets_of(batch[2], logits, self.reading.loss)
+        self.classes = logits.shape[-1]
         if call is not None:
             return plain_piece(call.act.reshape(*targets.shape, -1), targets)
         if not logits.requires_grad:

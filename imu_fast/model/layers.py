@@ -15,6 +15,7 @@ from imu_fast.model.calls import Call, watched
 from imu_fast.model.head import LinearLayer, say_of_weight, shared_with
 from imu_fast.model.logits import chosen
 from imu_fast.model.loss import counts_of, on_logits, sample_losses, targets_of
+from imu_fast.model.reading import Reading
 from imu_fast.model.rows import (
     Backward,
     LayoutChanged,
@@ -39,13 +40,11 @@ class _LayersCapture:
         self,
         model: nn.Module,
         layers: Sequence[LinearLayer],
-        output: Any,
-        ignore_index: int,
-        shift: bool,
+        reading: Reading,
         always: bool,
     ) -> None:
-        self.model, self.layers, self.output = model, list(layers), output
-        self.ignore_index, self.shift = ignore_index, shift
+        self.model, self.layers = model, list(layers)
+        self.loss, self.output = reading.loss, reading.output
         self.parts: dict[str, list[Rows]] = {layer.name: [] for layer in layers}
         self.samples: list[Tensor] = []  # how many labels each sample of each batch has
         self._ownership, self._checks = Ownership(always), LinearChecks()
@@ -59,7 +58,7 @@ class _LayersCapture:
             raise InputError(f"layers={name!r}: {why}; it has no factors")
         self.output = locate(self.model, run, batch, output, self.output)
         logits = chosen(output, self.output)
-        targets = targets_of(batch[2], logits, ignore_index=self.ignore_index, shift=self.shift)
+        targets = targets_of(batch[2], logits, self.loss)
         _, delta = sample_losses(logits, targets)
         signal = on_logits(delta, logits.detach(), targets)
         for call in seen.calls:
@@ -231,16 +230,13 @@ def capture_layers(
     model: nn.Module,
     loader: Any,
     layers: Sequence[LinearLayer],
-    *,
-    ignore_index: int,
-    shift: bool,
-    output: Any,
+    reading: Reading,
     progress: bool,
 ) -> list[GradientFactors]:
     """Factors of the layers in their order, see :func:`imu_fast.model.capture.capture`."""
 
     def captured(always: bool) -> list[GradientFactors]:
-        seen = _LayersCapture(model, layers, output, ignore_index, shift, always)
+        seen = _LayersCapture(model, layers, reading, always)
         with evaluated(model) as run:
             for layer in layers:
                 weight = layer.module._parameters.get("weight")

@@ -5,29 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from imu_fast.losses.cross_entropy import IGNORE_INDEX, check_labels
+from imu_fast.losses.base import Loss
+from imu_fast.losses.cross_entropy import CrossEntropy
 from imu_fast.model.labels import class_labels
 from imu_fast.ops.softmax_residual import softmax_residual
 from imu_fast.ops.tokens import sum_over_tokens
 
 
-def targets_of(
-    labels: Tensor, logits: Tensor, *, ignore_index: int = IGNORE_INDEX, shift: bool = False
-) -> Tensor:
+def targets_of(labels: Tensor, logits: Tensor, loss: Loss) -> Tensor:
     """What each row of the logits is to be: int64 in [0, C), -1 where it has no loss.
 
     Args:
         labels: [n] or [n, T]. logits: [*labels.shape, C].
-        shift: position t predicts the label at t + 1; the last one predicts none.
+        loss: under its ``shift`` position t predicts the label at t + 1; the last predicts none.
 
     Raises:
         InputError: the shapes do not fit, or a label is out of range.
     """
+    assert isinstance(loss, CrossEntropy)
     labels = class_labels(labels, logits.shape)
-    check_labels(labels, logits.shape[-1], ignore_index)
+    loss.check_labels(labels, logits.shape[-1])
     targets = labels.to(logits.device, torch.int64)
-    targets = targets.masked_fill(targets == ignore_index, -1)
-    if shift and targets.dim() == 2:
+    targets = targets.masked_fill(~loss.valid(targets), -1)
+    if loss.shift and targets.dim() == 2:
         targets = torch.nn.functional.pad(targets[:, 1:], (0, 1), value=-1)
     return targets
 

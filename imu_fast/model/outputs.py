@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from imu_fast.errors import InputError
 from imu_fast.losses.cross_entropy import check_labels
 from imu_fast.model.batches import as_batches, device_of, empty_message, split_batch, to_device
 from imu_fast.model.guard import door, preserved
-from imu_fast.model.labels import class_labels
 from imu_fast.model.logits import logits_of as logits_of
+from imu_fast.model.reading import Reading, ReadingOptions
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,13 @@ class Outputs:
 
 
 @door
-def outputs_of(model: nn.Module, loader: Any) -> Outputs:
+def outputs_of(model: nn.Module, loader: Any, **reading: Unpack[ReadingOptions]) -> Outputs:
     """Run a classifier in evaluation mode, and leave its modes as they were.
 
     Args:
         loader: DataLoader, iterable of ``(inputs, labels)`` batches, or tensors (X, y).
+        reading: ``output``, where the logits are in what the model returns, and ``ignore_index``,
+            as in :func:`imu_fast.capture_features`.
 
     Returns:
         Outputs on the model's device; half precision logits are widened to float32.
@@ -120,15 +123,16 @@ def outputs_of(model: nn.Module, loader: Any) -> Outputs:
     Raises:
         InputError: the loader is empty, or a label is out of range.
     """
+    how = Reading.of("outputs_of()", reading)
     all_logits, all_labels = [], []
     device = device_of(model)
     with preserved(model), torch.no_grad():
         model.eval()
         for batch in as_batches(loader, model):
             args, kwargs, labels = to_device(split_batch(batch), device)
-            logits = logits_of(model(*args, **kwargs), labels)
+            logits = logits_of(model(*args, **kwargs), labels, how.output)
             all_logits.append(logits if logits.dtype == torch.float64 else logits.float())
-            all_labels.append(class_labels(labels, logits.shape))
+            all_labels.append(how.labels_of_all(labels, logits, "outputs_of()"))
     if not all_logits:
         raise InputError(empty_message(loader))
     return Outputs(torch.cat(all_logits), torch.cat(all_labels))

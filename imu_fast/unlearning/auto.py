@@ -20,7 +20,8 @@ from typing_extensions import Self
 
 from imu_fast.errors import InputError
 from imu_fast.model.batches import ForgetSet
-from imu_fast.model.head import find_head
+from imu_fast.model.capture import head_of
+from imu_fast.model.reading import Reading
 from imu_fast.options import option, options
 from imu_fast.unlearning.ascent.ascent import Ascent
 from imu_fast.unlearning.ascent.optimizer import SGD
@@ -86,13 +87,13 @@ class Auto(Method):
         described = f"method='auto' takes {name!r} for these samples, which"
         return name, self._candidates()[name].with_options(described, self.given or {})
 
-    def for_task(self, model: nn.Module, forget: ForgetSet) -> tuple[str, Method]:
-        """As :meth:`choose`, by the forget set's labels and the model's classes."""
+    def for_task(self, model: nn.Module, forget: ForgetSet, reading: Reading) -> tuple[str, Method]:
+        """As :meth:`choose`, by the forget set's labels and the model's logits."""
         labels = torch.cat([batch[2].flatten().cpu() for batch in forget])
         given = self.given or {}
         layer = given.get("layers", given.get("layer"))
         check_head_layer("layers", layer)
-        return self.choose(labels, find_head(model, layer)[1].out_features)
+        return self.choose(labels, head_of(model, forget, reading, layer or "head")[1])
 
     def run(self, job: Job) -> UnlearnResult:
         raise AssertionError("unlearn runs the method that auto takes")

@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from imu_fast.model.batches import ForgetSet
 from imu_fast.model.guard import Kept, copies_of
+from imu_fast.model.reading import Reading
 from imu_fast.options import Options
 from imu_fast.unlearning.depth import Depths
 from imu_fast.unlearning.result import UnlearnResult
@@ -27,6 +28,7 @@ class Job:
         sets: every set that is measured: "forget", "unseen" where a rule needs it, the watched.
         watch: names of the sets that are recorded.
         belongs: what a checkpoint says that it is of, by name.
+        reading: how the model is read.
         kept: tensors that change, with copies, put back on any failure.
     """
 
@@ -41,6 +43,7 @@ class Job:
     seed: int
     progress: bool
     belongs: dict[str, Any]
+    reading: Reading = field(default_factory=Reading)
     kept: Kept = field(default_factory=list)
 
     def keep(self, tensors: Iterable[Tensor]) -> None:

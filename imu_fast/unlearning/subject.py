@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
-from imu_fast.losses.cross_entropy import IGNORE_INDEX, check_labels
 from imu_fast.model.batches import ForgetSet, Parts, as_batches, to_device
 from imu_fast.model.capture import HeadFeatures, capture, capture_features
 from imu_fast.model.guard import modes
 from imu_fast.model.head import linears, shared_with
-from imu_fast.model.labels import class_labels
 from imu_fast.model.outputs import Measurement, logits_of, measure_logits, outputs_of
+from imu_fast.model.reading import Reading
 from imu_fast.ops.head_ascent import head_logits
 from imu_fast.unlearning.head_weight import HeadWeight
 
@@ -129,10 +128,15 @@ class HeadSubject:
     """
 
     def __init__(
-        self, model: nn.Module, head: Any, loaders: Mapping[str, Any], progress: bool = False
+        self,
+        model: nn.Module,
+        head: Any,
+        loaders: Mapping[str, Any],
+        progress: bool = False,
+        reading: Reading | None = None,
     ) -> None:
         self.model, self._loaders, self._progress = model, dict(loaders), progress
-        self._asked = head or "head"
+        self._asked, self._reading = head or "head", (reading or Reading()).given()
         captured = {"forget": self._captured("forget", self._asked)}
         found = captured["forget"]
         self.name, self.has_bias = found.name, found.head.bias is not None
@@ -148,7 +152,9 @@ class HeadSubject:
 
     def _captured(self, name: str, head: Any) -> HeadFeatures:
         with naming(name):
-            found = capture_features(self.model, self._loaders[name], head, progress=self._progress)
+            found = capture_features(
+                self.model, self._loaders[name], head, progress=self._progress, **self._reading
+            )
             self._check(found)
         return found
 
@@ -225,7 +231,7 @@ class HeadSubject:
         return float((changed & same).sum() / changed.sum().clamp_min(1))
 
     def own(self, name: str) -> Measurement:
-        found = outputs_of(self.model, self._loaders[name])
+        found = outputs_of(self.model, self._loaders[name], **self._reading)
         return Measurement(found.loss, found.correct, found.confidence)
 
 
@@ -245,9 +251,13 @@ class NetworkSubject:
     """
 
     def __init__(
-        self, model: nn.Module, loaders: Mapping[str, Any], parameters: Sequence[str]
+        self,
+        model: nn.Module,
+        loaders: Mapping[str, Any],
+        parameters: Sequence[str],
+        reading: Reading | None = None,
     ) -> None:
-        self.model, self.sets = model, loaders
+        self.model, self.sets, self._reading = model, loaders, reading or Reading()
         self.forget: ForgetSet = loaders["forget"]
         self.n = self.forget.n
         chosen = set(parameters)
@@ -270,15 +280,8 @@ class NetworkSubject:
     def forward(self, batch: Parts) -> tuple[Tensor, Tensor]:
         """Logits and labels of a batch."""
         args, kwargs, labels = to_device(batch, self.device)
-        logits = logits_of(self.model(*args, **kwargs), labels)
-        labels = class_labels(labels, logits.shape)
-        if bool((labels == IGNORE_INDEX).any()):
-            raise InputError(
-                f"a batch has samples without a label ({IGNORE_INDEX}), which are neither "
-                "forgotten nor counted; remove them"
-            )
-        check_labels(labels, logits.shape[-1], IGNORE_INDEX)
-        return logits, labels
+        logits = logits_of(self.model(*args, **kwargs), labels, self._reading.output)
+        return logits, self._reading.labels_of_all(labels, logits, "unlearn()")
 
     def measure(self, name: str) -> Measurement:
         self.finish()
@@ -297,7 +300,7 @@ class NetworkSubject:
         if layers == "trained":
             weights = {id(parameter) for parameter in self.parameters.values()}
             chosen = [k for k, m in linears(self.model).items() if id(m.weight) in weights]
-        captured = capture(self.model, data, layers=chosen)
+        captured = capture(self.model, data, layers=chosen, **self._reading.given())
         return [captured] if isinstance(captured, GradientFactors) else captured
 
     def state(self) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from imu_fast.errors import InputError, check_count, check_flag
 from imu_fast.model.batches import ForgetSet, as_batches, rereadable
 from imu_fast.model.guard import copied, door, preserved, rolled_back
 from imu_fast.model.labels import is_integer
+from imu_fast.model.reading import Reading, ReadingOptions, taken
 from imu_fast.storage import writable
 from imu_fast.unlearning.auto import Auto
 from imu_fast.unlearning.confirm import warn_unless_reached
@@ -27,6 +28,11 @@ from imu_fast.unlearning.named import METHODS, MethodName, MethodOptions
 from imu_fast.unlearning.result import UnlearnResult
 from imu_fast.unlearning.subject import naming
 from imu_fast.unlearning.trajectory import Callback
+
+
+class UnlearnOptions(MethodOptions, ReadingOptions, total=False):
+    """Flat options of the method, and of how the model is read."""
+
 
 _TAKEN = ("forget", "unseen")
 
@@ -47,7 +53,7 @@ def unlearn(
     seed: int = 0,
     progress: bool = False,
     inplace: bool = True,
-    **options: Unpack[MethodOptions],
+    **options: Unpack[UnlearnOptions],
 ) -> UnlearnResult:
     """Make a classifier forget, with the forget set only (IMU, arXiv 2508.01620).
 
@@ -102,6 +108,9 @@ def unlearn(
             Those of ``MarginEdit``: ``margin`` (0.1), ``precondition_eps``, ``precondition`` (a
             second moment [D, D]), ``layers`` (which head).
 
+            How the model is read, by whatever method, for the forget set and every watched one:
+            ``output``, ``loss``, ``ignore_index``, as of :func:`imu_fast.capture_features`.
+
     Returns:
         UnlearnResult. On any exception, Ctrl-C included, the user's model is as it was.
 
@@ -120,13 +129,16 @@ def unlearn(
         raise InputError(f"checkpoint={checkpoint!r} is no path; pass a file name")
     depths = Depths(stop, milestones, on_milestone)
     label = method if isinstance(method, str) else type(method).__name__
-    how = METHODS.choose(method, **options)
+    read, own = taken(options)
+    reading = Reading.of("unlearn()", read)
+    reading.of_classes("unlearn()")
+    how = METHODS.choose(method, **own)
     if callback is not None and not callable(callback):
         raise InputError(f"callback={callback!r} cannot be called; pass a function of a record")
     forget: ForgetSet | None = None
     if isinstance(how, Auto):
         forget = ForgetSet(data, how.batches_of, model)
-        label, how = how.for_task(model, forget)
+        label, how = how.for_task(model, forget, reading)
         if not depths.rules:
             depths = Depths(StopRule(forget_accuracy=0.0))
     if checkpoint is not None and not how.resumable:
@@ -138,7 +150,7 @@ def unlearn(
     forget = forget if forget is not None and forget.batch_size == how.batches_of else None
     forget = forget or ForgetSet(data, how.batches_of, model)
     _check_one_label_each(forget)
-    described = {"method": label, "seed": seed, **how.flat()}
+    described = {"method": label, "seed": seed, **how.flat(), **reading.flat()}
     target = model if inplace else copied(model)
     job = Job(
         target,
@@ -152,6 +164,7 @@ def unlearn(
         seed,
         progress,
         {name: _plain(value) for name, value in described.items()},
+        reading,
     )
     if job.checkpoint is not None:
         writable(job.checkpoint, "checkpoint")

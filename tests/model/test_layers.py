@@ -274,7 +274,7 @@ def test_sequences_with_labels_of_tokens():
     assert found[0].empty_samples.tolist() == [2]
     for names, layers in ((("a.weight", "a.bias"), ["a"]), (("fc.weight", "fc.bias"), "head")):
         gradients = sample_gradients(model, zip(ids, labels, strict=True), names, shifted)
-        factors = imu.capture(model, (ids, labels), layers=layers, shift_labels=True)
+        factors = imu.capture(model, (ids, labels), layers=layers, shift=True)
         assert_scores(imu.influence_scores(factors), scores(gradients))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 import imu_fast as imu
 from imu_fast.errors import InputError
 from imu_fast.model.batches import ForgetSet
+from imu_fast.model.reading import Reading
 from imu_fast.ops.objective import NPO_BETA
 from imu_fast.unlearning.ascent.objectives import NPO
 from imu_fast.unlearning.ascent.wrong_labels import nearest_wrong_labels
@@ -36,6 +38,13 @@ def problem():
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
     return model.eval(), x, y
+
+
+def job(model, data, seed=0):
+    """As much of a run's job as an objective reads."""
+    return SimpleNamespace(
+        model=model, forget=ForgetSet(data, 16, model), seed=seed, reading=Reading()
+    )
 
 
 def accuracy(model, x, y):
@@ -64,11 +73,11 @@ def test_every_method_reaches_a_depth(problem, name, kind):
 
 def test_relabelling_targets_are_wrong_and_seeded(problem):
     model, x, y = problem
-    forget = ForgetSet((x[:50], y[:50]), 16, model)
-    drawn = wrong_labels(model, forget, 3)
-    assert torch.equal(drawn, wrong_labels(model, forget, 3))
-    assert not torch.equal(drawn, wrong_labels(model, forget, 4))
-    near = nearest_wrong_labels(model, forget, 0)
+    data = x[:50], y[:50]
+    drawn = wrong_labels(job(model, data, 3))
+    assert torch.equal(drawn, wrong_labels(job(model, data, 3)))
+    assert not torch.equal(drawn, wrong_labels(job(model, data, 4)))
+    near = nearest_wrong_labels(job(model, data))
     for targets in (drawn, near):
         assert targets.dtype == torch.int64 and bool((targets != y[:50]).all())
         assert int(targets.min()) >= 0 and int(targets.max()) < CLASSES
@@ -88,7 +97,7 @@ def test_boundary_shrink_wants_inputs_that_can_move(problem):
 
 def test_npo_starts_as_ascent_and_then_slows_down(problem):
     model, x, y = problem
-    losses = NPO().auxiliary(model, ForgetSet((x[:40], y[:40]), 16, model), 0)
+    losses = NPO().auxiliary(job(model, (x[:40], y[:40])))
     expected = nn.functional.cross_entropy(model(x[:40]), y[:40], reduction="none")
     torch.testing.assert_close(losses, expected.detach())
     # At the reference a sample's weight is 2 sigmoid(0) = 1: the first step is plain ascent's.

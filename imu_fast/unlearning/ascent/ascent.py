@@ -99,7 +99,7 @@ class Ascent(Method):
         return replace(self, scope=self.scope.bind(model))
 
     def run(self, job: Job) -> UnlearnResult:
-        auxiliary = self.objective.auxiliary(job.model, job.forget, job.seed)
+        auxiliary = self.objective.auxiliary(job)
         rule = Rule(self.objective.name, auxiliary, self.alpha, self.optimizer)
         steps = self.scope.steps(job, rule)
         return _Run(self, steps, job).ascend()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from imu_fast.errors import check_choice
-from imu_fast.model.batches import ForgetSet
 from imu_fast.model.outputs import outputs_of
 from imu_fast.options import Options, Table, option, options
 from imu_fast.unlearning.ascent.wrong_labels import nearest_wrong_labels, random_wrong_labels
+from imu_fast.unlearning.method import Job
 
 _TARGETS = {"random": random_wrong_labels, "nearest": nearest_wrong_labels}
 
@@ -18,7 +18,7 @@ _TARGETS = {"random": random_wrong_labels, "nearest": nearest_wrong_labels}
 class Objective(Options):
     """``f``; its formula is that of :func:`imu_fast.ops.objective.objective` of this name."""
 
-    def auxiliary(self, model: nn.Module, forget: ForgetSet, seed: int) -> Tensor | None:
+    def auxiliary(self, job: Job) -> Tensor | None:
         """[n], what the formula needs to know of each sample before the first step, or None."""
         return None
 
@@ -50,9 +50,9 @@ class NPO(Objective):
 
     name = "npo"
 
-    def auxiliary(self, model: nn.Module, forget: ForgetSet, seed: int) -> Tensor:
+    def auxiliary(self, job: Job) -> Tensor:
         """``-log p_ref`` of each forget sample under the model as it was trained."""
-        return outputs_of(model, forget).loss
+        return outputs_of(job.model, job.forget, **job.reading.given()).loss
 
 
 def _check_target(name: str, value: str) -> None:
@@ -71,9 +71,9 @@ class Relabel(Objective):
     name = "relabel"
     target: Literal["random", "nearest"] = option(default="random", check=_check_target)
 
-    def auxiliary(self, model: nn.Module, forget: ForgetSet, seed: int) -> Tensor:
+    def auxiliary(self, job: Job) -> Tensor:
         """The class that each sample is moved to: int64."""
-        return _TARGETS[self.target](model, forget, seed)
+        return _TARGETS[self.target](job)
 
 
 ObjectiveName = Literal["ce", "margin", "log1mp", "npo", "relabel"]

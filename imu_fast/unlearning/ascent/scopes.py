@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from imu_fast.errors import InputError, check_choice
+from imu_fast.model.capture import head_of
 from imu_fast.model.head import WHOLE_MODEL, find_head, linears
 from imu_fast.options import Choice, Options, Table, option, options
 from imu_fast.unlearning.ascent.head import HeadSteps
@@ -89,7 +90,7 @@ class Head(Scope):
         return replace(self, layer=find_head(model, self.layer)[0])
 
     def steps(self, job: Job, rule: Rule) -> Steps:
-        subject = HeadSubject(job.model, self.layer, job.sets, job.progress)
+        subject = HeadSubject(job.model, self.layer, job.sets, job.progress, job.reading)
         _check_not_frozen(job.model, subject)
         if subject.tied:
             return self._through_the_network(job, rule, subject)
@@ -134,12 +135,12 @@ class _Autograd(Scope):
     batchnorm: Mode
     dropout: Mode
 
-    def _trained(self, model: nn.Module) -> set[int]:
+    def _trained(self, job: Job) -> set[int]:
         """The ids of the trained parameters."""
         raise NotImplementedError
 
     def steps(self, job: Job, rule: Rule) -> Steps:
-        trained = self._trained(job.model)
+        trained = self._trained(job)
         return _network(job, rule, trained, batchnorm=self.batchnorm, dropout=self.dropout)
 
 
@@ -148,7 +149,7 @@ def _network(job: Job, rule: Rule, trained: set[int], *, batchnorm: str, dropout
     names = [name for name, p in job.model.named_parameters() if id(p) in trained]
     job.keep(p for p in job.model.parameters() if id(p) in trained)
     job.keep(job.model.buffers())
-    subject = NetworkSubject(job.model, job.sets, names)
+    subject = NetworkSubject(job.model, job.sets, names, job.reading)
     return NetworkSteps(subject, rule, batchnorm=batchnorm, dropout=dropout)
 
 
@@ -170,7 +171,7 @@ class Layers(_Autograd):
 
     Args:
         layers: names or modules; a pattern such as ``"*fc*"`` stands for the linear layers whose
-            names it matches. None: the head.
+            names it matches. None: the head, found while the first batch runs.
     """
 
     name = "layers"
@@ -190,15 +191,17 @@ class Layers(_Autograd):
     def bind(self, model: nn.Module) -> Scope:
         modules = dict(model.named_modules())
         if self.layers is None:
-            names = [find_head(model)[0]]
-        else:
-            one = isinstance(self.layers, str | nn.Module)
-            wanted = [self.layers] if one else self.layers
-            names = [n for layer in wanted for n in _names(layer, modules, model)]  # type: ignore[union-attr]
+            return self
+        one = isinstance(self.layers, str | nn.Module)
+        wanted = [self.layers] if one else self.layers
+        names = [n for layer in wanted for n in _names(layer, modules, model)]  # type: ignore[union-attr]
         return replace(self, layers=list(dict.fromkeys(names)))
 
-    def _trained(self, model: nn.Module) -> set[int]:
-        names: list[str] = self.layers  # type: ignore[assignment]  # bound
+    def _trained(self, job: Job) -> set[int]:
+        model, names = job.model, self.layers
+        if names is None:
+            names, _ = head_of(model, job.forget, job.reading)
+        assert isinstance(names, list)  # bound
         modules = [model if n == WHOLE_MODEL else model.get_submodule(n) for n in names]
         found = {id(p) for module in modules for p in module.parameters()}
         if not found:
@@ -234,8 +237,8 @@ class Network(_Autograd):
     batchnorm: Mode = option(default="eval", check=_check_mode)
     dropout: Mode = option(default="eval", check=_check_mode)
 
-    def _trained(self, model: nn.Module) -> set[int]:
-        found = {id(p) for p in model.parameters() if p.requires_grad}
+    def _trained(self, job: Job) -> set[int]:
+        found = {id(p) for p in job.model.parameters() if p.requires_grad}
         if not found:
             raise InputError(
                 "scope='all' trains the parameters that are not frozen, and all of this model's "

@@ -6,27 +6,28 @@ import torch
 from torch import Tensor, nn
 
 from imu_fast.errors import InputError
-from imu_fast.model.batches import ForgetSet, device_of, split_batch, to_device
+from imu_fast.model.batches import device_of, split_batch, to_device
 from imu_fast.model.guard import preserved
-from imu_fast.model.labels import class_labels
 from imu_fast.model.outputs import logits_of, outputs_of
+from imu_fast.unlearning.method import Job
 
 # Of the input's own standard deviation: the reach of the single adversarial step.
 _REACH = 0.1
 
 
-def nearest_wrong_labels(model: nn.Module, forget: ForgetSet, seed: int) -> Tensor:
+def nearest_wrong_labels(job: Job) -> Tensor:
     """The likeliest class other than the label after one signed gradient step: [n] int64.
 
     Raises:
         InputError: the inputs are not floating tensors (token ids have no gradient).
     """
+    model, output = job.model, job.reading.output
     found, device = [], device_of(model)
     with preserved(model):
         model.eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        for batch in forget:
+        for batch in job.forget:
             inputs, kwargs, labels = to_device(split_batch(batch), device)
             first = inputs[0] if inputs else None
             if kwargs or not isinstance(first, Tensor) or not first.is_floating_point():
@@ -36,21 +37,21 @@ def nearest_wrong_labels(model: nn.Module, forget: ForgetSet, seed: int) -> Tens
                 )
             x = inputs[0].detach().requires_grad_()
             with torch.enable_grad():
-                logits = logits_of(model(x, *inputs[1:]), labels)
-                labels = class_labels(labels, logits.shape)
+                logits = logits_of(model(x, *inputs[1:]), labels, output)
+                labels = job.reading.labels_of_all(labels, logits, "unlearn()")
                 loss = nn.functional.cross_entropy(logits, labels)
                 (gradient,) = torch.autograd.grad(loss, x)
             with torch.no_grad():
                 step = _REACH * x.std() * gradient.sign()
-                moved = logits_of(model(x + step, *inputs[1:]))
+                moved = logits_of(model(x + step, *inputs[1:]), labels, output)
             found.append(moved.scatter(1, labels[:, None], -torch.inf).argmax(dim=1))
     return torch.cat(found)
 
 
-def random_wrong_labels(model: nn.Module, forget: ForgetSet, seed: int) -> Tensor:
+def random_wrong_labels(job: Job) -> Tensor:
     """A class other than its label for each forget sample, uniform: [n] int64."""
-    outputs = outputs_of(model, forget)
+    outputs = outputs_of(job.model, job.forget, **job.reading.given())
     classes = outputs.logits.shape[1]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(job.seed)
     shift = torch.randint(1, classes, outputs.labels.shape, generator=generator)
     return (outputs.labels + shift.to(outputs.labels.device)) % classes

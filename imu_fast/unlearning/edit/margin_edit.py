@@ -66,7 +66,7 @@ class MarginEdit(Method):
         return self if self.layer is None else replace(self, layer=find_head(model, self.layer)[0])
 
     def run(self, job: Job) -> UnlearnResult:
-        subject = HeadSubject(job.model, self.layer, job.sets, job.progress)
+        subject = HeadSubject(job.model, self.layer, job.sets, job.progress, job.reading)
         job.keep([*subject.tensors(), *job.model.buffers()])
         return _Edit(self, subject, job).run()
 
