@@ -8,15 +8,16 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from imu_fast.attribution.newton import Objective, Point
 from imu_fast.errors import InputError, check_choice, check_flag, check_positive
 from imu_fast.factors.probabilities import augmented
 from imu_fast.losses.base import Loss
-from imu_fast.losses.cross_entropy import CrossEntropy
 from imu_fast.model.capture import HeadFeatures, capture_features
 from imu_fast.model.guard import door
 from imu_fast.model.head import say_of_weight
+from imu_fast.model.reading import Reading, ReadingOptions
 from imu_fast.ops.tokens import is_flat
 
 Reduction = Literal["mean", "sum"]
@@ -67,7 +68,8 @@ def leave_one_out(
     refit: bool = False,
     tolerance: float = 0.1,
     head: Any = "head",
-    **options: Any,
+    progress: bool = False,
+    **reading: Unpack[ReadingOptions],
 ) -> LeaveOneOut:
     """What the head would say of each sample had it been trained without it; no retraining.
 
@@ -90,7 +92,7 @@ def leave_one_out(
         refit: put the head at the optimum of that objective first, by Newton's method. Without it
             the head must be there already.
         tolerance: of the head's ``distance`` from its optimum, see :class:`LeaveOneOut`.
-        head: as in :func:`imu_fast.capture_features`; options: others of it.
+        head, reading: as in :func:`imu_fast.capture_features`.
 
     Returns:
         A :class:`LeaveOneOut`. It holds H^-1, ``(C D)^2`` numbers, D no more than n + 1.
@@ -106,8 +108,8 @@ def leave_one_out(
     check_flag("decay_bias", decay_bias)
     check_flag("refit", refit)
     check_positive("tolerance", tolerance)
-    found = capture_features(model, data, head, **options)
-    loss = CrossEntropy()
+    loss = Reading.of("leave_one_out", reading).loss
+    found = capture_features(model, data, head, progress=progress, **reading)
     _check(found, loss)
     for part, _ in found.parts:
         say_of_weight(model, part)

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from imu_fast.curvature.base import check_whole
 from imu_fast.curvature.identity import Identity
@@ -20,6 +21,7 @@ from imu_fast.influence.scores import _check_like as check_like
 from imu_fast.influence.scores import _factors_of as factors_of
 from imu_fast.influence.scores import _target_vectors as target_vectors
 from imu_fast.model.guard import door
+from imu_fast.model.reading import ReadingOptions
 from imu_fast.ops.bilinear_scores import bilinear_scores, gradient_norms
 from imu_fast.ops.gram import Operands, cross_gram
 from imu_fast.ops.tokens import sample_of_token
@@ -47,6 +49,7 @@ def similarity_scores(
     metric: Metric = "cosine",
     layers: Any = "head",
     progress: bool = False,
+    **reading: Unpack[ReadingOptions],
 ) -> Tensor:
     """How much each sample's gradient points along ``v``: ``<g_i, v> / (||g_i|| ||v||)``.
 
@@ -60,6 +63,8 @@ def similarity_scores(
             set, whose mean gradient is taken; or a tensor [C, D] (a list with one per layer).
         metric: "cosine", with the norms over all layers together, or "product", ``<g_i, v>``.
         layers: which layers to capture, if a model is given.
+        reading: how it is read: ``output``, ``loss``, ``ignore_index``, ``shift``, as of
+            :func:`imu_fast.capture_features`.
 
     Returns:
         [n], in the factors' dtype; in [-1, 1] for the cosine, where a zero gradient has 0.
@@ -68,7 +73,7 @@ def similarity_scores(
         InputError: unknown metric; factors, target or data that do not fit.
     """
     check_choice("metric", metric, get_args(Metric))
-    all_layers = factors_of(source, data, layers, progress)
+    all_layers = factors_of(source, data, layers, progress, dict(reading))
     vectors = target_vectors(target, all_layers)
     if metric == "product":
         pairs = zip(all_layers, vectors, strict=True)

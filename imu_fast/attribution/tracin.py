@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from imu_fast.attribution.similarity import products, squared_norms
 from imu_fast.errors import InputError, check_positive
@@ -17,6 +18,7 @@ from imu_fast.model.batches import rereadable
 from imu_fast.model.capture import capture
 from imu_fast.model.guard import door
 from imu_fast.model.order import shuffling
+from imu_fast.model.reading import Reading, ReadingOptions
 from imu_fast.model.weights import Checkpoint, visiting
 
 
@@ -29,7 +31,8 @@ def tracin(
     checkpoints: Sequence[Checkpoint],
     learning_rates: float | Sequence[float],
     layers: Any = "head",
-    **options: Any,
+    progress: bool = False,
+    **reading: Unpack[ReadingOptions],
 ) -> Tensor:
     """``sum_k lr_k <g_i, h_j>``, gradients at checkpoint k (TracInCP, Pruthi et al. 2020): [n, m].
 
@@ -44,7 +47,8 @@ def tracin(
         checkpoints: state dicts, or paths of them: safetensors, or torch files of tensors alone.
         learning_rates: of each checkpoint, or one for all.
         layers: whose gradients are taken, as in :func:`imu_fast.capture`.
-        options: others of :func:`imu_fast.capture`.
+        reading: how the model is read: ``output``, ``loss``, ``ignore_index``, ``shift``, as of
+            :func:`imu_fast.capture_features`.
 
     Returns:
         [n, m], in the factors' dtype. No gradient of a single sample is formed.
@@ -59,7 +63,9 @@ def tracin(
     def pairs(found: list[list[Factors]]) -> Tensor:
         return products(*found)
 
-    return _along_training(model, sets, pairs, checkpoints, learning_rates, layers, options)
+    return _along_training(
+        model, sets, pairs, checkpoints, learning_rates, layers, progress, reading
+    )
 
 
 @door
@@ -70,7 +76,8 @@ def tracin_self_influence(
     checkpoints: Sequence[Checkpoint],
     learning_rates: float | Sequence[float],
     layers: Any = "head",
-    **options: Any,
+    progress: bool = False,
+    **reading: Unpack[ReadingOptions],
 ) -> Tensor:
     """``sum_k lr_k ||g_i||^2``: [n]; large for mislabelled and rare samples (Pruthi et al. 2020).
 
@@ -81,7 +88,7 @@ def tracin_self_influence(
         return squared_norms(*found)
 
     return _along_training(
-        model, {"data": data}, norms, checkpoints, learning_rates, layers, options
+        model, {"data": data}, norms, checkpoints, learning_rates, layers, progress, reading
     )
 
 
@@ -92,11 +99,13 @@ def _along_training(
     checkpoints: Sequence[Checkpoint],
     learning_rates: float | Sequence[float],
     layers: Any,
-    options: dict[str, Any],
+    progress: bool,
+    reading: ReadingOptions,
 ) -> Tensor:
     """``sum_k lr_k`` statistic of the sets' factors at checkpoint k."""
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
+    Reading.of("tracin", reading)
     total: Tensor | None = None
     with visiting(model, checkpoints) as enter:
         rates = _rates(learning_rates, len(checkpoints))
@@ -113,7 +122,9 @@ def _along_training(
             enter(k)
             found = []
             for name, reader in readers.items():
-                factors = as_layers(capture(model, reader, layers=layers, **options), name)
+                factors = as_layers(
+                    capture(model, reader, layers=layers, progress=progress, **reading), name
+                )
                 _check_same(name, seen.setdefault(name, _identity(factors)), _identity(factors))
                 found.append(factors)
             part = statistic(found)
