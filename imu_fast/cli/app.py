@@ -66,6 +66,33 @@ def _console() -> Any:
     return Console() if sys.stdout.isatty() else Console(width=118)
 
 
+def _opened(
+    arch: str,
+    weights: Path,
+    data: Path,
+    classes: Path | None,
+    image_size: int | None,
+    batch_size: int,
+) -> tuple[Any, Any, list[str]]:
+    """The model, its samples in batches, and their names; says how images become inputs."""
+    from imu_fast.cli.model_files import build_model, count_classes
+    from imu_fast.cli.preprocessing import preprocessing_of
+    from imu_fast.data.image_files import load_data
+
+    model = build_model(arch, weights)
+    preprocessing = preprocessing_of(data, arch, model, weights, image_size)
+    if preprocessing is not None:
+        typer.echo(preprocessing.description)
+    loader, names = load_data(
+        data,
+        functools.partial(count_classes, model),
+        preprocessing=preprocessing,
+        classes=classes,
+        batch_size=batch_size,
+    )
+    return model, loader, names
+
+
 def _version(value: bool) -> None:
     if value:
         from imu_fast import __version__
@@ -127,33 +154,19 @@ def score(
     """Score every sample of a forget set by its influence at the classifier."""
     import torch
 
-    from imu_fast.cli.model_files import build_model, count_classes
-    from imu_fast.cli.preprocessing import preprocessing_of
-    from imu_fast.cli.score_files import check_ending, check_out, save_scores, writing
+    from imu_fast.cli.score_files import check_ending, check_out, save_scores, write_or_rescue
     from imu_fast.curvature.named import CURVATURES
-    from imu_fast.data.image_files import load_data
     from imu_fast.influence.scores import influence_scores
     from imu_fast.influence.weights import influence_weights
 
     check_ending(out)
     check_out(out)
     spec = CURVATURES.choose(curvature, damping=damping)
-    model = build_model(arch, weights)
-    preprocessing = preprocessing_of(data, arch, model, weights, image_size)
-    if preprocessing is not None:
-        typer.echo(preprocessing.description)
-    loader, names = load_data(
-        data,
-        functools.partial(count_classes, model),
-        preprocessing=preprocessing,
-        classes=classes,
-        batch_size=batch_size,
-    )
+    model, loader, names = _opened(arch, weights, data, classes, image_size, batch_size)
     scores = influence_scores(model, loader, curvature=spec, progress=sys.stderr.isatty())
     selected, kept = influence_weights(scores, on_empty="uniform")
     weight = torch.zeros_like(scores).index_put_((selected,), kept)
-    with writing(out):
-        save_scores(out, names, scores, weight)
+    write_or_rescue(out, lambda path: save_scores(path, names, scores, weight))
     typer.echo(f"{len(scores)} scores, {int((scores < 0).sum())} negative, written to {out}")
 
 
@@ -187,10 +200,7 @@ def unlearn(
     batch_size: BatchSize = 64,
 ) -> None:
     """Make a checkpoint forget a set of samples."""
-    from imu_fast.cli.model_files import build_model, count_classes
-    from imu_fast.cli.preprocessing import preprocessing_of
-    from imu_fast.cli.score_files import check_out, writing
-    from imu_fast.data.image_files import load_data
+    from imu_fast.cli.score_files import check_out, write_or_rescue
     from imu_fast.storage import save_tensors
     from imu_fast.unlearning.checkpoint import check_resumable
     from imu_fast.unlearning.depth import StopRule
@@ -215,17 +225,8 @@ def unlearn(
     if method != "auto" and method in METHODS and "batch_size" in METHODS[method].paths():
         given["batch_size"] = batch_size
     how = METHODS.choose(method, **given)
-    model = build_model(arch, weights)
-    preprocessing = preprocessing_of(data, arch, model, weights, image_size)
-    if preprocessing is not None:
-        typer.echo(preprocessing.description)
-    loader, _ = load_data(
-        data,
-        functools.partial(count_classes, model),
-        preprocessing=preprocessing,
-        classes=classes,
-        batch_size=batch_size,
-    )
+    model, loader, _ = _opened(arch, weights, data, classes, image_size, batch_size)
+    check_out(out, size=sum(tensor.nbytes for tensor in model.state_dict().values()))
     result = run(
         model,
         loader,
@@ -235,8 +236,7 @@ def unlearn(
         checkpoint=checkpoint,
         progress=sys.stderr.isatty(),
     )
-    with writing(out):
-        save_tensors(out, model.state_dict(), {"format": "pt"})
+    write_or_rescue(out, lambda path: save_tensors(path, model.state_dict(), {"format": "pt"}))
     first, last = result.trajectory[0], result.trajectory[-1]
     typer.echo(
         f"forget accuracy {first['forget_accuracy']:.3f} -> {last['forget_accuracy']:.3f} in "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,9 +18,12 @@ from imu_fast.storage import replacing, writable, writable_folder
 ENDINGS = (".npz", ".parquet", ".csv")
 
 
-def check_out(path: Path, name: str = "out") -> None:
-    """Raise InputError unless a file can be written here; missing folders can be made."""
-    writable(path, name)
+def check_out(path: Path, name: str = "out", size: int = 0) -> None:
+    """Raise InputError unless a file of ``size`` bytes can be written here.
+
+    Missing folders can be made.
+    """
+    writable(path, name, size=size)
 
 
 def check_folder(folder: Path, path: Path, name: str = "out") -> None:
@@ -37,6 +42,30 @@ def writing(path: Path) -> Iterator[None]:
         raise InputError(
             f"out={str(path)!r} cannot be written ({error}); free space there or choose another"
         ) from error
+
+
+def write_or_rescue(out: Path, write: Callable[[Path], None]) -> None:
+    """Write what a command has worked for; where ``out`` cannot take it, somewhere else.
+
+    Args:
+        write: to the path that it is given, whole or not at all.
+
+    Raises:
+        InputError: ``out`` could not be written; says where the result is.
+    """
+    try:
+        with writing(out):
+            write(out)
+    except ImuFastError as error:
+        for folder in (Path.cwd(), Path(tempfile.gettempdir()), Path.home()):
+            rescued = folder / f"{out.stem}-{uuid.uuid4().hex[:8]}{out.suffix}"
+            try:
+                with writing(rescued):
+                    write(rescued)
+            except ImuFastError:
+                continue
+            raise InputError(f"{error}; the result is in {str(rescued)!r}: move it") from None
+        raise
 
 
 def check_ending(path: Path) -> None:

@@ -42,6 +42,8 @@ class HeadFeatures:
             ``head(features)``; empty if it is.
         parts: the layers themselves, each with its columns of ``[features, 1]``'s weight.
         output: where the logits are in the model's output, for ``logits_of(..., choice=output)``.
+        computed: the dtype in which the model computes the head, coarser than the weight's where
+            its forward has an autocast of its own.
     """
 
     name: str
@@ -54,6 +56,7 @@ class HeadFeatures:
     write_back: str = ""
     parts: tuple[tuple[LinearLayer, slice], ...] = ()
     output: Any = None
+    computed: torch.dtype = torch.float64
 
     @property
     def plain(self) -> bool:
@@ -85,6 +88,7 @@ class HeadCapture:
         self._untouched = True
         self._head: Head | None = None
         self.classes = 0  # of the logits
+        self._computed = torch.float64  # the coarsest dtype of a head's output
 
     @property
     def head(self) -> Head:
@@ -121,6 +125,8 @@ class HeadCapture:
                 seen = observe(run, batch, self._head.parts, True)
                 logits = chosen(seen.output, self._head.choice)
             self._check(seen)
+        for made in seen.calls:
+            self._computed = _coarser(self._computed, made.out.dtype)
         targets = targets_of(batch[2], logits, self.reading.loss)
         self.classes = logits.shape[-1]
         if call is not None:
@@ -206,6 +212,7 @@ class HeadCapture:
             write_back,
             parts,
             head.choice,
+            self._computed,
         )
 
     def _write_back(self) -> str:
@@ -269,6 +276,10 @@ class HeadCapture:
             )
         elif steps:
             logger.info("head %r: between its output and the loss are %s", name, steps)
+
+
+def _coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    return max(a, b, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _weight_and_bias(layer: LinearLayer) -> Tensor:

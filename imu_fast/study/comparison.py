@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 import imu_fast
 from imu_fast.evaluation.statistics import paired_tests, summary
 from imu_fast.storage import replacing
+from imu_fast.study.cache import Cache, fingerprint
 from imu_fast.study.configuration import TUNING_SEED, Configuration
 from imu_fast.study.data.tasks import Dataset, load_dataset, make_task
 from imu_fast.study.entries import (
@@ -38,7 +39,6 @@ from imu_fast.study.entries import (
     Entry,
     entries_named,
 )
-from imu_fast.study.model_cache import trained_model
 from imu_fast.study.runs import DEPTHS, METRICS, Reached, Setting
 from imu_fast.unlearning.result import DivergedError
 
@@ -50,8 +50,6 @@ RULE = (
     "the report does not use; chosen once per architecture for a class and once for random sets. "
     "Where it diverges on a model of the report, the next smaller one."
 )
-# Raised whenever runs of an older version must not be taken over.
-_VERSION = 1
 _TESTED = ("retain_accuracy", "test_accuracy")
 Json = dict[str, Any]
 
@@ -91,25 +89,27 @@ def _pool(workers: int) -> Executor:
     )
 
 
-def train_original(config: Configuration, cache: Path, arch: str, seed: int) -> None:
+def train_original(cache: Cache, arch: str, seed: int) -> None:
     """Train one model into the cache."""
-    trained_model(config, cache, _load(config, seed), arch, seed)
+    cache.model(_load(cache.config, seed), arch, seed)
 
 
-def _run_path(
-    config: Configuration, cache: Path, arch: str, seed: int, task: str, name: str, extra: Any
-) -> Path:
-    key = config.run_key(arch, seed, task, [_VERSION, name, extra])
-    slug = "".join(c if c.isalnum() else "-" for c in name)
-    return cache / "runs" / f"{arch}-{seed}-{task}-{slug}-{key}.json"
-
-
-def choose_rates(config: Configuration, cache: Path, arch: str, kind: str) -> Json:
+def choose_rates(cache: Cache, arch: str, kind: str) -> Json:
     """``{method: learning rate}`` for one kind of task; a method a file."""
+    config = cache.config
     task = _tuning_task(config, kind)
     assert task is not None
     chosen: Json = {}
-    setting: Setting | None = None
+    prepared: list[Setting] = []
+
+    def chosen_rate(entry: Entry) -> Any:
+        if not prepared:
+            data = _load(config, TUNING_SEED)
+            model = cache.model(data, arch, TUNING_SEED)
+            forget = make_task(task, data, TUNING_SEED)
+            prepared.append(Setting(model, forget, None, TUNING_SEED))
+        return prepared[0].choose_rate(entry, config.max_steps)
+
     for name, entry in entries_named(config.methods).items():
         if kind not in entry.kinds:
             continue
@@ -117,21 +117,14 @@ def choose_rates(config: Configuration, cache: Path, arch: str, kind: str) -> Js
             chosen[name] = entry.rates[0]
             continue
         extra = [dict(entry.options), entry.rates, "rate"]
-        path = _run_path(config, cache, arch, TUNING_SEED, task, name, extra)
-        if not path.is_file():
-            if setting is None:
-                data = _load(config, TUNING_SEED)
-                model = trained_model(config, cache, data, arch, TUNING_SEED)
-                setting = Setting(model, make_task(task, data, TUNING_SEED), None, TUNING_SEED)
-            _write(path, setting.choose_rate(entry, config.max_steps))
-        chosen[name] = json.loads(path.read_text())
+        make = partial(chosen_rate, entry)
+        chosen[name] = cache.run(arch, TUNING_SEED, task, name, extra, make)
     return chosen
 
 
-def run_methods(
-    config: Configuration, cache: Path, arch: str, seed: int, task: str, rates: Json
-) -> list[Json]:
+def run_methods(cache: Cache, arch: str, seed: int, task: str, rates: Json) -> list[Json]:
     """Every method on one model and task; a method a file. Returns what the files hold."""
+    config = cache.config
     found: list[Json] = []
     setting: Setting | None = None
 
@@ -140,18 +133,14 @@ def run_methods(
         if setting is None:
             data = _load(config, seed)
             forget = make_task(task, data, seed)
-            model = trained_model(config, cache, data, arch, seed)
-            retrained = trained_model(
-                config, cache, data, arch, seed, without=task, samples=forget.retain
-            )
+            model = cache.model(data, arch, seed)
+            retrained = cache.model(data, arch, seed, without=task, rest=forget.retain)
             setting = Setting(model, forget, retrained, seed)
         return setting
 
     def kept(name: str, extra: Any, make: Callable[[], Json]) -> None:
-        path = _run_path(config, cache, arch, seed, task, name, extra)
-        if not path.is_file():
-            _write(path, make())
-        found.append({"arch": arch, "seed": seed, "task": task, **json.loads(path.read_text())})
+        value = cache.run(arch, seed, task, name, extra, make)
+        found.append({"arch": arch, "seed": seed, "task": task, **value})
 
     def references() -> Json:
         s = prepared()
@@ -221,8 +210,9 @@ def run(config: Configuration, out: Path, *, progress: bool = True) -> tuple[Jso
     """
     started = time.perf_counter()
     entries_named(config.methods)
-    _load(config, 0)  # its errors belong before the work, and not into another process
-    cache = out / "cache"
+    # Errors of the data belong before the work, and not into another process.
+    seeds = [*range(config.seeds), TUNING_SEED]
+    cache = Cache(out / "cache", config, {s: fingerprint(_load(config, s)) for s in seeds})
     kinds = [k for k in ("class", "random") if _tuning_task(config, k) is not None]
     models = [(arch, seed) for arch in config.archs for seed in range(config.seeds)]
     tuning = [(arch, TUNING_SEED) for arch in config.archs]
@@ -231,11 +221,9 @@ def run(config: Configuration, out: Path, *, progress: bool = True) -> tuple[Jso
     total = len(models) + len(tuning) + len(config.archs) * len(kinds) + len(jobs)
     with tqdm(total=total, desc="compare", unit="part", disable=not progress) as bar:
         try:
-            _all_done(
-                (pool.submit(train_original, config, cache, *m) for m in (*tuning, *models)), bar
-            )
+            _all_done((pool.submit(train_original, cache, *m) for m in (*tuning, *models)), bar)
             choosing = {
-                pool.submit(choose_rates, config, cache, arch, kind): (arch, kind)
+                pool.submit(choose_rates, cache, arch, kind): (arch, kind)
                 for arch in config.archs
                 for kind in kinds
             }
@@ -244,7 +232,6 @@ def run(config: Configuration, out: Path, *, progress: bool = True) -> tuple[Jso
             running = [
                 pool.submit(
                     run_methods,
-                    config,
                     cache,
                     arch,
                     seed,

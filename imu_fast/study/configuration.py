@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -123,23 +121,11 @@ class Configuration:
             raise InputError(f"config={str(path)!r} is no mapping of settings to values")
         return cls.of({**values, **given})
 
-    def training_key(self, arch: str, seed: int, task: str) -> str:
-        """Names a trained model: everything that its weights depend on."""
-        names = ("data", "train", "epochs", "lr")
-        settings = {name: getattr(self, name) for name in names}
-        if self.data == "folder":  # of the others the name says what they are
-            settings["data_path"] = self.data_path
-        return _digest([settings, arch, seed, task])
-
-    def run_key(self, arch: str, seed: int, task: str, version: Any) -> str:
-        """Names the runs of one model and task: also what the methods and budgets are."""
-        return _digest([self.training_key(arch, seed, task), self.max_steps, version])
+    def training(self) -> dict[str, Any]:
+        """The settings that a model's weights depend on."""
+        return {name: getattr(self, name) for name in ("data", "train", "epochs", "lr")}
 
     def as_dict(self) -> dict[str, Any]:
         """For the results; without the path, which is of one machine only."""
         kept = {k: v for k, v in asdict(self).items() if k not in ("data_path", "workers")}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

@@ -92,7 +92,7 @@ def _record(own: _Own, names: list[str]) -> Record:
 def _check_same(subject: Subject, ours: Measurement, own: Measurement) -> None:
     if not isinstance(subject, HeadSubject):
         return
-    eps = torch.finfo(subject.trained.dtype).eps
+    eps = torch.finfo(subject.computed).eps
     difference = (ours.loss.double() - own.loss.double()).abs()
     size = 1.0 + float(subject.theta.abs().max()) + ours.loss.double().abs()
     if bool((difference <= _ROUNDINGS * max(eps, 2.0**-23) * size).all()):

@@ -122,6 +122,8 @@ class HeadSubject:
         theta: [C, D], weight and bias (of each side by side); float32, or float64 as the head is.
         sets: ``(features [n, d], labels [n])`` by name, in theta's dtype.
         tied: names of the parameters that share the head's memory.
+        computed: the dtype in which the model computes the head: the weight's, or a coarser one
+            where its forward has an autocast of its own.
 
     Raises:
         InputError: a sample has no label, or several; or what is written would not hold.
@@ -142,6 +144,9 @@ class HeadSubject:
         self.name, self.has_bias = found.name, found.head.bias is not None
         self.layers = [part.module for part, _ in found.parts]
         captured |= {k: self._captured(k, self._asked) for k in loaders if k != "forget"}
+        self.computed = max(
+            (found.computed, found.head.weight.dtype), key=lambda dtype: torch.finfo(dtype).eps
+        )
         self.tied = [name for part, _ in found.parts for name in shared_with(model, part)]
         self._weights = [(HeadWeight(p.as_linear(), p.name), columns) for p, columns in found.parts]
         self.trained = torch.cat([weight.read() for weight, _ in self._weights], dim=1)
@@ -201,7 +206,7 @@ class HeadSubject:
 
     def _logits(self, features: Tensor) -> Tensor:
         """As the model computes them: in its own precision, with the weight rounded to it."""
-        dtype = self.dtype
+        dtype = self.computed
         if dtype == self._wide:
             return head_logits(features, self.theta, self.has_bias)
         return head_logits(features.to(dtype), self.theta.to(dtype), self.has_bias)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -368,17 +371,52 @@ def test_out_is_checked_before_the_work(toy, monkeypatch, command):
     assert not (folder / "new").exists()
 
 
-def test_a_full_disk_is_an_error_of_one_line(toy, monkeypatch):
-    folder, options, _ = toy
+def _arrays(path):
+    """What a result file holds, by name."""
+    return dict(np.load(path)) if path.suffix == ".npz" else load_tensors(path)[0]
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+
+def test_a_disk_that_fills_at_the_end_loses_no_result(toy, monkeypatch):
+    folder, options, _ = toy
+    whole = {command: folder / f"whole-{name}" for command, name in ENDS.items()}
+    for command, out in whole.items():
+        run(command, *options, "--out", out)
+    (folder / "full").mkdir()
+    (folder / "here").mkdir()
+    monkeypatch.chdir(folder / "here")
+    replace = os.replace
+
+    def full(source, target):
+        if "full" in str(target):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
 
     monkeypatch.setattr("os.replace", full)
     for command, name in ENDS.items():
-        text = run(command, *options, "--out", folder / name, code=2)
+        text = run(command, *options, "--out", folder / "full" / name, code=2)
         assert "cannot be written" in text and "No space left" in text
-        assert not (folder / name).exists()
+        kept = Path(re.search(r"the result is in '(.*)': move it", text)[1])
+        assert kept.parent == folder / "here"
+        ours, theirs = _arrays(kept), _arrays(whole[command])
+        assert ours.keys() == theirs.keys()
+        assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
+    assert not list((folder / "full").iterdir())
+
+    def everywhere(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", everywhere)
+    for command, name in ENDS.items():
+        text = run(command, *options, "--out", folder / "full" / name, code=2)
+        assert "No space left" in text and "move it" not in text
+
+
+def test_a_disk_that_is_too_small_is_said_before_the_work(toy, monkeypatch):
+    folder, options, _ = toy
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+    monkeypatch.setattr("imu_fast.unlearning.unlearn.unlearn", None)
+    text = run("unlearn", *options, "--out", folder / "out.safetensors", code=2)
+    assert "0 MB are free" in text
 
 
 def test_demo_out_is_a_file(tmp_path):

@@ -687,28 +687,6 @@ def test_a_loader_that_changes_what_it_reads_is_not_read_by_index():
     check(model, AnotherLoader(TensorDataset(x, y), 4), oracle(model, x * 0.5, y))
 
 
-def test_loaders_of_accelerate_are_seen_through(caplog):
-    """Its loaders and samplers, by their names and attributes."""
-    model, (x, y, _) = Net(), data()
-
-    class SeedableRandomSampler(Order):
-        pass
-
-    class DataLoaderShard:
-        def __init__(self, base_dataloader):
-            self.base_dataloader = base_dataloader
-
-        def __iter__(self):
-            return iter(self.base_dataloader)
-
-    loader = DataLoaderShard(
-        DataLoader(TensorDataset(x, y), 4, sampler=SeedableRandomSampler(ROWS))
-    )
-    with caplog.at_level(logging.WARNING, "imu_fast"):
-        check(model, loader, oracle(model, x[ROWS], y[ROWS]))
-    assert "SeedableRandomSampler" in caplog.text
-
-
 def test_what_a_loader_leaves_out_is_said_once(caplog):
     model, (x, y, _) = Net(), data()
     ds = TensorDataset(x, y)

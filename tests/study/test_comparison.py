@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from typer.testing import CliRunner
 from imu_fast.cli.app import app
 from imu_fast.errors import InputError
 from imu_fast.study import comparison
+from imu_fast.study.cache import Cache, fingerprint
 from imu_fast.study.configuration import Configuration
 from imu_fast.study.data.tasks import load_dataset, make_task
 from imu_fast.study.entries import AUTO, BASELINE, ENTRIES, HEAD_BASELINE, HIGHLIGHT, entries_named
@@ -127,21 +131,54 @@ def test_a_second_run_takes_everything_from_the_cache(compared, monkeypatch):
         raise AssertionError("this was there already")
 
     monkeypatch.setattr(comparison, "Setting", never)
-    monkeypatch.setattr("imu_fast.study.model_cache.train", never)
+    monkeypatch.setattr("imu_fast.study.cache.train", never)
     again, same = comparison.run(config, out, progress=False)
     assert same == trajectories
     assert {**again, "seconds": 0} == {**results, "seconds": 0}
 
 
-def test_another_budget_or_training_is_another_run():
-    base = Configuration.of(TINY)
-    longer, other = (Configuration.of(TINY | {k: 5}) for k in ("max_steps", "epochs"))
-    assert base.training_key("vgg", 0, "") == longer.training_key("vgg", 0, "")
-    assert base.training_key("vgg", 0, "") != other.training_key("vgg", 0, "")
-    here, there = (Configuration(data="folder", data_path=path) for path in ("a", "b"))
-    assert here.training_key("vgg", 0, "") != there.training_key("vgg", 0, "")
-    assert base.run_key("vgg", 0, "class", 1) != longer.run_key("vgg", 0, "class", 1)
-    assert base.run_key("vgg", 0, "class", 1) != base.run_key("vgg", 0, "class", 2)
+def _names(config, contents="abc"):
+    """What the entries of a model and of a run are called."""
+    cache = Cache(Path(), Configuration.of(config), {0: contents})
+    return cache._name("vgg", 0, ""), cache._name("vgg", 0, "class", cache.config.max_steps, "m", 1)
+
+
+def test_another_budget_training_or_data_is_another_entry():
+    model, run = _names(TINY)
+    longer_model, longer_run = _names(TINY | {"max_steps": 5})
+    assert model == longer_model and run != longer_run
+    for other in (_names(TINY | {"epochs": 5}), _names(TINY, contents="abd")):
+        assert other[0] != model and other[1] != run
+
+
+def test_the_data_are_known_by_every_image_and_label():
+    data = load_dataset("digits", None, 400, 7)
+    found = {fingerprint(data), fingerprint(load_dataset("digits", None, 400, 8))}
+    for part in (data.train, data.validation, data.test):
+        for tensor in part:
+            tensor.flatten()[-1] += 1
+            found.add(fingerprint(data))
+    assert len(found) == 8
+
+
+@pytest.mark.parametrize("pattern", ["runs/*-0-class-*.json", "*-original-*.safetensors"])
+def test_damaged_and_exchanged_entries_are_refused_by_name(compared, tmp_path, pattern):
+    config, out, _ = compared
+    shutil.copytree(out, tmp_path / "here")
+    path, other, *_ = sorted((tmp_path / "here" / "cache").glob(pattern))
+    whole = path.read_bytes()
+    for broken in (other.read_bytes(), whole[: len(whole) // 2], b"", _with_a_digit_off(whole)):
+        path.write_bytes(broken)
+        with pytest.raises(InputError, match=re.escape(path.name)):
+            comparison.run(config, tmp_path / "here", progress=False)
+    path.unlink()  # as the message says
+    comparison.run(config, tmp_path / "here", progress=False)
+
+
+def _with_a_digit_off(data):
+    """One digit near the end changed: still JSON, or another number in a tensor."""
+    at = max(i for i in range(len(data) - 8) if chr(data[i]).isdigit())
+    return data[:at] + bytes([48 + (data[at] - 47) % 10]) + data[at + 1 :]
 
 
 def test_configuration_from_yaml_and_flags(tmp_path):

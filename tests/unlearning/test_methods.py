@@ -14,6 +14,7 @@ from imu_fast.errors import InputError
 from imu_fast.model.batches import ForgetSet
 from imu_fast.model.reading import Reading
 from imu_fast.ops.objective import NPO_BETA
+from imu_fast.unlearning.ascent.network import NetworkSteps
 from imu_fast.unlearning.ascent.objectives import NPO
 from imu_fast.unlearning.ascent.wrong_labels import nearest_wrong_labels
 from imu_fast.unlearning.ascent.wrong_labels import random_wrong_labels as wrong_labels
@@ -297,3 +298,36 @@ def test_margin_edit_where_wrong_samples_contradict_the_others():
     result = imu.unlearn(head, (x, y), method="margin_edit", inplace=False)
     assert (result.model(x).argmax(dim=1) == y).tolist() == [False, True, False]
     assert result.indices.tolist() == [0, 2] or result.indices.tolist() == [2, 0]
+
+
+def test_batches_do_not_follow_the_order_of_magnitudes(problem):
+    """A seed draws the same batches whatever rounding does to scores that are nearly equal."""
+    model, x, y = problem
+    seen = []
+
+    class Recorded(NetworkSteps):
+        def step(self, rows, weights):
+            seen[-1].append(rows.tolist())
+            return super().step(rows, weights)
+
+    for nudge in (1.0, -1.0):
+        seen.append([])
+        data = x[:40] + 0.02 * nudge * torch.randn(
+            40, 8, generator=torch.Generator().manual_seed(1)
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("imu_fast.unlearning.ascent.scopes.NetworkSteps", Recorded)
+            result = imu.unlearn(
+                model,
+                (data, y[:40]),
+                scope="layers",
+                epochs=2,
+                batch_size=8,
+                clip_quantile=1.0,
+                inplace=False,
+            )
+        seen[-1].append(sorted(result.indices.tolist()))
+        seen[-1].append(result.indices.tolist())
+    assert seen[0][-2] == seen[1][-2], "the same samples"
+    assert seen[0][-1] != seen[1][-1], "in another order of magnitude"
+    assert seen[0][:-1] == seen[1][:-1]

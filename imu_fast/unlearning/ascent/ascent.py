@@ -23,7 +23,7 @@ from imu_fast.unlearning.ascent.objectives import OBJECTIVES, Objective, Objecti
 from imu_fast.unlearning.ascent.optimizer import OPTIMIZERS, Optimizer, OptimizerName
 from imu_fast.unlearning.ascent.scopes import PAPER_LAYERS, SCOPES, Layers, Scope, ScopeName
 from imu_fast.unlearning.ascent.step import Rule, Steps
-from imu_fast.unlearning.ascent.weights import WEIGHTS, Influence, Weights, WeightsName
+from imu_fast.unlearning.ascent.weights import WEIGHTS, Influence, Weights, WeightsName, by_index
 from imu_fast.unlearning.checkpoint import Checkpoint, Progress
 from imu_fast.unlearning.confirm import confirm
 from imu_fast.unlearning.depth import StopRule, bisect
@@ -303,10 +303,12 @@ class _Run:
         self, epoch: int, indices: Tensor, weights: Tensor, bar: tqdm
     ) -> tuple[str, float] | None:
         """One pass over the selected samples; returns why and where it stopped, if it did."""
-        method, seed, size = self.method, self.job.seed, self.method.batch_size
+        method, size = self.method, self.method.batch_size
         per_batch = method.weights.reweight == "batch"
-        pool = torch.arange(self.subject.n) if per_batch else indices
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        pool = torch.arange(self.subject.n)
+        if not per_batch:
+            pool, weights = by_index(indices, weights)
+        generator = torch.Generator().manual_seed(self.job.seed * 1_000_003 + epoch)
         order = torch.randperm(len(pool), generator=generator)
         losses: list[Tensor] = []
         end: tuple[str, float] | None = None

@@ -16,6 +16,12 @@ from imu_fast.options import Choice, Options, Table, option, options
 from imu_fast.unlearning.subject import Subject
 
 
+def by_index(indices: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """A selection in the order of its indices: that of magnitudes follows the scores' rounding."""
+    ordered, places = indices.sort()
+    return ordered, weights[places.to(weights.device)]
+
+
 def _check_reweight(name: str, value: str) -> None:
     check_choice(name, value, ("once", "epoch", "batch"))
 
