@@ -110,7 +110,7 @@ def leave_one_out(
     check_positive("tolerance", tolerance)
     loss = Reading.of("leave_one_out", reading).loss
     found = capture_features(model, data, head, progress=progress, **reading)
-    _check(found, loss)
+    _check(found)
     for part, _ in found.parts:
         say_of_weight(model, part)
     wide = torch.device("cpu") if found.features.device.type == "mps" else found.features.device
@@ -124,19 +124,19 @@ def leave_one_out(
     return left_out.result(refit, tolerance)
 
 
-def _check(found: HeadFeatures, loss: Loss) -> None:
+def _check(found: HeadFeatures) -> None:
     if found.between or not found.linear or len(found.parts) > 1:
         raise InputError(
             f"between the head {found.name!r} and the logits: {found.between or 'several layers'}; "
             "leave_one_out needs logits that are one layer's output, or pass that layer as the "
             "model and its inputs as data"
         )
-    if not is_flat(found.offsets) or not bool(loss.valid(found.labels).all()):
+    if not is_flat(found.offsets):
         counts = found.offsets.diff()
-        bad = int(torch.nonzero(counts != 1)[0]) if bool((counts != 1).any()) else 0
+        bad = int(torch.nonzero(counts != 1)[0])
         raise InputError(
-            f"data: sample {bad} has {int(counts[bad])} labels; leave_one_out is of samples with "
-            "one each: leave those without a label out"
+            f"data: sample {bad} has {int(counts[bad])} labels; each sample needs a label, and no "
+            "more than one: leave the others out"
         )
     if len(found.labels) < 2:
         raise InputError("data has one sample, without which nothing is left; pass at least two")

@@ -39,7 +39,7 @@ class Objective:
     def at(self, theta: Tensor) -> Point:
         """Signal and losses there; theta [C, D]."""
         logits = self.a @ theta.T
-        delta, losses = self.loss.residual(logits, self.labels, None)
+        delta, losses = self.loss.residual(logits, self.labels, None)[:2]
         return Point(self, theta, logits, delta, losses)
 
     def optimum(self, theta: Tensor) -> Point:

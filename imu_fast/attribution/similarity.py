@@ -15,11 +15,13 @@ from imu_fast.curvature.identity import Identity
 from imu_fast.errors import check_choice
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.source import Factors
-from imu_fast.influence.scores import Layers
-from imu_fast.influence.scores import _as_layers as as_layers
-from imu_fast.influence.scores import _check_like as check_like
-from imu_fast.influence.scores import _factors_of as factors_of
-from imu_fast.influence.scores import _target_vectors as target_vectors
+from imu_fast.influence.scores import (
+    Layers,
+    as_layers,
+    check_like,
+    factors_of,
+    target_vectors,
+)
 from imu_fast.model.guard import door
 from imu_fast.model.reading import ReadingOptions
 from imu_fast.ops.bilinear_scores import bilinear_scores, gradient_norms

@@ -13,7 +13,7 @@ from imu_fast.attribution.similarity import products, squared_norms
 from imu_fast.errors import InputError, check_positive
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.source import Factors
-from imu_fast.influence.scores import _as_layers as as_layers
+from imu_fast.influence.scores import as_layers
 from imu_fast.model.batches import rereadable
 from imu_fast.model.capture import capture
 from imu_fast.model.guard import door

@@ -12,8 +12,10 @@ from torch.nn.functional import cross_entropy, softplus
 
 import imu_fast as imu
 from imu_fast.attribution.leave_one_out import _Without
+from imu_fast.attribution.newton import Objective
 from imu_fast.errors import InputError
 from imu_fast.losses.base import Loss, OutputCurvature
+from imu_fast.losses.cross_entropy import CrossEntropy
 from imu_fast.options import options
 
 CLASSES = 4
@@ -219,6 +221,16 @@ def test_confident_samples_and_separable_data():
     loss = cross_entropy(30 * x[3] @ truth[:, :-1].T + truth[:, -1], y[3])
     assert bool(torch.isfinite(found.losses).all()) and float(found.losses.min()) > 0
     assert abs(float(found.losses[3] / loss) - 1) < 0.3
+
+
+def test_the_curvature_of_a_confident_sample_is_not_cancelled():
+    """Logits 30 and 0: ``p (1 - p)`` is 1e-13, which ``p - p^2`` has to three digits."""
+    a = torch.tensor([[1.0]], dtype=torch.float64)
+    point = Objective(a, torch.tensor([0]), CrossEntropy(), a[0]).at(30.0 * torch.eye(2, 1).to(a))
+    ((_, blocks),) = point.chunks()
+    size = torch.tensor(30.0, dtype=torch.float64)
+    expected = size.sigmoid() * (-size).sigmoid() * torch.tensor([[1, -1], [-1, 1.0]]).double()
+    torch.testing.assert_close(blocks[0], expected, rtol=1e-10, atol=0)
 
 
 def test_one_binary_label_is_the_formula_of_logistic_regression():
