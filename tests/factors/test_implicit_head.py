@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, LargestTensor, every_case, every_dtype
+from cases import CASES, every_case, every_dtype
 from torch.nn.functional import cross_entropy, linear
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import imu_fast as imu
 from imu_fast.curvature.named import CURVATURES
@@ -158,27 +159,40 @@ def test_against_autograd_one_sample_at_a_time(dtype, slab):
         assert float((found.double() - truth).norm() / truth.norm()) < bound
 
 
+class LargestNew(TorchDispatchMode):
+    """The largest number of elements of memory that was not there before."""
+
+    def __init__(self, *known):
+        super().__init__()
+        self.known, self.largest = {t.untyped_storage().data_ptr() for t in known}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            storage = out.untyped_storage()
+            if storage.data_ptr() not in self.known:
+                self.largest = max(self.largest, storage.nbytes() // out.itemsize)
+        return out
+
+
 @pytest.mark.parametrize("name", SEPARATE)
-def test_nothing_of_the_size_of_the_signal_or_the_weight_exists(name, monkeypatch):
+@pytest.mark.parametrize("offsets", [None, torch.tensor([0, 3, 50, 50, 120, 200])], ids=str)
+def test_nothing_of_the_size_of_the_signal_or_the_weight_exists(name, offsets, monkeypatch):
     tokens, classes, d, step = 200, 4000, 64, 128
     monkeypatch.setattr(implicit_head, "_FEWEST_CLASSES", step)
     monkeypatch.setattr(implicit_head, "_TILE_BYTES", 1)
     monkeypatch.setattr(implicit_head, "_TOKENS", 50)
-    monkeypatch.setattr("imu_fast.ops.linear_softmax.SLAB", step)
+    monkeypatch.setattr(implicit_head, "SLAB", step)
+    monkeypatch.setattr("imu_fast.ops.linear_softmax.normaliser.body.__defaults__", (step,))
     features, labels = torch.randn(tokens, d), torch.randint(classes, (tokens,))
     weight = torch.randn(classes, d)
-    offsets = torch.tensor([0, 3, 50, 50, 120, tokens])
-    for cut in (None, offsets):
-        if cut is not None and name == "fisher_diag":
-            monkeypatch.setattr("imu_fast.ops.fisher_diagonal.TILE_ELEMENTS", 1 << 12)
-        known = LargestTensor()
-        head = from_head(features, weight, None, labels, cut, implicit=True)
-        largest = weight.numel()  # storage of views of the operands
-        with known:
-            imu.influence_scores(head, curvature=name)
-            imu.self_influence(head, curvature=name)
-            imu.influence_scores(head, curvature=name, target=head.samples(0, 2))
-        assert known.largest <= largest < tokens * classes
+    with LargestNew(features, weight, labels) as mode:
+        head = from_head(features, weight, None, labels, offsets, implicit=True)
+        imu.influence_scores(head, curvature=name)
+        imu.influence_scores(head, curvature=name, target=head.samples(0, 2))
+        imu.self_influence(head, curvature=name)
+        imu.pairwise_influence(head, head.samples(0, 2), curvature=name)
+    assert mode.largest <= 4 * step * max(tokens, d)
 
 
 def test_signals_beyond_a_size_are_implicit_and_no_others(monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -165,3 +167,52 @@ def test_autocast_of_the_model_is_seen(large):
 
     found = imu.capture_features(Language(then), images())
     assert found.computed == torch.bfloat16
+
+
+def test_language_models_against_autograd_one_sample_at_a_time(large):
+    """Padded; tied and not; with a softcap, whose logits have to be computed."""
+    t = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    small = dict(
+        vocab_size=C,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=4,
+    )
+    sizes = dict(vocab_size=C, n_embd=8, n_layer=1, n_head=2, n_positions=16)
+    models = {
+        t.GPT2LMHeadModel(t.GPT2Config(**sizes)): ImplicitHead,
+        t.LlamaForCausalLM(t.LlamaConfig(**small, tie_word_embeddings=False)): ImplicitHead,
+        t.Gemma2ForCausalLM(t.Gemma2Config(**small, final_logit_softcapping=2.0)): (
+            imu.GradientFactors
+        ),
+    }
+    ids, mask = torch.randint(C, (6, 9)), torch.ones(6, 9, dtype=torch.int64)
+    mask[1, 6:] = mask[4, 3:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    batch = dict(input_ids=ids, attention_mask=mask, labels=labels)
+    batches = [{k: v[i : i + 2] for k, v in batch.items()} for i in (0, 2, 4)]
+    for model, kind in models.items():
+        factors = imu.capture(model.eval(), batches, shift=True)
+        assert type(factors) is kind
+        truth = copy.deepcopy(model).double()
+        weight = truth.get_output_embeddings().weight.detach().clone().requires_grad_()
+        head = truth.get_output_embeddings()
+        head.register_forward_hook(
+            lambda m, args, out, w=weight: nn.functional.linear(args[0].detach(), w)
+        )
+        rows = []
+        for one, seen, wanted in zip(ids, mask, labels, strict=True):
+            logits = truth(input_ids=one[None], attention_mask=seen[None]).logits[0, :-1]
+            loss = nn.functional.cross_entropy(logits, wanted[1:], ignore_index=-100)
+            rows.append(torch.autograd.grad(loss, weight)[0].flatten())
+        g = torch.stack(rows)
+        expected = -(g @ (g.mean(dim=0) / (g.square().mean(dim=0) + 1e-2)))
+        for found in (
+            imu.influence_scores(factors),
+            imu.influence_scores(model, batches, shift=True),
+        ):
+            assert float((found.double() - expected).norm() / expected.norm()) < 1e-5
