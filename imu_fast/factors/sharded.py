@@ -106,7 +106,6 @@ class ShardedFactors:
         """The same samples at some outputs alone."""
         some = copy(self)
         some.local = at_outputs(self.local, classes)
-        some._at_once = some.num_classes
         return some
 
     def chunks(self, max_tokens: int | None = None) -> Iterator[GradientFactors]:
