@@ -35,6 +35,7 @@ _EXPORTS = {
     "GradientFactors": "factors.gradient_factors",
     "Head": "unlearning.ascent.scopes",
     "Identity": "curvature.identity",
+    "ImplicitHead": "factors.implicit_head",
     "ImuFastError": "errors",
     "Influence": "unlearning.ascent.weights",
     "influence_scores": "influence.scores",
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
     from imu_fast.errors import InputError as InputError
     from imu_fast.evaluation.evaluate import evaluate as evaluate
     from imu_fast.factors.gradient_factors import GradientFactors as GradientFactors
+    from imu_fast.factors.implicit_head import ImplicitHead as ImplicitHead
     from imu_fast.factors.sharded import ShardedFactors as ShardedFactors
     from imu_fast.influence.scores import influence_scores as influence_scores
     from imu_fast.influence.scores import pairwise_influence as pairwise_influence
