@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "Ascent": "unlearning.ascent.ascent",
     "Auto": "unlearning.auto",
+    "BinaryCrossEntropy": "losses.binary_cross_entropy",
     "backends": "backend",
     "capture": "model.capture",
     "capture_features": "model.capture",
@@ -50,6 +51,7 @@ _EXPORTS = {
     "MarginEdit": "unlearning.edit.margin_edit",
     "methods": "unlearning.named",
     "Network": "unlearning.ascent.scopes",
+    "OutputCurvature": "losses.output_curvature",
     "pairwise_influence": "influence.scores",
     "pairwise_similarity": "attribution.similarity",
     "Permuted": "unlearning.ascent.weights",
@@ -57,6 +59,7 @@ _EXPORTS = {
     "similarity_scores": "attribution.similarity",
     "SGD": "unlearning.ascent.optimizer",
     "ShardedFactors": "factors.sharded",
+    "SquaredError": "losses.squared_error",
     "StopRule": "unlearning.depth",
     "tracin": "attribution.tracin",
     "tracin_self_influence": "attribution.tracin",
@@ -98,7 +101,10 @@ if TYPE_CHECKING:
     from imu_fast.influence.scores import pairwise_influence as pairwise_influence
     from imu_fast.influence.scores import self_influence as self_influence
     from imu_fast.influence.weights import influence_weights as influence_weights
+    from imu_fast.losses.binary_cross_entropy import BinaryCrossEntropy as BinaryCrossEntropy
     from imu_fast.losses.cross_entropy import CrossEntropy as CrossEntropy
+    from imu_fast.losses.output_curvature import OutputCurvature as OutputCurvature
+    from imu_fast.losses.squared_error import SquaredError as SquaredError
     from imu_fast.model.capture import capture as capture
     from imu_fast.model.capture import capture_features as capture_features
     from imu_fast.model.head import find_head as find_head

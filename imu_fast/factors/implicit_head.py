@@ -21,6 +21,7 @@ from torch import Tensor
 from imu_fast.errors import InputError, check_count, check_finite_rows
 from imu_fast.factors.sums import S, joined, summed
 from imu_fast.losses.base import Loss, mean_scale
+from imu_fast.losses.output_curvature import LabelSoftmax
 from imu_fast.ops.linear_softmax import SLAB, Head, Normaliser, normaliser, products_for, residual
 from imu_fast.ops.tokens import cuts, is_flat, picked, sum_over_tokens
 
@@ -51,7 +52,7 @@ class ImplicitHead(Generic[F]):
         labels: [N] int64, all of them classes. offsets: [n+1] int64 on the CPU.
         known: what the first sweep found of each token.
         loss: a plain cross-entropy. name: the layer's name in the model.
-        make: of ``delta, act, offsets, has_bias, labels, losses, name, loss``: what chunks are.
+        make: of ``delta, act, offsets, has_bias, labels, losses, name, loss, curvature``: chunks.
     """
 
     features: Tensor
@@ -239,7 +240,12 @@ class ImplicitHead(Generic[F]):
                 losses[first:last],
                 self.name,
                 self.loss,
+                LabelSoftmax(self._label_probabilities(rows)),
             )
+
+    def _label_probabilities(self, rows: slice) -> Tensor:
+        loss, scale = self.known.loss[rows], self.__dict__["_scale"]
+        return torch.exp(-(loss if scale is None else loss / scale[rows]))
 
     def sums(self, statistic: Callable[[F], S]) -> S:
         """``statistic`` of all samples, see :class:`imu_fast.factors.source.Factors`."""
