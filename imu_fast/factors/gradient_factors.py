@@ -130,7 +130,7 @@ class GradientFactors:
             if tensor is not None:
                 check_same_device("features", features, label, tensor)
         chosen = LOSSES.choose(loss, ignore_index=ignore_index)
-        if isinstance(chosen, CrossEntropy) and chosen.shift:
+        if isinstance(chosen, CrossEntropy) and chosen.shift is True:
             raise InputError(
                 "shift=True is for capture, which sees positions; pass rows of features with the "
                 "labels that they predict, and a loss without it"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from imu_fast.errors import InputError, check_flag
+from imu_fast.errors import InputError
 from imu_fast.losses.base import Loss, OutputCurvature
 from imu_fast.ops.softmax_residual import softmax_residual
 from imu_fast.options import option, options
@@ -31,6 +31,11 @@ def check_labels(labels: Tensor, num_classes: int, ignore_index: int = IGNORE_IN
         )
 
 
+def _check_shift(name: str, value: Any) -> None:
+    if value != "auto" and not isinstance(value, bool):
+        raise InputError(f"{name}={value!r} must be True, False or 'auto'")
+
+
 def _check_index(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise InputError(f"{name}={value!r} must be an integer, such as {IGNORE_INDEX}")
@@ -43,16 +48,17 @@ class CrossEntropy(Loss):
     Attributes:
         ignore_index: tokens with this label have no loss, and no gradient.
         shift: logits [B, T, C] at position t predict the label at t + 1 (causal language models
-            whose data set has not shifted them already); where a model is captured.
+            whose data set has not shifted them already); where a model is captured. ``"auto"``: as
+            the model's own loss does it, said through the log.
     """
 
     name = "cross_entropy"
     ignore_index: int = option(default=IGNORE_INDEX, check=_check_index)
-    shift: bool = option(default=False, check=check_flag)
+    shift: bool | Literal["auto"] = option(default="auto", check=_check_shift)
 
     def aligned(self, per_position: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """What belongs together of [B, T, ...] and labels [B, T]; [B] have no positions."""
-        if self.shift and labels.dim() == 2:
+        if self.shift is True and labels.dim() == 2:
             return per_position[:, :-1], labels[:, 1:]
         return per_position, labels
 

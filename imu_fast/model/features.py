@@ -14,6 +14,7 @@ from imu_fast.errors import InputError, NoHeadFoundError, check_finite_rows
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.model.between import Between, Piece, bias_columns, plain_piece, side_by_side
 from imu_fast.model.calls import Seen
+from imu_fast.model.causal import settled
 from imu_fast.model.head import LinearLayer, no_head, say_of_weight, shared_with
 from imu_fast.model.logits import chosen
 from imu_fast.model.loss import targets_of
@@ -127,6 +128,7 @@ class HeadCapture:
             self._check(seen)
         for made in seen.calls:
             self._computed = _coarser(self._computed, made.out.dtype)
+        self.reading = settled(self.reading, self.model, run, batch, logits, self._head.choice)
         targets = targets_of(batch[2], logits, self.reading.loss)
         self.classes = logits.shape[-1]
         if call is not None:
