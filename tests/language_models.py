@@ -233,3 +233,9 @@ def gradients(model: nn.Module, kind: str, data: dict[str, Tensor], layer: str) 
         found = torch.autograd.grad(loss, chosen)
         rows.append(torch.cat([(torch.zeros_like(g) if empty else g).flatten() for g in found]))
     return torch.stack(rows)
+
+
+def head_of(model: nn.Module) -> str:
+    """The name of the layer that makes its logits."""
+    names = [name for name, _ in model.named_modules()]
+    return next(k.head for k in KINDS.values() if k.head in names)

@@ -271,5 +271,6 @@ def _declared_causal(model: nn.Module) -> bool:
     models = sys.modules.get("transformers.models.auto.modeling_auto")
     names = getattr(models, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", {})
     inner = innermost(model)
-    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    unwrapped = getattr(inner, "get_base_model", None)
+    base = unwrapped() if callable(unwrapped) else inner
     return type(base).__name__ in set(names.values())

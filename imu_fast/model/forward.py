@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,10 +65,10 @@ class Forward:
         return next((name for name in LABEL_NAMES if name in self.names), None)
 
     @property
-    def place_of_labels(self) -> float:
-        """As which positional input the forward takes labels; infinity: as none."""
+    def place_of_labels(self) -> int:
+        """As which positional input the forward takes labels; beyond any: as none."""
         found = [i for i, name in enumerate(self.positional) if name == self.labels]
-        return found[0] if found else math.inf
+        return found[0] if found else sys.maxsize
 
     def takes_labels_at(self, place: int) -> bool:
         """Whether the forward must have the labels as its input number ``place``."""

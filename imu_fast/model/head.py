@@ -66,11 +66,11 @@ class LinearLayer:
         """The module's input as act [..., d]; None where the layer is not linear on it."""
         if not isinstance(self.module, _CONVOLUTIONS):
             return x
-        spatial = self.module.weight.dim() - 2  # type: ignore[operator]
+        spatial = self.module.weight.dim() - 2
         kernel = self.module.kernel_size
-        if all(k == 1 for k in kernel) and all(s == 1 for s in self.module.stride):  # type: ignore
+        if all(k == 1 for k in kernel) and all(s == 1 for s in self.module.stride):
             return x.movedim(-1 - spatial, -1)
-        if tuple(x.shape[-spatial:]) == tuple(kernel):  # type: ignore[arg-type]
+        if tuple(x.shape[-spatial:]) == tuple(kernel):
             return x.flatten(-1 - spatial)[(..., *[None] * spatial, slice(None))]
         return None
 
@@ -78,7 +78,7 @@ class LinearLayer:
         """The module's output, or a gradient of it, as [..., C]."""
         if not isinstance(self.module, _CONVOLUTIONS):
             return y
-        return y.movedim(1 - self.module.weight.dim(), -1)  # type: ignore[operator]
+        return y.movedim(1 - self.module.weight.dim(), -1)
 
     def as_linear(self) -> nn.Linear:
         """The module, or for another kind an nn.Linear that shares its memory."""

@@ -77,6 +77,16 @@ def masked_tokens(items: Sequence[Any], forward: Forward) -> Rule | None:
     return Rule(read, True, labels, tuple(range(3, len(items))))
 
 
+def several_in_a_row(parts: Parts) -> bool:
+    """Whether positions begin anew within a row: samples packed one after another."""
+    positions = parts.kwargs.get("position_ids")
+    if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] < 2:
+        return False
+    # Not padding, whose positions may be zeros too.
+    anew = (positions[:, 1:-1] == 0) & (positions[:, :-2] != 0) & (positions[:, 2:] == 1)
+    return bool(anew.any())
+
+
 def needs_labels(model: nn.Module, parts: Parts, name: str) -> bool:
     """Whether a model's outputs at each label are made from the labels, which it takes as ``name``.
 

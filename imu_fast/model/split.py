@@ -32,7 +32,14 @@ from imu_fast.model.nested import (
     tensors_in,
 )
 from imu_fast.model.parts import Data, Parts, device_of, pick, to_device
-from imu_fast.model.rule import REFUSALS, Rule, like_a_mask, masked_tokens, needs_labels
+from imu_fast.model.rule import (
+    REFUSALS,
+    Rule,
+    like_a_mask,
+    masked_tokens,
+    needs_labels,
+    several_in_a_row,
+)
 
 logger = logging.getLogger("imu_fast")
 
@@ -70,7 +77,13 @@ class Splitter:
             if form not in self._rules:
                 self._rules[form] = self._choose(self._readings(batch), batch)
             picked = self._rules[form].read(batch)
-        return self._with_labels(self._parts(picked), form)
+        parts = self._with_labels(self._parts(picked), form)
+        if several_in_a_row(parts):
+            self._say(
+                "batches have several sequences in a row (position_ids begin anew): a sample is a "
+                "whole row; to tell them apart, give each a row of its own"
+            )
+        return parts
 
     def _with_labels(self, parts: Parts, form: Any) -> Parts:
         """With the labels among the inputs, where the model makes its outputs from them."""

@@ -34,6 +34,73 @@ def test_scores_of_attention_layers(kind):
     assert_scores(imu.influence_scores(model, [data], layers=[layer]), truth)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2", "granite", "bart", "bert tokens"])
+def test_half_precision(kind):
+    """Against float64 at the same rounded weights: what is left is the forward's own rounding."""
+    model, data = lm.make(kind).bfloat16(), lm.batch(kind)
+    truth = scores(lm.gradients(model, kind, data, lm.KINDS[kind].head))
+    found = imu.influence_scores(model, [data])
+    assert_scores(found, truth, 5e-3)
+    assert imu.capture(model, [data]).delta.dtype == torch.float32
+
+
+def lora(model, **more):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=3, lora_alpha=6, task_type="CAUSAL_LM", **more)
+    model = peft.get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.3)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "opt"])
+def test_adapters(kind):
+    targets = ["c_attn"] if kind == "gpt2" else ["q_proj", "v_proj"]
+    model, data = lora(lm.make(kind), target_modules=targets), lm.batch(kind)
+    truth = scores(lm.gradients(model, kind, data, "base_model.model." + lm.KINDS[kind].head))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    assert_scores(imu.influence_scores(model, [data]), truth)
+    chosen = [n for n, m in model.named_modules() if "lora_" in n and hasattr(m, "weight")]
+    total = sum(scores(lm.gradients(model, kind, data, name)) for name in chosen)
+    assert_scores(imu.influence_scores(model, [data], layers=chosen), total)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_a_quantised_base_with_a_float_head():
+    """As 8- and 4-bit loaders leave it: layers that are no nn.Linear, and the head as it was."""
+
+    class Int8(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+            self.register_buffer("weight", (linear.weight.detach() / scale).round().to(torch.int8))
+            self.register_buffer("scale", scale)
+
+        def forward(self, x):
+            return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype))
+
+    model, data = lm.make("llama"), lm.batch("llama")
+    for layer in model.model.layers:
+        for block in (layer.self_attn, layer.mlp):
+            for name, module in list(block.named_children()):
+                if isinstance(module, torch.nn.Linear):
+                    setattr(block, name, Int8(module))
+    truth = scores(lm.gradients(model, "llama", data, "lm_head"))
+    assert_scores(imu.influence_scores(model, [data]), truth)
+
+
+def test_gradient_checkpointing_and_training_mode():
+    model, data = lm.make("llama"), lm.batch("llama")
+    layer = lm.KINDS["llama"].attention
+    expected = imu.influence_scores(model, [data], layers=[layer])
+    model.gradient_checkpointing_enable()
+    model.train()
+    assert torch.equal(imu.influence_scores(model, [data], layers=[layer]), expected)
+    assert model.training and model.is_gradient_checkpointing
+
+
 def test_more_than_the_head_of_a_tied_model_is_said(caplog):
     model, data = lm.make("llama", tied=True), lm.batch("llama")
     with caplog.at_level(logging.WARNING, "imu_fast"):
