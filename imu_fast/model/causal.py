@@ -26,6 +26,8 @@ from imu_fast.model.loss import counts_of, sample_losses, targets_of
 from imu_fast.model.nested import leaves
 from imu_fast.model.parts import Parts
 from imu_fast.model.reading import Reading
+from imu_fast.model.run import evaluated, read
+from imu_fast.model.search import locate
 
 logger = logging.getLogger("imu_fast")
 
@@ -59,6 +61,20 @@ def settled(
     if shift is None:
         return reading
     return replace(reading, loss=replace(loss, shift=shift))
+
+
+def settled_on(reading: Reading, model: nn.Module, loader: Any) -> Reading:
+    """:func:`settled` by the first batches of a loader that show it."""
+    with evaluated(model) as run:
+        for batch in read(model, loader, progress=False):
+            if batch[2].dim() < 2:
+                return reading
+            output = run(batch)
+            choice = locate(model, run, batch, output, reading.output)
+            reading = settled(reading, model, run, batch, chosen(output, choice), choice)
+            if getattr(reading.loss, "shift", None) != "auto":
+                break
+    return reading
 
 
 class _Own:

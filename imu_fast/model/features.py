@@ -45,6 +45,7 @@ class HeadFeatures:
         output: where the logits are in the model's output, for ``logits_of(..., choice=output)``.
         computed: the dtype in which the model computes the head, coarser than the weight's where
             its forward has an autocast of its own.
+        sequences: whether a sample has labels at positions, and not one of its own.
     """
 
     name: str
@@ -58,6 +59,7 @@ class HeadFeatures:
     parts: tuple[tuple[LinearLayer, slice], ...] = ()
     output: Any = None
     computed: torch.dtype = torch.float64
+    sequences: bool = False
 
     @property
     def plain(self) -> bool:
@@ -88,6 +90,7 @@ class HeadCapture:
         # Whether the logits have been the output itself so far: then nothing is differentiated.
         self._untouched = True
         self._head: Head | None = None
+        self._sequences = False
         self.classes = 0  # of the logits
         self._computed = torch.float64  # the coarsest dtype of a head's output
 
@@ -130,6 +133,7 @@ class HeadCapture:
             self._computed = _coarser(self._computed, made.out.dtype)
         self.reading = settled(self.reading, self.model, run, batch, logits, self._head.choice)
         targets = targets_of(batch[2], logits, self.reading.loss)
+        self._sequences |= targets.dim() > 1
         self.classes = logits.shape[-1]
         if call is not None:
             return plain_piece(call.act.reshape(*targets.shape, -1), targets)
@@ -215,6 +219,7 @@ class HeadCapture:
             parts,
             head.choice,
             self._computed,
+            self._sequences,
         )
 
     def _write_back(self) -> str:

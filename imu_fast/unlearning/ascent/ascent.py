@@ -9,15 +9,19 @@ from torch import nn
 from typing_extensions import Self
 
 from imu_fast.errors import check_choice, check_count, check_positive
+from imu_fast.model.batches import ForgetSet
 from imu_fast.options import Choice, option, options
-from imu_fast.unlearning.ascent.objectives import OBJECTIVES, Objective, ObjectiveName
+from imu_fast.unlearning.ascent.objectives import OBJECTIVES, Objective, ObjectiveName, Relabel
 from imu_fast.unlearning.ascent.optimizer import OPTIMIZERS, Optimizer, OptimizerName
+from imu_fast.unlearning.ascent.retain import ASCENDED, RETAIN, RETAINS, Retain, Retained
 from imu_fast.unlearning.ascent.run import Run
 from imu_fast.unlearning.ascent.scopes import PAPER_LAYERS, SCOPES, Layers, Scope, ScopeName
 from imu_fast.unlearning.ascent.step import Rule
 from imu_fast.unlearning.ascent.weights import WEIGHTS, Influence, Weights, WeightsName
+from imu_fast.unlearning.identity import of_forget_set
 from imu_fast.unlearning.method import Job, Method
 from imu_fast.unlearning.result import UnlearnResult
+from imu_fast.unlearning.subject import naming
 
 
 def _check_limit(name: str, value: int | None) -> None:
@@ -52,10 +56,12 @@ class Ascent(Method):
     Args:
         weights: how much each sample weighs: ``Uniform()``, ``Influence(...)``, ``Permuted(...)``,
             ``LossWeights(...)``.
-        objective: f: ``"ce"``, ``"margin"``, ``"log1mp"``, ``"npo"``, ``"relabel"``.
+        objective: f: ``"ce"``, ``"margin"``, ``"log1mp"``, ``"npo"``, ``"simnpo"``, ``"relabel"``,
+            ``"refusal"``; of a sequence the mean over its tokens, unless it says otherwise.
         scope: what changes: ``Head(...)``, ``Layers(...)``, ``Network(...)``.
         optimizer: ``SGD(...)``, a class out of ``torch.optim``, or a function that makes an
             optimizer of a list of tensors.
+        retain: data that is to stay, or ``Retain(...)``; without, nothing of it is needed.
         epochs, max_steps: the budget; whichever is used up first.
         batch_size: forget samples per step.
         alpha: weight of the L1 norm of the trained parameters.
@@ -70,11 +76,17 @@ class Ascent(Method):
     objective: Choice[Objective, ObjectiveName] = Choice(OBJECTIVES, "ce")
     scope: Choice[Scope, ScopeName] = Choice(SCOPES, "head")
     optimizer: Choice[Optimizer, OptimizerName] = Choice(OPTIMIZERS, "sgd")
+    retain: Choice[Retained, str] = Choice(RETAINS, "none")
     epochs: int = option(default=10, check=check_count)
     max_steps: int | None = option(default=None, check=_check_limit)
     batch_size: int = option(default=256, check=check_count)
     alpha: float = option(default=0.0, check=_check_not_negative)
     record: Literal["epoch", "step"] = option(default="epoch", check=_check_record)
+
+    @property
+    def sequences(self) -> bool:
+        """All but what moves floating inputs."""
+        return not (isinstance(self.objective, Relabel) and self.objective.target == "nearest")
 
     @property
     def batches_of(self) -> int:
@@ -84,7 +96,17 @@ class Ascent(Method):
         return replace(self, scope=self.scope.bind(model))
 
     def run(self, job: Job) -> UnlearnResult:
+        retain = self.retain if isinstance(self.retain, Retain) else None
+        if retain is not None:
+            with naming(RETAIN):
+                job.sets[RETAIN] = ForgetSet(retain.data, self.batch_size, job.model)
+            if job.checkpoint is not None:
+                job.belongs["set 'retain'"] = of_forget_set(job.sets[RETAIN])
+        samples, name = self.objective.samples(job, self.batch_size), "forget"
+        if samples is not job.forget:
+            name = ASCENDED
+            job.sets[name] = samples
         auxiliary = self.objective.auxiliary(job)
-        rule = Rule(self.objective.name, auxiliary, self.alpha, self.optimizer)
+        rule = Rule(self.objective, auxiliary, self.alpha, self.optimizer, retain, name)
         steps = self.scope.steps(job, rule)
         return Run(self, steps, job).ascend()

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from imu_fast.unlearning.ascent.graph import StepSequence
+from imu_fast.unlearning.ascent.objectives import Auxiliary, Objective
 from imu_fast.unlearning.ascent.optimizer import Optimizer
+from imu_fast.unlearning.ascent.retain import Retain
 from imu_fast.unlearning.subject import Subject
 
 
@@ -18,14 +20,17 @@ class Rule:
     """What a step minimises: ``- sum_i w_i f(l_i) / sum_i w_i + alpha ||theta||_1``, and by what.
 
     Attributes:
-        objective: the name of f.
-        auxiliary: [n], what f needs to know of each forget sample, or None.
+        objective: f. auxiliary: what it needs to know of each forget sample, or None.
+        retain: what is added for data that is to stay, or None.
+        samples: the name of the set that the steps run on, sample by sample the forget set.
     """
 
-    objective: str
-    auxiliary: Tensor | None
+    objective: Objective
+    auxiliary: Auxiliary | None
     alpha: float
     optimizer: Optimizer
+    retain: Retain | None = None
+    samples: str = "forget"
 
 
 class Steps(Protocol):
