@@ -161,6 +161,8 @@ def make(kind: str, tied: bool = False) -> nn.Module:
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     model = KINDS[kind].make(transformers, tied).eval()
+    if not tied and "lm_head" in dict(model.named_modules()):  # T5 is tied whatever its config
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
