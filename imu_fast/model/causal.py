@@ -55,8 +55,8 @@ def settled(
     loss = reading.loss
     if not isinstance(loss, CrossEntropy) or loss.shift != "auto":
         return reading
-    class_labels(batch[2], logits.shape)
-    own = _Own(Parts(*batch), model, run, choice, loss)
+    whole = Parts(*batch)._replace(labels=class_labels(batch[2], logits.shape))
+    own = _Own(whole, model, run, choice, loss)
     shift = own.shift()
     if shift is None:
         return reading
@@ -89,19 +89,15 @@ class _Own:
     def shift(self) -> bool | None:
         """True, False, or None: this batch does not show it."""
         labels = self.batch.labels
-        whole = not labels.is_floating_point() and labels.dtype != torch.bool
-        if not whole or labels.dim() < 2 or labels[0].numel() < 2:
-            if whole and labels.dim() == 2 and _declared_causal(self.model):
+        if labels.dim() != 2 or labels.shape[1] < 2:
+            if labels.dim() == 2 and _declared_causal(self.model):
                 return None  # of one token: what comes next may have more
             self._compare(False)
             return False
         with torch.no_grad():
             part = self._part(1)
             logits = chosen(self.run(part), self.choice)
-            labels = class_labels(part.labels, logits.shape)
-            if labels.dim() != 2:
-                return False
-            shift = self._by_its_loss(part, logits, labels)
+            shift = self._by_its_loss(part, logits)
             known = shift is not None
             if not known and _declared_causal(self.model):
                 shift = True
@@ -137,18 +133,18 @@ class _Own:
             logger.info("the model takes no labels (%s)", brief(error, 100))
             return None
 
-    def _by_its_loss(self, part: Parts, logits: Tensor, labels: Tensor) -> bool | None:
+    def _by_its_loss(self, part: Parts, logits: Tensor) -> bool | None:
         """By a single label at a position t: is it the loss of t, or of t - 1?"""
         log_p = torch.log_softmax(logits[0].float(), dim=1)
         if not bool(torch.isfinite(log_p).any(dim=1).all()):
             return None
         gap = (log_p[:-1] - log_p[1:]).nan_to_num(0.0, 0.0, 0.0).abs()
         # Not where padding is: its logits may be anything.
-        seen = part.labels[0].flatten() != self.loss.ignore_index
+        seen = part.labels[0] != self.loss.ignore_index
         inside = seen[1:] & seen[:-1] if bool((seen[1:] & seen[:-1]).any()) else seen[1:] | True
         place = int(gap.amax(dim=1).masked_fill(~inside.to(gap.device), -1.0).argmax())
         label = int(gap[place].argmax())
-        only = torch.full_like(labels, IGNORE_INDEX)
+        only = torch.full_like(part.labels, IGNORE_INDEX)
         only[0, place + 1] = label
         output = self._with_labels(part, only)
         own = _loss_in(output)

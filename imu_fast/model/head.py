@@ -117,12 +117,18 @@ def linear_layers(model: nn.Module) -> dict[str, LinearLayer]:
     return found
 
 
-def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    return {k or WHOLE_MODEL: m for k, m in model.named_modules() if isinstance(m, nn.Linear)}
+def linears(model: nn.Module) -> dict[str, LinearLayer]:
+    """The linear layers that are no convolution."""
+    found = linear_layers(model).items()
+    return {k: layer for k, layer in found if not isinstance(layer.module, _CONVOLUTIONS)}
 
 
 def no_head(model: nn.Module, reason: str) -> NoHeadFoundError:
-    shapes = {k: (m.out_features, m.in_features) for k, m in linears(model).items()}
+    modules = {k: layer.module for k, layer in linears(model).items()}
+    shapes = {
+        k: (getattr(m, "out_features", None) or m.nf, getattr(m, "in_features", None) or m.nx)
+        for k, m in modules.items()
+    }
     return NoHeadFoundError(f"{reason}; the model's linear layers (C, d) are {shapes or 'none'}")
 
 
@@ -221,7 +227,7 @@ def find_head(model: nn.Module, head: Any = None) -> tuple[str, nn.Linear]:
     if head is not None and not (isinstance(head, str) and head == "head"):
         found = resolve(model, head, "head")
         return found.name, found.as_linear()
-    guessed = guess(model, {k: LinearLayer(k, module) for k, module in linears(model).items()})
+    guessed = guess(model, linears(model))
     if not guessed:
         raise no_head(model, "no linear head found")
     return guessed[0].name, guessed[0].as_linear()

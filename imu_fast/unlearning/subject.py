@@ -62,17 +62,8 @@ class Measured(Protocol):
         ...
 
 
-class Subject(Measured, Protocol):
-    """What unlearning changes.
-
-    Attributes:
-        n: forget samples. dtype: in which the user's model holds what changes.
-    """
-
-    n: int
-
-    @property
-    def dtype(self) -> torch.dtype: ...
+class Scored(Protocol):
+    """What weights are made of."""
 
     def factors(
         self, rows: Tensor | None = None, layers: Literal["head", "trained"] = "head"
@@ -84,6 +75,19 @@ class Subject(Measured, Protocol):
             layers: the classifier, or the linear layers that change.
         """
         ...
+
+
+class Subject(Measured, Scored, Protocol):
+    """What unlearning changes.
+
+    Attributes:
+        n: forget samples. dtype: in which the user's model holds what changes.
+    """
+
+    n: int
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that changes, by name; the live tensors, not copies."""
@@ -270,6 +274,7 @@ class NetworkSubject:
         parameters: names of those that change; every other one is frozen here.
 
     Attributes:
+        reading: how the model is read.
         parameters: those that change, by name. trained: what an optimizer changes, by the same
             names: a parameter itself, or its copy.
     """
@@ -281,7 +286,7 @@ class NetworkSubject:
         parameters: Sequence[str],
         reading: Reading | None = None,
     ) -> None:
-        self.model, self.sets, self._reading = model, loaders, reading or Reading()
+        self.model, self.sets, self.reading = model, loaders, reading or Reading()
         self.forget: ForgetSet = loaders["forget"]
         self.n = self.forget.n
         chosen = set(parameters)
@@ -314,8 +319,8 @@ class NetworkSubject:
             output = self.model(*args, **kwargs)
         else:
             output = torch.func.functional_call(self.model, parameters, tuple(args), kwargs)
-        logits = logits_of(output, labels, self._reading.output)
-        return logits, labelled(self._reading, labels, logits, "unlearn()")
+        logits = logits_of(output, labels, self.reading.output)
+        return logits, labelled(self.reading, labels, logits, "unlearn()")
 
     def measure(self, name: str) -> Measurement:
         self.finish()
@@ -333,7 +338,7 @@ class NetworkSubject:
             weights = {id(parameter) for parameter in self.parameters.values()}
             every = linear_layers(self.model).items()
             chosen = [k for k, layer in every if id(layer.module.weight) in weights]
-        captured = capture(self.model, data, layers=chosen, **self._reading.given())
+        captured = capture(self.model, data, layers=chosen, **self.reading.given())
         return [captured] if isinstance(captured, GradientFactors) else captured
 
     def state(self) -> dict[str, Tensor]:

@@ -418,3 +418,43 @@ def test_only_samples_without_a_label_are_refused():
         imu.unlearn(lm.make("llama"), [data], "uniform")
     with pytest.raises(imu.InputError, match="none of 6 samples has a label"):
         imu.evaluate(lm.make("llama"), [data])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_scores_inside_a_step_cost_the_heads_share_of_it(tied):
+    """Counted: no more than what the head itself costs, forward and twice backward."""
+    counter = pytest.importorskip("torch.utils.flop_counter").FlopCounterMode
+    data = lm.batch("llama", 8)
+
+    def flops(steps, weights, **options):
+        count = counter(display=False)
+        with count:
+            imu.unlearn(
+                lm.make("llama", tied),
+                [data],
+                imu.Ascent(weights=weights, scope=imu.Network(), batch_size=8, max_steps=steps),
+            )
+        return count.get_total_flops()
+
+    plain = flops(3, imu.Uniform()) - flops(2, imu.Uniform())
+    scored = flops(3, imu.Influence(reweight="batch")) - flops(2, imu.Influence(reweight="batch"))
+    head = 3 * 2 * 8 * (lm.LENGTH - 1) * lm.VOCABULARY * 16
+    assert 0 < scored - plain <= head < plain
+
+
+@pytest.mark.parametrize("objective", ["ce", "npo", "simnpo", "relabel"])
+def test_scores_inside_a_step_are_those_of_a_capture(objective, monkeypatch):
+    """Several batches, some of their samples, in the order of their magnitudes."""
+    from imu_fast.unlearning.ascent.network import NetworkSteps
+
+    data = lm.batch("llama", 12)
+    options = {"scope": "all", "reweight": "batch", "batch_size": 5, "epochs": 2, "lr": 0.01}
+    inside = imu.unlearn(lm.make("llama"), [data], objective=objective, **options)
+    monkeypatch.setattr(NetworkSteps, "seen", lambda self, rows, layers: self.subject)
+    captured = imu.unlearn(lm.make("llama"), [data], objective=objective, **options)
+    for (name, a), (_, b) in zip(
+        inside.model.named_parameters(), captured.model.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+    assert inside.steps == captured.steps
+    torch.testing.assert_close(inside.batch_losses, captured.batch_losses, rtol=1e-4, atol=1e-5)

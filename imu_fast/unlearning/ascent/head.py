@@ -13,7 +13,7 @@ from imu_fast.unlearning.ascent.graph import StepSequence
 from imu_fast.unlearning.ascent.head_samples import add_retained, of_samples
 from imu_fast.unlearning.ascent.optimizer import plain_sgd
 from imu_fast.unlearning.ascent.step import Rule
-from imu_fast.unlearning.subject import HeadSubject
+from imu_fast.unlearning.subject import HeadSubject, Scored
 
 
 class HeadSteps:
@@ -53,6 +53,10 @@ class HeadSteps:
         if not self._flat or any(m is not None for m in more):
             return None
         return plain_sgd(self.optimizer)
+
+    def seen(self, rows: Tensor, layers: str) -> Scored:
+        """The cached features: what changes is the head, so either way it is the same layer."""
+        return self.subject
 
     def step(self, rows: Tensor, weights: Tensor) -> Tensor:
         theta, has_bias, rule = self.subject.theta, self.subject.has_bias, self._rule

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -12,9 +12,10 @@ from imu_fast.model.loss import counts_of
 from imu_fast.ops.objective import objective
 from imu_fast.ops.tokens import sum_over_tokens
 from imu_fast.unlearning.ascent.head_samples import drawn, shares
+from imu_fast.unlearning.ascent.live import Forward, LiveHead
 from imu_fast.unlearning.ascent.retain import RETAIN, Retain
 from imu_fast.unlearning.ascent.step import Rule
-from imu_fast.unlearning.subject import NetworkSubject
+from imu_fast.unlearning.subject import NetworkSubject, Scored
 
 
 class NetworkSteps:
@@ -39,7 +40,26 @@ class NetworkSteps:
     ) -> None:
         self.subject, self._rule, self._original = subject, rule, dict(original)
         self._batchnorm, self._dropout = batchnorm, dropout
+        # Scores are of evaluation mode, and of the forget set.
+        self._may_live = batchnorm == dropout == "eval" and rule.samples == "forget"
+        self._live: LiveHead | None = None
         self.optimizer = rule.optimizer.make(list(subject.trained.values()))
+
+    def seen(self, rows: Tensor, layers: str) -> Scored:
+        """What the weights of a step on samples of ``rows`` are made of.
+
+        At the head they come from the step's own forward pass, which then goes on from there.
+        """
+        if not self._may_live or layers != "head":
+            return self.subject
+        if self._live is None:
+            self._live = LiveHead.find(self.subject, rows)
+            self._may_live = self._live is not None
+        if self._live is None:
+            return self.subject
+        with modes(self.subject.model, batchnorm="eval", dropout="eval"):
+            self._live.run(rows)
+        return self._live
 
     def step(self, rows: Tensor, weights: Tensor) -> Tensor:
         parameters, rule = list(self.subject.parameters.values()), self._rule
@@ -59,22 +79,29 @@ class NetworkSteps:
         self.subject.finish()
         return loss.detach()
 
+    def _forwards(self, rows: Tensor) -> Iterator[Forward]:
+        for batch, at in self.subject.sets[self._rule.samples].pieces(rows.tolist()):
+            yield Forward(*self.subject.forward(batch), at)
+
     def _ascent(self, rows: Tensor, weights: Tensor) -> Tensor:
         """``- sum_i w_i f_i / sum_i w_i``."""
         goal, known, device = self._rule.objective, self._rule.auxiliary, self.subject.device
-        weights, f, tokens = weights.to(device), [], []
-        pieces = self.subject.sets[self._rule.samples].pieces(rows.tolist())
-        order = [place for _, places in pieces for place in places]
-        for batch, at in pieces:
-            logits, targets = self.subject.forward(batch)
-            found = None if known is None else known.of(rows[at]).to(device)
-            z, y, counts = _labelled(logits, targets, weights.dtype)
+        weights = weights.to(device)
+        forwards: Iterable[Forward] = self._forwards(rows)
+        if self._live is not None and self._live.forwards:
+            forwards, rows, weights = self._live.taken(rows, weights)
+        f, tokens, order = [], [], []
+        for made in forwards:
+            found = None if known is None else known.of(rows[made.at]).to(device)
+            z, y, counts = _labelled(made.logits, made.targets, weights.dtype)
             values = objective(z, y, goal.rows, found if goal.of_tokens else None)
             mean = _means(values, counts)
-            tokens.append(counts)
             f.append(goal.of_samples(mean, counts.to(mean), None if goal.of_tokens else found))
+            tokens.append(counts)
+            order += made.at
         share = shares(weights[torch.tensor(order, device=device)], torch.cat(tokens))
-        return -(share * torch.cat(f)).sum()
+        used = share > 0
+        return -(share[used] * torch.cat(f)[used]).sum()
 
     def _retained(self, retain: Retain, size: int) -> Tensor:
         """``retain_weight`` times the mean loss of ``size`` retain samples."""

@@ -285,8 +285,10 @@ class Run:
 
     def _scores(self, rows: Tensor | None) -> Tensor:
         """At the present state; what is not finite there is the ascent's fault, not the data's."""
+        weights = self.method.weights
         try:
-            scores = self.method.weights.scores(self.subject, rows)
+            source = self.subject if rows is None else self.steps.seen(rows, weights.scored)
+            scores = weights.scores(source, rows)
         except InputError as error:
             if self.step:
                 raise DivergedError(str(error)) from error

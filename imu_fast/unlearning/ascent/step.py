@@ -12,7 +12,7 @@ from imu_fast.unlearning.ascent.graph import StepSequence
 from imu_fast.unlearning.ascent.objectives import Auxiliary, Objective
 from imu_fast.unlearning.ascent.optimizer import Optimizer
 from imu_fast.unlearning.ascent.retain import Retain
-from imu_fast.unlearning.subject import Subject
+from imu_fast.unlearning.subject import Scored, Subject
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,10 @@ class Steps(Protocol):
 
     @property
     def sequence(self) -> StepSequence | None: ...
+
+    def seen(self, rows: Tensor, layers: str) -> Scored:
+        """What the weights of the next step, on samples of ``rows`` [B], are made of."""
+        ...
 
     def step(self, rows: Tensor, weights: Tensor) -> Tensor:
         """One reweighted step on forget samples ``rows`` [B]; returns the loss (scalar tensor)."""
