@@ -49,9 +49,12 @@ _EXPORTS = {
     "Network": "unlearning.ascent.scopes",
     "pairwise_influence": "influence.scores",
     "Permuted": "unlearning.ascent.weights",
+    "Refusal": "unlearning.ascent.objectives",
+    "Retain": "unlearning.ascent.retain",
     "self_influence": "influence.scores",
     "SGD": "unlearning.ascent.optimizer",
     "ShardedFactors": "factors.sharded",
+    "SimNPO": "unlearning.ascent.objectives",
     "StopRule": "unlearning.depth",
     "Uniform": "unlearning.ascent.weights",
     "unlearn": "unlearning.unlearn",
@@ -92,7 +95,10 @@ if TYPE_CHECKING:
     from imu_fast.model.parts import Data as Data
     from imu_fast.solvers.cholesky.cholesky import damped_cholesky_solve as damped_cholesky_solve
     from imu_fast.unlearning.ascent.ascent import Ascent as Ascent
+    from imu_fast.unlearning.ascent.objectives import Refusal as Refusal
+    from imu_fast.unlearning.ascent.objectives import SimNPO as SimNPO
     from imu_fast.unlearning.ascent.optimizer import SGD as SGD
+    from imu_fast.unlearning.ascent.retain import Retain as Retain
     from imu_fast.unlearning.ascent.scopes import Head as Head
     from imu_fast.unlearning.ascent.scopes import Layers as Layers
     from imu_fast.unlearning.ascent.scopes import Network as Network

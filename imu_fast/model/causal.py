@@ -31,8 +31,8 @@ from imu_fast.model.search import locate
 
 logger = logging.getLogger("imu_fast")
 
-# Samples that the model's own loss is compared on, if they are short: their logits are kept.
-_COMPARED, _SHORT = 4, 256
+# Samples that the model's own loss is compared on; logits, and rows of them, that it may take.
+_COMPARED, _ELEMENTS, _FEWEST = 4, 1 << 22, 8
 # How much nearer than the distance of the two possible losses the model's own must be to one.
 _NEAR = 0.25
 _WAY_OUT = "shift=True or shift=False says it"
@@ -56,7 +56,7 @@ def settled(
     if not isinstance(loss, CrossEntropy) or loss.shift != "auto":
         return reading
     whole = Parts(*batch)._replace(labels=class_labels(batch[2], logits.shape))
-    own = _Own(whole, model, run, choice, loss)
+    own = _Own(whole, model, run, choice, loss, logits.shape[-1])
     shift = own.shift()
     if shift is None:
         return reading
@@ -81,10 +81,17 @@ class _Own:
     """What a model's own loss, on a part of a batch, says."""
 
     def __init__(
-        self, batch: Parts, model: nn.Module, run: Run, choice: Any, loss: CrossEntropy
+        self,
+        batch: Parts,
+        model: nn.Module,
+        run: Run,
+        choice: Any,
+        loss: CrossEntropy,
+        classes: int,
     ) -> None:
         self.model, self.run, self.choice, self.loss = model, run, choice, loss
         self.batch, self.forward = batch, forward_of(model)
+        self.rows = max(_FEWEST, _ELEMENTS // classes)
 
     def shift(self) -> bool | None:
         """True, False, or None: this batch does not show it."""
@@ -112,10 +119,24 @@ class _Own:
         has = (labels != self.loss.ignore_index).reshape(len(labels), -1).any(dim=1).cpu()
         rows = torch.argsort(~has, stable=True)[:most].tolist()
         try:
-            return self.batch.taken(rows)
+            part = self.batch.taken(rows)
         except Exception as error:  # inputs of other libraries
             logger.info("a batch cannot be cut (%s)", brief(error, 100))
             return self.batch
+        if labels.dim() != 2 or labels.shape[1] * most <= self.rows:
+            return part
+        # As many positions as logits may be kept of, from just before the first label.
+        positions = max(2, self.rows // most)
+        valid = torch.nonzero((part.labels != self.loss.ignore_index).any(dim=0)).flatten()
+        start = max(0, int(valid[0]) - 1) if len(valid) else 0
+        small = part.window(min(start, labels.shape[1] - positions), positions)
+        try:
+            with torch.no_grad():
+                chosen(self.run(small), self.choice)
+        except Exception as error:  # a model of one length
+            logger.info("a batch's sequences cannot be cut (%s)", brief(error, 100))
+            return part
+        return small
 
     def _with_labels(self, part: Parts, labels: Tensor) -> Any:
         """What the model returns with these labels; None: it takes none, or refuses them."""
@@ -216,7 +237,7 @@ class _Own:
         """Say where the model's own loss is not ours."""
         if self.forward.labels is None or not len(self.batch.labels):
             return
-        part = self._part(_COMPARED if self.batch.labels[0].numel() <= _SHORT else 1)
+        part = self._part(min(_COMPARED, self.rows))
         output = self._with_labels(part, part.labels)
         own = _loss_in(output)
         if own is None:

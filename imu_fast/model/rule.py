@@ -20,6 +20,8 @@ from imu_fast.model.parts import Parts, device_of, to_device
 
 logger = logging.getLogger("imu_fast")
 
+# Positions of a sequence that a model is tried on.
+_POSITIONS = 16
 # What a forward raises on inputs that it cannot take.
 REFUSALS = (
     RuntimeError,
@@ -87,6 +89,15 @@ def several_in_a_row(parts: Parts) -> bool:
     return bool(anew.any())
 
 
+def _outputs(model: nn.Module, parts: Parts, more: dict[str, Any]) -> dict[Any, Tensor]:
+    """What a model makes of a batch; nothing where it refuses it."""
+    try:
+        return tensors_of(model(*parts.args, **parts.kwargs, **more))
+    except REFUSALS as error:
+        logger.info("the model refuses its inputs and %s: %s", list(more), brief(error, 100))
+        return {}
+
+
 def needs_labels(model: nn.Module, parts: Parts, name: str) -> bool:
     """Whether a model's outputs at each label are made from the labels, which it takes as ``name``.
 
@@ -100,22 +111,16 @@ def needs_labels(model: nn.Module, parts: Parts, name: str) -> bool:
         one = parts.taken([int(has.int().argmax())])
     except Exception:  # inputs of other libraries, which cannot be cut
         one = parts
-    args, kwargs, labels = to_device(one, device_of(model))
-    found = []
+    one = to_device(one, device_of(model))
+    # A few positions are enough, for a model that takes sequences of any length.
+    short = one.window(0, _POSITIONS) if one.labels.shape[1] > _POSITIONS else one
     with preserved(model), torch.no_grad():
         model.eval()
-        for more in ({}, {name: labels}):
-            try:
-                found.append(tensors_of(model(*args, **kwargs, **more)))
-            except REFUSALS as error:
-                logger.info(
-                    "the model refuses its inputs%s: %s",
-                    " with labels" * bool(more),
-                    brief(error, 100),
-                )
-                found.append({})
-    plain, fed = found
-    rows = tuple(labels.shape)
+        fed = _outputs(model, short, {name: short.labels})
+        if not fed and short is not one:
+            short, fed = one, _outputs(model, one, {name: one.labels})
+        plain = _outputs(model, short, {})
+    rows = tuple(short.labels.shape)
     for path, tensor in fed.items():
         if tuple(tensor.shape[:-1]) != rows:
             continue

@@ -142,6 +142,20 @@ def test_labels_that_are_shifted_already_are_told(caplog):
     assert_scores(found, imu.influence_scores(model, [data]).double())
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "t5", "bert masked"])
+def test_long_rows_are_tried_on_some_positions(kind, caplog, monkeypatch):
+    """Logits of a large vocabulary are kept of a few."""
+    monkeypatch.setattr("imu_fast.model.causal._ELEMENTS", lm.VOCABULARY * 8)
+    model, data, rows = lm.make(kind), lm.batch(kind, length=24), []
+    model.register_forward_hook(lambda m, a, output: rows.append(output.logits.shape[:2].numel()))
+    with caplog.at_level(logging.INFO, "imu_fast"):
+        found = imu.capture(model, [data])
+    assert sorted(rows)[-2] <= 16 < sorted(rows)[-1] and "cannot be cut" not in caplog.text
+    assert "own loss" not in caplog.text
+    shift = lm.KINDS[kind].batch == "causal"
+    assert torch.equal(found.delta, imu.capture(model, [data], shift=shift).delta)
+
+
 class Own(torch.nn.Module):
     """A model without a loss; ``mixes`` lets positions see what comes after them."""
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from imu_fast.errors import check_finite_rows
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.losses.cross_entropy import CrossEntropy
 from imu_fast.model.capture import capture_features
@@ -92,11 +93,16 @@ class LiveHead:
     def factors(
         self, rows: Tensor | None = None, layers: Literal["head", "trained"] = "head"
     ) -> list[GradientFactors]:
-        """Of the samples that :meth:`run` was given, as of :class:`NetworkSubject`."""
+        """Of the samples that :meth:`run` was given, as of :class:`NetworkSubject`.
+
+        Raises:
+            InputError: logits are not finite.
+        """
         deltas, acts, labels, counts, losses = [], [], [], [], []
         for act, made in zip(self._acts, self.forwards, strict=True):
             valid = made.targets >= 0
             loss, delta = sample_losses(made.logits, made.targets)
+            check_finite_rows("logits", delta)
             losses.append(loss)
             deltas.append(delta)
             acts.append(act.reshape(*made.targets.shape, -1)[valid].to(delta.dtype))
