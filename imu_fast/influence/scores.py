@@ -24,7 +24,8 @@ logger = logging.getLogger("imu_fast")
 Layers = Factors | Sequence[Factors]
 
 
-def _as_layers(value: Any, name: str) -> list[Factors]:
+def as_layers(value: Any, name: str) -> list[Factors]:
+    """What a user passed as ``name``, as a list; raises InputError where it is something else."""
     layers = [value]
     if isinstance(value, Iterable) and not is_factors(value):
         layers = list(value)
@@ -42,9 +43,10 @@ class ScoreOptions(OwnOptions, ReadingOptions, total=False):
     """Flat options of the curvature, and of how a model is read."""
 
 
-def _factors_of(
+def factors_of(
     source: Any, data: Any, layers: Any, progress: bool, reading: dict[str, Any]
 ) -> list[Factors]:
+    """Those that a user passed, or captured of the model passed; raises InputError."""
     if isinstance(source, nn.Module):
         if data is None:
             raise InputError("data=None: pass the samples after the model")
@@ -58,10 +60,11 @@ def _factors_of(
             f"{given[0]} says how a model is read, and source is factors, which are captured "
             "already; pass it to imu_fast.capture"
         )
-    return _as_layers(source, "source")
+    return as_layers(source, "source")
 
 
-def _check_like(name: str, layers: list[Factors], others: list[Factors]) -> None:
+def check_like(name: str, layers: list[Factors], others: list[Factors]) -> None:
+    """Raise InputError unless both are of the same layers."""
     shapes = [(x.num_classes, x.width, x.device, x.dtype) for x in layers]
     other_shapes = [(x.num_classes, x.width, x.device, x.dtype) for x in others]
     if shapes != other_shapes:
@@ -71,7 +74,7 @@ def _check_like(name: str, layers: list[Factors], others: list[Factors]) -> None
         )
 
 
-def _target_vectors(target: Any, layers: list[Factors]) -> list[Tensor]:
+def target_vectors(target: Any, layers: list[Factors]) -> list[Tensor]:
     """``v`` of each layer: the mean forget gradient, another set's mean, or given."""
     if target is None:
         return [mean_gradient(layer) for layer in layers]
@@ -88,8 +91,8 @@ def _target_vectors(target: Any, layers: list[Factors]) -> list[Tensor]:
             if not bool(torch.isfinite(v).all()):
                 raise InputError("target is not finite; remove the NaN or infinite entries")
         return [v.to(layer.device, layer.dtype) for v, layer in zip(vectors, layers, strict=True)]
-    others = _as_layers(target, "target")
-    _check_like("target", layers, others)
+    others = as_layers(target, "target")
+    check_like("target", layers, others)
     return [mean_gradient(other) for other in others]
 
 
@@ -134,10 +137,10 @@ def influence_scores(
     """
     reading, own = taken(options)
     spec = CURVATURES.choose(curvature, damping=damping, **own)
-    all_layers = _factors_of(source, data, layers, progress, reading)
+    all_layers = factors_of(source, data, layers, progress, reading)
     if first_row_is_mean:
         check_whole("first_row_is_mean=True: source", all_layers[0])
-    vectors = _target_vectors(target, all_layers)
+    vectors = target_vectors(target, all_layers)
     scores: Tensor | None = None
     first = 0.0
     for layer, v in zip(all_layers, vectors, strict=True):
@@ -180,7 +183,7 @@ def self_influence(
     """
     reading, own = taken(options)
     spec = CURVATURES.choose(curvature, damping=damping, **own)
-    all_layers = _factors_of(source, data, layers, progress, reading)
+    all_layers = factors_of(source, data, layers, progress, reading)
     parts = [spec.fit(layer).self_influence(layer) for layer in all_layers]
     return torch.stack(parts).sum(dim=0)
 
@@ -204,10 +207,10 @@ def pairwise_influence(
     errors as there.
     """
     spec = CURVATURES.choose(curvature, damping=damping, **options)
-    all_layers, all_queries = _as_layers(source, "source"), _as_layers(queries, "queries")
+    all_layers, all_queries = as_layers(source, "source"), as_layers(queries, "queries")
     if len(all_layers) != len(all_queries):
         raise InputError(f"queries has {len(all_queries)} layers, source {len(all_layers)}")
-    _check_like("queries", all_layers, all_queries)
+    check_like("queries", all_layers, all_queries)
     total: Tensor | None = None
     for layer, query in zip(all_layers, all_queries, strict=True):
         part = spec.fit(layer).pairwise(layer, query)
