@@ -55,10 +55,13 @@ _EXPORTS = {
     "pairwise_influence": "influence.scores",
     "pairwise_similarity": "attribution.similarity",
     "Permuted": "unlearning.ascent.weights",
+    "Refusal": "unlearning.ascent.objectives",
+    "Retain": "unlearning.ascent.retain",
     "self_influence": "influence.scores",
     "similarity_scores": "attribution.similarity",
     "SGD": "unlearning.ascent.optimizer",
     "ShardedFactors": "factors.sharded",
+    "SimNPO": "unlearning.ascent.objectives",
     "SquaredError": "losses.squared_error",
     "StopRule": "unlearning.depth",
     "tracin": "attribution.tracin",
@@ -112,7 +115,10 @@ if TYPE_CHECKING:
     from imu_fast.model.parts import Data as Data
     from imu_fast.solvers.cholesky.cholesky import damped_cholesky_solve as damped_cholesky_solve
     from imu_fast.unlearning.ascent.ascent import Ascent as Ascent
+    from imu_fast.unlearning.ascent.objectives import Refusal as Refusal
+    from imu_fast.unlearning.ascent.objectives import SimNPO as SimNPO
     from imu_fast.unlearning.ascent.optimizer import SGD as SGD
+    from imu_fast.unlearning.ascent.retain import Retain as Retain
     from imu_fast.unlearning.ascent.scopes import Head as Head
     from imu_fast.unlearning.ascent.scopes import Layers as Layers
     from imu_fast.unlearning.ascent.scopes import Network as Network

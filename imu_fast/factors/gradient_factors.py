@@ -162,7 +162,7 @@ class GradientFactors:
         """
         check_shapes(features, weight, bias, labels)
         chosen = LOSSES.choose(loss, ignore_index=ignore_index)
-        if isinstance(chosen, CrossEntropy) and chosen.shift:
+        if isinstance(chosen, CrossEntropy) and chosen.shift is True:
             raise InputError(
                 "shift=True is for capture, which sees positions; pass rows of features with the "
                 "labels that they predict, and a loss without it"

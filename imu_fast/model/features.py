@@ -14,6 +14,7 @@ from imu_fast.errors import InputError, NoHeadFoundError, check_finite_rows
 from imu_fast.factors.gradient_factors import GradientFactors, HeadFactors
 from imu_fast.model.between import Between, Piece, bias_columns, plain_piece, side_by_side
 from imu_fast.model.calls import Seen
+from imu_fast.model.causal import settled
 from imu_fast.model.head import (
     LinearLayer,
     guess,
@@ -53,6 +54,7 @@ class HeadFeatures:
         output: where the logits are in the model's output, for ``logits_of(..., choice=output)``.
         computed: the dtype in which the model computes the head, coarser than the weight's where
             its forward has an autocast of its own.
+        sequences: whether a sample has labels at positions, and not one of its own.
     """
 
     name: str
@@ -66,6 +68,7 @@ class HeadFeatures:
     parts: tuple[tuple[LinearLayer, slice], ...] = ()
     output: Any = None
     computed: torch.dtype = torch.float64
+    sequences: bool = False
 
     @property
     def plain(self) -> bool:
@@ -99,6 +102,7 @@ class HeadCapture:
         # Whether the model was seen to work with its logits, so that they have to be computed.
         self._computes = False
         self._head: Head | None = None
+        self._sequences = False
         self.classes = 0  # of the logits
         self._computed = torch.float64  # the coarsest dtype of a head's output
 
@@ -145,11 +149,14 @@ class HeadCapture:
             return
         if fresh._untouched:
             self._head, self._between, self._checks = fresh.head, fresh._between, fresh._checks
+            self.reading = fresh.reading
 
     def _without_logits(self, run: Run, batch: Batch) -> Piece | None:
         """The batch's piece where its logits are large, and are the head's output, untouched."""
         if self._head is None or not self._untouched or self._computes:
             return None
+        if batch[2].dim() > 1 and getattr(self.reading.loss, "shift", False) == "auto":
+            return None  # which the logits will show
         layer = self._head.parts[0]
         if not may_be_unstored(layer) or not is_large(layer, batch[2].numel()):
             return None
@@ -166,6 +173,7 @@ class HeadCapture:
         self._computed = _coarser(self._computed, logits.dtype)
         self.classes = logits.shape[-1]
         targets = targets_of(batch[2], logits, self.reading.loss)
+        self._sequences |= targets.dim() > 1
         return plain_piece(seen.calls[0].act.reshape(*targets.shape, -1), targets)
 
     def _piece(self, run: Run, batch: Batch) -> Piece:
@@ -184,7 +192,9 @@ class HeadCapture:
             self._check(seen)
         for made in seen.calls:
             self._computed = _coarser(self._computed, made.out.dtype)
+        self.reading = settled(self.reading, self.model, run, batch, logits, self._head.choice)
         targets = targets_of(batch[2], logits, self.reading.loss)
+        self._sequences |= targets.dim() > 1
         self.classes = logits.shape[-1]
         if call is not None:
             return plain_piece(call.act.reshape(*targets.shape, -1), targets)
@@ -270,6 +280,7 @@ class HeadCapture:
             parts,
             head.choice,
             self._computed,
+            self._sequences,
         )
 
     def _write_back(self) -> str:

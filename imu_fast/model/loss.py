@@ -8,6 +8,7 @@ from torch import Tensor
 from imu_fast.losses.base import Loss
 from imu_fast.losses.cross_entropy import CrossEntropy
 from imu_fast.model.labels import class_labels
+from imu_fast.model.reading import Reading
 from imu_fast.ops.softmax_residual import softmax_residual
 from imu_fast.ops.tokens import sum_over_tokens
 
@@ -27,9 +28,20 @@ def targets_of(labels: Tensor, logits: Tensor, loss: Loss) -> Tensor:
     loss.check_labels(labels, logits.shape[-1])
     targets = labels.to(logits.device, torch.int64)
     targets = targets.masked_fill(~loss.valid(targets.flatten()).view_as(targets), -1)
-    if loss.shift and targets.dim() == 2:
+    if loss.shift is True and targets.dim() == 2:
         targets = torch.nn.functional.pad(targets[:, 1:], (0, 1), value=-1)
     return targets
+
+
+def labelled(reading: Reading, labels: Tensor, logits: Tensor, door: str) -> Tensor:
+    """:func:`targets_of`, where samples of one label each must have it.
+
+    Raises:
+        InputError: as there, or a sample of a classifier has no label.
+    """
+    if logits.dim() == 2:
+        return reading.labels_of_all(labels, logits, door)
+    return targets_of(labels, logits, reading.loss)
 
 
 def counts_of(targets: Tensor) -> Tensor:

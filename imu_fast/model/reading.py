@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from typing_extensions import TypedDict
@@ -27,13 +27,14 @@ class ReadingOptions(TypedDict, total=False):
       path of these, or a function of it. Without: the tensor, what is called ``logits``, or what
       fits the labels.
     * ``loss``: a name, or an object such as ``imu.CrossEntropy(shift=True)``; ``ignore_index`` and
-      ``shift`` are options of the named one.
+      ``shift`` (also ``shift_labels``) are options of the named one.
     """
 
     output: Output
     loss: LossName | Loss
     ignore_index: int
-    shift: bool
+    shift: bool | Literal["auto"]
+    shift_labels: bool | Literal["auto"]
 
 
 def _check_output(name: str, value: Any) -> None:
@@ -48,11 +49,17 @@ def _check_output(name: str, value: Any) -> None:
         )
 
 
+def _shift_labels(reading: Reading, value: Any) -> Reading:
+    """The name that ``shift`` has elsewhere."""
+    return reading.with_options(f"shift_labels={value!r}", {"shift": value})
+
+
 @options
 class Reading(Options):
     """How a model is read: see :class:`ReadingOptions`."""
 
     name = "reading"
+    shorthands = {"shift_labels": _shift_labels}  # noqa: RUF012  # frozen like the class
     output: Output | None = option(default=None, check=_check_output)
     loss: Choice[Loss, LossName] = Choice(LOSSES, "cross_entropy")
 
@@ -76,7 +83,7 @@ class Reading(Options):
             InputError: it is another.
         """
         loss = self.loss
-        if not isinstance(loss, CrossEntropy) or loss.shift:
+        if not isinstance(loss, CrossEntropy) or loss.shift is True:
             raise InputError(
                 f"{door} takes loss={loss!r}, where it is for classifiers: loss='cross_entropy', "
                 "and one label per sample"
