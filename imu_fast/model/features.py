@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from imu_fast.errors import InputError, NoHeadFoundError, check_finite_rows
 from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.losses.output_curvature import StoredCurvature
 from imu_fast.model.between import Between, Piece, bias_columns, plain_piece, side_by_side
 from imu_fast.model.calls import Seen
 from imu_fast.model.head import LinearLayer, no_head, say_of_weight, shared_with
@@ -34,7 +35,8 @@ class HeadFeatures:
         head: a linear layer with ``head(features)`` the logits, where ``linear``. It is the model's
             own, or shares its memory (a 1x1 convolution's), unless ``write_back`` says otherwise.
         features: [N, d], the head's inputs, in the model's dtype unless they had to be computed.
-        labels: [N] int64. offsets: [n+1] int64 on the CPU, tokens of each sample.
+        labels: [N] int64, or [N, C] where the loss has a label for each output.
+        offsets: [n+1] int64 on the CPU, tokens of each sample.
         linear: whether ``head(features)`` is the model's logits. If not, features are only what
             the layer saw (rows need not be one per label), and ``between`` says what follows.
         between: what stands between the head's output and the logits; empty if nothing.
@@ -87,6 +89,7 @@ class HeadCapture:
         # Whether the logits have been the output itself so far: then nothing is differentiated.
         self._untouched = True
         self._head: Head | None = None
+        self.loss = reading.loss  # that of the first batch, once there is one
         self.classes = 0  # of the logits
         self._computed = torch.float64  # the coarsest dtype of a head's output
 
@@ -128,6 +131,12 @@ class HeadCapture:
         for made in seen.calls:
             self._computed = _coarser(self._computed, made.out.dtype)
         targets = targets_of(batch[2], logits, self.reading.loss)
+        if self.pieces and targets.loss != self.loss:
+            raise InputError(
+                f"labels are those of {targets.loss!r}, and before those of {self.loss!r}; pass "
+                "loss="
+            )
+        self.loss = targets.loss
         self.classes = logits.shape[-1]
         if call is not None:
             return plain_piece(call.act.reshape(*targets.shape, -1), targets)
@@ -229,10 +238,10 @@ class HeadCapture:
         if only is not None and all(piece.kind == "plain" for piece in self.pieces):
             act = torch.cat([piece.act for piece in self.pieces])
             return GradientFactors.from_head(
-                act, only.weight, only.bias, labels, offsets, name=head.name
+                act, only.weight, only.bias, labels, offsets, loss=self.loss, name=head.name
             )
         done = [self._with_signal(piece) for piece in self.pieces]
-        delta = torch.cat([d for d, _ in done])
+        delta = torch.cat([piece.delta for piece in done])
         act = torch.cat([self.columns(piece).to(delta.dtype) for piece in self.pieces])
         check_finite_rows("features", act)
         tokens = any(piece.kind == "tokens" for piece in self.pieces)
@@ -242,20 +251,23 @@ class HeadCapture:
             offsets=offsets,
             has_bias=only is not None and only.bias is not None,
             labels=None if tokens else labels,
-            losses=torch.cat([loss for _, loss in done]),
+            losses=torch.cat([piece.losses for piece in done]),
             name=head.name,
+            loss=None if tokens else self.loss,
+            curvature=None if tokens else _joined([piece.curvature for piece in done]),
         )
 
-    def _with_signal(self, piece: Piece) -> tuple[Tensor, Tensor]:
+    def _with_signal(self, piece: Piece) -> _Signal:
         """delta and losses, also of a piece that left them to be computed from the features."""
         if piece.delta is not None and piece.losses is not None:
-            return piece.delta, piece.losses
+            return _Signal(piece.delta, piece.losses, piece.curvature)
         part = self.head.parts[0]
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), piece.counts.cumsum(0)])
         made = GradientFactors.from_head(
-            piece.act, part.weight, part.bias, piece.labels, offsets, name=part.name
+            piece.act, part.weight, part.bias, piece.labels, offsets, loss=self.loss, name=part.name
         )
-        return made.delta, made.losses if made.losses is not None else made.delta.sum(dim=1)
+        assert made.losses is not None and not isinstance(made.curvature, Tensor)
+        return _Signal(made.delta, made.losses, made.curvature)
 
     def finish(self) -> None:
         """The last checks."""
@@ -280,6 +292,17 @@ class HeadCapture:
 
 def _coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
     return max(a, b, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+class _Signal(NamedTuple):
+    delta: Tensor
+    losses: Tensor
+    curvature: StoredCurvature | None
+
+
+def _joined(parts: Sequence[StoredCurvature | None]) -> StoredCurvature | None:
+    there = [part for part in parts if part is not None]
+    return type(there[0]).joined(there) if len(there) == len(parts) else None
 
 
 def _weight_and_bias(layer: LinearLayer) -> Tensor:

@@ -14,7 +14,7 @@ from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.model.calls import Call, watched
 from imu_fast.model.head import LinearLayer, say_of_weight, shared_with
 from imu_fast.model.logits import chosen
-from imu_fast.model.loss import counts_of, on_logits, sample_losses, targets_of
+from imu_fast.model.loss import on_logits, sample_losses, targets_of
 from imu_fast.model.reading import Reading
 from imu_fast.model.rows import (
     Backward,
@@ -59,12 +59,12 @@ class _LayersCapture:
         self.output = locate(self.model, run, batch, output, self.output)
         logits = chosen(output, self.output)
         targets = targets_of(batch[2], logits, self.loss)
-        _, delta = sample_losses(logits, targets)
+        delta = sample_losses(logits, targets).delta
         signal = on_logits(delta, logits.detach(), targets)
         for call in seen.calls:
             self._checks.add(call.layer, call.act, call.rows(call.out.detach()))
         self._ran |= {call.layer.name for call in seen.calls}
-        labelled = counts_of(targets) > 0
+        labelled = targets.counts > 0
         self.samples.append(labelled)
         calls = seen.calls if logits.requires_grad else []
 
