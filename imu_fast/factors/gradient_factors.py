@@ -7,12 +7,14 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from imu_fast.errors import InputError, check_count, check_finite_rows, check_same_device
+from imu_fast.factors.implicit_head import IMPLICIT_BYTES, ImplicitHead
+from imu_fast.factors.operands import check_offsets, check_operands, remaining
 from imu_fast.factors.sums import S, joined, summed
 from imu_fast.losses.base import Loss, mean_scale
 from imu_fast.losses.cross_entropy import CrossEntropy
@@ -20,25 +22,12 @@ from imu_fast.losses.named import LOSSES, LossName
 from imu_fast.losses.output_curvature import FORMS, StoredCurvature, curvature_like
 from imu_fast.ops.mean_gradient import mean_gradient
 from imu_fast.ops.softmax_residual import linear_logits
-from imu_fast.ops.tokens import is_flat, sum_over_tokens
+from imu_fast.ops.tokens import cuts, is_flat, picked, sum_over_tokens
 
 # Rows of logits that exist at once while the residual is computed.
 _CHUNK_TOKENS = 2048
 # What the names of the curvature's tensors begin with in a file.
 _CURVATURE = "curvature."
-
-
-def check_offsets(offsets: Tensor, num_tokens: int) -> None:
-    """Raise InputError unless offsets [n+1] cut ``num_tokens`` tokens into n >= 1 samples."""
-    if offsets.dim() != 1 or len(offsets) < 2:
-        raise InputError(
-            f"offsets has shape {tuple(offsets.shape)}: an empty forget set; pass [n+1] with n >= 1"
-        )
-    ends = (int(offsets[0]), int(offsets[-1]))
-    if ends != (0, num_tokens) or bool((offsets.diff() < 0).any()):
-        raise InputError(
-            f"offsets must rise from 0 to N={num_tokens}; they go from {ends[0]} to {ends[1]}"
-        )
 
 
 @dataclass(frozen=True)
@@ -103,6 +92,38 @@ class GradientFactors:
             of_tokens["curvature"] = self.curvature.map(rows)
         return of_tokens
 
+    @overload
+    @classmethod
+    def from_head(
+        cls,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        offsets: Tensor | None = None,
+        *,
+        implicit: Literal[False],
+        loss: LossName | Loss = ...,
+        ignore_index: int | None = ...,
+        chunk_size: int | None = ...,
+        name: str = ...,
+    ) -> GradientFactors: ...
+    @overload
+    @classmethod
+    def from_head(
+        cls,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        offsets: Tensor | None = None,
+        *,
+        implicit: bool | None = None,
+        loss: LossName | Loss = ...,
+        ignore_index: int | None = ...,
+        chunk_size: int | None = ...,
+        name: str = ...,
+    ) -> HeadFactors: ...
     @classmethod
     def from_head(
         cls,
@@ -116,7 +137,8 @@ class GradientFactors:
         ignore_index: int | None = None,
         chunk_size: int | None = None,
         name: str = "head",
-    ) -> GradientFactors:
+        implicit: bool | None = None,
+    ) -> HeadFactors:
         """Factors of a linear head under the mean of a loss over tokens: no backward pass.
 
         Args:
@@ -130,30 +152,15 @@ class GradientFactors:
             loss: an object such as ``imu.CrossEntropy(ignore_index=0)``, or a name.
             ignore_index: of the named loss; None: its default, -100.
             chunk_size: rows of logits computed at once; changes memory, not the result.
+            implicit: True: keep features and weight as they are, and make delta where it is needed
+                (an :class:`ImplicitHead`, of a cross-entropy); False: store delta; None: store it
+                up to 256 MB.
 
         Raises:
             InputError: empty input, shapes or devices that do not match, labels out of range,
                 non-finite features, weights or logits (says which sample).
         """
-        if features.dim() != 2 or features.shape[0] == 0:
-            raise InputError(
-                f"features has shape {tuple(features.shape)}; pass [N, d] with N >= 1 samples"
-            )
-        if weight.dim() != 2 or weight.shape[1] != features.shape[1]:
-            raise InputError(
-                f"weight has shape {tuple(weight.shape)}, features {tuple(features.shape)}; "
-                "expected weight [C, d] with the features' d"
-            )
-        if bias is not None and bias.shape != weight.shape[:1]:
-            raise InputError(f"bias has shape {tuple(bias.shape)}; expected ({weight.shape[0]},)")
-        if labels.shape[:1] != features.shape[:1]:
-            raise InputError(
-                f"labels has shape {tuple(labels.shape)}; expected ({features.shape[0]},), or "
-                f"({features.shape[0]}, {weight.shape[0]}) where the loss takes one per output"
-            )
-        for tensor, label in ((weight, "weight"), (labels, "labels"), (bias, "bias")):
-            if tensor is not None:
-                check_same_device("features", features, label, tensor)
+        check_operands(features, weight, bias, labels)
         chosen = LOSSES.choose(loss, ignore_index=ignore_index)
         if isinstance(chosen, CrossEntropy) and chosen.shift:
             raise InputError(
@@ -164,9 +171,8 @@ class GradientFactors:
         chunk = _CHUNK_TOKENS if chunk_size is None else check_count("chunk_size", chunk_size)
 
         dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-        act = features.detach().to(dtype)
-        weight = weight.detach().to(dtype)
-        bias = None if bias is None else bias.detach().to(dtype)
+        act, weight = features.detach(), weight.detach()
+        bias = None if bias is None else bias.detach()
         check_finite_rows("features", act)
         check_finite_rows("weight", weight, "class")
         if bias is not None:
@@ -177,11 +183,24 @@ class GradientFactors:
         check_offsets(offsets, len(labels))
         valid = chosen.valid(labels)
         if not bool(valid.all()):
-            kept_before = torch.zeros(len(labels) + 1, dtype=torch.int64)
-            kept_before[1:] = valid.cpu().cumsum(0)
-            offsets = kept_before[offsets]
-            act, labels = act[valid], labels[valid]
+            offsets, act, labels = remaining(offsets, valid), act[valid], labels[valid]
 
+        size = len(act) * len(weight) * dtype.itemsize
+        plain = isinstance(chosen, CrossEntropy) and chosen.plain and labels.dim() == 1
+        if implicit is None:
+            implicit = size >= IMPLICIT_BYTES and plain
+        if implicit:
+            if not plain:
+                raise InputError(
+                    f"implicit=True is of loss='cross_entropy', plain and with class indices, not "
+                    f"of {chosen!r} with labels {tuple(labels.shape)}"
+                )
+            return ImplicitHead.swept(
+                act, weight, bias, labels, offsets, loss=chosen, name=name, make=cls
+            )
+
+        act, weight = act.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
         counts = offsets.diff()
         scale = None
         if not bool((counts == 1).all()):
@@ -265,12 +284,7 @@ class GradientFactors:
     def select(self, indices: Tensor) -> GradientFactors:
         """The factors of some samples, in the order given; indices [k] int64."""
         indices = indices.to("cpu", torch.int64)
-        counts = self.offsets.diff()[indices]
-        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-        starts = self.offsets[:-1][indices]
-        rows = torch.arange(int(offsets[-1])) + torch.repeat_interleave(
-            starts - offsets[:-1], counts
-        )
+        offsets, rows = picked(self.offsets, indices)
         rows = rows.to(self.delta.device)
         return replace(
             self,
@@ -302,13 +316,8 @@ class GradientFactors:
             yield self
             return
         check_count("max_tokens", max_tokens)
-        first = 0
-        while first < self.n:
-            limit = int(self.offsets[first]) + max_tokens
-            last = int(torch.searchsorted(self.offsets, limit, right=True)) - 1
-            last = min(max(last, first + 1), self.n)
+        for first, last in cuts(self.offsets, max_tokens):
             yield self.samples(first, last)
-            first = last
 
     def sums(self, statistic: Callable[[GradientFactors], S]) -> S:
         """``statistic`` of all samples, see :class:`imu_fast.factors.source.Factors`."""
@@ -382,3 +391,7 @@ class GradientFactors:
             options and LOSSES.choose(options.pop("loss"), "loss", **options),
             curvature,
         )
+
+
+HeadFactors = GradientFactors | ImplicitHead[GradientFactors]
+"""A head's factors, whose signal is stored or made where it is needed."""

@@ -63,6 +63,11 @@ class CrossEntropy(Loss):
     label_smoothing: float = option(default=0.0, check=_check_smoothing)
     class_weights: tuple[float, ...] | None = option(default=None, check=numbers)
 
+    @property
+    def plain(self) -> bool:
+        """Neither smoothed nor weighted."""
+        return not self.label_smoothing and self.class_weights is None
+
     def check(self) -> None:
         """Class weights become a tuple, whatever they were given as."""
         object.__setattr__(self, "class_weights", numbers("class_weights", self.class_weights))
@@ -151,6 +156,6 @@ class CrossEntropy(Loss):
 
     def recovered(self, delta: Tensor, labels: Tensor) -> LabelSoftmax:
         """p of a hard label as ``1 + delta``, which has the absolute rounding of one."""
-        if labels.dim() == 2 or self.label_smoothing or self.class_weights is not None:
+        if labels.dim() == 2 or not self.plain:
             super().recovered(delta, labels)
         return LabelSoftmax((1 + delta.gather(1, labels[:, None])[:, 0]).clamp_min(0))

@@ -12,7 +12,6 @@ from typing_extensions import TypedDict
 from imu_fast.errors import InputError
 from imu_fast.losses.auto import AutoLoss
 from imu_fast.losses.base import Loss
-from imu_fast.losses.binary_cross_entropy import Reduction
 from imu_fast.losses.cross_entropy import CrossEntropy
 from imu_fast.losses.named import LOSSES, LossName
 from imu_fast.model.forward import innermost
@@ -31,7 +30,8 @@ class ReadingOptions(TypedDict, total=False):
       path of these, or a function of it. Without: the tensor, what is called ``logits``, or what
       fits the labels.
     * ``loss``: a name, or an object such as ``imu.CrossEntropy(shift=True)``; ``"auto"`` follows a
-      transformers model's ``config.problem_type``. The others are options of the named one.
+      transformers model's ``config.problem_type``. The others are options of the named one
+      (``reduction`` is the object's alone).
     """
 
     output: Output
@@ -41,7 +41,6 @@ class ReadingOptions(TypedDict, total=False):
     label_smoothing: float
     class_weights: Sequence[float] | Tensor
     pos_weight: float | Sequence[float] | Tensor
-    reduction: Reduction
 
 
 def _check_output(name: str, value: Any) -> None:

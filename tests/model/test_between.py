@@ -152,7 +152,7 @@ def test_affine_steps_keep_every_curvature(kind):
 
 @pytest.mark.parametrize("kind", [*AFFINE, *OTHER])
 def test_large_outputs_which_are_not_copied_at_first(kind, monkeypatch):
-    monkeypatch.setattr("imu_fast.model.calls._SMALL_BYTES", 0)
+    monkeypatch.setattr("imu_fast.model.calls.SMALL_BYTES", 0)
     check(Net((AFFINE | OTHER)[kind]), *data(3 if kind in AFFINE else C))
 
 
@@ -163,7 +163,7 @@ def test_other_steps_give_the_gradient_and_no_hessian(kind, caplog):
         factors = check(model, x, y)
     assert "between its output and the loss" in caplog.text
     for curvature in ("ggn", "ggn_block", "kfac", "ekfac"):
-        with pytest.raises(InputError, match="'fc' are not of a softmax head"):
+        with pytest.raises(InputError, match="'fc' have no curvature of the loss"):
             imu.influence_scores(factors, curvature=curvature)
 
 

@@ -149,7 +149,7 @@ def test_flat_options_belong_to_the_named_loss():
     torch.manual_seed(0)
     model, x, y = Net(), torch.randn(N, 6), torch.randint(2, (N, OUTPUTS))
     for given, loss in (
-        ({"reduction": "mean", "pos_weight": WEIGHTS}, BCE(reduction="mean", pos_weight=WEIGHTS)),
+        ({"pos_weight": WEIGHTS}, BCE(pos_weight=WEIGHTS)),
         ({"ignore_index": 7}, BCE(ignore_index=7)),
     ):
         a = imu.influence_scores(model, (x, y), loss="binary_cross_entropy", **given)
