@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from imu_fast.errors import InputError, SingularMatrixError
-from imu_fast.losses.base import Loss, Signal
-from imu_fast.losses.output_curvature import OutputCurvature, Softmax
+from imu_fast.losses.base import Loss
+from imu_fast.losses.output_curvature import OutputCurvature, Softmax, StoredCurvature
 
 # Elements of the [samples, C, D] or [samples, C, C] slabs that exist at once: 32 MB.
 _SLAB = 1 << 22
@@ -39,7 +39,7 @@ class Objective:
     def at(self, theta: Tensor) -> Point:
         """Signal and losses there; theta [C, D]."""
         logits = self.a @ theta.T
-        return Point(self, theta, logits, self.loss.residual(logits, self.labels, None))
+        return Point(self, theta, logits, *self.loss.residual(logits, self.labels, None))
 
     def optimum(self, theta: Tensor) -> Point:
         """Newton's method with backtracking, from theta.
@@ -71,22 +71,14 @@ class Objective:
 
 @dataclass(frozen=True)
 class Point:
-    """An objective at theta [C, D]; logits [n, C], and what the loss says of them."""
+    """An objective at theta [C, D]; logits and delta [n, C], losses [n], and what these keep."""
 
     objective: Objective
     theta: Tensor
     logits: Tensor
-    signal: Signal
-
-    @property
-    def delta(self) -> Tensor:
-        """[n, C]."""
-        return self.signal.delta
-
-    @property
-    def losses(self) -> Tensor:
-        """[n]."""
-        return self.signal.losses
+    delta: Tensor
+    losses: Tensor
+    kept: StoredCurvature
 
     @property
     def value(self) -> float:
@@ -102,7 +94,7 @@ class Point:
     @cached_property
     def _outputs(self) -> OutputCurvature:
         ones = torch.ones_like(self.losses)
-        return self.signal.curvature.resolved(self.delta, self.objective.labels, ones)
+        return self.kept.resolved(self.delta, self.objective.labels, ones)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """``(samples, B_i [k, C, C])``, the loss's second derivative in the outputs."""
@@ -110,7 +102,7 @@ class Point:
         step = max(1, _SLAB // (classes * max(classes, width)))
         for start in range(0, n, step):
             rows = slice(start, min(start + step, n))
-            yield rows, _blocks(self._outputs, rows)
+            yield rows, self._outputs.map(lambda x, r=rows: x[r]).matrices()  # type: ignore[misc]
 
     @cached_property
     def _curvature(self) -> Tensor:
@@ -158,9 +150,3 @@ class Point:
                 pivot=int(status),
             )
         return factor
-
-
-def _blocks(outputs: OutputCurvature, rows: slice) -> Tensor:
-    """``B_i`` of some samples: [k, C, C]."""
-    root = outputs.map(lambda x: x[rows]).root()
-    return torch.diag_embed(root.square()) if root.dim() == 2 else root @ root.mT

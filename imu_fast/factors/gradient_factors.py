@@ -14,7 +14,7 @@ from torch import Tensor
 
 from imu_fast.errors import InputError, check_count, check_finite_rows, check_same_device
 from imu_fast.factors.implicit_head import IMPLICIT_BYTES, ImplicitHead
-from imu_fast.factors.operands import check_finite, check_offsets, check_shapes
+from imu_fast.factors.operands import check_finite, check_offsets, check_operands, remaining
 from imu_fast.factors.sums import S, joined, summed
 from imu_fast.losses.base import Loss, mean_scale
 from imu_fast.losses.cross_entropy import CrossEntropy
@@ -160,7 +160,7 @@ class GradientFactors:
             InputError: empty input, shapes or devices that do not match, labels out of range,
                 non-finite features, weights or logits (says which sample).
         """
-        check_shapes(features, weight, bias, labels)
+        check_operands(features, weight, bias, labels)
         chosen = LOSSES.choose(loss, ignore_index=ignore_index)
         if isinstance(chosen, CrossEntropy) and chosen.shift is True:
             raise InputError(
@@ -180,20 +180,17 @@ class GradientFactors:
         check_offsets(offsets, len(labels))
         valid = chosen.valid(labels)
         if not bool(valid.all()):
-            kept_before = torch.zeros(len(labels) + 1, dtype=torch.int64)
-            kept_before[1:] = valid.cpu().cumsum(0)
-            offsets = kept_before[offsets]
-            act, labels = act[valid], labels[valid]
+            offsets, act, labels = remaining(offsets, valid), act[valid], labels[valid]
 
         size = len(act) * len(weight) * dtype.itemsize
-        plain = isinstance(chosen, CrossEntropy) and chosen.is_plain and labels.dim() == 1
+        plain = isinstance(chosen, CrossEntropy) and chosen.plain and labels.dim() == 1
         if implicit is None:
             implicit = size >= IMPLICIT_BYTES and plain
         if implicit:
             if not plain:
                 raise InputError(
-                    "implicit=True is of loss='cross_entropy' and class indices, without weights "
-                    f"or smoothing; here loss={chosen!r} and labels {tuple(labels.shape)}"
+                    f"implicit=True is of loss='cross_entropy', plain and with class indices, not "
+                    f"of {chosen!r} with labels {tuple(labels.shape)}"
                 )
             return ImplicitHead.swept(
                 act, weight, bias, labels, offsets, loss=chosen, name=name, make=cls

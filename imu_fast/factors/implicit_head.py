@@ -52,7 +52,8 @@ class ImplicitHead(Generic[F]):
         labels: [N] int64, all of them classes. offsets: [n+1] int64 on the CPU.
         known: what the first sweep found of each token.
         loss: a plain cross-entropy. name: the layer's name in the model.
-        make: of ``delta, act, offsets, has_bias, labels, losses, name, loss, curvature``: chunks.
+        make: of ``delta, act, offsets, has_bias, labels, losses, name, loss, curvature``: what
+            chunks are.
     """
 
     features: Tensor
@@ -240,12 +241,13 @@ class ImplicitHead(Generic[F]):
                 losses[first:last],
                 self.name,
                 self.loss,
-                LabelSoftmax(self._label_probabilities(rows)),
+                LabelSoftmax(self._label_p(rows)),
             )
 
-    def _label_probabilities(self, rows: slice) -> Tensor:
-        loss, scale = self.known.loss[rows], self.__dict__["_scale"]
-        return torch.exp(-(loss if scale is None else loss / scale[rows]))
+    def _label_p(self, rows: slice) -> Tensor:
+        scale: Tensor | None = self.__dict__["_scale"]
+        losses = self.known.loss[rows]
+        return torch.exp(-losses if scale is None else -losses / scale[rows])
 
     def sums(self, statistic: Callable[[F], S]) -> S:
         """``statistic`` of all samples, see :class:`imu_fast.factors.source.Factors`."""

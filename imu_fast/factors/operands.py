@@ -1,7 +1,8 @@
-"""What a head's operands must be: shapes, devices, finite numbers, offsets that cut tokens."""
+"""What factors are made of, checked before any work."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from imu_fast.errors import InputError, check_finite_rows, check_same_device
@@ -20,8 +21,15 @@ def check_offsets(offsets: Tensor, num_tokens: int) -> None:
         )
 
 
-def check_shapes(features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
-    """Raise InputError unless these are a head's [N, d], [C, d], [C] and N labels, all together."""
+def remaining(offsets: Tensor, valid: Tensor) -> Tensor:
+    """Offsets [n+1] of the tokens that are valid [N]."""
+    before = torch.zeros(len(valid) + 1, dtype=torch.int64)
+    before[1:] = valid.cpu().cumsum(0)
+    return before[offsets]
+
+
+def check_operands(features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
+    """Raise InputError unless shapes and devices of a head and its labels fit."""
     if features.dim() != 2 or features.shape[0] == 0:
         raise InputError(
             f"features has shape {tuple(features.shape)}; pass [N, d] with N >= 1 samples"

@@ -29,7 +29,7 @@ def check_labels(labels: Tensor, num_classes: int, ignore_index: int = IGNORE_IN
         )
 
 
-def _check_shift(name: str, value: Any) -> None:
+def check_shift(name: str, value: Any) -> None:
     if value != "auto" and not isinstance(value, bool):
         raise InputError(f"{name}={value!r} must be True, False or 'auto'")
 
@@ -65,18 +65,18 @@ class CrossEntropy(Loss):
 
     name = "cross_entropy"
     ignore_index: int = option(default=IGNORE_INDEX, check=check_index)
-    shift: bool | Literal["auto"] = option(default="auto", check=_check_shift)
+    shift: bool | Literal["auto"] = option(default="auto", check=check_shift)
     label_smoothing: float = option(default=0.0, check=_check_smoothing)
     class_weights: tuple[float, ...] | None = option(default=None, check=numbers)
+
+    @property
+    def plain(self) -> bool:
+        """Neither smoothed nor weighted."""
+        return not self.label_smoothing and self.class_weights is None
 
     def check(self) -> None:
         """Class weights become a tuple, whatever they were given as."""
         object.__setattr__(self, "class_weights", numbers("class_weights", self.class_weights))
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is ``- log softmax(z)_y``, without weights or smoothing."""
-        return not self.label_smoothing and self.class_weights is None
 
     def aligned(self, per_position: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """What belongs together of [B, T, ...] and labels [B, T]; [B] have no positions."""
@@ -162,6 +162,6 @@ class CrossEntropy(Loss):
 
     def recovered(self, delta: Tensor, labels: Tensor) -> LabelSoftmax:
         """p of a hard label as ``1 + delta``, which has the absolute rounding of one."""
-        if labels.dim() == 2 or self.label_smoothing or self.class_weights is not None:
+        if labels.dim() == 2 or not self.plain:
             super().recovered(delta, labels)
         return LabelSoftmax((1 + delta.gather(1, labels[:, None])[:, 0]).clamp_min(0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from imu_fast.losses.auto import AutoLoss
 from imu_fast.losses.base import Loss
 from imu_fast.losses.binary_cross_entropy import BinaryCrossEntropy
 from imu_fast.losses.cross_entropy import CrossEntropy
@@ -14,9 +15,10 @@ LOSSES: Table[Loss] = Table(
     "loss",
     Loss,  # type: ignore[type-abstract]
     {
+        "auto": AutoLoss,
         "binary_cross_entropy": BinaryCrossEntropy,
         "cross_entropy": CrossEntropy,
         "squared_error": SquaredError,
     },
 )
-LossName = Literal["binary_cross_entropy", "cross_entropy", "squared_error"]
+LossName = Literal["auto", "binary_cross_entropy", "cross_entropy", "squared_error"]

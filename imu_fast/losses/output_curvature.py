@@ -138,6 +138,10 @@ class OutputCurvature(StoredCurvature):
         """``sum_t B_t``: [C, C], in this dtype."""
 
     @abstractmethod
+    def matrices(self) -> Tensor:
+        """``B_t``: [N, C, C]."""
+
+    @abstractmethod
     def root(self) -> Tensor:
         """``S_t`` [N, C, C] with ``S_t S_t^T = B_t``; [N, C] stands for a diagonal one."""
 
@@ -221,6 +225,12 @@ class Softmax(OutputCurvature):
         out.diagonal().copy_(own)
         return out
 
+    def matrices(self) -> Tensor:
+        """Of rows that sum to zero."""
+        out = (self.p * -self.weight[:, None])[:, :, None] * self.p[:, None]
+        out.diagonal(dim1=1, dim2=2).copy_(self.diagonal())
+        return out
+
     def root(self) -> Tensor:
         """``sqrt(w) (diag(sqrt p) - p sqrt(p)^T)``."""
         root = self.p.sqrt()
@@ -282,6 +292,10 @@ class Diagonal(OutputCurvature):
         """``diag(sum h)``."""
         return self.h.sum(dim=0).to(dtype).diag()
 
+    def matrices(self) -> Tensor:
+        """``diag(h)``."""
+        return torch.diag_embed(self.h)
+
     def root(self) -> Tensor:
         """``sqrt h``."""
         return self.h.sqrt()
@@ -310,6 +324,10 @@ class Dense(OutputCurvature):
     def sum(self, dtype: torch.dtype) -> Tensor:
         """As it is."""
         return self.b.sum(dim=0).to(dtype)
+
+    def matrices(self) -> Tensor:
+        """As they are."""
+        return self.b
 
     def root(self) -> Tensor:
         """By the eigenvectors."""

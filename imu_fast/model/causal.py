@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -18,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from imu_fast.errors import brief
+from imu_fast.losses.auto import AutoLoss
 from imu_fast.losses.cross_entropy import IGNORE_INDEX, CrossEntropy
 from imu_fast.model.forward import Forward, forward_of, innermost
 from imu_fast.model.labels import class_labels
 from imu_fast.model.logits import chosen, tensors_of
-from imu_fast.model.loss import counts_of, sample_losses, targets_of
+from imu_fast.model.loss import sample_losses, targets_of
 from imu_fast.model.nested import leaves
 from imu_fast.model.parts import Parts
 from imu_fast.model.reading import Reading
@@ -53,7 +55,9 @@ def settled(
         InputError: the labels' shape does not fit.
     """
     loss = reading.loss
-    if not isinstance(loss, CrossEntropy) or loss.shift != "auto":
+    if not isinstance(loss, CrossEntropy | AutoLoss) or loss.shift != "auto":
+        return reading
+    if batch[2].is_floating_point():  # not of classes, or soft
         return reading
     whole = Parts(*batch)._replace(labels=class_labels(batch[2], logits.shape))
     own = _Own(whole, model, run, choice, loss, logits.shape[-1])
@@ -86,7 +90,7 @@ class _Own:
         model: nn.Module,
         run: Run,
         choice: Any,
-        loss: CrossEntropy,
+        loss: CrossEntropy | AutoLoss,
         classes: int,
     ) -> None:
         self.model, self.run, self.choice, self.loss = model, run, choice, loss
@@ -148,11 +152,12 @@ class _Own:
             args[place] = labels
         else:
             kwargs[self.forward.labels] = labels
-        try:
-            return self.run((args, kwargs, labels))
-        except Exception as error:  # whatever the user's model raises
-            logger.info("the model takes no labels (%s)", brief(error, 100))
-            return None
+        with _config_kept(self.model):
+            try:
+                return self.run((args, kwargs, labels))
+            except Exception as error:  # whatever the user's model raises
+                logger.info("the model takes no labels (%s)", brief(error, 100))
+                return None
 
     def _by_its_loss(self, part: Parts, logits: Tensor) -> bool | None:
         """By a single label at a position t: is it the loss of t, or of t - 1?"""
@@ -244,10 +249,10 @@ class _Own:
             return
         logits = chosen(output, self.choice)
         targets = targets_of(part.labels, logits, replace(self.loss, shift=shift))
-        counts = counts_of(targets).double()
+        counts = targets.counts.double()
         if not float(counts.sum()):
             return
-        losses = sample_losses(logits, targets)[0].double().cpu()
+        losses = sample_losses(logits, targets).losses.double().cpu()
         ours = float((counts * losses).sum() / counts.sum())
         others = _auxiliary(output, self.model)
         less = own - sum(value for _, value in others)
@@ -265,6 +270,19 @@ class _Own:
                 "the model's own loss has terms that belong to no sample, which are left out: %s",
                 ", ".join(f"{name} ({value:.4g})" for name, value in others),
             )
+
+
+@contextmanager
+def _config_kept(model: nn.Module) -> Iterator[None]:
+    """A transformers model that is given labels writes its ``problem_type`` down."""
+    config = getattr(innermost(model), "config", None)
+    there = hasattr(config, "problem_type")
+    before = getattr(config, "problem_type", None)
+    try:
+        yield
+    finally:
+        if there and config is not None and config.problem_type != before:
+            config.problem_type = before
 
 
 def _loss_in(output: Any) -> float | None:

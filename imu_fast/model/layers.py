@@ -15,7 +15,7 @@ from imu_fast.model.calls import Call, watched
 from imu_fast.model.causal import settled
 from imu_fast.model.head import LinearLayer, say_of_weight, shared_with
 from imu_fast.model.logits import chosen
-from imu_fast.model.loss import counts_of, on_logits, sample_losses, targets_of
+from imu_fast.model.loss import on_logits, sample_losses, targets_of
 from imu_fast.model.reading import Reading
 from imu_fast.model.rows import (
     Backward,
@@ -61,12 +61,12 @@ class _LayersCapture:
         logits = chosen(output, self.output)
         self.reading = settled(self.reading, self.model, run, batch, logits, self.output)
         targets = targets_of(batch[2], logits, self.reading.loss)
-        _, delta = sample_losses(logits, targets)
+        delta = sample_losses(logits, targets).delta
         signal = on_logits(delta, logits.detach(), targets)
         for call in seen.calls:
             self._checks.add(call.layer, call.act, call.rows(call.out.detach()))
         self._ran |= {call.layer.name for call in seen.calls}
-        labelled = counts_of(targets) > 0
+        labelled = targets.counts > 0
         self.samples.append(labelled)
         calls = seen.calls if logits.requires_grad else []
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from imu_fast.errors import InputError
+from imu_fast.losses.auto import AutoLoss
 from imu_fast.losses.base import Loss
 from imu_fast.losses.cross_entropy import CrossEntropy
 from imu_fast.losses.named import LOSSES, LossName
+from imu_fast.model.forward import innermost
 from imu_fast.model.labels import class_labels
 from imu_fast.model.logits import Path
 from imu_fast.options import Choice, Options, option, options
@@ -26,8 +29,9 @@ class ReadingOptions(TypedDict, total=False):
     * ``output``: where the logits are in what the model returns: a key, an attribute, an index, a
       path of these, or a function of it. Without: the tensor, what is called ``logits``, or what
       fits the labels.
-    * ``loss``: a name, or an object such as ``imu.CrossEntropy(shift=True)``; ``ignore_index`` and
-      ``shift`` (also ``shift_labels``) are options of the named one.
+    * ``loss``: a name, or an object such as ``imu.CrossEntropy(shift=True)``; ``"auto"`` follows a
+      transformers model's ``config.problem_type``. The others are options of the named one
+      (``reduction`` is the object's alone).
     """
 
     output: Output
@@ -35,6 +39,9 @@ class ReadingOptions(TypedDict, total=False):
     ignore_index: int
     shift: bool | Literal["auto"]
     shift_labels: bool | Literal["auto"]
+    label_smoothing: float
+    class_weights: Sequence[float] | Tensor
+    pos_weight: float | Sequence[float] | Tensor
 
 
 def _check_output(name: str, value: Any) -> None:
@@ -72,6 +79,17 @@ class Reading(Options):
         """
         return cls().with_options(door, given)
 
+    def following(self, model: nn.Module) -> Reading:
+        """With what ``loss="auto"`` finds in the model's config."""
+        config = getattr(innermost(model), "config", None)
+        if not isinstance(self.loss, AutoLoss) or self.loss.problem_type or config is None:
+            return self
+        kind = getattr(config, "problem_type", None)
+        if kind is None and getattr(config, "num_labels", None) == 1:
+            kind = "regression"
+        open_ = kind is None and hasattr(config, "problem_type")
+        return replace(self, loss=replace(self.loss, problem_type=kind, by_labels=open_))
+
     def given(self) -> dict[str, Any]:
         """As flat options of another door."""
         return {"output": self.output, "loss": self.loss}
@@ -83,10 +101,11 @@ class Reading(Options):
             InputError: it is another.
         """
         loss = self.loss
-        if not isinstance(loss, CrossEntropy) or loss.shift is True:
+        if not isinstance(loss, CrossEntropy) or loss.shift is True or not loss.plain:
             raise InputError(
                 f"{door} takes loss={loss!r}, where it is for classifiers: loss='cross_entropy', "
-                "and one label per sample"
+                "plain, and one label per sample; scores (imu_fast.influence_scores) take every "
+                "loss"
             )
         return loss
 

@@ -15,6 +15,7 @@ from imu_fast.model.batches import ForgetSet, Parts, as_batches, to_device
 from imu_fast.model.capture import HeadFeatures, capture, capture_features
 from imu_fast.model.guard import modes
 from imu_fast.model.head import linear_layers, shared_with
+from imu_fast.model.labels import class_labels
 from imu_fast.model.loss import labelled
 from imu_fast.model.outputs import (
     Measurement,
@@ -190,6 +191,8 @@ class HeadSubject:
                 f"were linear in it; here they are not ({what}); use an ascent with scope='layers' "
                 "(default: the head), which runs the model itself"
             )
+        labels = captured.labels
+        class_labels(labels, (*labels.shape[:1], len(captured.head.weight)))
         counts = captured.offsets.diff()
         if not captured.sequences and not bool((counts == 1).all()):
             sample = int(torch.nonzero(counts != 1)[0])

@@ -123,7 +123,7 @@ def test_refusals():
     x, w, y = torch.randn(2, 3), torch.randn(4, 3), torch.tensor([0, 1])
     f = imu.GradientFactors.from_head(x, w, None, y)
     for given, message in (
-        ({"loss": "hinge"}, "loss='hinge' is unknown; choose one of binary_cross_entropy"),
+        ({"loss": "hinge"}, "loss='hinge' is unknown; choose one of auto, binary_cross_entropy"),
         ({"loss": imu.CrossEntropy(), "ignore_index": 0}, "give ignore_index to it, not beside it"),
         ({"loss": imu.CrossEntropy(shift=True)}, "shift=True is for capture"),
         ({"loss": imu.CrossEntropy}, "loss is the class CrossEntropy; pass an object"),

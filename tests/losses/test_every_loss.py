@@ -203,6 +203,27 @@ def test_an_ill_conditioned_solve_is_as_right(name, seed):
     assert error("hard", name, seed=seed)[0] <= 2e-6
 
 
+@pytest.mark.parametrize("tokens", [False, True], ids=["samples", "tokens"])
+def test_an_implicit_head_is_as_right_and_of_plain_labels_alone(tokens):
+    x, w, b, y, offsets = problem("hard", tokens)
+    f = imu.GradientFactors.from_head(x, w, b, y, offsets, implicit=True)
+    g, hessians, _, scale, a = truth_of("hard", x, w, b, y, offsets)
+    for name in ("ggn", "ggn_block", "kfac"):
+        spec = CURVATURE[name]
+        matrix = matrix_of(spec, g, hessians, scale, a)
+        truth = -(g.flatten(1) @ torch.linalg.solve(matrix, g.mean(dim=0).flatten()))
+        found = imu.influence_scores(f, curvature=spec).double()
+        assert float((found - truth).norm() / truth.norm()) <= 1e-5
+    for loss, labels in (
+        (CE(label_smoothing=0.1), y),
+        (CE(class_weights=WEIGHTS), y),
+        (CE(), soft(len(x), CLASSES)),
+        (BCE(), binary(len(x), CLASSES)),
+    ):
+        with pytest.raises(InputError, match="implicit=True is of loss='cross_entropy', plain"):
+            imu.GradientFactors.from_head(x, w, b, labels, offsets, loss=loss, implicit=True)
+
+
 @every_loss
 def test_curvature_in_the_outputs_is_torchs_hessian(which):
     x, w, b, y, offsets = problem(which, tokens=True)

@@ -13,7 +13,7 @@ from imu_fast.errors import check_finite_rows
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.losses.cross_entropy import CrossEntropy
 from imu_fast.model.capture import capture_features
-from imu_fast.model.loss import counts_of, sample_losses
+from imu_fast.model.loss import Targets, counts_of, sample_losses
 from imu_fast.ops.tokens import tokens_of_samples
 from imu_fast.unlearning.subject import NetworkSubject
 
@@ -101,7 +101,7 @@ class LiveHead:
         deltas, acts, labels, counts, losses = [], [], [], [], []
         for act, made in zip(self._acts, self.forwards, strict=True):
             valid = made.targets >= 0
-            loss, delta = sample_losses(made.logits, made.targets)
+            delta, loss, _ = sample_losses(made.logits, Targets.of_classes(made.targets))
             check_finite_rows("logits", delta)
             losses.append(loss)
             deltas.append(delta)
