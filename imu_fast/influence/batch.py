@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +23,8 @@ from imu_fast.model.batches import Reread, split_batch
 from imu_fast.model.guard import door
 from imu_fast.ops.objective import LABEL_OBJECTIVES, objective
 from imu_fast.ops.tokens import sum_over_tokens
+
+logger = logging.getLogger("imu_fast")
 
 WHERE_EMPTY = ("zeros", "uniform", "error")
 OnEmpty = Literal["zeros", "uniform", "error"]
@@ -73,10 +79,35 @@ def batch_weights(
         data = Reread(lambda: iter([parts]))
     elif batch is not None:
         raise InputError("batch is only used with a model; pass factors alone")
-    scores = influence_scores(
-        source, data, curvature=curvature, damping=damping, layers=layers, **options
-    )
+    with _said_once(source):
+        scores = influence_scores(
+            source, data, curvature=curvature, damping=damping, layers=layers, **options
+        )
     return _weights(scores, clip_quantile, quantile_over, on_empty)
+
+
+_said: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
+
+@contextmanager
+def _said_once(source: Any) -> Iterator[None]:
+    """What the log says of a model is said at its first batch, not at every step."""
+    if not isinstance(source, nn.Module):
+        yield
+        return
+    before = _said.setdefault(source, set())
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        new = message not in before
+        before.add(message)
+        return new
+
+    logger.addFilter(is_new)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_new)
 
 
 def _weights(scores: Tensor, clip: float, over: str, on_empty: str) -> Tensor:

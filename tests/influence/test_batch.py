@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -127,6 +128,22 @@ def test_factors_cost_no_pass():
     assert torch.allclose(imu.batch_weights(factors), imu.batch_weights(model, (x, y)), atol=1e-6)
     both = imu.batch_weights([factors, factors])
     assert torch.allclose(both, 2**0.5 * imu.batch_weights(factors), atol=1e-6)
+
+
+def test_the_log_says_a_thing_once_for_each_model(caplog):
+    class Tied(Text):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(6, 7, bias=False)
+            self.head.weight = self.embed.weight
+
+    first, second, batch = Tied(), Tied(), text()
+    with caplog.at_level(logging.INFO, "imu_fast"):
+        for model in (first, first, second, first):
+            imu.batch_weights(model, batch, layers=["head"])
+    said = [r.getMessage() for r in caplog.records if "shares its weight" in r.getMessage()]
+    assert len(said) == 2
+    assert not logging.getLogger("imu_fast").filters
 
 
 def against(n=4):

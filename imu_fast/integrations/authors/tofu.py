@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from imu_fast.errors import InputError, check_fraction
+from imu_fast.integrations._forgetting import present
 from imu_fast.integrations.authors._gradients import Gradients
 from imu_fast.integrations.authors._parameters import Chosen, asking, l1_norm, named
 from imu_fast.integrations.authors.classification import flatten_grad as flatten_grad
@@ -168,7 +169,12 @@ def imu_trainer(base: type) -> type:
             l1_gradient: bool = True,
             **kwargs: Any,
         ) -> None:
-            super().__init__(*args, **kwargs)
+            super().__init__(*args, **present(kwargs))
+            if "tokenizer" in kwargs:
+                self.tokenizer = kwargs["tokenizer"]
+            # The loss is a mean over the batch's samples, whatever the number of its tokens.
+            self.model_accepts_loss_kwargs = False
+            self.loss_is_scaled_for_ga = False
             if state_size is None and hasattr(self.model, "config"):
                 state_size = self.model.config.vocab_size
             self.state_size, self.device = state_size, device
