@@ -36,6 +36,7 @@ _EXPORTS = {
     "GradientFactors": "factors.gradient_factors",
     "Head": "unlearning.ascent.scopes",
     "Identity": "curvature.identity",
+    "ImplicitHead": "factors.implicit_head",
     "ImuFastError": "errors",
     "Influence": "unlearning.ascent.weights",
     "influence_scores": "influence.scores",
@@ -44,17 +45,23 @@ _EXPORTS = {
     "InputError": "errors",
     "KFAC": "curvature.kfac",
     "Layers": "unlearning.ascent.scopes",
+    "LeaveOneOut": "attribution.leave_one_out",
+    "leave_one_out": "attribution.leave_one_out",
     "linear_layers_matching": "model.head",
     "LossWeights": "unlearning.ascent.weights",
     "MarginEdit": "unlearning.edit.margin_edit",
     "methods": "unlearning.named",
     "Network": "unlearning.ascent.scopes",
     "pairwise_influence": "influence.scores",
+    "pairwise_similarity": "attribution.similarity",
     "Permuted": "unlearning.ascent.weights",
     "self_influence": "influence.scores",
+    "similarity_scores": "attribution.similarity",
     "SGD": "unlearning.ascent.optimizer",
     "ShardedFactors": "factors.sharded",
     "StopRule": "unlearning.depth",
+    "tracin": "attribution.tracin",
+    "tracin_self_influence": "attribution.tracin",
     "Uniform": "unlearning.ascent.weights",
     "unlearn": "unlearning.unlearn",
     "unlearn_in_turn": "unlearning.in_turn",
@@ -64,6 +71,12 @@ _EXPORTS = {
 __all__ = ["__version__", *sorted(_EXPORTS)]
 
 if TYPE_CHECKING:
+    from imu_fast.attribution.leave_one_out import LeaveOneOut as LeaveOneOut
+    from imu_fast.attribution.leave_one_out import leave_one_out as leave_one_out
+    from imu_fast.attribution.similarity import pairwise_similarity as pairwise_similarity
+    from imu_fast.attribution.similarity import similarity_scores as similarity_scores
+    from imu_fast.attribution.tracin import tracin as tracin
+    from imu_fast.attribution.tracin import tracin_self_influence as tracin_self_influence
     from imu_fast.backend import backends as backends
     from imu_fast.backend import use_backend as use_backend
     from imu_fast.curvature.base import Curvature as Curvature
@@ -81,6 +94,7 @@ if TYPE_CHECKING:
     from imu_fast.errors import InputError as InputError
     from imu_fast.evaluation.evaluate import evaluate as evaluate
     from imu_fast.factors.gradient_factors import GradientFactors as GradientFactors
+    from imu_fast.factors.implicit_head import ImplicitHead as ImplicitHead
     from imu_fast.factors.sharded import ShardedFactors as ShardedFactors
     from imu_fast.influence.batch import InfluenceWeightedLoss as InfluenceWeightedLoss
     from imu_fast.influence.batch import batch_weights as batch_weights

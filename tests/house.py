@@ -18,7 +18,7 @@ PACKAGE = "imu_fast"
 # From the top of the house to its foundations: a file imports its own floor or lower ones.
 FLOORS = (
     ("cli", "study", "integrations", "check"),
-    ("evaluation", "unlearning"),
+    ("attribution", "evaluation", "unlearning"),
     ("influence",),
     ("curvature", "model"),
     ("factors",),

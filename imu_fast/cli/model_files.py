@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-import pickle
-import struct
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,50 +15,10 @@ from torch import Tensor, nn
 
 from imu_fast.errors import InputError, brief, check_installed
 from imu_fast.model.outputs import logits_of
-from imu_fast.storage import load_tensors
+from imu_fast.model.weights import load_weights
 
 # What libraries call their classifier; the first part of the names of its weights.
 _HEADS = ("fc", "classifier", "head", "heads", "score")
-
-
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from ``.safetensors``, or from a torch file (tensors only, never code).
-
-    Raises:
-        InputError: missing, unreadable, or a pickled whole model.
-    """
-    if not path.is_file():
-        raise InputError(f"weights={str(path)!r} does not exist; check the name")
-    if path.suffix == ".safetensors":
-        try:
-            return load_tensors(path)[0]
-        except InputError as error:
-            raise InputError(f"weights={str(path)!r} is broken: {error}; save it again") from error
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    # What the archive reader and the restricted unpickler raise on damaged files.
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        TypeError,
-        struct.error,
-        AssertionError,
-    ) as error:
-        raise InputError(
-            f"weights={str(path)!r} holds more than tensors, or is broken; save "
-            "model.state_dict() instead of the model"
-        ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InputError(f"weights={str(path)!r} is no state dict; save model.state_dict()")
-    return state
 
 
 def build_model(arch: str, weights: Path) -> nn.Module:

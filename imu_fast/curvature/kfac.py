@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from imu_fast.curvature.base import Curvature, Fitted
-from imu_fast.errors import check_positive
+from imu_fast.errors import InputError, check_positive
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.probabilities import augmented, output_curvature
-from imu_fast.factors.source import Factors, Remembered
+from imu_fast.factors.source import MAX_GATHERED, Factors, Remembered
 from imu_fast.losses.base import OutputCurvature
 from imu_fast.ops.bilinear_scores import quadratic_scores
 from imu_fast.options import option, options
@@ -80,7 +80,18 @@ def kronecker_factors(
 
     B carries the total weight, so that ``B (x) A`` is the GGN where B_t is the same for every
     token, samples without tokens included.
+
+    Raises:
+        InputError: B would take more than MAX_GATHERED bytes.
     """
+
+    size = 8 * source.num_classes**2
+    if size > MAX_GATHERED:
+        raise InputError(
+            f"curvature='kfac' and 'ekfac' need a matrix of classes by classes, which of "
+            f"{source.num_classes} takes {size / 1e9:.0f} GB, more than {MAX_GATHERED / 1e9:.1f}; "
+            "use 'fisher_diag' or 'identity'"
+        )
 
     def sums(chunk: GradientFactors) -> tuple[Tensor, ...]:
         found = outputs(chunk)

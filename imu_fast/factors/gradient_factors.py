@@ -7,18 +7,20 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from imu_fast.errors import InputError, check_count, check_finite_rows, check_same_device
+from imu_fast.factors.implicit_head import IMPLICIT_BYTES, ImplicitHead
 from imu_fast.factors.sums import S, joined, summed
 from imu_fast.losses.base import Loss, mean_scale
 from imu_fast.losses.cross_entropy import CrossEntropy
 from imu_fast.losses.named import LOSSES, LossName
 from imu_fast.ops.mean_gradient import mean_gradient
 from imu_fast.ops.softmax_residual import linear_logits
-from imu_fast.ops.tokens import is_flat, sum_over_tokens
+from imu_fast.ops.tokens import cuts, is_flat, picked, sum_over_tokens
 
 # Rows of logits that exist at once while the residual is computed.
 _CHUNK_TOKENS = 2048
@@ -81,6 +83,38 @@ class GradientFactors:
         if self.loss is not None and self.labels is None:
             raise InputError(f"loss={self.loss!r} needs labels; pass both, or neither")
 
+    @overload
+    @classmethod
+    def from_head(
+        cls,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        offsets: Tensor | None = None,
+        *,
+        implicit: Literal[False],
+        loss: LossName | Loss = ...,
+        ignore_index: int | None = ...,
+        chunk_size: int | None = ...,
+        name: str = ...,
+    ) -> GradientFactors: ...
+    @overload
+    @classmethod
+    def from_head(
+        cls,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        offsets: Tensor | None = None,
+        *,
+        implicit: bool | None = None,
+        loss: LossName | Loss = ...,
+        ignore_index: int | None = ...,
+        chunk_size: int | None = ...,
+        name: str = ...,
+    ) -> HeadFactors: ...
     @classmethod
     def from_head(
         cls,
@@ -94,7 +128,8 @@ class GradientFactors:
         ignore_index: int | None = None,
         chunk_size: int | None = None,
         name: str = "head",
-    ) -> GradientFactors:
+        implicit: bool | None = None,
+    ) -> HeadFactors:
         """Factors of a linear head under the mean of a loss over tokens: no backward pass.
 
         Args:
@@ -106,6 +141,9 @@ class GradientFactors:
             loss: an object such as ``imu.CrossEntropy(ignore_index=0)``, or a name.
             ignore_index: of the named loss; None: its default, -100.
             chunk_size: rows of logits computed at once; changes memory, not the result.
+            implicit: True: keep features and weight as they are, and make delta where it is needed
+                (an :class:`ImplicitHead`, of a cross-entropy); False: store delta; None: store it
+                up to 256 MB.
 
         Raises:
             InputError: empty input, shapes or devices that do not match, labels out of range,
@@ -139,9 +177,8 @@ class GradientFactors:
         chunk = _CHUNK_TOKENS if chunk_size is None else check_count("chunk_size", chunk_size)
 
         dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-        act = features.detach().to(dtype)
-        weight = weight.detach().to(dtype)
-        bias = None if bias is None else bias.detach().to(dtype)
+        act, weight = features.detach(), weight.detach()
+        bias = None if bias is None else bias.detach()
         check_finite_rows("features", act)
         check_finite_rows("weight", weight, "class")
         if bias is not None:
@@ -158,6 +195,18 @@ class GradientFactors:
             offsets = kept_before[offsets]
             act, labels = act[valid], labels[valid]
 
+        size = len(act) * len(weight) * dtype.itemsize
+        if implicit is None:
+            implicit = size >= IMPLICIT_BYTES and type(chosen) is CrossEntropy
+        if implicit:
+            if type(chosen) is not CrossEntropy:
+                raise InputError(f"implicit=True is of loss='cross_entropy', not of {chosen!r}")
+            return ImplicitHead.swept(
+                act, weight, bias, labels, offsets, loss=chosen, name=name, make=cls
+            )
+
+        act, weight = act.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
         counts = offsets.diff()
         scale = None
         if not bool((counts == 1).all()):
@@ -236,12 +285,7 @@ class GradientFactors:
     def select(self, indices: Tensor) -> GradientFactors:
         """The factors of some samples, in the order given; indices [k] int64."""
         indices = indices.to("cpu", torch.int64)
-        counts = self.offsets.diff()[indices]
-        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-        starts = self.offsets[:-1][indices]
-        rows = torch.arange(int(offsets[-1])) + torch.repeat_interleave(
-            starts - offsets[:-1], counts
-        )
+        offsets, rows = picked(self.offsets, indices)
         rows = rows.to(self.delta.device)
         return replace(
             self,
@@ -273,13 +317,8 @@ class GradientFactors:
             yield self
             return
         check_count("max_tokens", max_tokens)
-        first = 0
-        while first < self.n:
-            limit = int(self.offsets[first]) + max_tokens
-            last = int(torch.searchsorted(self.offsets, limit, right=True)) - 1
-            last = min(max(last, first + 1), self.n)
+        for first, last in cuts(self.offsets, max_tokens):
             yield self.samples(first, last)
-            first = last
 
     def sums(self, statistic: Callable[[GradientFactors], S]) -> S:
         """``statistic`` of all samples, see :class:`imu_fast.factors.source.Factors`."""
@@ -345,3 +384,7 @@ class GradientFactors:
             metadata.get("name", "head"),
             options and LOSSES.choose(options.pop("loss"), "loss", **options),
         )
+
+
+HeadFactors = GradientFactors | ImplicitHead[GradientFactors]
+"""A head's factors, whose signal is stored or made where it is needed."""

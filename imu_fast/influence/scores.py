@@ -14,6 +14,7 @@ from imu_fast.curvature.base import Curvature, check_whole
 from imu_fast.curvature.base import scores as scores_of
 from imu_fast.curvature.named import CURVATURES, CurvatureName, OwnOptions
 from imu_fast.errors import InputError
+from imu_fast.factors.outputs import at_outputs, cuts_of_outputs, for_inputs
 from imu_fast.factors.source import Factors, is_factors
 from imu_fast.factors.statistics import mean_gradient
 from imu_fast.model.guard import door
@@ -24,7 +25,8 @@ logger = logging.getLogger("imu_fast")
 Layers = Factors | Sequence[Factors]
 
 
-def _as_layers(value: Any, name: str) -> list[Factors]:
+def as_layers(value: Any, name: str) -> list[Factors]:
+    """What a user passed as ``name``, as a list; raises InputError where it is something else."""
     layers = [value]
     if isinstance(value, Iterable) and not is_factors(value):
         layers = list(value)
@@ -42,9 +44,10 @@ class ScoreOptions(OwnOptions, ReadingOptions, total=False):
     """Flat options of the curvature, and of how a model is read."""
 
 
-def _factors_of(
+def factors_of(
     source: Any, data: Any, layers: Any, progress: bool, reading: dict[str, Any]
 ) -> list[Factors]:
+    """Those that a user passed, or captured of the model passed; raises InputError."""
     if isinstance(source, nn.Module):
         if data is None:
             raise InputError("data=None: pass the samples after the model")
@@ -58,10 +61,11 @@ def _factors_of(
             f"{given[0]} says how a model is read, and source is factors, which are captured "
             "already; pass it to imu_fast.capture"
         )
-    return _as_layers(source, "source")
+    return as_layers(source, "source")
 
 
-def _check_like(name: str, layers: list[Factors], others: list[Factors]) -> None:
+def check_like(name: str, layers: list[Factors], others: list[Factors]) -> None:
+    """Raise InputError unless both are of the same layers."""
     shapes = [(x.num_classes, x.width, x.device, x.dtype) for x in layers]
     other_shapes = [(x.num_classes, x.width, x.device, x.dtype) for x in others]
     if shapes != other_shapes:
@@ -71,10 +75,14 @@ def _check_like(name: str, layers: list[Factors], others: list[Factors]) -> None
         )
 
 
-def _target_vectors(target: Any, layers: list[Factors]) -> list[Tensor]:
-    """``v`` of each layer: the mean forget gradient, another set's mean, or given."""
+Goal = Factors | Tensor | None
+"""What v is at one layer: the mean gradient of other samples, given [C, D], or of these samples."""
+
+
+def _goals(target: Any, layers: list[Factors]) -> list[Goal]:
+    """What ``v`` is of each layer."""
     if target is None:
-        return [mean_gradient(layer) for layer in layers]
+        return [None] * len(layers)
     many = isinstance(target, Sequence)
     if isinstance(target, Tensor) or (many and target and isinstance(target[0], Tensor)):
         vectors = [target] if isinstance(target, Tensor) else list(target)
@@ -87,10 +95,33 @@ def _target_vectors(target: Any, layers: list[Factors]) -> list[Tensor]:
         for v in vectors:
             if not bool(torch.isfinite(v).all()):
                 raise InputError("target is not finite; remove the NaN or infinite entries")
-        return [v.to(layer.device, layer.dtype) for v, layer in zip(vectors, layers, strict=True)]
-    others = _as_layers(target, "target")
-    _check_like("target", layers, others)
-    return [mean_gradient(other) for other in others]
+        return [*vectors]
+    others = as_layers(target, "target")
+    check_like("target", layers, others)
+    return [*others]
+
+
+def _cuts(spec: Curvature, layer: Factors, other: Goal = None) -> list[slice]:
+    """Outputs that are dealt with at a time: all, where M couples them."""
+    if not spec.separates:
+        return [slice(0, layer.num_classes)]
+    return cuts_of_outputs(layer, *([] if other is None or isinstance(other, Tensor) else [other]))
+
+
+def target_vectors(target: Any, layers: list[Factors]) -> list[Tensor]:
+    """``v`` of each layer [C, D]: the mean forget gradient, another set's mean, or given."""
+    goals = _goals(target, layers)
+    return [
+        _vector(goal, layer, slice(0, layer.num_classes))
+        for goal, layer in zip(goals, layers, strict=True)
+    ]
+
+
+def _vector(goal: Goal, part: Factors, classes: slice) -> Tensor:
+    """v at some outputs of a layer; new memory, unless it was given."""
+    if isinstance(goal, Tensor):
+        return goal[classes].to(part.device, part.dtype)
+    return mean_gradient(part if goal is None else at_outputs(goal, classes))
 
 
 @door
@@ -134,24 +165,27 @@ def influence_scores(
     """
     reading, own = taken(options)
     spec = CURVATURES.choose(curvature, damping=damping, **own)
-    all_layers = _factors_of(source, data, layers, progress, reading)
+    all_layers = factors_of(source, data, layers, progress, reading)
     if first_row_is_mean:
         check_whole("first_row_is_mean=True: source", all_layers[0])
-    vectors = _target_vectors(target, all_layers)
+    goals = _goals(target, all_layers)
     scores: Tensor | None = None
     first = 0.0
-    for layer, v in zip(all_layers, vectors, strict=True):
-        # In place where v is ours: fresh memory of size C x D costs as much as the division.
-        x = spec.fit(layer).solve(v, out=None if target is not None else v)
-        x = x.to(layer.device, layer.dtype)
-        part = scores_of(layer, x).neg_()
-        scores = part if scores is None else scores + part
-        if first_row_is_mean:
-            first -= float((mean_gradient(layer) * x).sum())
+    for layer, goal in zip(all_layers, goals, strict=True):
+        for classes in _cuts(spec, layer, goal):
+            part = at_outputs(layer, classes)
+            v = _vector(goal, part, classes)
+            # In place where v is ours: fresh memory of size C x D costs as much as the division.
+            x = spec.fit(part).solve(v, out=None if isinstance(goal, Tensor) else v)
+            x = x.to(layer.device, layer.dtype)
+            found = scores_of(part, x).neg_()
+            scores = found if scores is None else scores.add_(found)
+            if first_row_is_mean:
+                first -= float((mean_gradient(part) * x).sum())
     assert scores is not None
     if first_row_is_mean:
         scores[0] = first
-    counts = all_layers[0].each(lambda chunk: chunk.offsets.diff())
+    counts = for_inputs(all_layers[0]).each(lambda chunk: chunk.offsets.diff())
     empty = torch.nonzero(counts == 0).flatten()
     if len(empty):
         logger.warning(
@@ -180,9 +214,15 @@ def self_influence(
     """
     reading, own = taken(options)
     spec = CURVATURES.choose(curvature, damping=damping, **own)
-    all_layers = _factors_of(source, data, layers, progress, reading)
-    parts = [spec.fit(layer).self_influence(layer) for layer in all_layers]
-    return torch.stack(parts).sum(dim=0)
+    all_layers = factors_of(source, data, layers, progress, reading)
+    total: Tensor | None = None
+    for layer in all_layers:
+        for classes in _cuts(spec, layer):
+            part = at_outputs(layer, classes)
+            found = spec.fit(part).self_influence(part)
+            total = found if total is None else total.add_(found)
+    assert total is not None
+    return total
 
 
 @door
@@ -204,13 +244,15 @@ def pairwise_influence(
     errors as there.
     """
     spec = CURVATURES.choose(curvature, damping=damping, **options)
-    all_layers, all_queries = _as_layers(source, "source"), _as_layers(queries, "queries")
+    all_layers, all_queries = as_layers(source, "source"), as_layers(queries, "queries")
     if len(all_layers) != len(all_queries):
         raise InputError(f"queries has {len(all_queries)} layers, source {len(all_layers)}")
-    _check_like("queries", all_layers, all_queries)
+    check_like("queries", all_layers, all_queries)
     total: Tensor | None = None
     for layer, query in zip(all_layers, all_queries, strict=True):
-        part = spec.fit(layer).pairwise(layer, query)
-        total = part if total is None else total.add_(part)
+        for classes in _cuts(spec, layer, query):
+            part = at_outputs(layer, classes)
+            found = spec.fit(part).pairwise(part, at_outputs(query, classes))
+            total = found if total is None else total.add_(found)
     assert total is not None
     return total.neg_()

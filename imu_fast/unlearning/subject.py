@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from imu_fast.errors import InputError
-from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.factors.gradient_factors import GradientFactors, HeadFactors
 from imu_fast.model.batches import ForgetSet, Parts, as_batches, to_device
 from imu_fast.model.capture import HeadFeatures, capture, capture_features
 from imu_fast.model.guard import modes
@@ -66,7 +66,7 @@ class Subject(Measured, Protocol):
 
     def factors(
         self, rows: Tensor | None = None, layers: Literal["head", "trained"] = "head"
-    ) -> list[GradientFactors]:
+    ) -> Sequence[HeadFactors]:
         """Gradient factors of forget samples at the current state, one entry per layer.
 
         Args:
@@ -213,7 +213,7 @@ class HeadSubject:
 
     def factors(
         self, rows: Tensor | None = None, layers: Literal["head", "trained"] = "head"
-    ) -> list[GradientFactors]:
+    ) -> Sequence[HeadFactors]:
         # What changes is the head, so either way it is the same layer.
         features, labels = self.sets["forget"]
         if rows is not None:
@@ -298,7 +298,7 @@ class NetworkSubject:
 
     def factors(
         self, rows: Tensor | None = None, layers: Literal["head", "trained"] = "head"
-    ) -> list[GradientFactors]:
+    ) -> Sequence[HeadFactors]:
         self.finish()
         data: Any = self.forget if rows is None else self.forget.subset(rows.tolist())
         chosen: Any = "head"
@@ -306,7 +306,7 @@ class NetworkSubject:
             weights = {id(parameter) for parameter in self.parameters.values()}
             chosen = [k for k, m in linears(self.model).items() if id(m.weight) in weights]
         captured = capture(self.model, data, layers=chosen, **self._reading.given())
-        return [captured] if isinstance(captured, GradientFactors) else captured
+        return captured if isinstance(captured, list) else [captured]
 
     def state(self) -> dict[str, Tensor]:
         return self.trained | dict(self.model.named_buffers())

@@ -60,6 +60,16 @@ DOORS = {
     "capture_features": lambda *a, **k: imu.capture_features(*a, **k).features,
     "influence_scores": imu.influence_scores,
     "self_influence": imu.self_influence,
+    "similarity_scores": imu.similarity_scores,
+    "tracin": lambda m, data, **k: imu.tracin(
+        m, data, data, checkpoints=[m.state_dict()], learning_rates=0.1, **k
+    ),
+    "tracin_self_influence": lambda m, data, **k: imu.tracin_self_influence(
+        m, data, checkpoints=[m.state_dict()], learning_rates=0.1, **k
+    ),
+    "leave_one_out": lambda *a, **k: (
+        imu.leave_one_out(*a, weight_decay=0.1, refit=True, **k).logits
+    ),
     "outputs_of": lambda *a, **k: outputs_of(*a, **k).logits,
     "evaluate": lambda *a, **k: imu.evaluate(*a, **k)["loss"],
     "relearning_steps": lambda *a, **k: relearning_steps(*a, target=1.0, lr=0.3, **k),
@@ -127,7 +137,7 @@ def test_ignore_index_is_the_losses(problem, door):
     y[3] = 250
     with pytest.raises(InputError, match="250"):
         DOORS[door](alone, (x, y))
-    if door.startswith(("capture", "influence", "self")):
+    if door.startswith(("capture", "influence", "self", "similarity", "tracin")):
         kept = DOORS[door](alone, (x, y), ignore_index=250)
         named = DOORS[door](alone, (x, y), loss=imu.CrossEntropy(ignore_index=250))
         same(kept, named)

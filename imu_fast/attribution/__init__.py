@@ -1,0 +1,1 @@
+"""Which training samples a prediction owes what: gradients along training, and retraining."""
