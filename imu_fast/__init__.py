@@ -16,6 +16,7 @@ _EXPORTS = {
     "Auto": "unlearning.auto",
     "BinaryCrossEntropy": "losses.binary_cross_entropy",
     "backends": "backend",
+    "batch_weights": "influence.batch",
     "capture": "model.capture",
     "capture_features": "model.capture",
     "CrossEntropy": "losses.cross_entropy",
@@ -41,6 +42,7 @@ _EXPORTS = {
     "Influence": "unlearning.ascent.weights",
     "influence_scores": "influence.scores",
     "influence_weights": "influence.weights",
+    "InfluenceWeightedLoss": "influence.batch",
     "InputError": "errors",
     "KFAC": "curvature.kfac",
     "Layers": "unlearning.ascent.scopes",
@@ -100,6 +102,8 @@ if TYPE_CHECKING:
     from imu_fast.factors.gradient_factors import GradientFactors as GradientFactors
     from imu_fast.factors.implicit_head import ImplicitHead as ImplicitHead
     from imu_fast.factors.sharded import ShardedFactors as ShardedFactors
+    from imu_fast.influence.batch import InfluenceWeightedLoss as InfluenceWeightedLoss
+    from imu_fast.influence.batch import batch_weights as batch_weights
     from imu_fast.influence.scores import influence_scores as influence_scores
     from imu_fast.influence.scores import pairwise_influence as pairwise_influence
     from imu_fast.influence.scores import self_influence as self_influence
