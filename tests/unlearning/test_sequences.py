@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import imu_fast as imu
+from imu_fast.model.outputs import outputs_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -397,6 +398,7 @@ def test_what_is_said_once(caplog):
     with caplog.at_level(logging.INFO, "imu_fast"):
         imu.unlearn(lm.make("llama"), [lm.batch("llama")], watch={"w": [lm.batch("llama", 3)]})
     assert caplog.text.count("predicts the next token") == 1
+    assert caplog.text.count("1 of 6 forget samples have no label at any position") == 1
 
 
 def test_gradient_checkpointing_in_training_mode():
@@ -409,6 +411,20 @@ def test_gradient_checkpointing_in_training_mode():
     assert a.trajectory[-1]["forget_loss"] == pytest.approx(
         b.trajectory[-1]["forget_loss"], rel=1e-5
     )
+
+
+def test_doors_of_classifiers_say_so():
+    model, data = lm.make("llama"), [lm.batch("llama")]
+    with pytest.raises(imu.InputError, match="is for classifiers, with one label per sample"):
+        outputs_of(model, data)
+
+
+def test_requests_in_turn():
+    model = lm.make("gpt2")
+    first, second = lm.batch("gpt2", 5), lm.batch("gpt2", 4)
+    results = imu.unlearn_in_turn(model, {"a": [first], "b": [second]}, "npo", epochs=2)
+    own = float(own_losses(model, first).mean())
+    assert results["b"].trajectory[-1]["a_loss"] == pytest.approx(own, rel=1e-5)
 
 
 def test_only_samples_without_a_label_are_refused():

@@ -99,6 +99,7 @@ class Run:
                 return self._result(scores, indices, weights, stopped_by, first_epoch, fraction)
         else:
             self._record(0, weights)
+            self._say_unlabelled()
             if self.checkpoint is not None:
                 self.checkpoint.save(self._progress(0, indices, weights, scores))
         stopped_by, fraction, epoch = "epochs", 1.0, first_epoch - 1
@@ -134,6 +135,16 @@ class Run:
                 if self.checkpoint is not None:
                     self.checkpoint.save(self._progress(epoch + 1, indices, weights, scores))
         return self._result(scores, indices, weights, stopped_by, epoch + 1, fraction)
+
+    def _say_unlabelled(self) -> None:
+        unlabelled = self.subject.n - len(self.trajectory.measure("forget").loss)
+        if unlabelled:
+            logger.warning(
+                "%d of %d forget samples have no label at any position: they are neither forgotten "
+                "nor counted",
+                unlabelled,
+                self.subject.n,
+            )
 
     def _weigh(
         self, scores: Tensor | None, epoch: int, device: torch.device
