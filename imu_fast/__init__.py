@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "Ascent": "unlearning.ascent.ascent",
     "Auto": "unlearning.auto",
+    "BinaryCrossEntropy": "losses.binary_cross_entropy",
     "backends": "backend",
     "capture": "model.capture",
     "capture_features": "model.capture",
@@ -35,6 +36,7 @@ _EXPORTS = {
     "GradientFactors": "factors.gradient_factors",
     "Head": "unlearning.ascent.scopes",
     "Identity": "curvature.identity",
+    "ImplicitHead": "factors.implicit_head",
     "ImuFastError": "errors",
     "Influence": "unlearning.ascent.weights",
     "influence_scores": "influence.scores",
@@ -49,6 +51,7 @@ _EXPORTS = {
     "MarginEdit": "unlearning.edit.margin_edit",
     "methods": "unlearning.named",
     "Network": "unlearning.ascent.scopes",
+    "OutputCurvature": "losses.output_curvature",
     "pairwise_influence": "influence.scores",
     "pairwise_similarity": "attribution.similarity",
     "Permuted": "unlearning.ascent.weights",
@@ -59,6 +62,7 @@ _EXPORTS = {
     "SGD": "unlearning.ascent.optimizer",
     "ShardedFactors": "factors.sharded",
     "SimNPO": "unlearning.ascent.objectives",
+    "SquaredError": "losses.squared_error",
     "StopRule": "unlearning.depth",
     "tracin": "attribution.tracin",
     "tracin_self_influence": "attribution.tracin",
@@ -94,12 +98,16 @@ if TYPE_CHECKING:
     from imu_fast.errors import InputError as InputError
     from imu_fast.evaluation.evaluate import evaluate as evaluate
     from imu_fast.factors.gradient_factors import GradientFactors as GradientFactors
+    from imu_fast.factors.implicit_head import ImplicitHead as ImplicitHead
     from imu_fast.factors.sharded import ShardedFactors as ShardedFactors
     from imu_fast.influence.scores import influence_scores as influence_scores
     from imu_fast.influence.scores import pairwise_influence as pairwise_influence
     from imu_fast.influence.scores import self_influence as self_influence
     from imu_fast.influence.weights import influence_weights as influence_weights
+    from imu_fast.losses.binary_cross_entropy import BinaryCrossEntropy as BinaryCrossEntropy
     from imu_fast.losses.cross_entropy import CrossEntropy as CrossEntropy
+    from imu_fast.losses.output_curvature import OutputCurvature as OutputCurvature
+    from imu_fast.losses.squared_error import SquaredError as SquaredError
     from imu_fast.model.capture import capture as capture
     from imu_fast.model.capture import capture_features as capture_features
     from imu_fast.model.head import find_head as find_head

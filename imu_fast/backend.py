@@ -24,6 +24,7 @@ logger = logging.getLogger("imu_fast")
 CHOICES = ("auto", "reference", "torch", "triton")
 _ENVIRONMENT = "IMU_FAST_BACKEND"
 _choice: ContextVar[str | None] = ContextVar("imu_fast_backend", default=None)
+_products: ContextVar[str | None] = ContextVar("imu_fast_products", default=None)
 _record: ContextVar[dict[str, str] | None] = ContextVar("imu_fast_backend_record", default=None)
 
 
@@ -101,9 +102,23 @@ def input_precision() -> str:
 
     The request is torch's own: ``torch.backends.cuda.matmul.fp32_precision = "tf32"``, or the older
     ``torch.set_float32_matmul_precision("high")`` or ``"medium"``, which sets it too (while the
-    older setting's getter raises once the newer one has been used).
+    older setting's getter raises once the newer one has been used). Where torch was asked for
+    nothing, :func:`products` decides.
     """
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    asked = torch.backends.cuda.matmul.fp32_precision
+    if asked == "none":
+        asked = _products.get() or asked
+    return "tf32" if asked == "tf32" else "ieee"
+
+
+@contextmanager
+def products(precision: str) -> Iterator[None]:
+    """Kernels in the body multiply float32 in this way, unless torch was asked for another."""
+    token = _products.set(precision)
+    try:
+        yield
+    finally:
+        _products.reset(token)
 
 
 def current_backend() -> str:

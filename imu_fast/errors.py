@@ -118,7 +118,7 @@ def check_finite_rows(name: str, tensor: Tensor, what: str = "sample") -> None:
     """Raise InputError naming the first row of ``tensor`` [N, ...] that is not finite."""
     # One reduction decides the common case: a finite sum has only finite terms. A sum that is not
     # may have overflowed, and only then is the row-wise test paid for.
-    if bool(torch.isfinite(tensor.sum())):
+    if bool(torch.isfinite(tensor.sum(dtype=torch.float32 if tensor.itemsize < 4 else None))):
         return
     bad = ~torch.isfinite(tensor.reshape(tensor.shape[0], -1)).all(dim=1)
     rows = torch.nonzero(bad).flatten()

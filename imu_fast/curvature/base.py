@@ -4,19 +4,28 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.factors.outputs import sum_of_outputs
 from imu_fast.factors.source import Factors
 from imu_fast.ops.bilinear_scores import bilinear_scores
 from imu_fast.options import Options
 
 
 class Curvature(Options, ABC):
-    """A matrix M [P, P] over the parameters of a linear layer, P = C D, damped: what to fit."""
+    """A matrix M [P, P] over the parameters of a linear layer, P = C D, damped: what to fit.
+
+    Attributes:
+        separates: whether M couples no two outputs of the layer, so that it may be fitted to some
+            of them alone.
+    """
+
+    separates: ClassVar[bool] = False
 
     @abstractmethod
     def fit(self, factors: Factors) -> Fitted:
@@ -153,9 +162,16 @@ class Fitted(ABC):
 
 def scores(factors: Factors, x: Tensor) -> Tensor:
     """``<g_i, X>`` of every sample that is here: [n], or [n, m] for x [m, C, D]."""
-    return factors.each(
-        lambda chunk: bilinear_scores(chunk.delta, chunk.act, x, chunk.offsets, chunk.has_bias)
-    )
+
+    def term(part: Factors, classes: slice) -> Tensor:
+        rows = x[..., classes, :]
+        return part.each(
+            lambda chunk: bilinear_scores(
+                chunk.delta, chunk.act, rows, chunk.offsets, chunk.has_bias
+            )
+        )
+
+    return sum_of_outputs(factors, term)
 
 
 def check_whole(argument: str, factors: Factors) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from imu_fast.curvature.base import Curvature, Fitted
 from imu_fast.errors import check_positive, one_of
+from imu_fast.factors.outputs import rows_of_outputs, sum_of_outputs
 from imu_fast.factors.source import Factors, mean_of
 from imu_fast.ops.bilinear_scores import quadratic_scores
 from imu_fast.ops.fisher_diagonal import fisher_diagonal
@@ -26,15 +27,13 @@ class FisherDiag(Curvature):
     """
 
     name = "fisher_diag"
+    separates = True
     damping: float = option(default=1e-2, check=check_positive)
     damping_mode: DampingMode = option(default="add", check=one_of(*get_args(DampingMode)))
 
     def fit(self, factors: Factors) -> FittedFisherDiag:
         """One matrix product of squares where every sample has one token; else tile by tile."""
-        diagonal = mean_of(
-            factors,
-            lambda chunk: fisher_diagonal(chunk.delta, chunk.act, chunk.offsets, chunk.has_bias),
-        )
+        diagonal = rows_of_outputs(factors, _diagonal)
         if self.damping_mode == "add":
             return FittedFisherDiag(diagonal.add_(self.damping))
         return FittedFisherDiag(diagonal.clamp_min_(self.damping))
@@ -62,9 +61,21 @@ class FittedFisherDiag(Fitted):
 
     def _self_influence(self, factors: Factors) -> Tensor:
         """``sum_ck g_i[c,k]^2 / diagonal[c,k]``: [n]."""
-        inverse = self.diagonal.reciprocal().to(factors.dtype)
-        return factors.each(
-            lambda chunk: quadratic_scores(
-                chunk.delta, chunk.act, inverse, chunk.offsets, chunk.has_bias
+
+        def term(part: Factors, classes: slice) -> Tensor:
+            inverse = self.diagonal[classes].reciprocal().to(factors.dtype)
+            return part.each(
+                lambda chunk: quadratic_scores(
+                    chunk.delta, chunk.act, inverse, chunk.offsets, chunk.has_bias
+                )
             )
-        )
+
+        return sum_of_outputs(factors, term)
+
+
+def _diagonal(source: Factors) -> Tensor:
+    """Undamped: [C, D]."""
+    return mean_of(
+        source,
+        lambda chunk: fisher_diagonal(chunk.delta, chunk.act, chunk.offsets, chunk.has_bias),
+    )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from imu_fast.curvature.base import Curvature, Fitted
 from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.factors.outputs import sum_of_outputs
 from imu_fast.factors.source import Factors
 from imu_fast.ops.bilinear_scores import gradient_norms
 from imu_fast.ops.gram import cross_gram
@@ -20,6 +21,7 @@ class Identity(Curvature):
     """``I``; there is nothing to damp."""
 
     name = "identity"
+    separates = True
 
     def fit(self, factors: Factors) -> FittedIdentity:
         """Nothing is read."""
@@ -39,9 +41,13 @@ class FittedIdentity(Fitted):
 
     def _self_influence(self, factors: Factors) -> Tensor:
         """``||g_i||^2``: [n]."""
-        return factors.each(
-            lambda chunk: gradient_norms(chunk.delta, chunk.act, chunk.offsets, chunk.has_bias)
-        )
+
+        def term(part: Factors, _: slice) -> Tensor:
+            return part.each(
+                lambda chunk: gradient_norms(chunk.delta, chunk.act, chunk.offsets, chunk.has_bias)
+            )
+
+        return sum_of_outputs(factors, term)
 
     def _pairwise(self, factors: Factors, queries: Factors) -> Tensor:
         """``<g_i, h_j>``: [n, m]; no gradient is formed."""

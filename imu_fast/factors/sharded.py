@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from imu_fast import distributed
 from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.factors.outputs import Wide, at_outputs
 from imu_fast.factors.source import Factors
 from imu_fast.factors.sums import S
 
@@ -33,15 +35,17 @@ class ShardedFactors:
         distributed.check_group(group)
         self.local, self.group = local, group
         layer = (local.num_classes, local.feature_dim, local.has_bias, str(local.dtype))
-        found = distributed.gather((local.n, local.num_tokens, layer), group)
-        for rank, (_, _, other) in enumerate(found):
+        at_once = local.outputs_at_once if isinstance(local, Wide) else local.num_classes
+        found = distributed.gather((local.n, local.num_tokens, layer, at_once), group)
+        for rank, (_, _, other, _) in enumerate(found):
             if other != found[0][2]:
                 raise InputError(
                     f"local: process {rank} has (C, d, bias, dtype) {other}, process 0 has "
                     f"{found[0][2]}; capture all from the same model and layer"
                 )
-        self._n = sum(n for n, _, _ in found)
-        self._num_tokens = sum(tokens for _, tokens, _ in found)
+        self._n = sum(n for n, _, _, _ in found)
+        self._num_tokens = sum(tokens for _, tokens, _, _ in found)
+        self._at_once = min(at_once for _, _, _, at_once in found)
 
     @property
     def n(self) -> int:
@@ -92,6 +96,17 @@ class ShardedFactors:
     def dtype(self) -> torch.dtype:
         """Of the share."""
         return self.local.dtype
+
+    @property
+    def outputs_at_once(self) -> int:
+        """The fewest that any process can deal with: all have to cut in the same places."""
+        return self._at_once
+
+    def outputs(self, classes: slice) -> ShardedFactors:
+        """The same samples at some outputs alone."""
+        some = copy(self)
+        some.local = at_outputs(self.local, classes)
+        return some
 
     def chunks(self, max_tokens: int | None = None) -> Iterator[GradientFactors]:
         """Of this process."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.factors.outputs import for_inputs, rows_of_outputs
 from imu_fast.factors.probabilities import augmented, output_curvature
 from imu_fast.factors.source import Factors, mean_of
 
 
 def mean_gradient(source: Factors) -> Tensor:
     """``gbar = 1/n sum_i g_i``: [C, D], in the factors' dtype."""
-    return mean_of(source, lambda chunk: chunk.mean_gradient())
+    return rows_of_outputs(source, lambda part: mean_of(part, lambda c: c.mean_gradient()))
 
 
 def second_moment(source: Factors) -> Tensor:
@@ -21,19 +22,19 @@ def second_moment(source: Factors) -> Tensor:
         a = augmented(chunk.act, chunk.has_bias)
         return a.T @ a
 
-    return source.sums(products) / max(1, source.num_tokens)
+    return for_inputs(source).sums(products) / max(1, source.num_tokens)
 
 
 def trace(source: Factors) -> float:
-    """Of the undamped GGN: ``1/n sum_t c_t tr(B_t) ||a~_t||^2``.
+    """Of the undamped GGN: ``1/n sum_t tr(B_t) ||a~_t||^2``.
 
     Raises:
-        InputError: the factors have no loss behind them.
+        InputError: the factors have no curvature of their loss.
     """
 
     def traces(chunk: GradientFactors) -> Tensor:
         outputs = output_curvature(chunk)
         norms = augmented(chunk.act, chunk.has_bias).square().sum(dim=1)
-        return (outputs.scale * outputs.diagonal().sum(dim=1) * norms).sum()
+        return (outputs.diagonal().sum(dim=1) * norms).sum()
 
     return float(source.sums(traces)) / source.n

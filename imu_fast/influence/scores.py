@@ -14,6 +14,7 @@ from imu_fast.curvature.base import Curvature, check_whole
 from imu_fast.curvature.base import scores as scores_of
 from imu_fast.curvature.named import CURVATURES, CurvatureName, OwnOptions
 from imu_fast.errors import InputError
+from imu_fast.factors.outputs import at_outputs, cuts_of_outputs, for_inputs
 from imu_fast.factors.source import Factors, is_factors
 from imu_fast.factors.statistics import mean_gradient
 from imu_fast.model.guard import door
@@ -74,10 +75,14 @@ def check_like(name: str, layers: list[Factors], others: list[Factors]) -> None:
         )
 
 
-def target_vectors(target: Any, layers: list[Factors]) -> list[Tensor]:
-    """``v`` of each layer: the mean forget gradient, another set's mean, or given."""
+Goal = Factors | Tensor | None
+"""What v is at one layer: the mean gradient of other samples, given [C, D], or of these samples."""
+
+
+def _goals(target: Any, layers: list[Factors]) -> list[Goal]:
+    """What ``v`` is of each layer."""
     if target is None:
-        return [mean_gradient(layer) for layer in layers]
+        return [None] * len(layers)
     many = isinstance(target, Sequence)
     if isinstance(target, Tensor) or (many and target and isinstance(target[0], Tensor)):
         vectors = [target] if isinstance(target, Tensor) else list(target)
@@ -90,10 +95,33 @@ def target_vectors(target: Any, layers: list[Factors]) -> list[Tensor]:
         for v in vectors:
             if not bool(torch.isfinite(v).all()):
                 raise InputError("target is not finite; remove the NaN or infinite entries")
-        return [v.to(layer.device, layer.dtype) for v, layer in zip(vectors, layers, strict=True)]
+        return [*vectors]
     others = as_layers(target, "target")
     check_like("target", layers, others)
-    return [mean_gradient(other) for other in others]
+    return [*others]
+
+
+def _cuts(spec: Curvature, layer: Factors, other: Goal = None) -> list[slice]:
+    """Outputs that are dealt with at a time: all, where M couples them."""
+    if not spec.separates:
+        return [slice(0, layer.num_classes)]
+    return cuts_of_outputs(layer, *([] if other is None or isinstance(other, Tensor) else [other]))
+
+
+def target_vectors(target: Any, layers: list[Factors]) -> list[Tensor]:
+    """``v`` of each layer [C, D]: the mean forget gradient, another set's mean, or given."""
+    goals = _goals(target, layers)
+    return [
+        _vector(goal, layer, slice(0, layer.num_classes))
+        for goal, layer in zip(goals, layers, strict=True)
+    ]
+
+
+def _vector(goal: Goal, part: Factors, classes: slice) -> Tensor:
+    """v at some outputs of a layer; new memory, unless it was given."""
+    if isinstance(goal, Tensor):
+        return goal[classes].to(part.device, part.dtype)
+    return mean_gradient(part if goal is None else at_outputs(goal, classes))
 
 
 @door
@@ -140,21 +168,24 @@ def influence_scores(
     all_layers = factors_of(source, data, layers, progress, reading)
     if first_row_is_mean:
         check_whole("first_row_is_mean=True: source", all_layers[0])
-    vectors = target_vectors(target, all_layers)
+    goals = _goals(target, all_layers)
     scores: Tensor | None = None
     first = 0.0
-    for layer, v in zip(all_layers, vectors, strict=True):
-        # In place where v is ours: fresh memory of size C x D costs as much as the division.
-        x = spec.fit(layer).solve(v, out=None if target is not None else v)
-        x = x.to(layer.device, layer.dtype)
-        part = scores_of(layer, x).neg_()
-        scores = part if scores is None else scores + part
-        if first_row_is_mean:
-            first -= float((mean_gradient(layer) * x).sum())
+    for layer, goal in zip(all_layers, goals, strict=True):
+        for classes in _cuts(spec, layer, goal):
+            part = at_outputs(layer, classes)
+            v = _vector(goal, part, classes)
+            # In place where v is ours: fresh memory of size C x D costs as much as the division.
+            x = spec.fit(part).solve(v, out=None if isinstance(goal, Tensor) else v)
+            x = x.to(layer.device, layer.dtype)
+            found = scores_of(part, x).neg_()
+            scores = found if scores is None else scores.add_(found)
+            if first_row_is_mean:
+                first -= float((mean_gradient(part) * x).sum())
     assert scores is not None
     if first_row_is_mean:
         scores[0] = first
-    counts = all_layers[0].each(lambda chunk: chunk.offsets.diff())
+    counts = for_inputs(all_layers[0]).each(lambda chunk: chunk.offsets.diff())
     empty = torch.nonzero(counts == 0).flatten()
     if len(empty):
         logger.warning(
@@ -184,8 +215,14 @@ def self_influence(
     reading, own = taken(options)
     spec = CURVATURES.choose(curvature, damping=damping, **own)
     all_layers = factors_of(source, data, layers, progress, reading)
-    parts = [spec.fit(layer).self_influence(layer) for layer in all_layers]
-    return torch.stack(parts).sum(dim=0)
+    total: Tensor | None = None
+    for layer in all_layers:
+        for classes in _cuts(spec, layer):
+            part = at_outputs(layer, classes)
+            found = spec.fit(part).self_influence(part)
+            total = found if total is None else total.add_(found)
+    assert total is not None
+    return total
 
 
 @door
@@ -213,7 +250,9 @@ def pairwise_influence(
     check_like("queries", all_layers, all_queries)
     total: Tensor | None = None
     for layer, query in zip(all_layers, all_queries, strict=True):
-        part = spec.fit(layer).pairwise(layer, query)
-        total = part if total is None else total.add_(part)
+        for classes in _cuts(spec, layer, query):
+            part = at_outputs(layer, classes)
+            found = spec.fit(part).pairwise(part, at_outputs(query, classes))
+            total = found if total is None else total.add_(found)
     assert total is not None
     return total.neg_()

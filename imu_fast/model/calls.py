@@ -16,7 +16,7 @@ from imu_fast.model.head import LinearLayer
 
 # An output up to so large is always copied, so that what happens to it can be differentiated; a
 # larger one (a vocabulary's logits) only after something turned out to happen to it.
-_SMALL_BYTES = 1 << 24
+SMALL_BYTES = 1 << 24
 
 
 @dataclass
@@ -57,8 +57,8 @@ class Call:
             and given.dtype == logits.dtype
             and given.shape[-1:] == logits.shape[-1:]
             and given.numel() == logits.numel()
-            and _rows_in_order(given)
-            and _rows_in_order(logits)
+            and rows_in_order(given)
+            and rows_in_order(logits)
         )
         if not same or (not logits.is_inference() and logits._version != self.version):
             return False
@@ -68,7 +68,7 @@ class Call:
         return kept or bool(((out == logits) | (out.isnan() & logits.isnan())).all())
 
 
-def _rows_in_order(t: Tensor) -> bool:
+def rows_in_order(t: Tensor) -> bool:
     """Whether [..., C] lies in memory row after row (axes of length 1 lie anywhere)."""
     expected = 1
     for size, stride in zip(reversed(t.shape), reversed(t.stride()), strict=True):
@@ -143,7 +143,7 @@ def watched(
         if not output.is_floating_point() or output.dim() == 0:
             seen.odd[layer.name] = f"its output is {output.dtype}"
             return None
-        as_leaf = output.nbytes <= _SMALL_BYTES if leaves is None else leaves
+        as_leaf = output.nbytes <= SMALL_BYTES if leaves is None else leaves
         if torch.is_inference_mode_enabled():
             if leaves:
                 raise InputError(

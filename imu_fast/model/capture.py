@@ -9,7 +9,7 @@ from torch import nn
 from typing_extensions import Unpack
 
 from imu_fast.errors import InputError
-from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.factors.gradient_factors import GradientFactors, HeadFactors
 from imu_fast.model.batches import device_of, empty_message, warn_of_order
 from imu_fast.model.features import HeadCapture
 from imu_fast.model.features import HeadFeatures as HeadFeatures
@@ -100,7 +100,7 @@ def capture(
     *,
     progress: bool = False,
     **reading: Unpack[ReadingOptions],
-) -> GradientFactors | list[GradientFactors]:
+) -> HeadFactors | list[GradientFactors]:
     """Gradient factors of a model's head, or of any of its linear layers.
 
     The head is the linear layer whose outputs are the logits, or become them by steps that do not
@@ -114,7 +114,10 @@ def capture(
         reading: ``output``, ``loss``, ``ignore_index``, ``shift``, as in :func:`capture_features`.
 
     Returns:
-        GradientFactors; for a list of layers a list, in the order of ``named_parameters``.
+        GradientFactors; for a list of layers a list, in the order of ``named_parameters``. Of a
+        head whose output is the logits and whose signal would take 256 MB or more, an
+        ImplicitHead: neither signal nor, where the model does not work with them, logits are
+        stored.
         Their ``labels`` are None where curvatures of a softmax head do not hold.
 
     Raises:

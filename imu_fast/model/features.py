@@ -11,16 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from imu_fast.errors import InputError, NoHeadFoundError, check_finite_rows
-from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.factors.gradient_factors import GradientFactors, HeadFactors
 from imu_fast.model.between import Between, Piece, bias_columns, plain_piece, side_by_side
 from imu_fast.model.calls import Seen
 from imu_fast.model.causal import settled
-from imu_fast.model.head import LinearLayer, no_head, say_of_weight, shared_with
+from imu_fast.model.head import (
+    LinearLayer,
+    guess,
+    linear_layers,
+    no_head,
+    say_of_weight,
+    shared_with,
+)
 from imu_fast.model.logits import chosen
 from imu_fast.model.loss import targets_of
+from imu_fast.model.nested import taken
 from imu_fast.model.reading import Reading
 from imu_fast.model.run import Batch
 from imu_fast.model.search import Head, Run, directly, find, observe
+from imu_fast.model.unstored import fitting, is_large, may_be_unstored, unstored
 from imu_fast.model.verify import LinearChecks
 
 logger = logging.getLogger("imu_fast")
@@ -87,8 +96,11 @@ class HeadCapture:
         self.pieces: list[Piece] = []
         self.samples = 0
         self._checks = LinearChecks()
+        self._between: Between
         # Whether the logits have been the output itself so far: then nothing is differentiated.
         self._untouched = True
+        # Whether the model was seen to work with its logits, so that they have to be computed.
+        self._computes = False
         self._head: Head | None = None
         self._sequences = False
         self.classes = 0  # of the logits
@@ -107,13 +119,62 @@ class HeadCapture:
             InputError: says from which sample on, after the first batch.
         """
         try:
-            piece = self._piece(run, batch)
+            if self._head is None:
+                self._probe(run, batch)
+            piece = self._without_logits(run, batch) or self._piece(run, batch)
         except InputError as error:
             if not self.samples:
                 raise
             raise type(error)(f"samples from {self.samples} on: {error}") from None
         self.pieces.append(piece)
         self.samples += len(piece.counts)
+
+    def _probe(self, run: Run, batch: Batch) -> None:
+        """Look at some samples of a first batch whose logits are large.
+
+        Kept is only that these are the head's output; everything else is found out on all of it.
+        """
+        likely = self.explicit or guess(self.model, linear_layers(self.model))
+        labels = batch[2]
+        if len(likely) != 1 or not is_large(likely[0], labels.numel()):
+            return
+        # A small output is copied, and the linear check takes as much again.
+        few = max(1, fitting(likely[0]) // 4 * len(labels) // labels.numel())
+        fresh = HeadCapture(self.model, self.explicit, self.reading)
+        try:
+            some = _first_samples(batch, few)
+            fresh._piece(run, some)
+            fresh._checks.finish()
+        except (InputError, NoHeadFoundError):
+            return
+        if fresh._untouched:
+            self._head, self._between, self._checks = fresh.head, fresh._between, fresh._checks
+            self.reading = fresh.reading
+
+    def _without_logits(self, run: Run, batch: Batch) -> Piece | None:
+        """The batch's piece where its logits are large, and are the head's output, untouched."""
+        if self._head is None or not self._untouched or self._computes:
+            return None
+        if batch[2].dim() > 1 and getattr(self.reading.loss, "shift", False) == "auto":
+            return None  # which the logits will show
+        layer = self._head.parts[0]
+        if not may_be_unstored(layer) or not is_large(layer, batch[2].numel()):
+            return None
+        logits = None
+        try:
+            with unstored(layer) as outputs:
+                seen = observe(run, batch, [layer], False)
+            logits = chosen(seen.output, self._head.choice)
+        except Exception:  # a model that works with its logits may do anything with these
+            logger.debug("head %r: the model works with its logits", layer.name, exc_info=True)
+        if logits is None or len(seen.calls) != 1 or not outputs.is_returned_as(logits):
+            self._computes = True
+            return None
+        self._computed = _coarser(self._computed, logits.dtype)
+        self.classes = logits.shape[-1]
+        targets = targets_of(batch[2], logits, self.reading.loss)
+        self._sequences |= targets.dim() > 1
+        return plain_piece(seen.calls[0].act.reshape(*targets.shape, -1), targets)
 
     def _piece(self, run: Run, batch: Batch) -> Piece:
         if self._head is None:
@@ -230,7 +291,7 @@ class HeadCapture:
                 return f"head {part.name!r} shares its weight with {', '.join(others)}"
         return ""
 
-    def factors(self) -> GradientFactors:
+    def factors(self) -> HeadFactors:
         head, only, offsets = self.head, self.only, self.offsets
         labels = torch.cat([piece.labels for piece in self.pieces])
         if only is not None and all(piece.kind == "plain" for piece in self.pieces):
@@ -260,7 +321,13 @@ class HeadCapture:
         part = self.head.parts[0]
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), piece.counts.cumsum(0)])
         made = GradientFactors.from_head(
-            piece.act, part.weight, part.bias, piece.labels, offsets, name=part.name
+            piece.act,
+            part.weight,
+            part.bias,
+            piece.labels,
+            offsets,
+            name=part.name,
+            implicit=False,
         )
         return made.delta, made.losses if made.losses is not None else made.delta.sum(dim=1)
 
@@ -283,6 +350,17 @@ class HeadCapture:
             )
         elif steps:
             logger.info("head %r: between its output and the loss are %s", name, steps)
+
+
+def _first_samples(batch: Batch, few: int) -> Batch:
+    """A smaller batch.
+
+    Raises:
+        InputError: it cannot be cut.
+    """
+    n = len(batch[2])
+    args, kwargs, labels = (taken(part, range(min(few, n)), n) for part in batch)
+    return args, kwargs, labels
 
 
 def _coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:

@@ -27,7 +27,7 @@ def targets_of(labels: Tensor, logits: Tensor, loss: Loss) -> Tensor:
     labels = class_labels(labels, logits.shape)
     loss.check_labels(labels, logits.shape[-1])
     targets = labels.to(logits.device, torch.int64)
-    targets = targets.masked_fill(~loss.valid(targets), -1)
+    targets = targets.masked_fill(~loss.valid(targets.flatten()).view_as(targets), -1)
     if loss.shift is True and targets.dim() == 2:
         targets = torch.nn.functional.pad(targets[:, 1:], (0, 1), value=-1)
     return targets

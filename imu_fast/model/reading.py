@@ -109,7 +109,7 @@ class Reading(Options):
         self.check_one_label(logits, door)
         labels = class_labels(labels, logits.shape)
         loss.check_labels(labels, logits.shape[-1])
-        if not bool(loss.valid(labels).all()):
+        if not bool(loss.valid(labels.flatten()).all()):
             raise InputError(
                 f"a batch has samples without a label ({loss.ignore_index}), which are neither "
                 "forgotten nor counted; remove them"

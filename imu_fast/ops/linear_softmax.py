@@ -1,33 +1,31 @@
-"""A large-vocabulary head, features and weight to scores, without ever storing ``[N, C]`` logits.
+"""The softmax of a large-vocabulary head from features and weight, no ``[N, C]`` logits stored.
 
 Two sweeps over slabs of the vocabulary: the first finds each token's log-sum-exp by an online
-softmax, the second forms ``delta[:, slab]``, uses it and discards it. What exists at once is
-``N x slab`` and a few ``slab x D``; FLOPs are 2 N C D for each sweep and product.
+softmax, the second forms ``delta[:, slab]``, to be used and discarded. What exists at once is
+``N x slab``; FLOPs are 2 N C d for each sweep.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from imu_fast.backend import input_precision
-from imu_fast.ops.bilinear_scores import bilinear_scores
-from imu_fast.ops.fisher_diagonal import fisher_diagonal
-from imu_fast.ops.mean_gradient import mean_gradient
+from imu_fast.backend import input_precision, products
 from imu_fast.ops.operation import kernel_dtypes, operation
 
-# Classes at once: delta's slab is 128 MB at 8,192 tokens in float32, and X's at D = 4,096 64 MB.
+# Classes at once: the logits' slab is 32 MB at 2,048 tokens in float32.
 SLAB = 4096
 
 
 class Head(NamedTuple):
     """Operands of a head: features [N, d], weight [C, d], bias [C] or None, labels [N], scale [N].
 
-    A negative label is ignored: its token has no gradient and no loss. scale None means 1.
+    A negative label is ignored: its token has no gradient and no loss. scale >= 0; None means 1.
     """
 
     features: Tensor
@@ -63,6 +61,11 @@ def _logits(head: Head, slab: slice, dtype: torch.dtype) -> Tensor:
     bias = None if head.bias is None else head.bias[slab].to(dtype)
     weight = head.weight[slab].to(dtype)
     return torch.nn.functional.linear(head.features.to(dtype), weight, bias)
+
+
+def products_for(features: Tensor) -> AbstractContextManager[None]:
+    """Kernels inside multiply in TF32 where the features are half precision, which it holds."""
+    return products("tf32") if features.itemsize < 4 else nullcontext()
 
 
 def _token_scale(head: Head, dtype: torch.dtype) -> Tensor:
@@ -101,13 +104,12 @@ def normaliser(head: Head, slab: int = SLAB) -> Normaliser:
     for piece in _slabs(len(head.weight), slab):
         z = _logits(head, piece, dtype)
         local = head.labels - piece.start
-        inside = (local >= 0) & (local < z.shape[1])
-        column = local.clamp(0, z.shape[1] - 1)[:, None]
-        at_label = z.gather(1, column)[:, 0]
-        label_logit = torch.where(inside, at_label, label_logit)
+        rows = torch.nonzero((local >= 0) & (local < z.shape[1]))[:, 0]
+        column = local[rows]
+        label_logit[rows] = z[rows, column]
         new = torch.maximum(largest, z.amax(dim=1))
         z.sub_(new[:, None]).exp_()
-        z.scatter_(1, column, torch.where(inside[:, None], 0.0, z.gather(1, column)))
+        z[rows, column] = 0.0
         others = others * torch.exp(largest - new) + z.sum(dim=1)
         largest = new
     total = others + torch.exp(label_logit - largest)
@@ -144,75 +146,19 @@ def _define_residual(
     limits=_residual_limits,
 )
 def residual(head: Head, known: Normaliser, classes: slice) -> Tensor:
-    """``delta[:, classes]``, [N, slab], of what the first sweep found."""
+    """``delta[:, classes]``, [N, slab], of what the first sweep found.
+
+    ``c e^{z - lse}`` is ``e^{z + b}`` with ``b = log c - lse``, which the product starts from.
+    """
     dtype = _compute_dtype(head)
-    delta = _logits(head, classes, dtype).sub_(known.lse[:, None]).exp_()
+    scale = _token_scale(head, dtype)
+    start = (scale.log() - known.lse)[:, None]
+    if head.bias is None:
+        delta = start.repeat(1, classes.stop - classes.start)
+    else:
+        delta = start + head.bias[classes].to(dtype)
+    delta.addmm_(head.features.to(dtype), head.weight[classes].to(dtype).t()).exp_()
     local = head.labels - classes.start
     rows = torch.nonzero((local >= 0) & (local < delta.shape[1]))[:, 0]
-    delta[rows, local[rows]] = -known.others[rows]
-    return delta.mul_(_token_scale(head, dtype)[:, None])
-
-
-def residual_slabs(
-    head: Head, known: Normaliser, slab: int = SLAB
-) -> Iterator[tuple[slice, Tensor]]:
-    """The second sweep: ``(classes, delta[:, classes])``, each to be used and discarded."""
-    for piece in _slabs(len(head.weight), slab):
-        yield piece, residual(head, known, piece)
-
-
-def linear_softmax_gradients(
-    head: Head, offsets: Tensor, slab: int = SLAB
-) -> tuple[Tensor, Tensor]:
-    """The mean gradient and the Fisher diagonal, both [C, D], of one pair of sweeps."""
-    has_bias, known = head.bias is not None, normaliser(head, slab)
-    shape = len(head.weight), head.features.shape[1] + has_bias
-    mean = torch.empty(shape, dtype=_compute_dtype(head), device=head.features.device)
-    fisher = torch.empty_like(mean)
-    act = head.features.to(mean.dtype)
-    for piece, delta in residual_slabs(head, known, slab):
-        mean[piece] = mean_gradient(delta, act, offsets, has_bias)
-        fisher[piece] = fisher_diagonal(delta, act, offsets, has_bias)
-    return mean, fisher
-
-
-def linear_softmax_bilinear(head: Head, x: Tensor, offsets: Tensor, slab: int = SLAB) -> Tensor:
-    """``<g_i, X>`` for a given X [C, D] (or several, [m, C, D]): [n] (or [n, m])."""
-    act = head.features.to(_compute_dtype(head))
-    total: Tensor | None = None
-    for piece, delta in residual_slabs(head, normaliser(head, slab), slab):
-        part = bilinear_scores(
-            delta, act, x[..., piece, :].to(act.dtype), offsets, head.bias is not None
-        )
-        total = part if total is None else total.add_(part)
-    assert total is not None
-    return total
-
-
-def linear_softmax_scores(
-    head: Head, offsets: Tensor, damping: float, damping_mode: str = "add", slab: int = SLAB
-) -> tuple[Tensor, Tensor]:
-    """Influence under the diagonal Fisher of the mean gradient, and the loss, of each sample.
-
-    ``influence_i = - <g_i, gbar / (F + lam)>`` separates over classes once the log-sum-exp of each
-    token is known, so F, gbar and X exist for one slab of classes at a time.
-
-    Args:
-        offsets: [n+1], which tokens belong to which sample. damping: lam.
-        damping_mode: "add" (``F + lam``) or "clamp" (``max(F, lam)``).
-
-    Returns:
-        scores [n], and losses of the tokens [N].
-    """
-    has_bias, known = head.bias is not None, normaliser(head, slab)
-    act = head.features.to(known.lse.dtype)
-    scores = act.new_zeros(len(offsets) - 1)
-    for _, delta in residual_slabs(head, known, slab):
-        curvature = fisher_diagonal(delta, act, offsets, has_bias)
-        if damping_mode == "add":
-            curvature.add_(damping)
-        else:
-            curvature.clamp_(min=damping)
-        x = mean_gradient(delta, act, offsets, has_bias).div_(curvature)
-        scores.sub_(bilinear_scores(delta, act, x, offsets, has_bias))
-    return scores, known.loss
+    delta[rows, local[rows]] = -known.others[rows] * scale[rows]
+    return delta

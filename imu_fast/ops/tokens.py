@@ -43,3 +43,23 @@ def groups_of_equal_length(
             continue
         samples = torch.nonzero(lengths == length).flatten()
         yield samples, starts[samples, None] + torch.arange(length, device=device)
+
+
+def cuts(offsets: Tensor, max_tokens: int) -> Iterator[tuple[int, int]]:
+    """Consecutive samples ``first:last`` of at most so many tokens, or of one larger sample."""
+    first, n = 0, len(offsets) - 1
+    while first < n:
+        limit = int(offsets[first]) + max_tokens
+        last = int(torch.searchsorted(offsets, limit, right=True)) - 1
+        last = min(max(last, first + 1), n)
+        yield first, last
+        first = last
+
+
+def picked(offsets: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Offsets [k+1] and token rows of some samples in the order given; indices [k] on the CPU."""
+    counts = offsets.diff()[indices]
+    new = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    starts = offsets[:-1][indices]
+    rows = torch.arange(int(new[-1])) + torch.repeat_interleave(starts - new[:-1], counts)
+    return new, rows

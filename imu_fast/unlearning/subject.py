@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from imu_fast.errors import InputError
-from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.factors.gradient_factors import GradientFactors, HeadFactors
 from imu_fast.model.batches import ForgetSet, Parts, as_batches, to_device
 from imu_fast.model.capture import HeadFeatures, capture, capture_features
 from imu_fast.model.guard import modes
@@ -67,7 +67,7 @@ class Scored(Protocol):
 
     def factors(
         self, rows: Tensor | None = None, layers: Literal["head", "trained"] = "head"
-    ) -> list[GradientFactors]:
+    ) -> Sequence[HeadFactors]:
         """Gradient factors of forget samples at the current state, one entry per layer.
 
         Args:
@@ -235,7 +235,7 @@ class HeadSubject:
 
     def factors(
         self, rows: Tensor | None = None, layers: Literal["head", "trained"] = "head"
-    ) -> list[GradientFactors]:
+    ) -> Sequence[HeadFactors]:
         # What changes is the head, so either way it is the same layer.
         (features, labels), offsets = self.sets["forget"], self.offsets["forget"]
         if rows is not None:
@@ -330,7 +330,7 @@ class NetworkSubject:
 
     def factors(
         self, rows: Tensor | None = None, layers: Literal["head", "trained"] = "head"
-    ) -> list[GradientFactors]:
+    ) -> Sequence[HeadFactors]:
         self.finish()
         data: Any = self.forget if rows is None else self.forget.subset(rows.tolist())
         chosen: Any = "head"
@@ -339,7 +339,7 @@ class NetworkSubject:
             every = linear_layers(self.model).items()
             chosen = [k for k, layer in every if id(layer.module.weight) in weights]
         captured = capture(self.model, data, layers=chosen, **self.reading.given())
-        return [captured] if isinstance(captured, GradientFactors) else captured
+        return captured if isinstance(captured, list) else [captured]
 
     def state(self) -> dict[str, Tensor]:
         return self.trained | dict(self.model.named_buffers())

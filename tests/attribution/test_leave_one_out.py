@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from cases import LargestTensor
@@ -14,8 +12,9 @@ import imu_fast as imu
 from imu_fast.attribution.leave_one_out import _Without
 from imu_fast.attribution.newton import Objective
 from imu_fast.errors import InputError
-from imu_fast.losses.base import Loss, OutputCurvature
+from imu_fast.losses.base import Loss, Signal
 from imu_fast.losses.cross_entropy import CrossEntropy
+from imu_fast.losses.output_curvature import OutputCurvature
 from imu_fast.options import options
 
 CLASSES = 4
@@ -137,39 +136,22 @@ def test_the_error_is_of_second_order():
     assert errors[0] / errors[1] > 13 and errors[1] / errors[2] > 13, errors
 
 
-@dataclass(frozen=True)
-class Constant(OutputCurvature):
-    scale: torch.Tensor
-    classes: int
-
-    def diagonal(self):
-        return 2 * self.scale[:, None].expand(-1, self.classes)
-
-    def diagonal_in(self, basis):
-        return self.diagonal()
-
-    def weighted_sum(self, weight):
-        return 2 * weight.sum() * torch.eye(self.classes).to(weight)
-
-
 @options
 class Squared(Loss):
     """``||z - onehot(y)||^2``."""
 
     name = "squared"
 
-    def check_labels(self, labels, num_classes):
-        pass
+    def prepared(self, labels, num_classes):
+        return labels
 
     def valid(self, labels):
         return labels >= 0
 
     def residual(self, outputs, labels, scale):
         r = outputs - nn.functional.one_hot(labels, outputs.shape[1])
-        return 2 * r, r.square().sum(dim=1)
-
-    def output_curvature(self, delta, labels, scale):
-        return Constant(scale, delta.shape[1])
+        constant = OutputCurvature.diagonal_of(torch.full_like(r, 2.0))
+        return Signal(2 * r, r.square().sum(dim=1), constant)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -21,6 +21,7 @@ from cases import CASES, head_factors
 import imu_fast as imu
 from imu_fast.curvature.named import CURVATURES
 from imu_fast.errors import InputError
+from imu_fast.factors import implicit_head
 from imu_fast.factors.statistics import mean_gradient
 
 torch.set_num_threads(1)
@@ -54,6 +55,19 @@ for case in (CASES[1], CASES[2], CASES[7], CASES[8]):
     same(mean_gradient(shared), mean_gradient(whole), "mean gradient")
     v = torch.linspace(-1, 1, whole.num_classes * whole.width, dtype=torch.float64)
     v = v.view(whole.num_classes, whole.width)
+    # Signals that are made where they are needed, of as few outputs as the processes agree on.
+    implicit_head._FEWEST_CLASSES, implicit_head._TILE_BYTES = 2 + rank, 1
+    p = case.make(torch.float64)
+    operands = p.act, p.weight, p.bias, p.labels, p.offsets
+    made = imu.GradientFactors.from_head(*operands, implicit=True).shard(rank, world)
+    made = imu.ShardedFactors(made)
+    assert made.outputs_at_once == 2
+    same(mean_gradient(made), mean_gradient(whole), "implicit mean gradient")
+    for name in ("fisher_diag", "identity", "kfac"):
+        truth = imu.influence_scores(whole, curvature=name)[first:last]
+        same(imu.influence_scores(made, curvature=name), truth, f"implicit {name}")
+        truth = imu.self_influence(whole, curvature=name)[first:last]
+        same(imu.self_influence(made, curvature=name), truth, f"implicit {name}")
     for name in CURVATURES:
         for solver in ("auto", "primal", "cg") if name == "ggn" else (None,):
             has = CURVATURES[name].paths()

@@ -29,7 +29,6 @@ from imu_fast.ops.fisher_diagonal import fisher_diagonal
 from imu_fast.ops.ggn_product import ggn_product
 from imu_fast.ops.gram import gram
 from imu_fast.ops.head_ascent import head_ascent
-from imu_fast.ops.linear_softmax import linear_softmax_scores
 from imu_fast.ops.softmax_residual import softmax_residual
 from imu_fast.solvers.cholesky.cholesky import damped_cholesky
 from imu_fast.solvers.cholesky.low_precision import BLOCK, rounding_bound
@@ -73,7 +72,8 @@ def iterations_of(case, dtype):
 
 def vocabulary_of(case, dtype):
     head, offsets, *_ = linear_softmax_case(case, dtype)
-    return linear_softmax_scores(head, offsets, 0.1, slab=100)
+    factors = imu.GradientFactors.from_head(*head[:4], offsets, implicit=True)
+    return imu.influence_scores(factors, damping=0.1), factors.losses
 
 
 OPERATIONS = {

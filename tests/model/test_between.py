@@ -152,7 +152,7 @@ def test_affine_steps_keep_every_curvature(kind):
 
 @pytest.mark.parametrize("kind", [*AFFINE, *OTHER])
 def test_large_outputs_which_are_not_copied_at_first(kind, monkeypatch):
-    monkeypatch.setattr("imu_fast.model.calls._SMALL_BYTES", 0)
+    monkeypatch.setattr("imu_fast.model.calls.SMALL_BYTES", 0)
     check(Net((AFFINE | OTHER)[kind]), *data(3 if kind in AFFINE else C))
 
 

@@ -16,7 +16,7 @@ from imu_fast.curvature.ggn.costs import choose_solver
 from imu_fast.curvature.ggn.ggn import GGN
 from imu_fast.curvature.kfac import KFAC
 from imu_fast.errors import InputError, check_positive
-from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.factors.source import Factors, in_memory
 from imu_fast.factors.statistics import second_moment, trace
 from imu_fast.options import Options, Table, option, options
 from imu_fast.solvers.cholesky.cholesky import damped_cholesky_solve
@@ -37,7 +37,7 @@ class HasSolve(Protocol):
 class Preconditioner(Options):
     """Makes ``gradient -> M gradient``, both [C, D], from the forget set's factors."""
 
-    def fit(self, factors: GradientFactors) -> Apply | None:
+    def fit(self, factors: Factors) -> Apply | None:
         """M at the trained model, or None for the identity.
 
         Raises:
@@ -53,10 +53,10 @@ class NoPreconditioner(Preconditioner):
     name = "none"
 
 
-def _on_the_right(s: Tensor, eps: float, like: Tensor) -> Apply:
+def _on_the_right(s: Tensor, eps: float, dtype: torch.dtype) -> Apply:
     """``gradient (S + eps tr(S)/D I)^-1``."""
     eye = torch.eye(len(s), dtype=s.dtype, device=s.device)
-    inverse = damped_cholesky_solve(s, eye, eps * float(s.diagonal().mean())).to(like)
+    inverse = damped_cholesky_solve(s, eye, eps * float(s.diagonal().mean())).to(dtype)
     return lambda gradient: gradient @ inverse
 
 
@@ -67,8 +67,8 @@ class Features(Preconditioner):
     name = "features"
     eps: float = option(default=1e-2, check=check_positive, also="precondition_eps")
 
-    def fit(self, factors: GradientFactors) -> Apply:
-        return _on_the_right(second_moment(factors), self.eps, factors.delta)
+    def fit(self, factors: Factors) -> Apply:
+        return _on_the_right(second_moment(factors), self.eps, factors.dtype)
 
 
 @options
@@ -78,14 +78,14 @@ class SecondMoment(Preconditioner):
     moment: Tensor = option()
     eps: float = option(default=1e-2, check=check_positive, also="precondition_eps")
 
-    def fit(self, factors: GradientFactors) -> Apply:
+    def fit(self, factors: Factors) -> Apply:
         s = self.moment.double()
         if s.shape != (factors.width, factors.width):
             raise InputError(
                 f"precondition has shape {tuple(s.shape)}; expected the features' second moment "
                 f"[{factors.width}, {factors.width}] (with the bias's 1)"
             )
-        return _on_the_right(s, self.eps, factors.delta)
+        return _on_the_right(s, self.eps, factors.dtype)
 
 
 class _Curved(Preconditioner):
@@ -93,7 +93,7 @@ class _Curved(Preconditioner):
 
     eps: float
 
-    def _damping(self, factors: GradientFactors) -> float:
+    def _damping(self, factors: Factors) -> float:
         mean = trace(factors) / (factors.num_classes * factors.width)
         # A saturated model has no curvature to speak of: M is then a multiple of the identity.
         return max(self.eps * mean, torch.finfo(torch.float32).tiny)
@@ -106,12 +106,13 @@ class GGNPreconditioner(_Curved):
     name = "ggn"
     eps: float = option(default=1e-2, check=check_positive, also="precondition_eps")
 
-    def fit(self, factors: GradientFactors) -> Apply:
+    def fit(self, factors: Factors) -> Apply:
         # A direction needs few digits, and is asked for at every step: a factor pays.
         sizes = (factors.num_tokens, factors.num_classes, factors.width)
         solver: Any = choose_solver(*sizes, solves=_SOLVES)
         ggn = GGN(damping=self._damping(factors), solver=solver, tolerance=1e-2)
-        return ggn.fit(factors).solve
+        # It is solved with while the weight changes, which factors must not depend on.
+        return ggn.fit(in_memory(factors, "precondition='ggn'")).solve
 
 
 @options
@@ -121,7 +122,7 @@ class KFACPreconditioner(_Curved):
     name = "kfac"
     eps: float = option(default=1e-2, check=check_positive, also="precondition_eps")
 
-    def fit(self, factors: GradientFactors) -> Apply:
+    def fit(self, factors: Factors) -> Apply:
         return KFAC(damping=self._damping(factors)).fit(factors).solve
 
 
@@ -131,7 +132,7 @@ class Inverse(Preconditioner):
 
     fitted: HasSolve = option()
 
-    def fit(self, factors: GradientFactors) -> Apply:
+    def fit(self, factors: Factors) -> Apply:
         return self.fitted.solve
 
 

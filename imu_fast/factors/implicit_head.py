@@ -1,0 +1,370 @@
+"""A head's gradients from features and weight: the signal is made where it is needed, never stored.
+
+``delta [N, C]`` of a large vocabulary is the one array that does not fit. What is kept instead is
+what it is made of, features [N, d] and weight [C, d] in the model's dtype, and three numbers of
+each token that one sweep over the classes finds. Whatever separates over classes (mean gradient,
+Fisher diagonal, scores under both) reads ``delta[:, classes]`` in one more sweep, some classes at a
+time; anything else reads chunks of tokens with all classes. A sweep costs 2 N C d FLOPs, as does
+each product with delta.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from imu_fast.errors import InputError, check_count, check_finite_rows
+from imu_fast.factors.sums import S, joined, summed
+from imu_fast.losses.base import Loss, mean_scale
+from imu_fast.losses.output_curvature import LabelSoftmax
+from imu_fast.ops.linear_softmax import SLAB, Head, Normaliser, normaliser, products_for, residual
+from imu_fast.ops.tokens import cuts, is_flat, picked, sum_over_tokens
+
+# From so many bytes of delta [N, C] on, a head's signal is made where it is needed.
+IMPLICIT_BYTES = 1 << 28
+# Bytes of delta, and of matrices [classes, D], that exist at once; a GPU needs more to be filled.
+_TILE_BYTES, _GPU_TILE_BYTES = 1 << 25, 1 << 29
+# Fewer classes at a time cost more in slower products than they save in memory.
+_FEWEST_CLASSES = 256
+# Tokens that are swept over, or converted from half precision, at once.
+_TOKENS = 2048
+
+F = TypeVar("F")  # GradientFactors, whose file imports this one
+Make = Callable[..., F]
+
+
+@dataclass(frozen=True, eq=False)
+class ImplicitHead(Generic[F]):
+    """The gradients ``g_i = sum_t delta[i,t] (x) [act[i,t], 1]`` of n samples at a softmax head.
+
+    ``imu.GradientFactors.from_head`` and ``imu.capture`` give it where ``delta`` would take 256 MB
+    or more, and every call that takes ``GradientFactors`` takes it. Features and weight are held,
+    not copied, so that it is refused once one of them was changed in place.
+
+    Attributes:
+        features: [N, d], weight: [C, d], bias: [C] or None: as they were given; products of half
+            precision are of the numbers as they are, added up in float32.
+        labels: [N] int64, all of them classes. offsets: [n+1] int64 on the CPU.
+        known: what the first sweep found of each token.
+        loss: a plain cross-entropy. name: the layer's name in the model.
+        make: of ``delta, act, offsets, has_bias, labels, losses, name, loss, curvature``: chunks.
+    """
+
+    features: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    offsets: Tensor
+    known: Normaliser
+    loss: Loss
+    name: str
+    make: Make[F]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_versions", self._now())
+        counts = self.offsets.diff()
+        scale = None if bool((counts == 1).all()) else mean_scale(counts)
+        object.__setattr__(self, "_scale", scale if scale is None else scale.to(self.known.lse))
+
+    @classmethod
+    def swept(
+        cls,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        offsets: Tensor,
+        *,
+        loss: Loss,
+        name: str,
+        make: Make[F],
+    ) -> ImplicitHead[F]:
+        """Of operands that were checked: one sweep over the classes.
+
+        Raises:
+            InputError: logits are not finite (says of which token).
+        """
+        scale = mean_scale(offsets.diff()).to(features.device)
+        found = []
+        for start in range(0, max(1, len(features)), _TOKENS):
+            rows = slice(start, start + _TOKENS)
+            found.append(normaliser(Head(features[rows], weight, bias, labels[rows], scale[rows])))
+        known = Normaliser(*map(torch.cat, zip(*found, strict=True)))
+        check_finite_rows("logits", known.lse)
+        return cls(features, weight, bias, labels, offsets, known, loss, name, make)
+
+    @property
+    def n(self) -> int:
+        """Number of samples."""
+        return len(self.offsets) - 1
+
+    @property
+    def n_here(self) -> int:
+        """n: none of them is elsewhere."""
+        return self.n
+
+    @property
+    def num_tokens(self) -> int:
+        """N, the number of packed tokens."""
+        return len(self.features)
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.weight)
+
+    @property
+    def feature_dim(self) -> int:
+        """d."""
+        return self.features.shape[1]
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether D = d + 1."""
+        return self.bias is not None
+
+    @property
+    def width(self) -> int:
+        """D = d + 1 with a bias, d without."""
+        return self.feature_dim + self.has_bias
+
+    @property
+    def device(self) -> torch.device:
+        """Of features and weight."""
+        return self.features.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what chunks hold: float64 for float64 features, else float32."""
+        return self.known.lse.dtype
+
+    @property
+    def is_flat(self) -> bool:
+        """True if every sample has exactly one token."""
+        return is_flat(self.offsets)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the features; the weight is the model's own."""
+        return self.features.nbytes
+
+    @property
+    def empty_samples(self) -> Tensor:
+        """Indices of the samples without a valid token: their gradient and score are zero."""
+        return torch.nonzero(self.offsets.diff() == 0).flatten()
+
+    @property
+    def losses(self) -> Tensor:
+        """Each sample's loss: [n]."""
+        return sum_over_tokens(self.known.loss, self.offsets)
+
+    def select(self, indices: Tensor) -> ImplicitHead[F]:
+        """The factors of some samples, in the order given; indices [k] int64."""
+        offsets, rows = picked(self.offsets, indices.to("cpu", torch.int64))
+        return self._rows(rows.to(self.device), offsets)
+
+    def samples(self, first: int, last: int) -> ImplicitHead[F]:
+        """Samples first:last as views."""
+        rows = slice(int(self.offsets[first]), int(self.offsets[last]))
+        return self._rows(rows, self.offsets[first : last + 1] - rows.start)
+
+    def _rows(self, rows: Any, offsets: Tensor) -> ImplicitHead[F]:
+        self._check_unchanged()
+        return replace(
+            self,
+            features=self.features[rows],
+            labels=self.labels[rows],
+            offsets=offsets,
+            known=Normaliser(*(t[rows] for t in self.known)),
+        )
+
+    def stored(self) -> F:
+        """The same factors with their signal stored: ``delta`` [N, C]."""
+        return next(self.chunks(max(1, self.num_tokens)))
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> ImplicitHead[F]:
+        """Move or cast features and weight; of another precision they are swept over again."""
+        self._check_unchanged()
+        features, weight, bias = (
+            None if t is None else t.to(device=device, dtype=dtype)
+            for t in (self.features, self.weight, self.bias)
+        )
+        assert features is not None and weight is not None
+        return ImplicitHead.swept(
+            features,
+            weight,
+            bias,
+            self.labels.to(device=device),
+            self.offsets,
+            loss=self.loss,
+            name=self.name,
+            make=self.make,
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write :meth:`stored` to a safetensors file, which ``GradientFactors.load`` reads."""
+        stored: Any = self.stored()
+        stored.save(path)
+
+    def shard(self, rank: int, world: int) -> ImplicitHead[F]:
+        """The consecutive share of samples of one of ``world`` processes, as views."""
+        check_count("world", world)
+        if not 0 <= rank < world or self.n < world:
+            raise InputError(f"rank={rank} of world={world} cannot share {self.n} samples")
+        return self.samples(self.n * rank // world, self.n * (rank + 1) // world)
+
+    def chunks(self, max_tokens: int | None = None) -> Iterator[F]:
+        """Consecutive samples with all their classes, made anew at each pass.
+
+        None: as many tokens as 32 MB of delta hold (512 MB on a GPU).
+        """
+        if max_tokens is None:
+            max_tokens = max(1, self._tile // (self.dtype.itemsize * self.num_classes))
+        check_count("max_tokens", max_tokens)
+        losses, every = self.losses, slice(0, self.num_classes)
+        for first, last in cuts(self.offsets, max_tokens):
+            rows = slice(int(self.offsets[first]), int(self.offsets[last]))
+            yield self.make(
+                self.signal(rows, every),
+                self.features[rows].to(self.dtype),
+                self.offsets[first : last + 1] - rows.start,
+                self.has_bias,
+                self.labels[rows],
+                losses[first:last],
+                self.name,
+                self.loss,
+                LabelSoftmax(self._label_probabilities(rows)),
+            )
+
+    def _label_probabilities(self, rows: slice) -> Tensor:
+        loss, scale = self.known.loss[rows], self.__dict__["_scale"]
+        return torch.exp(-(loss if scale is None else loss / scale[rows]))
+
+    def sums(self, statistic: Callable[[F], S]) -> S:
+        """``statistic`` of all samples, see :class:`imu_fast.factors.source.Factors`."""
+        with products_for(self.features):
+            return summed(statistic(chunk) for chunk in self.chunks())
+
+    def each(self, statistic: Callable[[F], Tensor]) -> Tensor:
+        """``statistic`` of every sample, see :class:`imu_fast.factors.source.Factors`."""
+        with products_for(self.features):
+            return joined(statistic(chunk) for chunk in self.chunks())
+
+    @property
+    def outputs_at_once(self) -> int:
+        """Classes whose delta and two matrices [classes, D] are 32 MB together (512 MB on a GPU);
+        not below 256, where that is more.
+        """
+        tokens = self.num_tokens if self._kept(_FEWEST_CLASSES) else _TOKENS
+        fitting = self._tile // (self.dtype.itemsize * (tokens + 2 * self.width)) // 64 * 64
+        return min(self.num_classes, max(_FEWEST_CLASSES, fitting))
+
+    def _kept(self, classes: int) -> bool:
+        """Whether delta of so many classes is stored, to be read several times."""
+        return self.num_tokens * classes * self.dtype.itemsize <= IMPLICIT_BYTES
+
+    def outputs(self, classes: slice) -> OutputsOfHead[F]:
+        """The same samples at some classes alone; their signal is stored if 256 MB hold it."""
+        kept = self._kept(classes.stop - classes.start)
+        every = slice(0, self.num_tokens)
+        return OutputsOfHead(self, classes, self.signal(every, classes) if kept else None)
+
+    def signal(self, rows: slice, classes: slice) -> Tensor:
+        """``delta[rows, classes]``, made anew.
+
+        Raises:
+            InputError: features, weight or bias were changed in place.
+        """
+        self._check_unchanged()
+        tiles = [
+            (slice(t, min(t + _TOKENS, rows.stop)), slice(c, min(c + SLAB, classes.stop)))
+            for c in range(classes.start, classes.stop, SLAB)
+            for t in range(rows.start, rows.stop, _TOKENS)
+        ]
+        if len(tiles) == 1:
+            return self._tile_of_signal(*tiles[0])
+        delta = self.known.lse.new_empty(rows.stop - rows.start, classes.stop - classes.start)
+        for some, part in tiles:
+            into = delta[some.start - rows.start : some.stop - rows.start]
+            into[:, part.start - classes.start : part.stop - classes.start] = self._tile_of_signal(
+                some, part
+            )
+        return delta
+
+    def _tile_of_signal(self, rows: slice, classes: slice) -> Tensor:
+        scale: Tensor | None = self.__dict__["_scale"]
+        head = Head(
+            self.features[rows],
+            self.weight,
+            self.bias,
+            self.labels[rows],
+            scale if scale is None else scale[rows],
+        )
+        return residual(head, Normaliser(*(t[rows] for t in self.known)), classes)
+
+    @property
+    def _tile(self) -> int:
+        return _TILE_BYTES if self.device.type == "cpu" else _GPU_TILE_BYTES
+
+    def _now(self) -> list[int]:
+        """How often each operand was written to."""
+        operands = (self.features, self.weight, self.bias)
+        return [0 if t is None or t.is_inference() else t._version for t in operands]
+
+    def _check_unchanged(self) -> None:
+        if self._now() != self.__dict__["_versions"]:
+            raise InputError(
+                f"factors of layer {self.name!r} are made from its weight and features where they "
+                "are needed, and one of these was changed in place since: use them before the "
+                "model changes, or pass a copy of its weight to GradientFactors.from_head"
+            )
+
+
+class OutputsOfHead(Generic[F]):
+    """What :meth:`ImplicitHead.outputs` gives: factors of a layer that has only these outputs.
+
+    Args:
+        delta: [N, classes]; None: made anew at each pass, some tokens at a time.
+    """
+
+    def __init__(self, head: ImplicitHead[F], classes: slice, delta: Tensor | None) -> None:
+        self._head, self._classes, self._delta = head, classes, delta
+        self.num_classes = classes.stop - classes.start
+        self.n = self.n_here = head.n
+        self.num_tokens, self.feature_dim = head.num_tokens, head.feature_dim
+        self.width, self.has_bias, self.name = head.width, head.has_bias, head.name
+        self.device, self.dtype = head.device, head.dtype
+
+    def chunks(self, max_tokens: int | None = None) -> Iterator[F]:
+        """Views of delta; half precision is converted some tokens at a time."""
+        head, delta = self._head, self._delta
+        if max_tokens is None:
+            whole = delta is not None and head.features.dtype == self.dtype
+            max_tokens = max(1, self.num_tokens) if whole else _TOKENS
+        check_count("max_tokens", max_tokens)
+        for first, last in cuts(head.offsets, max_tokens):
+            rows = slice(int(head.offsets[first]), int(head.offsets[last]))
+            yield head.make(
+                head.signal(rows, self._classes) if delta is None else delta[rows],
+                head.features[rows].to(self.dtype),
+                head.offsets[first : last + 1] - rows.start,
+                self.has_bias,
+                name=self.name,
+            )
+
+    def sums(self, statistic: Callable[[F], S]) -> S:
+        """``statistic`` of all samples, see :class:`imu_fast.factors.source.Factors`."""
+        with products_for(self._head.features):
+            return summed(statistic(chunk) for chunk in self.chunks())
+
+    def each(self, statistic: Callable[[F], Tensor]) -> Tensor:
+        """``statistic`` of every sample, see :class:`imu_fast.factors.source.Factors`."""
+        with products_for(self._head.features):
+            return joined(statistic(chunk) for chunk in self.chunks())
