@@ -32,7 +32,7 @@ def _labelled(job: Job) -> Tensor:
     loss = job.reading.loss
     found = []
     for batch in job.forget:
-        valid = loss.valid(batch.labels.reshape(batch.n, -1))
+        valid = loss.valid(batch.labels.flatten()).view(batch.n, -1)
         if job.sequences and getattr(loss, "shift", False) is True:
             valid = valid[:, 1:]
         found.append(valid.any(dim=1).cpu())
