@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 DEMO_OUT ?= imu-fast-demo
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint options zoo bench bench-report studies sanitize roofline clean
+.PHONY: demo test lint integration options zoo bench bench-report studies sanitize roofline clean
 
 demo: $(VENV)/.demo
 	$(BIN)/imu-fast demo --out $(DEMO_OUT)
@@ -17,6 +17,13 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The trainers in open-unlearning itself: OPEN_UNLEARNING names a checkout of it, and PYTHON_OF an
+# interpreter that has what it needs (without: this one).
+integration: $(VENV)/.test
+	$(if $(OPEN_UNLEARNING),,$(error OPEN_UNLEARNING names no checkout of open-unlearning))
+	OPEN_UNLEARNING=$(abspath $(OPEN_UNLEARNING)) OPEN_UNLEARNING_PYTHON=$(or $(PYTHON_OF),$(abspath $(BIN)/python)) \
+	    $(BIN)/python -m pytest -v -s tests/integrations/test_open_unlearning.py -k real_package
 
 # Throughput suites: ratios against baselines in the same run, one thread.
 # The solvers apart, with those of dattri, pyDVL and captum that are installed.

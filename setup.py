@@ -116,6 +116,10 @@ setup(
     # package_dir says, is what type checkers find where the package is installed in place.
     packages=find_packages(include=["imu_fast", "imu_fast.*"]),
     package_dir={"": "."},
-    package_data={"imu_fast": ["py.typed"], "imu_fast.study.report": ["report.html.j2"]},
+    package_data={
+        "imu_fast": ["py.typed"],
+        "imu_fast.study.report": ["report.html.j2"],
+        "imu_fast.integrations": ["configs/*.yaml"],
+    },
     **({} if set(CHOICES.values()) == {"0"} else extensions()),
 )

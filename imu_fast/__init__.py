@@ -16,6 +16,7 @@ _EXPORTS = {
     "Auto": "unlearning.auto",
     "BinaryCrossEntropy": "losses.binary_cross_entropy",
     "backends": "backend",
+    "batch_weights": "influence.batch",
     "capture": "model.capture",
     "capture_features": "model.capture",
     "CrossEntropy": "losses.cross_entropy",
@@ -41,6 +42,7 @@ _EXPORTS = {
     "Influence": "unlearning.ascent.weights",
     "influence_scores": "influence.scores",
     "influence_weights": "influence.weights",
+    "InfluenceWeightedLoss": "influence.batch",
     "InputError": "errors",
     "KFAC": "curvature.kfac",
     "Layers": "unlearning.ascent.scopes",
@@ -55,10 +57,13 @@ _EXPORTS = {
     "pairwise_influence": "influence.scores",
     "pairwise_similarity": "attribution.similarity",
     "Permuted": "unlearning.ascent.weights",
+    "Refusal": "unlearning.ascent.objectives",
+    "Retain": "unlearning.ascent.retain",
     "self_influence": "influence.scores",
     "similarity_scores": "attribution.similarity",
     "SGD": "unlearning.ascent.optimizer",
     "ShardedFactors": "factors.sharded",
+    "SimNPO": "unlearning.ascent.objectives",
     "SquaredError": "losses.squared_error",
     "StopRule": "unlearning.depth",
     "tracin": "attribution.tracin",
@@ -97,6 +102,8 @@ if TYPE_CHECKING:
     from imu_fast.factors.gradient_factors import GradientFactors as GradientFactors
     from imu_fast.factors.implicit_head import ImplicitHead as ImplicitHead
     from imu_fast.factors.sharded import ShardedFactors as ShardedFactors
+    from imu_fast.influence.batch import InfluenceWeightedLoss as InfluenceWeightedLoss
+    from imu_fast.influence.batch import batch_weights as batch_weights
     from imu_fast.influence.scores import influence_scores as influence_scores
     from imu_fast.influence.scores import pairwise_influence as pairwise_influence
     from imu_fast.influence.scores import self_influence as self_influence
@@ -112,7 +119,10 @@ if TYPE_CHECKING:
     from imu_fast.model.parts import Data as Data
     from imu_fast.solvers.cholesky.cholesky import damped_cholesky_solve as damped_cholesky_solve
     from imu_fast.unlearning.ascent.ascent import Ascent as Ascent
+    from imu_fast.unlearning.ascent.objectives import Refusal as Refusal
+    from imu_fast.unlearning.ascent.objectives import SimNPO as SimNPO
     from imu_fast.unlearning.ascent.optimizer import SGD as SGD
+    from imu_fast.unlearning.ascent.retain import Retain as Retain
     from imu_fast.unlearning.ascent.scopes import Head as Head
     from imu_fast.unlearning.ascent.scopes import Layers as Layers
     from imu_fast.unlearning.ascent.scopes import Network as Network

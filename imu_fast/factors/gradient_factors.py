@@ -14,7 +14,7 @@ from torch import Tensor
 
 from imu_fast.errors import InputError, check_count, check_finite_rows, check_same_device
 from imu_fast.factors.implicit_head import IMPLICIT_BYTES, ImplicitHead
-from imu_fast.factors.operands import check_offsets, check_operands, remaining
+from imu_fast.factors.operands import check_finite, check_offsets, check_operands, remaining
 from imu_fast.factors.sums import S, joined, summed
 from imu_fast.losses.base import Loss, mean_scale
 from imu_fast.losses.cross_entropy import CrossEntropy
@@ -162,7 +162,7 @@ class GradientFactors:
         """
         check_operands(features, weight, bias, labels)
         chosen = LOSSES.choose(loss, ignore_index=ignore_index)
-        if isinstance(chosen, CrossEntropy) and chosen.shift:
+        if isinstance(chosen, CrossEntropy) and chosen.shift is True:
             raise InputError(
                 "shift=True is for capture, which sees positions; pass rows of features with the "
                 "labels that they predict, and a loss without it"
@@ -173,10 +173,7 @@ class GradientFactors:
         dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
         act, weight = features.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
-        check_finite_rows("features", act)
-        check_finite_rows("weight", weight, "class")
-        if bias is not None:
-            check_finite_rows("bias", bias, "class")
+        check_finite(act, weight, bias)
         if offsets is None:
             offsets = torch.arange(len(labels) + 1)
         offsets = offsets.to("cpu", torch.int64)

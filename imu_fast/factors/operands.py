@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from imu_fast.errors import InputError, check_same_device
+from imu_fast.errors import InputError, check_finite_rows, check_same_device
 
 
 def check_offsets(offsets: Tensor, num_tokens: int) -> None:
@@ -49,3 +49,11 @@ def check_operands(features: Tensor, weight: Tensor, bias: Tensor | None, labels
     for tensor, label in ((weight, "weight"), (labels, "labels"), (bias, "bias")):
         if tensor is not None:
             check_same_device("features", features, label, tensor)
+
+
+def check_finite(features: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise InputError naming the first sample or class with a number that is not finite."""
+    check_finite_rows("features", features)
+    check_finite_rows("weight", weight, "class")
+    if bias is not None:
+        check_finite_rows("bias", bias, "class")

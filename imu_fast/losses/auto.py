@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from imu_fast.errors import InputError, check_flag
 from imu_fast.losses.base import Loss, Signal
 from imu_fast.losses.binary_cross_entropy import BinaryCrossEntropy
-from imu_fast.losses.cross_entropy import IGNORE_INDEX, CrossEntropy, check_index
+from imu_fast.losses.cross_entropy import IGNORE_INDEX, CrossEntropy, check_index, check_shift
 from imu_fast.losses.squared_error import SquaredError
 from imu_fast.options import option, options
 
@@ -39,7 +39,7 @@ class AutoLoss(Loss):
 
     name = "auto"
     ignore_index: int = option(default=IGNORE_INDEX, check=check_index)
-    shift: bool = option(default=False, check=check_flag)
+    shift: bool | Literal["auto"] = option(default="auto", check=check_shift, also="shift_labels")
     problem_type: str | None = option(default=None, check=_check_problem)
     by_labels: bool = option(default=False, check=check_flag)
 

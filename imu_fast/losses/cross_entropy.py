@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from imu_fast.errors import InputError, check_flag
+from imu_fast.errors import InputError
 from imu_fast.losses.base import Loss, Signal, compute_dtype, numbers
 from imu_fast.losses.output_curvature import LabelSoftmax, Softmax, complement
 from imu_fast.ops.softmax_residual import softmax_residual
@@ -27,6 +27,11 @@ def check_labels(labels: Tensor, num_classes: int, ignore_index: int = IGNORE_IN
             f"labels[{first}]={int(labels.flatten()[first])} is outside [0, {num_classes}) and is "
             f"not ignore_index={ignore_index}; the head has {num_classes} classes"
         )
+
+
+def check_shift(name: str, value: Any) -> None:
+    if value != "auto" and not isinstance(value, bool):
+        raise InputError(f"{name}={value!r} must be True, False or 'auto'")
 
 
 def check_index(name: str, value: Any) -> None:
@@ -52,14 +57,15 @@ class CrossEntropy(Loss):
     Attributes:
         ignore_index: tokens with this label have no loss, and no gradient.
         shift: logits [B, T, C] at position t predict the label at t + 1 (causal language models
-            whose data set has not shifted them already); where a model is captured.
+            whose data set has not shifted them already); where a model is captured. ``"auto"``: as
+            the model's own loss does it, said through the log.
         label_smoothing: e in [0, 1]; y becomes ``(1 - e) y + e / C``.
         class_weights: w, C numbers that are not negative; None: 1.
     """
 
     name = "cross_entropy"
     ignore_index: int = option(default=IGNORE_INDEX, check=check_index)
-    shift: bool = option(default=False, check=check_flag)
+    shift: bool | Literal["auto"] = option(default="auto", check=check_shift)
     label_smoothing: float = option(default=0.0, check=_check_smoothing)
     class_weights: tuple[float, ...] | None = option(default=None, check=numbers)
 
@@ -74,7 +80,7 @@ class CrossEntropy(Loss):
 
     def aligned(self, per_position: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """What belongs together of [B, T, ...] and labels [B, T]; [B] have no positions."""
-        if self.shift and labels.dim() == 2:
+        if self.shift is True and labels.dim() == 2:
             return per_position[:, :-1], labels[:, 1:]
         return per_position, labels
 

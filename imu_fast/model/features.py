@@ -14,16 +14,11 @@ from imu_fast.errors import InputError, NoHeadFoundError, check_finite_rows
 from imu_fast.factors.gradient_factors import GradientFactors, HeadFactors
 from imu_fast.losses.base import Loss
 from imu_fast.losses.output_curvature import StoredCurvature
+from imu_fast.model import head as heads
 from imu_fast.model.between import Between, Piece, bias_columns, plain_piece, side_by_side
 from imu_fast.model.calls import Seen
-from imu_fast.model.head import (
-    LinearLayer,
-    guess,
-    linear_layers,
-    no_head,
-    say_of_weight,
-    shared_with,
-)
+from imu_fast.model.causal import settled
+from imu_fast.model.head import LinearLayer, no_head, say_of_weight, shared_with
 from imu_fast.model.logits import chosen
 from imu_fast.model.loss import Targets, targets_of
 from imu_fast.model.nested import taken
@@ -56,6 +51,7 @@ class HeadFeatures:
         output: where the logits are in the model's output, for ``logits_of(..., choice=output)``.
         computed: the dtype in which the model computes the head, coarser than the weight's where
             its forward has an autocast of its own.
+        sequences: whether a sample has labels at positions, and not one of its own.
         loss: that of one row and its label.
     """
 
@@ -70,6 +66,7 @@ class HeadFeatures:
     parts: tuple[tuple[LinearLayer, slice], ...] = ()
     output: Any = None
     computed: torch.dtype = torch.float64
+    sequences: bool = False
     loss: Loss | None = None
 
     @property
@@ -104,6 +101,7 @@ class HeadCapture:
         # Whether the model was seen to work with its logits, so that they have to be computed.
         self._computes = False
         self._head: Head | None = None
+        self._sequences = False
         self.loss = reading.loss  # that of the first batch, once there is one
         self.classes = 0  # of the logits
         self._computed = torch.float64  # the coarsest dtype of a head's output
@@ -136,7 +134,7 @@ class HeadCapture:
 
         Kept is only that these are the head's output; everything else is found out on all of it.
         """
-        likely = self.explicit or guess(self.model, linear_layers(self.model))
+        likely = self.explicit or heads.guess(self.model, heads.linear_layers(self.model))
         labels = batch[2]
         if len(likely) != 1 or not is_large(likely[0], labels.numel()):
             return
@@ -151,12 +149,15 @@ class HeadCapture:
             return
         if fresh._untouched:
             self._head, self._between, self._checks = fresh.head, fresh._between, fresh._checks
+            self.reading = fresh.reading
 
     def _without_logits(self, run: Run, batch: Batch) -> Piece | None:
         """The batch's piece where its logits are large, and are the head's output, untouched."""
         if self._head is None or not self._untouched or self._computes:
             return None
-        layer = self._head.parts[0]
+        layer, shift = self._head.parts[0], getattr(self.reading.loss, "shift", False)
+        if batch[2].dim() > 1 and shift == "auto":
+            return None  # which the logits will show
         if not may_be_unstored(layer) or not is_large(layer, batch[2].numel()):
             return None
         logits = None
@@ -189,6 +190,7 @@ class HeadCapture:
             self._check(seen)
         for made in seen.calls:
             self._computed = _coarser(self._computed, made.out.dtype)
+        self.reading = settled(self.reading, self.model, run, batch, logits, self._head.choice)
         targets = self._targets(batch, logits)
         if call is not None:
             return plain_piece(call.act.reshape(*targets.shape, -1), targets)
@@ -206,6 +208,7 @@ class HeadCapture:
                 "loss="
             )
         self.loss, self.classes = targets.loss, logits.shape[-1]
+        self._sequences |= targets.valid.dim() > 1
         return targets
 
     def _check(self, seen: Seen) -> None:
@@ -284,6 +287,7 @@ class HeadCapture:
             parts,
             head.choice,
             self._computed,
+            self._sequences,
             self.loss,
         )
 

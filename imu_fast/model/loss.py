@@ -12,6 +12,7 @@ from imu_fast.losses.auto import AutoLoss
 from imu_fast.losses.base import Loss, Signal, mean_scale
 from imu_fast.losses.cross_entropy import CrossEntropy
 from imu_fast.model.labels import class_labels
+from imu_fast.model.reading import Reading
 from imu_fast.ops.tokens import sum_over_tokens
 
 
@@ -36,6 +37,12 @@ class Targets:
     def shape(self) -> torch.Size:
         """Of the rows."""
         return self.valid.shape
+
+    @classmethod
+    def of_classes(cls, targets: Tensor) -> Targets:
+        """Of what :func:`class_targets` gives."""
+        valid = targets >= 0
+        return cls(targets[valid], valid, of_rows(CrossEntropy()))
 
     @property
     def counts(self) -> Tensor:
@@ -79,7 +86,7 @@ def targets_of(labels: Tensor, logits: Tensor, loss: Loss) -> Targets:
     prepared = loss.prepared(found.reshape(rows.numel(), *found.shape[len(rows) :]), classes)
     valid = loss.valid(prepared).view(rows)
     prepared = prepared.view(*rows, *prepared.shape[1:])
-    if isinstance(loss, CrossEntropy) and loss.shift and valid.dim() == 2:
+    if isinstance(loss, CrossEntropy) and loss.shift is True and valid.dim() == 2:
         valid = torch.nn.functional.pad(valid[:, 1:], (0, 1), value=False)
         prepared = prepared.roll(-1, dims=1)
     kept = prepared.flatten(0, len(rows) - 1) if bool(valid.all()) else prepared[valid]
@@ -116,3 +123,34 @@ def on_logits(delta: Tensor, logits: Tensor, targets: Targets) -> Tensor:
     out = torch.zeros_like(logits)
     out[targets.valid] = delta.to(logits.dtype)
     return out
+
+
+def class_targets(labels: Tensor, logits: Tensor, loss: Loss) -> Tensor:
+    """What each row of the logits is to be: int64 in [0, C), -1 where it has no loss.
+
+    As :func:`targets_of`, for a cross-entropy of class indices.
+    """
+    assert isinstance(loss, CrossEntropy)
+    labels = class_labels(labels, logits.shape)
+    loss.check_labels(labels, logits.shape[-1])
+    targets = labels.to(logits.device, torch.int64)
+    targets = targets.masked_fill(~loss.valid(targets.flatten()).view_as(targets), -1)
+    if loss.shift is True and targets.dim() == 2:
+        targets = torch.nn.functional.pad(targets[:, 1:], (0, 1), value=-1)
+    return targets
+
+
+def labelled(reading: Reading, labels: Tensor, logits: Tensor, door: str) -> Tensor:
+    """:func:`class_targets`, where samples of one label each must have it.
+
+    Raises:
+        InputError: as there, or a sample of a classifier has no label.
+    """
+    if logits.dim() == 2:
+        return reading.labels_of_all(labels, logits, door)
+    return class_targets(labels, logits, reading.loss)
+
+
+def counts_of(targets: Tensor) -> Tensor:
+    """How many rows of :func:`class_targets` have a loss, of each sample: [n] int64 on the CPU."""
+    return (targets >= 0).reshape(len(targets), -1).sum(dim=1).cpu()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from typing_extensions import TypedDict
@@ -37,7 +37,8 @@ class ReadingOptions(TypedDict, total=False):
     output: Output
     loss: LossName | Loss
     ignore_index: int
-    shift: bool
+    shift: bool | Literal["auto"]
+    shift_labels: bool | Literal["auto"]
     label_smoothing: float
     class_weights: Sequence[float] | Tensor
     pos_weight: float | Sequence[float] | Tensor
@@ -55,11 +56,17 @@ def _check_output(name: str, value: Any) -> None:
         )
 
 
+def _shift_labels(reading: Reading, value: Any) -> Reading:
+    """The name that ``shift`` has elsewhere."""
+    return reading.with_options(f"shift_labels={value!r}", {"shift": value})
+
+
 @options
 class Reading(Options):
     """How a model is read: see :class:`ReadingOptions`."""
 
     name = "reading"
+    shorthands = {"shift_labels": _shift_labels}  # noqa: RUF012  # frozen like the class
     output: Output | None = option(default=None, check=_check_output)
     loss: Choice[Loss, LossName] = Choice(LOSSES, "cross_entropy")
 
@@ -94,10 +101,7 @@ class Reading(Options):
             InputError: it is another.
         """
         loss = self.loss
-        plain = (
-            CrossEntropy(ignore_index=loss.ignore_index) if isinstance(loss, CrossEntropy) else 0
-        )
-        if loss != plain or not isinstance(loss, CrossEntropy):
+        if not isinstance(loss, CrossEntropy) or loss.shift is True or not loss.plain:
             raise InputError(
                 f"{door} takes loss={loss!r}, where it is for classifiers: loss='cross_entropy', "
                 "plain, and one label per sample; scores (imu_fast.influence_scores) take every "
@@ -114,7 +118,7 @@ class Reading(Options):
         loss = self.of_classes(door)
         labels = class_labels(labels, logits.shape)
         loss.check_labels(labels, logits.shape[-1])
-        if not bool(loss.valid(labels).all()):
+        if not bool(loss.valid(labels.flatten()).all()):
             raise InputError(
                 f"a batch has samples without a label ({loss.ignore_index}), which are neither "
                 "forgotten nor counted; remove them"

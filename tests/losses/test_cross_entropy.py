@@ -97,7 +97,7 @@ def test_ignored_labels_are_the_losss():
 
 
 def test_shifted_positions():
-    shifted, plain = imu.CrossEntropy(shift=True), imu.CrossEntropy()
+    shifted, plain = imu.CrossEntropy(shift=True), imu.CrossEntropy(shift=False)
     outputs, labels = torch.randn(2, 4, 3), torch.randint(3, (2, 4))
     here, there = shifted.aligned(outputs, labels)
     assert torch.equal(here, outputs[:, :3]) and torch.equal(there, labels[:, 1:])
@@ -133,7 +133,7 @@ def test_refusals():
     for given, message in (
         ({"ignore_index": 0.5}, "ignore_index=0.5 must be an integer"),
         ({"ignore_index": True}, "ignore_index=True must be an integer"),
-        ({"shift": 1}, "shift=1 must be True or False"),
+        ({"shift": 1}, "shift=1 must be True, False or 'auto'"),
     ):
         with pytest.raises(InputError, match=message):
             imu.CrossEntropy(**given)

@@ -1,0 +1,1 @@
+"""Other people's code, with imu_fast under it."""

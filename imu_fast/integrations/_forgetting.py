@@ -1,0 +1,335 @@
+"""What a trainer that forgets minimises, and the mix-in that makes a transformers.Trainer do so."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import inspect
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import kl_div, softplus
+
+from imu_fast.curvature.base import Curvature
+from imu_fast.curvature.named import CURVATURES, CurvatureName
+from imu_fast.errors import InputError, check_fraction, check_installed, check_positive, one_of
+from imu_fast.influence.batch import batch_weights
+from imu_fast.influence.weights import QUANTILE_OVER
+from imu_fast.losses.cross_entropy import IGNORE_INDEX
+from imu_fast.model.forward import innermost
+from imu_fast.model.head import linear_layers, resolve
+from imu_fast.ops.objective import LABEL_OBJECTIVES, NPO_BETA, objective
+from imu_fast.ops.tokens import sum_over_tokens
+from imu_fast.options import Choice, Options, option, options
+
+OBJECTIVES = (*LABEL_OBJECTIVES, "npo", "simnpo")
+# Fan et al. 2024.
+SIMNPO_BETA = 2.5
+
+
+def _check_not_negative(name: str, value: Any) -> None:
+    check_positive(name, value, allow_zero=True)
+
+
+def _check_beta(name: str, value: Any) -> None:
+    if value is not None:
+        check_positive(name, value)
+
+
+def _check_shift(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, bool):
+        raise InputError(f"{name}={value!r} must be True, False, or None (as the model does)")
+
+
+@options
+class Forgetting(Options):
+    """``gamma F + alpha R + l1 ||theta||_1`` of a batch, R the retain samples' loss if it has any.
+
+    ``F = - sum_i w_i f_i / sum_i w_i``, and w the influence's roots, see ``imu.batch_weights``.
+
+    Attributes:
+        gamma, alpha, l1: weights of the three terms; theta is what is trained.
+        objective: f, what ascends: of each token's cross-entropy the mean (``"ce"``; ``"log1mp"``
+            and ``"margin"`` likewise), or of the sequence's ``"npo"``, ``"simnpo"``.
+        beta: of the last two; None: 0.1 and 2.5.
+        layers: whose influence: ``"head"``, or names of linear layers and patterns such as
+            ``"*.self_attn.*_proj"``.
+        trained: ``"all"`` that is not frozen, or the ``"layers"`` alone.
+        curvature: and its options, such as ``damping``.
+        clip_quantile, quantile_over: as of ``imu.batch_weights``.
+        retain_loss_type: ``"NLL"``: the model's own loss; ``"KL"``: the mean divergence of its
+            predictions from those of the model as it was, at positions with a label.
+        shift_labels: logits at t predict the label at t + 1; None: where transformers says that the
+            model is causal.
+    """
+
+    name = "forgetting"
+    gamma: float = option(default=1.0, check=_check_not_negative)
+    alpha: float = option(default=1.0, check=_check_not_negative)
+    l1: float = option(default=0.0, check=_check_not_negative)
+    objective: Literal["ce", "log1mp", "margin", "npo", "simnpo"] = option(
+        default="ce", check=one_of(*OBJECTIVES)
+    )
+    beta: float | None = option(default=None, check=_check_beta)
+    layers: Any = option(default="head")
+    trained: Literal["all", "layers"] = option(default="all", check=one_of("all", "layers"))
+    curvature: Choice[Curvature, CurvatureName] = Choice(CURVATURES, "fisher_diag")
+    clip_quantile: float = option(default=0.93, check=check_fraction)
+    quantile_over: Literal["kept", "all"] = option(default="kept", check=one_of(*QUANTILE_OVER))
+    retain_loss_type: Literal["NLL", "KL"] = option(default="NLL", check=one_of("NLL", "KL"))
+    shift_labels: bool | None = option(default=None, check=_check_shift)
+
+    def check(self) -> None:
+        if self.beta is not None and self.objective not in ("npo", "simnpo"):
+            raise InputError(f"beta={self.beta} is of 'npo' and 'simnpo'; leave it out")
+        if self.trained == "layers" and self.layers == "head":
+            raise InputError(
+                "trained='layers' with layers='head': name the layers, such as layers=['lm_head']"
+            )
+
+    @classmethod
+    def known(cls) -> set[str]:
+        """Every flat option, of every curvature."""
+        inner = {name for curvature in CURVATURES for name in CURVATURES[curvature].paths()}
+        return set(cls().paths()) | inner
+
+    @property
+    def needs_original(self) -> bool:
+        """Whether it compares with the model as it was."""
+        return self.objective == "npo" or self.retain_loss_type == "KL"
+
+    def of(self, model: nn.Module) -> str | list[nn.Module]:
+        """The layers whose influence counts.
+
+        Raises:
+            InputError: a name or pattern that no linear layer has.
+        """
+        if self.layers == "head":
+            return "head"
+        wanted = [self.layers] if isinstance(self.layers, str) else list(self.layers)
+        there = linear_layers(innermost(model))
+        found: dict[str, nn.Module] = {}
+        for name in wanted:
+            if not any(sign in name for sign in "*?["):
+                layer = resolve(model, name)
+                found[layer.name] = layer.module
+                continue
+            matching = fnmatch.filter(there, name)
+            if not matching:
+                raise InputError(f"layers={name!r} matches none of {list(there)}")
+            found |= {key: there[key].module for key in matching}
+        return list(found.values())
+
+
+def present(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Keywords of a Trainer under the names that the transformers here has for them."""
+    check_installed("a Trainer", "transformers", install="transformers")
+    from transformers import Trainer
+
+    names = inspect.signature(Trainer.__init__).parameters
+    if "tokenizer" in arguments and "tokenizer" not in names:
+        arguments = dict(arguments)
+        arguments["processing_class"] = arguments.pop("tokenizer")
+    return arguments
+
+
+def predicts_next(model: nn.Module) -> bool:
+    """Whether transformers counts the model among the causal language models."""
+    check_installed("shift_labels=None", "transformers", install="transformers")
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    inner = innermost(model)
+    base = getattr(inner, "get_base_model", lambda: inner)()
+    return type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def as_inputs(value: Any) -> dict[str, Any]:
+    """A batch of one set as keywords: a dict, or TOFU's ``(input_ids, labels, attention_mask)``."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, list | tuple) and len(value) == 3:
+        return dict(zip(("input_ids", "labels", "attention_mask"), value, strict=True))
+    raise InputError(
+        f"a batch is a {type(value).__name__}; pass a dict, or (input_ids, labels, attention_mask)"
+    )
+
+
+def sets_of(inputs: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Forget and retain batch of ``{"forget":, "retain":}``, ``(forget, retain)``, or one alone."""
+    if isinstance(inputs, list | tuple) and len(inputs) == 2:
+        return as_inputs(inputs[0]), None if inputs[1] is None else as_inputs(inputs[1])
+    if isinstance(inputs, Mapping) and "forget" in inputs:
+        retain = inputs.get("retain")
+        return as_inputs(inputs["forget"]), None if retain is None else as_inputs(retain)
+    return as_inputs(inputs), None
+
+
+def accepted(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """What of a batch the model's forward names; data sets add indices and the like."""
+    inner = innermost(model)
+    base = getattr(inner, "get_base_model", lambda: inner)()
+    names = inspect.signature(base.forward).parameters
+    return {key: value for key, value in batch.items() if key in names}
+
+
+def labelled(logits: Tensor, labels: Tensor, shift: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows [N, C] with a label in at least float32, these labels, and how many each sample has."""
+    if shift and labels.dim() == 2:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    labels = labels.to(logits.device)
+    valid = labels != IGNORE_INDEX
+    rows = logits[valid].to(torch.promote_types(logits.dtype, torch.float32))
+    return rows, labels[valid], valid.reshape(len(labels), -1).sum(dim=1)
+
+
+def means(values: Tensor, counts: Tensor) -> Tensor:
+    """The mean of each sample's tokens: [n]; zero where there is none."""
+    ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).cpu()
+    return sum_over_tokens(values, ends) / counts.clamp_min(1)
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """Of a transformers output, a tuple, or the tensor itself."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+
+
+class UnlearningMixin:
+    """Before ``transformers.Trainer`` among a class's bases: its training forgets.
+
+    Batches hold a forget and maybe a retain set: ``{"forget": {...}, "retain": {...}}``, tuples of
+    the two, or the forget samples alone. Options of :class:`Forgetting` are keywords of the
+    constructor. The weights of a batch come from the model in evaluation mode, as it stands at that
+    step. Evaluation is the Trainer's own, on ordinary batches.
+
+    Attributes:
+        forgetting: the options. weights: of the last batch, [B].
+    """
+
+    model: Any
+    args: Any
+    accelerator: Any
+    loss_is_scaled_for_ga: bool | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        own = {k: kwargs.pop(k) for k in list(kwargs) if k in Forgetting.known()}
+        if "layers" in own and not isinstance(own["layers"], str):
+            own["layers"] = list(own["layers"])  # a list of OmegaConf's is none
+        self.forgetting = Forgetting().with_options(type(self).__name__, own)
+        super().__init__(*args, **present(kwargs))
+        if "tokenizer" in kwargs:
+            self.tokenizer = kwargs["tokenizer"]
+        # The loss is a mean over the batch's samples, whatever the number of its tokens.
+        self.model_accepts_loss_kwargs = False
+        self.loss_is_scaled_for_ga = False
+        self.weights: Tensor | None = None
+        self._layers = self.forgetting.of(self.model)
+        shift = self.forgetting.shift_labels
+        self._shift = predicts_next(self.model) if shift is None else shift
+        self._original = self._kept() if self.forgetting.needs_original else None
+
+    def _kept(self) -> Any:
+        """A copy of the model as it is."""
+        original = copy.deepcopy(self.model).to(self.accelerator.device).eval()
+        original.requires_grad_(False)
+        if getattr(self, "is_deepspeed_enabled", False) and hasattr(self, "_prepare_deepspeed"):
+            return self._prepare_deepspeed(original)
+        return self.accelerator.prepare_model(original, evaluation_mode=True)
+
+    def _trained(self) -> list[nn.Parameter]:
+        if self.forgetting.trained == "all":
+            return [p for p in self.model.parameters() if p.requires_grad]
+        assert not isinstance(self._layers, str)
+        found = {id(p): p for layer in self._layers for p in layer.parameters()}
+        return list(found.values())
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As of the Trainer; with ``trained="layers"`` everything else is frozen meanwhile."""
+        if self.forgetting.trained == "all":
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        own = {id(p) for p in self._trained()}
+        flags = [(p, p.requires_grad) for p in self.model.parameters()]
+        try:
+            for p, _ in flags:
+                p.requires_grad_(id(p) in own)
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            for p, flag in flags:
+                p.requires_grad_(flag)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The loss of a training batch, and the model's output on the forget set.
+
+        Raises:
+            InputError: a batch without labels, or of another form.
+        """
+        plain = isinstance(inputs, Mapping) and "forget" not in inputs
+        if plain and not model.training:
+            return super().compute_loss(model, inputs, return_outputs)  # type: ignore[misc]
+        how = self.forgetting
+        forget, retain = sets_of(inputs)
+        loss, outputs = self._forget_loss(model, accepted(model, forget))
+        loss = how.gamma * loss
+        if retain is not None and how.alpha:
+            loss = loss + how.alpha * self._retain_loss(model, accepted(model, retain))
+        if how.l1:
+            norms = [p.abs().sum() for p in self._trained()]
+            loss = loss + how.l1 * torch.stack(norms).sum().to(loss.dtype)
+        return (loss, outputs) if return_outputs else loss
+
+    def _rows(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return labelled(logits, labels, self._shift)
+
+    def _forget_loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Any]:
+        how = self.forgetting
+        if "labels" not in batch:
+            raise InputError(f"the forget batch has {list(batch)} and no labels")
+        self.weights = batch_weights(
+            model,
+            batch,
+            layers=self._layers,
+            curvature=how.curvature,
+            clip_quantile=how.clip_quantile,
+            quantile_over=how.quantile_over,
+            shift=self._shift,
+        )
+        called = dict(batch)
+        if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            called.pop("labels")  # its own loss is not needed
+        outputs = model(**called)
+        z, y, counts = self._rows(logits_of(outputs), batch["labels"])
+        token = how.objective if how.objective in LABEL_OBJECTIVES else "ce"
+        f = means(objective(z, y, token), counts)
+        if how.objective == "simnpo":
+            beta = how.beta or SIMNPO_BETA
+            f = -2 / beta * softplus(-beta * f)
+        elif how.objective == "npo":
+            beta, assumed = how.beta or NPO_BETA, self._original
+            assert assumed is not None
+            with torch.no_grad():
+                zo, yo, _ = self._rows(logits_of(assumed(**called)), batch["labels"])
+                before = means(objective(zo, yo, "ce"), counts) * counts
+            f = -2 / beta * softplus(beta * (before - f * counts))
+        weights = self.weights.to(f)
+        smallest = torch.finfo(f.dtype).tiny
+        return -(weights * f).sum() / weights.sum().clamp_min(smallest), outputs
+
+    def _retain_loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        outputs = model(**batch)
+        if self.forgetting.retain_loss_type == "NLL":
+            return outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
+        assert self._original is not None
+        with torch.no_grad():
+            was, _, _ = self._rows(logits_of(self._original(**batch)), batch["labels"])
+        z, _, counts = self._rows(logits_of(outputs), batch["labels"])
+        apart = kl_div(z.log_softmax(1), was.log_softmax(1), reduction="none", log_target=True)
+        return means(apart.sum(dim=1), counts).mean()

@@ -1,0 +1,79 @@
+"""supreme-unlearning: ``imu_fast`` among its unlearning methods.
+
+``register()`` before its pipeline runs, or in a plugin of yours; then ``-method imu_fast``. Its
+registry takes what is imported by name, so options are bound in a function of yours::
+
+    def gentle(**given):
+        return imu_fast(**given, method="margin_edit", margin=0.5)
+
+    supreme.register_unlearning_method("gentle", gentle)
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import nn
+
+from imu_fast.errors import InputError
+from imu_fast.unlearning.unlearn import unlearn
+
+logger = logging.getLogger("imu_fast")
+
+# What supreme hands to every method that it does not know, and this one does not need.
+_HANDLES = frozenset(
+    {
+        *("wandb_logging_flag", "type_of_unlearning_strategy", "model_name", "num_labels"),
+        *("distributed_strategy_name", "forget_label_id", "retain_train_dataloader"),
+        *("retain_test_dataloader", "forget_test_dataloader", "train_dataloader"),
+        *("test_dataloader", "full_train_dataloader", "retain_train_augmented_dataloader"),
+        *("unlearning_teacher", "dataset_name"),
+    }
+)
+
+
+def imu_fast(
+    fabric: Any,
+    num_gpus: int,
+    model: nn.Module,
+    forget_train_dataloader: Any,
+    method: Any = "auto",
+    **options: Any,
+) -> nn.Module:
+    """Unlearn the forget set; the model is changed in place and returned.
+
+    Args:
+        fabric, num_gpus: supreme's. One process alone: the forget set is small, and shared out it
+            would be unlearned in parts.
+        model: or a wrapper that Fabric made of it.
+        method: and options, as of :func:`imu_fast.unlearn`; what else supreme passes is not needed.
+
+    Raises:
+        InputError: several processes, or an option that the method does not have.
+    """
+    if getattr(fabric, "world_size", 1) > 1:
+        raise InputError(
+            f"fabric has {fabric.world_size} processes, each with a part of the forget set; run "
+            "this method with one"
+        )
+    own = {name: value for name, value in options.items() if name not in _HANDLES}
+    inner = getattr(model, "module", model)
+    result = unlearn(inner, forget_train_dataloader, method, **own)
+    logger.info("%s", result)
+    return model
+
+
+def register(name: str = "imu_fast") -> None:
+    """Register :func:`imu_fast` under this name, which ``-method`` then takes.
+
+    Raises:
+        InputError: supreme-unlearning is not installed.
+    """
+    try:
+        import supreme
+    except ImportError as error:
+        raise InputError(
+            f"supreme-unlearning does not load ({error}); pip install supreme-unlearning"
+        ) from error
+    supreme.register_unlearning_method(name, f"{__name__}:imu_fast")

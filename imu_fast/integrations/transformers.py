@@ -1,0 +1,136 @@
+"""transformers: a Trainer that forgets, the mix-in for your own, and a callback that stops it.
+
+In a loop of your own, ``imu.batch_weights(model, batch)`` gives the weights in one line, and
+``imu.InfluenceWeightedLoss`` is a loss module.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from imu_fast.errors import InputError, check_count, check_positive
+from imu_fast.integrations._forgetting import (
+    Forgetting,
+    UnlearningMixin,
+    accepted,
+    as_inputs,
+    labelled,
+    logits_of,
+    means,
+    predicts_next,
+)
+from imu_fast.model.batches import device_of
+from imu_fast.model.guard import preserved
+from imu_fast.ops.objective import objective
+
+try:
+    from transformers import Trainer, TrainerCallback
+except ImportError as error:
+    raise InputError(
+        f"imu_fast.integrations.transformers needs transformers, which does not load ({error}); "
+        "pip install transformers"
+    ) from error
+
+__all__ = ["Forgetting", "StopAtDepth", "UnlearningMixin", "UnlearningTrainer", "forget_depth"]
+logger = logging.getLogger("imu_fast")
+
+
+class UnlearningTrainer(UnlearningMixin, Trainer):
+    """``transformers.Trainer`` whose training forgets; see :class:`UnlearningMixin`."""
+
+
+def forget_depth(
+    model: nn.Module, batches: Any, *, shift_labels: bool | None = None
+) -> tuple[float, float]:
+    """Mean loss and accuracy over the samples, each the mean over its tokens, in evaluation mode.
+
+    Args:
+        batches: an iterable of dicts with labels, or of ``(input_ids, labels, attention_mask)``.
+        shift_labels: None: where transformers says that the model is causal.
+
+    Raises:
+        InputError: there is no sample with a label.
+    """
+    shift = predicts_next(model) if shift_labels is None else shift_labels
+    device, losses, right, n = device_of(model), 0.0, 0.0, 0
+    with preserved(model), torch.no_grad():
+        model.eval()
+        for batch in batches:
+            given = accepted(model, as_inputs(batch))
+            given = {k: v.to(device) if hasattr(v, "to") else v for k, v in given.items()}
+            z, y, counts = labelled(logits_of(model(**given)), given["labels"], shift)
+            losses += float(means(objective(z, y, "ce"), counts).sum())
+            right += float(means((z.argmax(dim=1) == y).to(z.dtype), counts).sum())
+            n += int((counts > 0).sum())
+    if not n:
+        raise InputError("batches has no sample with a label")
+    return losses / n, right / n
+
+
+class StopAtDepth(TrainerCallback):
+    """Stops a Trainer once the forget set is forgotten so far.
+
+    Args:
+        batches: of the forget set, read at each measurement; see :func:`forget_depth`.
+        forget_loss: stop at or above this mean loss. forget_accuracy: at or below this accuracy.
+        every: steps between measurements.
+        shift_labels: as of :func:`forget_depth`.
+
+    Attributes:
+        records: ``(step, loss, accuracy)`` of each measurement. reached: whether it was.
+
+    Raises:
+        InputError: neither depth is given.
+    """
+
+    def __init__(
+        self,
+        batches: Any,
+        *,
+        forget_loss: float | None = None,
+        forget_accuracy: float | None = None,
+        every: int = 1,
+        shift_labels: bool | None = None,
+    ) -> None:
+        if forget_loss is None and forget_accuracy is None:
+            raise InputError("StopAtDepth has no depth; set forget_loss or forget_accuracy")
+        for name, value in (("forget_loss", forget_loss), ("forget_accuracy", forget_accuracy)):
+            if value is not None:
+                check_positive(name, value, allow_zero=True)
+        self.batches, self.shift_labels = batches, shift_labels
+        self.forget_loss, self.forget_accuracy = forget_loss, forget_accuracy
+        self.every = check_count("every", every)
+        self.records: list[tuple[int, float, float]] = []
+        self.reached = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure once before the first step."""
+        self.records, self.reached = [], False
+        self._measure(state, control, kwargs["model"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure, and ask the Trainer to stop."""
+        if state.global_step % self.every == 0:
+            self._measure(state, control, kwargs["model"])
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say so where the budget ended first."""
+        if not self.reached:
+            _, loss, accuracy = self.records[-1]
+            logger.warning(
+                "training ended before the depth that was asked for: loss %.4f, accuracy %.4f",
+                loss,
+                accuracy,
+            )
+
+    def _measure(self, state: Any, control: Any, model: nn.Module) -> None:
+        loss, accuracy = forget_depth(model, self.batches, shift_labels=self.shift_labels)
+        self.records.append((state.global_step, loss, accuracy))
+        deep = self.forget_loss is not None and loss >= self.forget_loss
+        wrong = self.forget_accuracy is not None and accuracy <= self.forget_accuracy
+        if deep or wrong:
+            self.reached = control.should_training_stop = True

@@ -1,0 +1,48 @@
+"""The examples run as they are."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def runs(name, *arguments):
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("authors.py", "after:  forget 0.00"),
+        ("plain_loop.py", "InfluenceWeightedLoss: forget accuracy"),
+        ("transformers_trainer.py", "stopped after"),
+    ],
+)
+def test_an_example_runs(name, said):
+    assert said in runs(name)
+
+
+def test_the_example_of_supreme_runs():
+    if importlib.util.find_spec("supreme") is None:
+        pytest.skip("supreme-unlearning is not installed")
+    assert "forget accuracy 0.00" in runs("supreme_method.py")
+
+
+def test_the_example_of_open_unlearning_says_what_it_needs():
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "open_unlearning.py")], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "PATH_OF_A_CHECKOUT" in done.stderr

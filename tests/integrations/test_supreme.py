@@ -1,0 +1,101 @@
+"""supreme-unlearning's registry with our method in it; its package where it is installed."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import sys
+import types
+
+import pytest
+import torch
+from integrations.tiny import Images, filled, images
+from torch.utils.data import DataLoader
+
+import imu_fast as imu
+from imu_fast.integrations import supreme as ours
+
+
+class Fabric:
+    """Of the handle only what a method may ask."""
+
+    world_size = 1
+
+
+class Wrapped(torch.nn.Module):
+    """As Fabric wraps a model."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x)
+
+
+def given(model, **more):
+    """What its pipeline passes to a method that it does not know."""
+    loader = DataLoader([item for item in images(12) if item[1] == 1], batch_size=4)
+    handles = dict.fromkeys(sorted(ours._HANDLES))
+    return {
+        "fabric": Fabric(),
+        "num_gpus": 0,
+        "model": model,
+        "forget_train_dataloader": loader,
+        **handles,
+        **more,
+    }
+
+
+def accuracy(model):
+    x, y = torch.utils.data.default_collate([item for item in images(12) if item[1] == 1])
+    return float((model(x).argmax(1) == y).float().mean())
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """The package's own, or a stand-in with its one function."""
+    try:
+        return importlib.import_module("supreme.registry").resolve_method_location
+    except ImportError:
+        methods = {}
+        package = types.ModuleType("supreme")
+        package.register_unlearning_method = methods.__setitem__
+        monkeypatch.setitem(sys.modules, "supreme", package)
+        return lambda name: methods[name].split(":")
+
+
+def test_the_pipeline_finds_and_runs_it(registry):
+    ours.register()
+    module, name = registry("imu_fast")
+    method = getattr(importlib.import_module(module), name)
+    model = filled(Images(), 0.8)
+    wrapped = Wrapped(model)
+    before = copy.deepcopy(model)
+    with torch.no_grad():
+        model.fc.bias[1] += 5
+    assert accuracy(model) == 1
+    assert method(**given(wrapped)) is wrapped
+    assert accuracy(model) == 0
+    assert torch.equal(model.conv.weight, before.conv.weight)
+
+
+def test_options_are_those_of_unlearn():
+    model = filled(Images(), 0.8)
+    ours.imu_fast(**given(model, method="uniform", epochs=1, lr=1e-3))
+    with pytest.raises(imu.InputError, match="no option learning_rate"):
+        ours.imu_fast(**given(model, learning_rate=0.1))
+
+
+def test_several_processes_are_refused():
+    model = filled(Images())
+    arguments = given(model)
+    arguments["fabric"].world_size = 2
+    with pytest.raises(imu.InputError, match="fabric has 2 processes"):
+        ours.imu_fast(**arguments)
+
+
+def test_the_package_is_asked_for(monkeypatch):
+    monkeypatch.setitem(sys.modules, "supreme", None)
+    with pytest.raises(imu.InputError, match="supreme-unlearning does not load"):
+        ours.register()
