@@ -14,14 +14,14 @@ def augment(act: Tensor, has_bias: bool) -> Tensor:
 def output_matrix(p: Tensor, form: str = "softmax") -> Tensor:
     """``B`` of one token: ``diag(p) - p p^T``, ``diag(p)`` ("diagonal") or p itself ("dense").
 
-    Entry (i, i) of the first as ``p_i sum_{j != i} p_j``: ``p_i - p_i^2`` would cancel.
+    Of the largest p_i entry (i, i) of the first is ``p_i sum_{j != i} p_j``, which ``p_i - p_i^2``
+    would lose where p_i is nearly one.
     """
     if form != "softmax":
         return p.double() if form == "dense" else torch.diag(p.double())
-    p = p.double()
-    out = -torch.outer(p, p)
-    for i in range(len(p)):
-        out[i, i] = p[i] * torch.cat([p[:i], p[i + 1 :]]).sum()
+    p, m = p.double(), int(p.argmax())
+    out = torch.diag(p) - torch.outer(p, p)
+    out[m, m] = p[m] * torch.cat([p[:m], p[m + 1 :]]).sum()
     return out
 
 

@@ -167,10 +167,10 @@ class FittedGGN(Fitted):
                 self.residual, self.iterations = bound, 0
                 return self.direct.primal(many.double())
         if solver == "cg":
-            approximates = self.iterative.approximates()
+            approximates, goal = self.iterative.approximates(), self.tolerance
         else:
-            approximates = self.direct.approximates(solver)
-        solution = refine(self._product, approximates, many, tolerance=self.tolerance)
+            approximates, goal = self.direct.approximates(solver), self.direct.goal(self.tolerance)
+        solution = refine(self._product, approximates, many, tolerance=goal)
         self.residual, self.iterations = solution.residual, solution.iterations
         if self.residual > self.tolerance:
             logger.warning(
