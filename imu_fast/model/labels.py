@@ -98,8 +98,8 @@ def check_indices(labels: Tensor) -> None:
     """Raise InputError unless labels of rows are class indices [N]."""
     if labels.dim() != 1:
         raise InputError(
-            f"labels have dtype {labels.dtype} and the logits' shape: one-hot or soft labels, which "
-            "are not supported here; pass labels.argmax(-1) where they are one-hot"
+            f"labels have dtype {labels.dtype} and the logits' shape: one-hot or soft labels, "
+            "which are not supported here; pass labels.argmax(-1) where they are one-hot"
         )
 
 
