@@ -126,7 +126,7 @@ def linears(model: nn.Module) -> dict[str, LinearLayer]:
 def no_head(model: nn.Module, reason: str) -> NoHeadFoundError:
     modules = {k: layer.module for k, layer in linears(model).items()}
     shapes = {
-        k: (getattr(m, "out_features", None) or m.nf, getattr(m, "in_features", None) or m.nx)
+        k: (m.out_features, m.in_features) if isinstance(m, nn.Linear) else (m.nf, m.nx)
         for k, m in modules.items()
     }
     return NoHeadFoundError(f"{reason}; the model's linear layers (C, d) are {shapes or 'none'}")

@@ -238,6 +238,7 @@ def outputs_of(model: nn.Module, loader: Any, **reading: Unpack[ReadingOptions])
     how.of_classes("outputs_of()")
     all_logits, all_labels = [], []
     for logits, labels in logits_in_batches(model, loader, how, "outputs_of()"):
+        how.check_one_label(logits, "outputs_of()")
         all_logits.append(logits if logits.dtype == torch.float64 else logits.float())
         all_labels.append(labels)
     if not all_logits:

@@ -109,6 +109,15 @@ class Reading(Options):
             )
         return loss
 
+    @staticmethod
+    def check_one_label(logits: Tensor, door: str) -> None:
+        """Raise InputError for the logits of sequences."""
+        if logits.dim() != 2:
+            raise InputError(
+                f"{door} is for classifiers, with one label per sample; the logits have shape "
+                f"{tuple(logits.shape)}, of sequences"
+            )
+
     def labels_of_all(self, labels: Tensor, logits: Tensor, door: str) -> Tensor:
         """One class index per row of the logits: int64, none of them without a loss.
 
@@ -116,6 +125,7 @@ class Reading(Options):
             InputError: other shapes, out of range, or ``ignore_index``.
         """
         loss = self.of_classes(door)
+        self.check_one_label(logits, door)
         labels = class_labels(labels, logits.shape)
         loss.check_labels(labels, logits.shape[-1])
         if not bool(loss.valid(labels.flatten()).all()):

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import imu_fast as imu
+from imu_fast.model.outputs import outputs_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -181,18 +182,19 @@ def test_weights_of_influence_are_of_sequences(scope):
     """The step of each batch by weights of its own is that of the formula at these weights."""
     kind = "llama"
     model, data = lm.make(kind).double(), lm.batch(kind)
-    scores = imu.influence_scores(model, [data])
-    indices, weights = imu.influence_weights(scores)
-    dense = torch.zeros(6, dtype=torch.float64)
-    dense[indices] = weights.double()
     names = ["lm_head.weight"] if scope == "head" else [k for k, _ in model.named_parameters()]
-    expected = truth(kind, copy.deepcopy(model), data, names, "ce", dense)
-    for reweight in ("once", "batch"):
+    labelled = torch.tensor([0, 1, 3, 4, 5])  # what batches are drawn from
+    for reweight, rows in (("once", torch.arange(6)), ("batch", labelled)):
+        scores = imu.influence_scores(model, [{k: v[rows] for k, v in data.items()}])
+        indices, weights = imu.influence_weights(scores)
+        dense = torch.zeros(6, dtype=torch.float64)
+        dense[rows[indices]] = weights.double()
+        expected = truth(kind, copy.deepcopy(model), data, names, "ce", dense)
         stepped = copy.deepcopy(model)
         before = {k: v.detach().clone() for k, v in stepped.named_parameters()}
         result = imu.unlearn(stepped, [data], "imu", scope=scope, reweight=reweight, **SGD)
         assert_stepped(stepped, before, expected)
-        torch.testing.assert_close(result.scores, scores)
+        torch.testing.assert_close(result.scores, imu.influence_scores(model, [data]))
 
 
 @pytest.mark.parametrize("scope", ["head", "all"])
@@ -249,11 +251,9 @@ def test_a_refusing_answer(kind, scope):
     def refused(model):
         losses = []
         for s in lm.samples(data):
-            if not bool((s["labels"] >= 0).any()) and kind in ("llama", "opt"):
-                start = s["labels"].shape[1]
-            elif kind in ("llama", "opt"):
-                start = 2
-            answer = torch.tensor([ANSWER])
+            if not bool((s["labels"] >= 0).any()):
+                continue
+            answer, start = torch.tensor([ANSWER]), 2
             if kind in ("bart", "t5"):
                 losses.append(model(**{**s, "labels": answer}).loss)
                 continue
@@ -397,6 +397,7 @@ def test_what_is_said_once(caplog):
     with caplog.at_level(logging.INFO, "imu_fast"):
         imu.unlearn(lm.make("llama"), [lm.batch("llama")], watch={"w": [lm.batch("llama", 3)]})
     assert caplog.text.count("predicts the next token") == 1
+    assert caplog.text.count("1 of 6 forget samples have no label at any position") == 1
 
 
 def test_gradient_checkpointing_in_training_mode():
@@ -409,6 +410,56 @@ def test_gradient_checkpointing_in_training_mode():
     assert a.trajectory[-1]["forget_loss"] == pytest.approx(
         b.trajectory[-1]["forget_loss"], rel=1e-5
     )
+
+
+def test_doors_of_classifiers_say_so():
+    model, data = lm.make("llama"), [lm.batch("llama")]
+    with pytest.raises(imu.InputError, match="is for classifiers, with one label per sample"):
+        outputs_of(model, data)
+
+
+@pytest.mark.parametrize("scope", ["head", "all"])
+@pytest.mark.parametrize("options", [{"reweight": "batch", "on_empty": "uniform"}, {}])
+def test_batches_of_nothing_but_unlabelled_samples(scope, options):
+    """Sample 2 has no label; it makes no step."""
+    data = lm.batch("llama")
+    method = "imu" if options else "uniform"
+    own = options | {"scope": scope, "batch_size": 1, "epochs": 2}
+    result = imu.unlearn(lm.make("llama"), [data], method, **own)
+    assert result.steps == 10 and 2 not in result.indices.tolist()
+    kept = {k: v[[0, 1, 3, 4, 5]] for k, v in data.items()}
+    other = imu.unlearn(lm.make("llama"), [kept], method, **own)
+    assert other.trajectory[-1]["forget_loss"] == pytest.approx(
+        result.trajectory[-1]["forget_loss"], rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("options", [{"tied": True}, {"half": True}])
+def test_a_divergence_of_tied_and_of_half_models(options):
+    """At first there is none: the first step is that without; later it holds the model back."""
+    data, kept = lm.batch("llama"), [lm.batch("llama", 7)]
+
+    def moved(epochs, **more):
+        model = lm.make("llama", options.get("tied", False))
+        model = model.bfloat16() if "half" in options else model
+        before = [p.detach().clone() for p in model.parameters()]
+        imu.unlearn(model, [data], "uniform", scope="all", epochs=epochs, lr=0.05, **more)
+        after = model.parameters()
+        return [(p.detach() - b).float() for p, b in zip(after, before, strict=True)]
+
+    kl = {"retain": kept, "retain_loss": "kl", "retain_weight": 50.0}
+    for a, b in zip(moved(1), moved(1, **kl), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-2 if "half" in options else 1e-5)
+    sizes = [sum(float(m.square().sum()) for m in moved(6, **more)) for more in ({}, kl)]
+    assert sizes[1] != sizes[0]
+
+
+def test_requests_in_turn():
+    model = lm.make("gpt2")
+    first, second = lm.batch("gpt2", 5), lm.batch("gpt2", 4)
+    results = imu.unlearn_in_turn(model, {"a": [first], "b": [second]}, "npo", epochs=2)
+    own = float(own_losses(model, first).mean())
+    assert results["b"].trajectory[-1]["a_loss"] == pytest.approx(own, rel=1e-5)
 
 
 def test_only_samples_without_a_label_are_refused():

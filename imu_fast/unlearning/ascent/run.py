@@ -23,6 +23,33 @@ from imu_fast.unlearning.trajectory import Trajectory, spread
 logger = logging.getLogger("imu_fast")
 
 
+def _labelled(job: Job) -> Tensor:
+    """The forget samples that have a label, [k] on the CPU; those that have none are said.
+
+    Raises:
+        InputError: none has one.
+    """
+    loss = job.reading.loss
+    found = []
+    for batch in job.forget:
+        valid = loss.valid(batch.labels.flatten()).view(batch.n, -1)
+        if job.sequences and getattr(loss, "shift", False) is True:
+            valid = valid[:, 1:]
+        found.append(valid.any(dim=1).cpu())
+    labelled = torch.cat(found)
+    rows = torch.nonzero(labelled).flatten()
+    if not len(rows):
+        raise InputError(f"none of {len(labelled)} forget samples has a label to be predicted")
+    if len(rows) < len(labelled):
+        logger.warning(
+            "%d of %d forget samples have no label at any position: they are neither forgotten nor "
+            "counted",
+            len(labelled) - len(rows),
+            len(labelled),
+        )
+    return rows
+
+
 class Plan(Protocol):
     """What a run does how often; of :class:`imu_fast.Ascent`."""
 
@@ -53,6 +80,7 @@ class Run:
         self.ends_with_milestones = bool(self.pending) and self.stop is None
         self.trajectory = Trajectory(self.subject, job.watch, job.callback)
         self.batch_losses: list[float] = []
+        self.labelled = _labelled(job)
         self.step = 0
         # Where the last step began and ended, once it has been bisected.
         self.stretch: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
@@ -140,7 +168,7 @@ class Run:
     ) -> tuple[Tensor, Tensor]:
         """Indices on the CPU, where batches are drawn, and weights."""
         if scores is None:
-            return torch.arange(self.subject.n), torch.ones(self.subject.n, device=device)
+            return self.labelled, torch.ones(len(self.labelled), device=device)
         indices, weights = self.method.weights.weigh(scores, self.job.seed + epoch)
         return indices.cpu(), weights
 
@@ -238,7 +266,7 @@ class Run:
         """One pass over the selected samples; returns why and where it stopped, if it did."""
         method, size = self.method, self.method.batch_size
         per_batch = method.weights.reweight == "batch"
-        pool = torch.arange(self.subject.n)
+        pool = self.labelled
         if not per_batch:
             pool, weights = by_index(indices, weights)
         generator = torch.Generator().manual_seed(self.job.seed * 1_000_003 + epoch)
