@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "Ascent": "unlearning.ascent.ascent",
     "Auto": "unlearning.auto",
+    "BinaryCrossEntropy": "losses.binary_cross_entropy",
     "backends": "backend",
     "batch_weights": "influence.batch",
     "capture": "model.capture",
@@ -52,13 +53,18 @@ _EXPORTS = {
     "MarginEdit": "unlearning.edit.margin_edit",
     "methods": "unlearning.named",
     "Network": "unlearning.ascent.scopes",
+    "OutputCurvature": "losses.output_curvature",
     "pairwise_influence": "influence.scores",
     "pairwise_similarity": "attribution.similarity",
     "Permuted": "unlearning.ascent.weights",
+    "Refusal": "unlearning.ascent.objectives",
+    "Retain": "unlearning.ascent.retain",
     "self_influence": "influence.scores",
     "similarity_scores": "attribution.similarity",
     "SGD": "unlearning.ascent.optimizer",
     "ShardedFactors": "factors.sharded",
+    "SimNPO": "unlearning.ascent.objectives",
+    "SquaredError": "losses.squared_error",
     "StopRule": "unlearning.depth",
     "tracin": "attribution.tracin",
     "tracin_self_influence": "attribution.tracin",
@@ -102,7 +108,10 @@ if TYPE_CHECKING:
     from imu_fast.influence.scores import pairwise_influence as pairwise_influence
     from imu_fast.influence.scores import self_influence as self_influence
     from imu_fast.influence.weights import influence_weights as influence_weights
+    from imu_fast.losses.binary_cross_entropy import BinaryCrossEntropy as BinaryCrossEntropy
     from imu_fast.losses.cross_entropy import CrossEntropy as CrossEntropy
+    from imu_fast.losses.output_curvature import OutputCurvature as OutputCurvature
+    from imu_fast.losses.squared_error import SquaredError as SquaredError
     from imu_fast.model.capture import capture as capture
     from imu_fast.model.capture import capture_features as capture_features
     from imu_fast.model.head import find_head as find_head
@@ -110,7 +119,10 @@ if TYPE_CHECKING:
     from imu_fast.model.parts import Data as Data
     from imu_fast.solvers.cholesky.cholesky import damped_cholesky_solve as damped_cholesky_solve
     from imu_fast.unlearning.ascent.ascent import Ascent as Ascent
+    from imu_fast.unlearning.ascent.objectives import Refusal as Refusal
+    from imu_fast.unlearning.ascent.objectives import SimNPO as SimNPO
     from imu_fast.unlearning.ascent.optimizer import SGD as SGD
+    from imu_fast.unlearning.ascent.retain import Retain as Retain
     from imu_fast.unlearning.ascent.scopes import Head as Head
     from imu_fast.unlearning.ascent.scopes import Layers as Layers
     from imu_fast.unlearning.ascent.scopes import Network as Network

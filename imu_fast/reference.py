@@ -14,6 +14,15 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from imu_fast.reference_ggn import augment as augment
+from imu_fast.reference_ggn import ekfac_matrix as ekfac_matrix
+from imu_fast.reference_ggn import ggn_block_matrix as ggn_block_matrix
+from imu_fast.reference_ggn import ggn_matrix as ggn_matrix
+from imu_fast.reference_ggn import ggn_product as ggn_product
+from imu_fast.reference_ggn import kfac_matrix as kfac_matrix
+from imu_fast.reference_ggn import kronecker_factors as kronecker_factors
+from imu_fast.reference_ggn import output_matrix as output_matrix
+
 # Features [N, d], weight [C, d], bias [C] or None, labels [N], scale [N] or None.
 Head = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]
 
@@ -27,20 +36,19 @@ def softmax_residual(logits: Tensor, labels: Tensor, scale: Tensor) -> tuple[Ten
         delta [N, C] and loss [N], float64; delta by autograd of the loss.
     """
     delta, losses = [], []
-    for z, y, c in zip(logits.double(), labels, scale.double(), strict=True):
+    for z, y, c in zip(logits.double(), labels.tolist(), scale.double(), strict=True):
         z = z.detach().requires_grad_()
         with torch.enable_grad():
-            loss = -c * torch.log_softmax(z, dim=0)[y]
+            # log(1 + exp(others - z_y)), whose derivatives do not cancel where p_y is nearly one.
+            others = (
+                torch.cat([z[:y], z[y + 1 :]]).logsumexp(dim=0) if len(z) > 1 else z - torch.inf
+            )
+            loss = -c * torch.nn.functional.logsigmoid(z[y] - others).sum()
         delta.append(torch.autograd.grad(loss, z)[0])
         losses.append(loss.detach())
     if not losses:
         return logits.double(), scale.double()
     return torch.stack(delta), torch.stack(losses)
-
-
-def augment(act: Tensor, has_bias: bool) -> Tensor:
-    """``a~ = [act, 1]``: [N, d] to [N, D]."""
-    return torch.cat([act, torch.ones_like(act[:, :1])], dim=1) if has_bias else act
 
 
 def sample_gradients(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
@@ -207,34 +215,6 @@ def head_ascent(
     return t - lr * velocity, velocity, loss
 
 
-def ggn_product(
-    p: Tensor, scale: Tensor, act: Tensor, v: Tensor, n: int, damping: float, has_bias: bool
-) -> Tensor:
-    """``1/n sum_t c_t (diag(p_t) - p_t p_t^T) V a~_t a~_t^T + lam V``: v's shape, float64.
-
-    v: [C, D], or [m, C, D] for m of them.
-    """
-    if v.dim() == 3:
-        return torch.stack([ggn_product(p, scale, act, one, n, damping, has_bias) for one in v])
-    out = damping * v.double()
-    for pt, c, a in zip(p.double(), scale.double(), augment(act.double(), has_bias), strict=True):
-        jacobian = torch.diag(pt) - torch.outer(pt, pt)
-        out = out + c / n * jacobian @ v.double() @ torch.outer(a, a)
-    return out
-
-
-def ggn_matrix(
-    p: Tensor, scale: Tensor, act: Tensor, n: int, damping: float, has_bias: bool
-) -> Tensor:
-    """The damped GGN as a dense matrix: [P, P], float64; P = C D."""
-    columns = p.shape[1] * (act.shape[1] + has_bias)
-    out = damping * torch.eye(columns, dtype=torch.float64)
-    for pt, c, a in zip(p.double(), scale.double(), augment(act.double(), has_bias), strict=True):
-        jacobian = torch.diag(pt) - torch.outer(pt, pt)
-        out += c / n * torch.kron(jacobian, torch.outer(a, a))
-    return out
-
-
 def conjugate_gradient(
     matrix: Tensor, v: Tensor, iterations: int, preconditioner: Tensor
 ) -> Tensor:
@@ -286,50 +266,6 @@ def cross_gram(
     """``<g_i, h_j>`` of two sets, each as (delta, act, offsets): [n, m], float64."""
     g, h = (sample_gradients(*one, has_bias).flatten(1) for one in (left, right))
     return g @ h.T
-
-
-def ggn_block_matrix(
-    p: Tensor, scale: Tensor, act: Tensor, n: int, damping: float, has_bias: bool
-) -> Tensor:
-    """``ggn``'s diagonal class blocks, the rest zero: [P, P], float64."""
-    full = ggn_matrix(p, scale, act, n, damping, has_bias)
-    width = act.shape[1] + has_bias
-    mask = torch.block_diag(*[torch.ones(width, width, dtype=torch.float64)] * p.shape[1])
-    return full * mask
-
-
-def kronecker_factors(
-    p: Tensor, scale: Tensor, act: Tensor, n: int, has_bias: bool
-) -> tuple[Tensor, Tensor]:
-    """``mean(diag(p) - p p^T)`` and ``mean(a~ a~^T)``, tokens weighted by ``c_t/n``; float64.
-
-    The first carries the weights' sum (less than one if a sample has no token).
-    """
-    b = torch.zeros(p.shape[1], p.shape[1], dtype=torch.float64)
-    a = torch.zeros(act.shape[1] + has_bias, act.shape[1] + has_bias, dtype=torch.float64)
-    for pt, c, at in zip(p.double(), scale.double(), augment(act.double(), has_bias), strict=True):
-        b += c / n * (torch.diag(pt) - torch.outer(pt, pt))
-        a += c * torch.outer(at, at)
-    return b, a / scale.double().sum()
-
-
-def kfac_matrix(
-    p: Tensor, scale: Tensor, act: Tensor, n: int, damping: float, has_bias: bool
-) -> Tensor:
-    """``mean(diag(p)-pp^T) (x) mean(a~ a~^T) + lam I``: [P, P], float64."""
-    b, a = kronecker_factors(p, scale, act, n, has_bias)
-    return torch.kron(b, a) + damping * torch.eye(len(b) * len(a), dtype=torch.float64)
-
-
-def ekfac_matrix(
-    p: Tensor, scale: Tensor, act: Tensor, n: int, damping: float, has_bias: bool, q: Tensor
-) -> Tensor:
-    """The diagonal of ``Q^T ggn Q``, in the basis Q [P, P]: [P, P], float64.
-
-    Q is ``Q_B (x) Q_A`` of K-FAC's factors; given, because it is not unique where eigenvalues meet.
-    """
-    full = ggn_matrix(p, scale, act, n, damping, has_bias)
-    return q @ torch.diag((q.T @ full @ q).diagonal()) @ q.T
 
 
 def linear_softmax_normaliser(head: Head) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,8 +1,11 @@
-"""The GGN-vector product of a softmax head, the softmax Jacobian fused between its two products.
+"""The GGN-vector product of a head, the loss's second derivative fused between its two products.
 
-With ``u = a~ V^T``: ``HV = 1/n sum_t s_t (x) a~_t + lam V``, ``s = c (p*u - p (p.u))``. The sum
-p.u runs over all classes, so two stages: the first forms p*u and its row sums, the second takes
-``- p (p.u)`` and the scale on load. p*u exists for one chunk of tokens, sized to stay in L2.
+With ``u = a~ V^T``: ``HV = 1/n sum_t s_t (x) a~_t + lam V``, ``s = c (p*u - p (p.u))`` of a
+softmax. The sum p.u runs over all classes, so two stages: the first forms p*u and its row sums, the
+second takes ``- p (p.u)`` and the scale on load. p*u exists for one chunk of tokens, sized to stay
+in L2. Of the likeliest class m, ``p_m u_m - p_m (p.u) = (1 - p_m) p_m u_m - p_m sum_{j != m} p_j
+u_j`` with ``1 - p_m`` as the sum of the others: the left side would cancel where p_m is nearly one.
+Where outputs do not meet in the loss p stands for h, and ``s = c h*u``.
 
 FLOPs: 4 N C D per V. Bytes: p and act twice, p*u written and read within L2, V and HV once.
 """
@@ -43,6 +46,7 @@ def ggn_forward_kernel(
     p_ptr,
     act_ptr,
     v_ptr,
+    top_ptr,
     pu_ptr,
     sums_ptr,
     N,
@@ -59,6 +63,7 @@ def ggn_forward_kernel(
     stride_vk,
     stride_uj,
     stride_un,
+    stride_si,
     stride_sj,
     stride_ss,
     BLOCK_N: tl.constexpr,
@@ -72,8 +77,9 @@ def ggn_forward_kernel(
     a~ is act with a 1 in bias_column (-1: none); C, d, D and the rows are padded with zeros to
     multiples of 8.
 
-    p_ptr [N, C]; act_ptr [N, d]; v_ptr [m, C, D]; pu_ptr [m, N, C] float32;
-    sums_ptr [m, tiles of classes, N] float32.
+    p_ptr [N, C]; act_ptr [N, d]; v_ptr [m, C, D]; top_ptr [N] int64, the likeliest class, or None
+    where there are no sums; pu_ptr [m, N, C] float32; sums_ptr [3, m, tiles of classes, N] float32:
+    p*u without that class, of that class alone, and p without it.
     """
     C, d, D = eights(C), eights(d), eights(D)
     stride_pn, stride_an = eights(stride_pn), eights(stride_an)
@@ -109,8 +115,14 @@ def ggn_forward_kernel(
     p = tl.load(p_ptr + n[:, None] * stride_pn + c[None, :] * stride_pc, mask=mask, other=0.0)
     pu = p.to(tl.float32) * u
     tl.store(pu_ptr + j * stride_uj + n[:, None] * stride_un + c[None, :], pu, mask=mask)
-    sums = sums_ptr + j * stride_sj + tile_c.to(tl.int64) * stride_ss + n
-    tl.store(sums, tl.sum(pu, axis=1), mask=mask_n)
+    if top_ptr is not None:
+        top = tl.load(top_ptr + n, mask=mask_n, other=-1)
+        is_top = c[None, :] == top[:, None]
+        sums = sums_ptr + j * stride_sj + tile_c.to(tl.int64) * stride_ss + n
+        tl.store(sums, tl.sum(tl.where(is_top, 0.0, pu), axis=1), mask=mask_n)
+        tl.store(sums + stride_si, tl.sum(tl.where(is_top, pu, 0.0), axis=1), mask=mask_n)
+        rest = tl.where(is_top, 0.0, p.to(tl.float32))
+        tl.store(sums + 2 * stride_si, tl.sum(rest, axis=1), mask=mask_n)
 
 
 @triton.jit
@@ -118,6 +130,7 @@ def ggn_backward_kernel(
     p_ptr,
     scale_ptr,
     act_ptr,
+    top_ptr,
     pu_ptr,
     sums_ptr,
     out_ptr,
@@ -135,6 +148,7 @@ def ggn_backward_kernel(
     stride_ak,
     stride_uj,
     stride_un,
+    stride_si,
     stride_sj,
     stride_oj,
     stride_oc,
@@ -148,8 +162,9 @@ def ggn_backward_kernel(
 
     ``s = scale (p*u - p (p.u))`` exists in registers only. Padding as above, but for D.
 
-    p_ptr [N, C]; scale_ptr [N]; act_ptr [N, d]; pu_ptr [m, N, C] float32; sums_ptr [m, N] float32:
-    p.u; out_ptr [splits, m, C, D] float32, its first two axes as one of stride stride_oj.
+    p_ptr [N, C]; scale_ptr [N]; act_ptr [N, d]; top_ptr [N] int64 or None; pu_ptr [m, N, C]
+    float32; sums_ptr [3, m, N] float32: those of the first stage; out_ptr [splits, m, C, D]
+    float32, its first two axes as one of stride stride_oj.
     """
     C, d = eights(C), eights(d)
     stride_pn, stride_an = eights(stride_pn), eights(stride_an)
@@ -171,9 +186,18 @@ def ggn_backward_kernel(
         pu = tl.load(
             pu_ptr + j * stride_uj + n[None, :] * stride_un + c[:, None], mask=mask, other=0.0
         )
-        sums = tl.load(sums_ptr + j * stride_sj + n, mask=mask_n, other=0.0)
         scale = tl.load(scale_ptr + n, mask=mask_n, other=0.0).to(tl.float32)
-        s = scale[None, :] * (pu - p.to(tl.float32) * sums[None, :])
+        s = pu
+        if top_ptr is not None:
+            top = tl.load(top_ptr + n, mask=mask_n, other=-1)
+            sums = sums_ptr + j * stride_sj + n
+            others = tl.load(sums, mask=mask_n, other=0.0)
+            at_top = tl.load(sums + stride_si, mask=mask_n, other=0.0)
+            rest = tl.load(sums + 2 * stride_si, mask=mask_n, other=0.0)
+            is_top = c[:, None] == top[None, :]
+            mean = tl.where(is_top, others[None, :], (others + at_top)[None, :])
+            s = tl.where(is_top, rest[None, :] * pu, pu) - p.to(tl.float32) * mean
+        s *= scale[None, :]
         a = tl.load(
             act_ptr + n[:, None] * stride_an + k[None, :] * stride_ak,
             mask=mask_n[:, None] & mask_k[None, :],
@@ -195,9 +219,13 @@ def ggn_product(
     n: int,
     damping: float,
     has_bias: bool,
+    top: torch.Tensor | None,
     input_precision: str = "ieee",
 ) -> torch.Tensor:
-    """HV [m, C, D] float32 of v [m, C, D] float32; p [N, C], scale [N], act [N, d]."""
+    """HV [m, C, D] float32 of v [m, C, D] float32; p [N, C], scale [N], act [N, d].
+
+    top: [N] int64, the likeliest class of a softmax; None: p is a diagonal second derivative.
+    """
     kind, width = dot_kind(v.dtype, input_precision), act.shape[1] + has_bias
     bias, classes = act.shape[1] if has_bias else -1, p.shape[1]
     out, scale, p, act = v * damping, scale.contiguous(), aligned(p), aligned(act)
@@ -205,31 +233,33 @@ def ggn_product(
     chunk = max(1, CHUNK_ELEMENTS // (C * len(v)))
     for start in range(0, N, chunk):
         rows = slice(start, min(N, start + chunk))
-        product = _chunk(p[rows], scale[rows], act[rows], v, width, bias, 1 / n, kind)
+        likeliest = None if top is None else top[rows].contiguous()
+        product = _chunk(p[rows], scale[rows], act[rows], likeliest, v, width, bias, 1 / n, kind)
         out += product[:, :classes]
     return out
 
 
-def _chunk(p, scale, act, v, width, bias, alpha, kind):
+def _chunk(p, scale, act, top, v, width, bias, alpha, kind):
     """``alpha s^T a~`` of one chunk of tokens: both stages, [m, C, width]."""
     (N, C), d, (m, _, D) = p.shape, act.shape[1], v.shape
     first, second = CONFIGS[kind], OUT_CONFIGS[kind]
     constants = {"DOT": dot_dtype(v.dtype), "INPUT_PRECISION": kind}
     tiles = triton.cdiv(C, first["BLOCK_C"])
     pu = torch.empty(m, N, C, dtype=torch.float32, device=v.device)
-    partial = torch.empty(m, tiles, N, dtype=torch.float32, device=v.device)
+    sizes = (3, m, tiles, N) if top is not None else (1, 1, 1, 1)
+    partial = torch.empty(sizes, dtype=torch.float32, device=v.device)
     strides = (*p.stride(), *act.stride())
     ggn_forward_kernel[(triton.cdiv(N, first["BLOCK_N"]) * tiles, m)](
-        p, act, v, pu, partial, N, C, d, D, bias, *strides, *v.stride(), *pu.stride()[:2],
-        *partial.stride()[:2], **constants, **first,
+        p, act, v, top, pu, partial, N, C, d, D, bias, *strides, *v.stride(), *pu.stride()[:2],
+        *partial.stride()[:3], **constants, **first,
     )  # fmt: skip
-    sums = partial.sum(dim=1)
+    sums = partial.sum(dim=2) if top is not None else partial
     grid = triton.cdiv(C, second["BLOCK_C"]), triton.cdiv(width, second["BLOCK_K"])
     cuts = splits(grid[0] * grid[1] * m, N, second["BLOCK_N"])
     out = torch.empty(cuts, m, C, width, dtype=torch.float32, device=v.device)
     ggn_backward_kernel[(*grid, cuts * m)](
-        p, scale, act, pu, sums, out, N, C, d, width, bias, m, triton.cdiv(N, cuts), alpha,
-        *strides, *pu.stride()[:2], sums.stride(0), *out.stride()[1:3], **constants, **second,
+        p, scale, act, top, pu, sums, out, N, C, d, width, bias, m, triton.cdiv(N, cuts), alpha,
+        *strides, *pu.stride()[:2], *sums.stride()[:2], *out.stride()[1:3], **constants, **second,
     )  # fmt: skip
     return out.sum(dim=0)
 
@@ -246,7 +276,7 @@ def specialisations() -> Iterator[Specialisation]:
             yield specialise(
                 f"{kernel.__name__} {kind}",
                 kernel,
-                {**pointers, "alpha": "fp32"},
+                {**pointers, "top_ptr": "*i64", "alpha": "fp32"},
                 {**constexprs, "DOT": tl.float32, "INPUT_PRECISION": kind, **blocks},
                 options,
                 matrix_units=kind != "ieee",

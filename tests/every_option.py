@@ -23,6 +23,7 @@ import imu_fast as imu
 from imu_fast.errors import ImuFastError
 from imu_fast.unlearning.named import METHODS, MethodOptions
 
+RETAINED = (torch.linspace(-1, 1, 120, dtype=torch.float64).view(20, 6), torch.arange(20) % 4)
 # Values that are to show: the first that changes the outcome is enough.
 VALUES: dict[str, list] = {
     "weights": ["loss", "uniform"],
@@ -62,6 +63,12 @@ VALUES: dict[str, list] = {
     "record": ["step"],
     "preset": ["paper"],
     "margin": [0.7],
+    "beta": [0.3],
+    "gamma": [0.5],
+    "answer": [[1, 2]],
+    "retain": [RETAINED],
+    "retain_loss": ["kl"],
+    "retain_weight": [3.0],
 }
 # Choices that have an option which the method's own do not.
 COMPANY: dict[str, dict] = {
@@ -74,6 +81,9 @@ COMPANY: dict[str, dict] = {
         (("scored",), {"weights": "influence", "scope": "layers", "layers": ["fc1"]}),
         (("layers",), {"scope": "layers"}),
         (("target",), {"objective": "relabel"}),
+        (("beta", "gamma"), {"objective": "simnpo"}),
+        (("answer",), {"objective": "refusal"}),
+        (("retain_loss", "retain_weight"), {"retain": RETAINED}),
         (("curvature", "damping", "damping_mode", "on_empty"), {"weights": "influence"}),
         (("top_fraction", "clip_quantile", "quantile_over"), {"weights": "influence"}),
         (("first_row_is_mean", "reweight"), {"weights": "influence"}),

@@ -24,7 +24,7 @@ FLOORS = (
     ("factors",),
     ("losses", "solvers", "ops"),
     ("kernels", "_C", "_C_cuda"),
-    ("ambient", "backend", "distributed", "errors", "options", "reference", "storage"),
+    tuple("ambient backend distributed errors options reference reference_ggn storage".split()),
 )
 FLOOR = {room: depth for depth, rooms in enumerate(FLOORS) for room in rooms}
 BOTTOM = len(FLOORS) - 1
@@ -167,8 +167,8 @@ def _why_not(where: str, wanted: str, imported: str) -> str:
     top = where in FLOORS[0]
     if not wanted:
         return "" if top else ROOT
-    if wanted == "reference":
-        return "" if where in ORACLE else "only ops/ reads the oracle"
+    if wanted.startswith("reference"):
+        return "" if where in (*ORACLE, "reference") else "only ops/ reads the oracle"
     if wanted == LEAF:
         return "" if top else f"{LEAF}/ is read by cli/ and study/ alone"
     if wanted not in FLOOR:

@@ -115,6 +115,8 @@ def every_option():
                     if kind in method.paths():
                         other = method.with_options("", {kind: name})
                         found |= set(other.paths())
+            kept = method.with_options("", {"retain": [()]})
+            found |= set(kept.paths()) - {"data"}  # by the name of retain
     return found
 
 

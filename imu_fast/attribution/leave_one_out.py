@@ -17,7 +17,7 @@ from imu_fast.losses.base import Loss
 from imu_fast.model.capture import HeadFeatures, capture_features
 from imu_fast.model.guard import door
 from imu_fast.model.head import say_of_weight
-from imu_fast.model.reading import Reading, ReadingOptions
+from imu_fast.model.reading import ReadingOptions
 from imu_fast.ops.tokens import is_flat
 
 Reduction = Literal["mean", "sum"]
@@ -108,9 +108,10 @@ def leave_one_out(
     check_flag("decay_bias", decay_bias)
     check_flag("refit", refit)
     check_positive("tolerance", tolerance)
-    loss = Reading.of("leave_one_out", reading).loss
     found = capture_features(model, data, head, progress=progress, **reading)
     _check(found)
+    loss = found.loss
+    assert loss is not None
     for part, _ in found.parts:
         say_of_weight(model, part)
     wide = torch.device("cpu") if found.features.device.type == "mps" else found.features.device

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from imu_fast.errors import InputError, SingularMatrixError
-from imu_fast.losses.base import Loss, OutputCurvature
-from imu_fast.losses.cross_entropy import Softmax
+from imu_fast.losses.base import Loss
+from imu_fast.losses.output_curvature import OutputCurvature, Softmax, StoredCurvature
 
 # Elements of the [samples, C, D] or [samples, C, C] slabs that exist at once: 32 MB.
 _SLAB = 1 << 22
@@ -39,8 +39,7 @@ class Objective:
     def at(self, theta: Tensor) -> Point:
         """Signal and losses there; theta [C, D]."""
         logits = self.a @ theta.T
-        delta, losses = self.loss.residual(logits, self.labels, None)[:2]
-        return Point(self, theta, logits, delta, losses)
+        return Point(self, theta, logits, *self.loss.residual(logits, self.labels, None))
 
     def optimum(self, theta: Tensor) -> Point:
         """Newton's method with backtracking, from theta.
@@ -72,13 +71,14 @@ class Objective:
 
 @dataclass(frozen=True)
 class Point:
-    """An objective at theta [C, D]; logits and delta [n, C], losses [n]."""
+    """An objective at theta [C, D]; logits and delta [n, C], losses [n], and what these keep."""
 
     objective: Objective
     theta: Tensor
     logits: Tensor
     delta: Tensor
     losses: Tensor
+    kept: StoredCurvature
 
     @property
     def value(self) -> float:
@@ -93,10 +93,8 @@ class Point:
 
     @cached_property
     def _outputs(self) -> OutputCurvature:
-        labels = self.objective.labels
-        return self.objective.loss.output_curvature(
-            self.delta, labels, torch.ones_like(self.losses)
-        )
+        ones = torch.ones_like(self.losses)
+        return self.kept.resolved(self.delta, self.objective.labels, ones)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """``(samples, B_i [k, C, C])``, the loss's second derivative in the outputs."""
@@ -104,7 +102,7 @@ class Point:
         step = max(1, _SLAB // (classes * max(classes, width)))
         for start in range(0, n, step):
             rows = slice(start, min(start + step, n))
-            yield rows, _blocks(self._outputs, rows)
+            yield rows, self._outputs.map(lambda x, r=rows: x[r]).matrices()  # type: ignore[misc]
 
     @cached_property
     def _curvature(self) -> Tensor:
@@ -152,14 +150,3 @@ class Point:
                 pivot=int(status),
             )
         return factor
-
-
-def _blocks(outputs: OutputCurvature, rows: slice) -> Tensor:
-    if isinstance(outputs, Softmax):
-        p = outputs.p[rows]
-        blocks = -p[:, :, None] * p[:, None, :]
-        # 1 - p of a confident sample is not to be had by subtraction.
-        blocks.diagonal(dim1=1, dim2=2).copy_(Softmax(p, outputs.scale[rows]).diagonal())
-        return blocks
-    each = torch.eye(len(outputs.scale), dtype=torch.float64, device=outputs.scale.device)[rows]
-    return torch.stack([outputs.weighted_sum(one) for one in each])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from imu_fast.curvature.base import Curvature, Fitted
+from imu_fast.curvature.ggn.dense import class_blocks
 from imu_fast.errors import check_positive
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.probabilities import augmented, output_curvature
@@ -23,9 +24,10 @@ _BLOCK_ELEMENTS = 1 << 27
 
 @options
 class GGNBlock(Curvature):
-    """The GGN's class blocks alone: ``1/n sum_t c_t B_t[c, c] a~ a~^T + lam I`` for class c.
+    """The GGN's class blocks alone: ``1/n sum_t B_t[c, c] a~ a~^T + lam I`` for class c.
 
-    B is the curvature of the loss in the outputs: ``B[c, c] = p_c (1 - p_c)`` of cross-entropy.
+    B_t is the second derivative of a sample's loss in the outputs: of cross-entropy
+    ``B[c, c] = p_c (1 - p_c)``, over the sample's number of tokens.
 
     Attributes:
         damping: lam > 0, in units of squared gradients.
@@ -38,7 +40,7 @@ class GGNBlock(Curvature):
         """The blocks are made where they are first needed.
 
         Raises:
-            InputError: the factors have no loss behind them.
+            InputError: the factors have no curvature of their loss.
         """
         return FittedGGNBlock(factors, self.damping)
 
@@ -63,9 +65,8 @@ class FittedGGNBlock(Fitted):
             break
 
     def _weigh(self, chunk: GradientFactors) -> tuple[Tensor, Tensor]:
-        """``c_t/n B_t[c, c]`` [N, C] and a~ [N, D]."""
-        outputs = output_curvature(chunk)
-        variance = outputs.diagonal().mul_((outputs.scale / self._source.n)[:, None])
+        """``B_t[c, c] / n`` [N, C] and a~ [N, D]."""
+        variance = output_curvature(chunk).diagonal().div_(self._source.n)
         return variance, augmented(chunk.act, chunk.has_bias)
 
     def _blocks(self, slab: slice) -> Tensor:
@@ -73,10 +74,7 @@ class FittedGGNBlock(Fitted):
 
         def blocks(chunk: GradientFactors) -> Tensor:
             variance, a = self._tokens(chunk)
-            out = a.new_empty(slab.stop - slab.start, a.shape[1], a.shape[1])
-            for block, weight in zip(out, variance[:, slab].T, strict=True):
-                torch.matmul((a * weight[:, None]).T, a, out=block)
-            return out
+            return class_blocks(variance[:, slab], a)
 
         return self._source.sums(blocks)
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from imu_fast.curvature.base import Curvature, Fitted
 from imu_fast.errors import InputError, check_positive
 from imu_fast.factors.gradient_factors import GradientFactors
-from imu_fast.factors.probabilities import augmented, output_curvature
+from imu_fast.factors.probabilities import augmented, output_curvature, token_scale
 from imu_fast.factors.source import MAX_GATHERED, Factors, Remembered
-from imu_fast.losses.base import OutputCurvature
+from imu_fast.losses.output_curvature import OutputCurvature
 from imu_fast.ops.bilinear_scores import quadratic_scores
 from imu_fast.options import option, options
 
@@ -76,10 +76,10 @@ def _moments(act: Tensor, has_bias: bool, weight: Tensor) -> Tensor:
 def kronecker_factors(
     source: Factors, outputs: Outputs, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
-    """``B = mean(B_t)`` [C, C] and ``A = mean(a~ a~^T)`` [D, D], tokens weighted by ``c_t / n``.
+    """``B = 1/n sum_t B_t`` [C, C] and ``A = mean(a~ a~^T)`` [D, D], weighted by ``c_t = 1/T_i``.
 
-    B carries the total weight, so that ``B (x) A`` is the GGN where B_t is the same for every
-    token, samples without tokens included.
+    ``B (x) A`` is the GGN where ``B_t / c_t`` is the same for every token, samples without tokens
+    included.
 
     Raises:
         InputError: B would take more than MAX_GATHERED bytes.
@@ -94,10 +94,9 @@ def kronecker_factors(
         )
 
     def sums(chunk: GradientFactors) -> tuple[Tensor, ...]:
-        found = outputs(chunk)
-        weight = (found.scale / source.n).to(dtype)
+        weight = (token_scale(chunk) / source.n).to(dtype)
         moments = _moments(chunk.act, chunk.has_bias, weight)
-        return found.weighted_sum(weight), moments, weight.sum()
+        return outputs(chunk).sum(dtype).div_(source.n), moments, weight.sum()
 
     b, a, total = source.sums(sums)
     return b, a / total.clamp_min(torch.finfo(dtype).tiny)
@@ -126,8 +125,8 @@ def fit_kfac(
 class KFAC(Curvature):
     """``mean(B_t) (x) mean(a~ a~^T) + lam I`` (Martens and Grosse 2015).
 
-    B_t is the curvature of the loss in the outputs, ``diag(p) - p p^T`` of cross-entropy: the
-    expectation over the model's labels is exact, not sampled.
+    B_t is the second derivative of the loss in the outputs, ``diag(p) - p p^T`` of cross-entropy:
+    the expectation over the model's labels is exact, not sampled.
 
     Attributes:
         damping: lam > 0, in units of squared gradients.
@@ -140,7 +139,7 @@ class KFAC(Curvature):
         """Two eigendecompositions, ``O(C^3 + D^3)``.
 
         Raises:
-            InputError: the factors have no loss behind them.
+            InputError: the factors have no curvature of their loss.
         """
         return fit_kfac(factors, self.damping, Remembered(output_curvature))
 
@@ -149,7 +148,7 @@ class KFAC(Curvature):
 class EKFAC(Curvature):
     """K-FAC's eigenbasis with the GGN's own diagonal in it (George et al. 2018).
 
-    ``eigenvalue[i,j] = 1/n sum_t c_t (Q_B^T B_t Q_B)[i,i] (Q_A^T a~)[j]^2``: of all diagonals in
+    ``eigenvalue[i,j] = 1/n sum_t (Q_B^T B_t Q_B)[i,i] (Q_A^T a~)[j]^2``: of all diagonals in
     this basis the nearest to the GGN.
 
     Attributes:
@@ -163,14 +162,13 @@ class EKFAC(Curvature):
         """K-FAC, and two products of ``N C^2`` and ``N D^2``: a second pass over the samples.
 
         Raises:
-            InputError: the factors have no loss behind them.
+            InputError: the factors have no curvature of their loss.
         """
         outputs = Remembered(output_curvature)
         _, basis_b, _, basis_a = _eigenbasis(*kronecker_factors(factors, outputs))
 
         def eigenvalues(chunk: GradientFactors) -> Tensor:
-            found = outputs(chunk)
-            variance = found.diagonal_in(basis_b).mul_((found.scale / factors.n)[:, None])
+            variance = outputs(chunk).diagonal_in(basis_b).div_(factors.n)
             second = (augmented(chunk.act, chunk.has_bias) @ basis_a).square()
             return variance.T @ second
 

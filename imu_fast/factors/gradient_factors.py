@@ -7,36 +7,27 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from imu_fast.errors import InputError, check_count, check_finite_rows, check_same_device
 from imu_fast.factors.implicit_head import IMPLICIT_BYTES, ImplicitHead
+from imu_fast.factors.operands import check_finite, check_offsets, check_operands, remaining
 from imu_fast.factors.sums import S, joined, summed
 from imu_fast.losses.base import Loss, mean_scale
 from imu_fast.losses.cross_entropy import CrossEntropy
 from imu_fast.losses.named import LOSSES, LossName
+from imu_fast.losses.output_curvature import FORMS, StoredCurvature, curvature_like
 from imu_fast.ops.mean_gradient import mean_gradient
 from imu_fast.ops.softmax_residual import linear_logits
 from imu_fast.ops.tokens import cuts, is_flat, picked, sum_over_tokens
 
 # Rows of logits that exist at once while the residual is computed.
 _CHUNK_TOKENS = 2048
-
-
-def check_offsets(offsets: Tensor, num_tokens: int) -> None:
-    """Raise InputError unless offsets [n+1] cut ``num_tokens`` tokens into n >= 1 samples."""
-    if offsets.dim() != 1 or len(offsets) < 2:
-        raise InputError(
-            f"offsets has shape {tuple(offsets.shape)}: an empty forget set; pass [n+1] with n >= 1"
-        )
-    ends = (int(offsets[0]), int(offsets[-1]))
-    if ends != (0, num_tokens) or bool((offsets.diff() < 0).any()):
-        raise InputError(
-            f"offsets must rise from 0 to N={num_tokens}; they go from {ends[0]} to {ends[1]}"
-        )
+# What the names of the curvature's tensors begin with in a file.
+_CURVATURE = "curvature."
 
 
 @dataclass(frozen=True)
@@ -48,11 +39,15 @@ class GradientFactors:
         act: [N, d], the layer's input; same dtype and device.
         offsets: [n+1] int64 on the CPU; tokens ``offsets[i]:offsets[i+1]`` belong to sample i.
         has_bias: whether the layer has a bias, so that D = d + 1.
-        labels: [N] int64, for a head whose loss is known.
+        labels: [N] int64, or [N, C] floating, for a head whose loss is known.
         losses: [n], each sample's loss, for such a head.
         name: the layer's name in the model.
         loss: what delta is the derivative of, at the layer's output; None where the model does
-            more between the two. Labels without a loss are those of a cross-entropy.
+            more between the two. Labels without a loss or curvature are those of a cross-entropy.
+        curvature: the second derivatives ``B_t`` of samples' losses in their tokens' outputs, as
+            delta is the first, which ``ggn``, ``ggn_block``, ``kfac`` and ``ekfac`` need: an
+            ``imu.OutputCurvature``, or its tensor: [N, C, C], or [N, C] if ``B_t`` is diagonal.
+            With a loss it is what the loss keeps; without either these four are not offered.
     """
 
     delta: Tensor
@@ -63,6 +58,7 @@ class GradientFactors:
     losses: Tensor | None = None
     name: str = "head"
     loss: Loss | None = None
+    curvature: StoredCurvature | Tensor | None = None
 
     def __post_init__(self) -> None:
         delta, act, offsets = self.delta, self.act, self.offsets
@@ -78,10 +74,23 @@ class GradientFactors:
             )
         check_offsets(offsets, len(delta))
         object.__setattr__(self, "offsets", offsets.to("cpu", torch.int64))
-        if self.labels is not None and self.loss is None:
+        if self.labels is not None and self.loss is None and self.curvature is None:
             object.__setattr__(self, "loss", CrossEntropy())
         if self.loss is not None and self.labels is None:
             raise InputError(f"loss={self.loss!r} needs labels; pass both, or neither")
+        if self.curvature is not None:
+            object.__setattr__(self, "curvature", curvature_like(self.curvature, delta))
+
+    def _changed(self, rows: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """What belongs to tokens, changed."""
+        of_tokens: dict[str, Any] = {
+            name: None if value is None else rows(value)
+            for name in ("delta", "act", "labels")
+            for value in [getattr(self, name)]
+        }
+        if isinstance(self.curvature, StoredCurvature):
+            of_tokens["curvature"] = self.curvature.map(rows)
+        return of_tokens
 
     @overload
     @classmethod
@@ -135,8 +144,10 @@ class GradientFactors:
         Args:
             features: [N, d], the head's input. Half precision is computed in float32.
             weight: [C, d]. bias: [C] or None.
-            labels: [N] integers in [0, C), or ``ignore_index``: such tokens are dropped, and a
-                sample left without tokens has gradient zero and score zero.
+            labels: what the loss takes. For cross-entropy [N] integers in [0, C), or probabilities
+                [N, C]; for the binary one and the squared error [N, C], or [N] where C is 1.
+                Tokens of ``ignore_index`` are dropped, and a sample left without tokens has
+                gradient zero and score zero.
             offsets: [n+1], which tokens belong to which sample; None: one token per sample.
             loss: an object such as ``imu.CrossEntropy(ignore_index=0)``, or a name.
             ignore_index: of the named loss; None: its default, -100.
@@ -149,58 +160,38 @@ class GradientFactors:
             InputError: empty input, shapes or devices that do not match, labels out of range,
                 non-finite features, weights or logits (says which sample).
         """
-        if features.dim() != 2 or features.shape[0] == 0:
-            raise InputError(
-                f"features has shape {tuple(features.shape)}; pass [N, d] with N >= 1 samples"
-            )
-        if weight.dim() != 2 or weight.shape[1] != features.shape[1]:
-            raise InputError(
-                f"weight has shape {tuple(weight.shape)}, features {tuple(features.shape)}; "
-                "expected weight [C, d] with the features' d"
-            )
-        if bias is not None and bias.shape != weight.shape[:1]:
-            raise InputError(f"bias has shape {tuple(bias.shape)}; expected ({weight.shape[0]},)")
-        if labels.shape != features.shape[:1]:
-            raise InputError(
-                f"labels has shape {tuple(labels.shape)}; expected ({features.shape[0]},)"
-            )
-        for tensor, label in ((weight, "weight"), (labels, "labels"), (bias, "bias")):
-            if tensor is not None:
-                check_same_device("features", features, label, tensor)
+        check_operands(features, weight, bias, labels)
         chosen = LOSSES.choose(loss, ignore_index=ignore_index)
-        if isinstance(chosen, CrossEntropy) and chosen.shift:
+        if isinstance(chosen, CrossEntropy) and chosen.shift is True:
             raise InputError(
                 "shift=True is for capture, which sees positions; pass rows of features with the "
                 "labels that they predict, and a loss without it"
             )
-        chosen.check_labels(labels, weight.shape[0])
+        labels = chosen.prepared(labels.detach(), weight.shape[0])
         chunk = _CHUNK_TOKENS if chunk_size is None else check_count("chunk_size", chunk_size)
 
         dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
         act, weight = features.detach(), weight.detach()
         bias = None if bias is None else bias.detach()
-        check_finite_rows("features", act)
-        check_finite_rows("weight", weight, "class")
-        if bias is not None:
-            check_finite_rows("bias", bias, "class")
-        labels = labels.to(torch.int64)
+        check_finite(act, weight, bias)
         if offsets is None:
             offsets = torch.arange(len(labels) + 1)
         offsets = offsets.to("cpu", torch.int64)
         check_offsets(offsets, len(labels))
         valid = chosen.valid(labels)
         if not bool(valid.all()):
-            kept_before = torch.zeros(len(labels) + 1, dtype=torch.int64)
-            kept_before[1:] = valid.cpu().cumsum(0)
-            offsets = kept_before[offsets]
-            act, labels = act[valid], labels[valid]
+            offsets, act, labels = remaining(offsets, valid), act[valid], labels[valid]
 
         size = len(act) * len(weight) * dtype.itemsize
+        plain = isinstance(chosen, CrossEntropy) and chosen.plain and labels.dim() == 1
         if implicit is None:
-            implicit = size >= IMPLICIT_BYTES and type(chosen) is CrossEntropy
+            implicit = size >= IMPLICIT_BYTES and plain
         if implicit:
-            if type(chosen) is not CrossEntropy:
-                raise InputError(f"implicit=True is of loss='cross_entropy', not of {chosen!r}")
+            if not plain:
+                raise InputError(
+                    f"implicit=True is of loss='cross_entropy', plain and with class indices, not "
+                    f"of {chosen!r} with labels {tuple(labels.shape)}"
+                )
             return ImplicitHead.swept(
                 act, weight, bias, labels, offsets, loss=chosen, name=name, make=cls
             )
@@ -213,15 +204,20 @@ class GradientFactors:
             scale = mean_scale(counts).to(act.device, dtype)
         delta = act.new_empty(len(act), weight.shape[0])
         token_losses = act.new_empty(len(act))
-        for start in range(0, len(act), chunk):
+        kept: list[StoredCurvature] = []
+        for start in range(0, max(1, len(act)), chunk):
             rows = slice(start, start + chunk)
             logits = linear_logits(act[rows], weight, bias)
-            delta[rows], token_losses[rows] = chosen.residual(
+            delta[rows], token_losses[rows], curvature = chosen.residual(
                 logits, labels[rows], None if scale is None else scale[rows]
             )
+            kept.append(curvature)
         check_finite_rows("logits", delta)
+        check_finite_rows("losses", token_losses)
+        curvature = kept[0] if len(kept) == 1 else type(kept[0]).joined(kept)
         losses = sum_over_tokens(token_losses, offsets)
-        return cls(delta, act, offsets, bias is not None, labels, losses, name, chosen)
+        has_bias = bias is not None
+        return cls(delta, act, offsets, has_bias, labels, losses, name, chosen, curvature)
 
     @property
     def n(self) -> int:
@@ -289,22 +285,22 @@ class GradientFactors:
         rows = rows.to(self.delta.device)
         return replace(
             self,
-            delta=self.delta[rows],
-            act=self.act[rows],
+            **self._changed(lambda x: x[rows]),
             offsets=offsets,
-            labels=None if self.labels is None else self.labels[rows],
             losses=None if self.losses is None else self.losses[indices.to(self.losses.device)],
         )
+
+    def with_delta(self, delta: Tensor) -> GradientFactors:
+        """Other signals at the same inputs: of them no loss or curvature is known. delta [N, C]."""
+        return GradientFactors(delta, self.act, self.offsets, self.has_bias, name=self.name)
 
     def samples(self, first: int, last: int) -> GradientFactors:
         """Samples first:last as views."""
         start, stop = int(self.offsets[first]), int(self.offsets[last])
         return replace(
             self,
-            delta=self.delta[start:stop],
-            act=self.act[start:stop],
+            **self._changed(lambda x: x[start:stop]),
             offsets=self.offsets[first : last + 1] - start,
-            labels=None if self.labels is None else self.labels[start:stop],
             losses=None if self.losses is None else self.losses[first:last],
         )
 
@@ -338,12 +334,11 @@ class GradientFactors:
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> GradientFactors:
-        """Move or cast delta, act and losses."""
+        """Move or cast delta, act, losses and what the curvature is made of."""
+        changed = self._changed(lambda x: x.to(device=device, dtype=dtype))
         return replace(
             self,
-            delta=self.delta.to(device=device, dtype=dtype),
-            act=self.act.to(device=device, dtype=dtype),
-            labels=None if self.labels is None else self.labels.to(device=device),
+            **changed | {"labels": None if self.labels is None else self.labels.to(device=device)},
             losses=None if self.losses is None else self.losses.to(device=device, dtype=dtype),
         )
 
@@ -357,6 +352,10 @@ class GradientFactors:
         if self.losses is not None:
             tensors["losses"] = self.losses
         metadata = {"has_bias": str(int(self.has_bias)), "name": self.name}
+        if isinstance(self.curvature, StoredCurvature):
+            kept = self.curvature.tensors()
+            tensors |= {f"{_CURVATURE}{key}": value for key, value in kept.items()}
+            metadata["curvature"] = self.curvature.form
         if self.loss is not None:
             metadata["loss"] = json.dumps({"loss": self.loss.name, **self.loss.flat()})
         save_tensors(path, tensors, metadata)
@@ -374,6 +373,10 @@ class GradientFactors:
         if not {"delta", "act", "offsets"} <= tensors.keys():
             raise InputError(f"path={str(Path(path))!r} holds no gradient factors")
         options = json.loads(metadata["loss"]) if "loss" in metadata else None
+        curvature = None
+        if form := metadata.get("curvature"):
+            kept = {k: v for k, v in tensors.items() if k.startswith(_CURVATURE)}
+            curvature = FORMS[form](**{k.removeprefix(_CURVATURE): v for k, v in kept.items()})
         return cls(
             tensors["delta"],
             tensors["act"],
@@ -383,6 +386,7 @@ class GradientFactors:
             tensors.get("losses"),
             metadata.get("name", "head"),
             options and LOSSES.choose(options.pop("loss"), "loss", **options),
+            curvature,
         )
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from imu_fast.errors import InputError, check_count, check_finite_rows
 from imu_fast.factors.sums import S, joined, summed
 from imu_fast.losses.base import Loss, mean_scale
+from imu_fast.losses.output_curvature import LabelSoftmax
 from imu_fast.ops.linear_softmax import SLAB, Head, Normaliser, normaliser, products_for, residual
 from imu_fast.ops.tokens import cuts, is_flat, picked, sum_over_tokens
 
@@ -51,7 +52,8 @@ class ImplicitHead(Generic[F]):
         labels: [N] int64, all of them classes. offsets: [n+1] int64 on the CPU.
         known: what the first sweep found of each token.
         loss: a plain cross-entropy. name: the layer's name in the model.
-        make: of ``delta, act, offsets, has_bias, labels, losses, name, loss``: what chunks are.
+        make: of ``delta, act, offsets, has_bias, labels, losses, name, loss, curvature``: what
+            chunks are.
     """
 
     features: Tensor
@@ -239,7 +241,13 @@ class ImplicitHead(Generic[F]):
                 losses[first:last],
                 self.name,
                 self.loss,
+                LabelSoftmax(self._label_p(rows)),
             )
+
+    def _label_p(self, rows: slice) -> Tensor:
+        scale: Tensor | None = self.__dict__["_scale"]
+        losses = self.known.loss[rows]
+        return torch.exp(-losses if scale is None else -losses / scale[rows])
 
     def sums(self, statistic: Callable[[F], S]) -> S:
         """``statistic`` of all samples, see :class:`imu_fast.factors.source.Factors`."""

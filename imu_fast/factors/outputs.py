@@ -8,7 +8,6 @@ may be fitted, solved with and scored so many of them at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -46,9 +45,7 @@ class SomeOutputs:
         self.device, self.dtype = source.device, source.dtype
 
     def _of(self, chunk: GradientFactors) -> GradientFactors:
-        return replace(
-            chunk, delta=chunk.delta[:, self._classes], labels=None, losses=None, loss=None
-        )
+        return chunk.with_delta(chunk.delta[:, self._classes])
 
     def chunks(self, max_tokens: int | None = None) -> Iterator[GradientFactors]:
         """The source's, at these outputs."""

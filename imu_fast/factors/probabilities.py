@@ -1,4 +1,4 @@
-"""The curvature of the loss in a head's outputs, which the GGN and its relatives need."""
+"""The curvature of the loss in a layer's outputs, which the GGN and its relatives need."""
 
 from __future__ import annotations
 
@@ -7,23 +7,31 @@ from torch import Tensor
 
 from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
-from imu_fast.losses.base import OutputCurvature, mean_scale
-from imu_fast.losses.cross_entropy import Softmax
+from imu_fast.losses.base import mean_scale
+from imu_fast.losses.output_curvature import OutputCurvature, Softmax, StoredCurvature
+
+
+def token_scale(chunk: GradientFactors) -> Tensor:
+    """``c_t = 1/T_i`` of the chunk's tokens: [N], float64."""
+    return mean_scale(chunk.offsets.diff()).to(chunk.device)
 
 
 def output_curvature(chunk: GradientFactors) -> OutputCurvature:
-    """``B_t`` and ``c_t`` of the chunk's tokens.
+    """``B_t`` of the chunk's tokens, in float64; ``c_t`` is in it.
 
     Raises:
-        InputError: no loss gave these factors in closed form.
+        InputError: no loss gave these factors in closed form, and no curvature came with them.
     """
-    if chunk.loss is None or chunk.labels is None:
+    scale, kept = token_scale(chunk), chunk.curvature
+    if kept is None and chunk.loss is not None and chunk.labels is not None:
+        kept = chunk.loss.recovered(chunk.delta.double() / scale[:, None], chunk.labels)
+    if not isinstance(kept, StoredCurvature):
         raise InputError(
-            f"factors of layer {chunk.name!r} are not of a softmax head, which the GGN and its "
-            "relatives need; capture layers='head', or use 'fisher_diag'"
+            f"factors of layer {chunk.name!r} have no curvature of the loss in their outputs, "
+            "which the GGN and its relatives need; capture layers='head', pass curvature= with "
+            "delta, or use 'fisher_diag'"
         )
-    scale = mean_scale(chunk.offsets.diff()).to(chunk.device)
-    return chunk.loss.output_curvature(chunk.delta, chunk.labels, scale)
+    return kept.resolved(chunk.delta, chunk.labels, scale)
 
 
 def softmax(chunk: GradientFactors) -> Softmax:
@@ -35,16 +43,19 @@ def softmax(chunk: GradientFactors) -> Softmax:
     found = output_curvature(chunk)
     if not isinstance(found, Softmax):
         raise InputError(
-            f"factors of layer {chunk.name!r} have loss={chunk.loss!r}; the exact GGN needs "
-            "loss='cross_entropy'; use 'ggn_block', 'kfac' or 'ekfac'"
+            f"factors of layer {chunk.name!r} have loss={chunk.loss!r}; probabilities of classes "
+            "need loss='cross_entropy'"
         )
     return found
 
 
 def probabilities(chunk: GradientFactors) -> tuple[Tensor, Tensor]:
-    """Softmax probabilities [N, C] and ``c_t`` [N], both float64; errors as :func:`softmax`."""
+    """Softmax probabilities [N, C] and what weighs each token's ``diag(p) - p p^T`` [N].
+
+    Both float64; errors as :func:`softmax`.
+    """
     found = softmax(chunk)
-    return found.p, found.scale
+    return found.p, found.weight
 
 
 def augmented(act: Tensor, has_bias: bool, dtype: torch.dtype = torch.float64) -> Tensor:

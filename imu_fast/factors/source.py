@@ -15,6 +15,7 @@ from torch import Tensor
 from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.sums import S
+from imu_fast.losses.output_curvature import StoredCurvature
 
 # Bytes that factors which are kept elsewhere may take where they are needed all at once.
 MAX_GATHERED = 1 << 32
@@ -116,6 +117,11 @@ def _joined(parts: list[Tensor | None]) -> Tensor | None:
     return torch.cat(there) if len(there) == len(parts) else None
 
 
+def _curvature(parts: list[Any]) -> StoredCurvature | None:
+    there = [part for part in parts if isinstance(part, StoredCurvature)]
+    return type(there[0]).joined(there) if len(there) == len(parts) else None
+
+
 def in_memory(source: Factors, what: str) -> GradientFactors:
     """All samples as one, for what is no sum over them.
 
@@ -149,4 +155,5 @@ def in_memory(source: Factors, what: str) -> GradientFactors:
         _joined([chunk.losses for chunk in chunks]),
         source.name,
         chunks[0].loss,
+        _curvature([chunk.curvature for chunk in chunks]),
     )

@@ -26,15 +26,15 @@ def second_moment(source: Factors) -> Tensor:
 
 
 def trace(source: Factors) -> float:
-    """Of the undamped GGN: ``1/n sum_t c_t tr(B_t) ||a~_t||^2``.
+    """Of the undamped GGN: ``1/n sum_t tr(B_t) ||a~_t||^2``.
 
     Raises:
-        InputError: the factors have no loss behind them.
+        InputError: the factors have no curvature of their loss.
     """
 
     def traces(chunk: GradientFactors) -> Tensor:
         outputs = output_curvature(chunk)
         norms = augmented(chunk.act, chunk.has_bias).square().sum(dim=1)
-        return (outputs.scale * outputs.diagonal().sum(dim=1) * norms).sum()
+        return (outputs.diagonal().sum(dim=1) * norms).sum()
 
     return float(source.sums(traces)) / source.n

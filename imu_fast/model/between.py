@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from imu_fast.errors import InputError
+from imu_fast.losses.output_curvature import StoredCurvature
 from imu_fast.model.calls import Call, steps_of
 from imu_fast.model.head import LinearLayer
-from imu_fast.model.loss import counts_of, on_logits, sample_losses
+from imu_fast.model.loss import Targets, on_logits, sample_losses
 from imu_fast.model.rows import Layout, Mixed, Ownership, packed
 
 # Operations that move numbers about and leave them as they are.
@@ -36,11 +37,14 @@ _CHUNK_ROWS = 512
 _MOVED = "rows that are chosen or reordered"
 
 
-def _check_finite(logits: Tensor, targets: Tensor) -> None:
+def _check_finite(logits: Tensor, targets: Targets) -> None:
     """Raise InputError for NaN, infinity, or -inf at a label; other classes may be ruled out."""
-    label = logits.gather(-1, targets.clamp_min(0)[..., None])[..., 0]
-    ruled_out = (label == -torch.inf) & (targets >= 0)
-    bad = (torch.isnan(logits) | (logits == torch.inf)).any(dim=-1) | ruled_out
+    bad = (torch.isnan(logits) | (logits == torch.inf)).any(dim=-1)
+    if targets.labels.dim() == 1:
+        label = logits[targets.valid].gather(1, targets.labels[:, None])[:, 0]
+        bad[targets.valid] |= label == -torch.inf
+    else:
+        bad |= torch.isinf(logits).any(dim=-1)
     bad = bad.reshape(len(bad), -1).any(dim=1)
     if bool(bad.any()):
         raise InputError(
@@ -63,9 +67,9 @@ class Piece:
         kind: ``plain``, ``affine`` or ``tokens``.
         act: [N, d], the features of a plain piece; otherwise [N, D], ``[a, 1]`` of each part side
             by side (without the one where the part has no bias).
-        labels: int64 of each row; for tokens, of each row of the logits.
+        labels: of each row, as in :class:`Targets`; for tokens, of each row of the logits.
         counts: [n], rows of each sample.
-        delta: [N, C], losses: [n]; None for a plain piece.
+        delta: [N, C], losses: [n]; None for a plain piece. curvature: of an affine one.
         exact: whether the logits are a linear head of ``act``, with nothing added.
         steps: what stands between, as a text; empty where there is nothing but moves.
     """
@@ -76,16 +80,15 @@ class Piece:
     counts: Tensor
     delta: Tensor | None = None
     losses: Tensor | None = None
+    curvature: StoredCurvature | None = None
     exact: bool = True
     steps: str = ""
 
 
-def plain_piece(act: Tensor, targets: Tensor) -> Piece:
+def plain_piece(act: Tensor, targets: Targets) -> Piece:
     """act: [*targets.shape, d]."""
-    valid = targets >= 0
-    if bool(valid.all()):
-        return Piece("plain", act.flatten(0, -2), targets.flatten(), counts_of(targets))
-    return Piece("plain", act[valid], targets[valid], counts_of(targets))
+    act = act.flatten(0, -2) if bool(targets.valid.all()) else act[targets.valid]
+    return Piece("plain", act, targets.labels, targets.counts)
 
 
 def bias_columns(parts: Sequence[LinearLayer]) -> list[int]:
@@ -127,7 +130,7 @@ class Between:
         self._ownership = Ownership(always=True)  # on so small a graph a test costs little
         self._generator = torch.Generator().manual_seed(0)
 
-    def piece(self, calls: Sequence[Call], logits: Tensor, targets: Tensor) -> Piece:
+    def piece(self, calls: Sequence[Call], logits: Tensor, targets: Targets) -> Piece:
         """A batch whose logits are not simply the output.
 
         Args:
@@ -153,7 +156,7 @@ class Between:
         return [call.rows(g) for call, g in zip(calls, found, strict=True)]
 
     def _affine(
-        self, calls: Sequence[Call], logits: Tensor, targets: Tensor, steps: str
+        self, calls: Sequence[Call], logits: Tensor, targets: Targets, steps: str
     ) -> Piece | None:
         """The piece if every output row acts on its logits by one number, which a random signal r
         shows: ``J^T r = s r`` row by row.
@@ -161,15 +164,18 @@ class Between:
         Where a logit is constant (a mask) it may be zero instead, if that class has no probability
         and is not the label: neither the gradient nor the curvature has anything there.
         """
-        valid = (targets >= 0).flatten()
+        valid = targets.valid.flatten()
         rows = logits.detach().reshape(-1, logits.shape[-1])
         # Few bits, so that no dtype rounds them.
         r = torch.randint(64, 128, rows.shape, generator=self._generator).to(rows.device) / 64.0
         r *= torch.randint(2, rows.shape, generator=self._generator).to(rows.device) * 2 - 1
         r = r.to(rows.dtype) * valid[:, None]
         pulled = self._pulled(calls, logits, r.view_as(logits))
-        possible = torch.softmax(rows.to(_wide(rows)), dim=1) > 0
-        possible.scatter_(1, targets.flatten().clamp_min(0)[:, None], True)
+        possible = torch.ones_like(rows, dtype=torch.bool)
+        if targets.labels.dim() == 1:  # of a softmax, where a class may be ruled out
+            possible = torch.softmax(rows.to(_wide(rows)), dim=1) > 0
+            labels = torch.nonzero(valid).flatten()
+            possible[labels, targets.labels] = True
         scales, owners = [], []
         for pull in pulled:
             found = _scaled(pull, r, possible, targets.shape)
@@ -185,10 +191,10 @@ class Between:
         scales: Sequence[Tensor],
         owners: Sequence[Tensor],
         logits: Tensor,
-        targets: Tensor,
+        targets: Targets,
         steps: str,
     ) -> Piece:
-        valid = (targets >= 0).flatten()
+        valid = targets.valid.flatten()
         units, kept = len(valid), torch.nonzero(valid).flatten()
         blocks = []
         made = torch.zeros_like(logits.detach().reshape(units, -1), dtype=_wide(logits))
@@ -214,26 +220,28 @@ class Between:
             summed.index_add_(0, owner, act.to(wide) * scale[:, None].to(wide))
             bias = act.new_zeros(units, dtype=wide).index_add_(0, owner, scale.to(wide))
             blocks.append((summed[kept], bias[kept]))
-        losses, delta = sample_losses(logits, targets)
+        delta, losses, curvature = sample_losses(logits, targets)
         width = self.parts[0].width
         if width > delta.shape[1]:  # classes that the logits leave out, at the end
-            delta = torch.nn.functional.pad(delta, (0, width - delta.shape[1]))
+            missing = (0, width - delta.shape[1])
+            delta = torch.nn.functional.pad(delta, missing)
+            curvature = curvature.map(
+                lambda x: torch.nn.functional.pad(x, missing) if x.dim() == 2 else x
+            )
         rows = logits.detach().reshape(units, -1)[kept].to(made)
         bound = 16 * torch.finfo(logits.dtype).eps * (rows.abs() + made[kept].abs().amax(1, True))
         exact = width == logits.shape[-1] and bool(torch.isfinite(rows).all())
         exact = exact and bool(((rows - made[kept]).abs() <= bound).all())
         moved = not steps and exact and len(self.parts) == 1
         if moved and bool((blocks[0][1] == 1).all()):
-            return Piece("plain", blocks[0][0], targets.flatten()[kept], counts_of(targets))
+            return Piece("plain", blocks[0][0], targets.labels, targets.counts)
+        signal = (delta, losses, curvature, exact, steps or _MOVED)
         columns = side_by_side(blocks, self.parts)
-        labels = targets.flatten()[kept]
-        return Piece(
-            "affine", columns, labels, counts_of(targets), delta, losses, exact, steps or _MOVED
-        )
+        return Piece("affine", columns, targets.labels, targets.counts, *signal)
 
-    def _tokens(self, calls: Sequence[Call], logits: Tensor, targets: Tensor, steps: str) -> Piece:
+    def _tokens(self, calls: Sequence[Call], logits: Tensor, targets: Targets, steps: str) -> Piece:
         n = len(targets)
-        losses, delta = sample_losses(logits, targets)
+        delta, losses, _ = sample_losses(logits, targets)
         signal = on_logits(delta, logits, targets)
 
         def backward(weights: Tensor) -> list[Tensor]:
@@ -264,11 +272,11 @@ class Between:
             flat = g.reshape(-1, g.shape[-1])
             deltas.append(torch.nn.functional.pad(flat, (0, width - flat.shape[1])))
             rows.append(owner.flatten())
-        labelled = counts_of(targets) > 0
+        labelled = targets.counts > 0
         delta, act, counts = packed(torch.cat(deltas), torch.cat(acts), torch.cat(rows), labelled)
         wide = _wide(delta, act)
-        labels = targets[targets >= 0]
-        return Piece("tokens", act, labels, counts, delta.to(wide), losses, False, steps or _MOVED)
+        found = (delta.to(wide), losses, None, False, steps or _MOVED)
+        return Piece("tokens", act, targets.labels, counts, *found)
 
 
 def _scaled(

@@ -78,9 +78,13 @@ def capture_features(
             * ``output``: where the logits are in what the model returns: a key, an attribute, an
               index, a path of these, or a function of it; without, the tensor, what is called
               ``logits``, or what fits the labels.
-            * ``loss``: a name, or an object such as ``imu.CrossEntropy(shift=True)``. Of the named
-              one: ``ignore_index``; ``shift``: logits [B, T, C] at position t predict the label at
-              t + 1 (causal models).
+            * ``loss``: ``"cross_entropy"`` (class indices, or probabilities in the logits' shape),
+              ``"binary_cross_entropy"`` or ``"squared_error"`` (labels in the logits' shape; one
+              output's may lack its axis); ``"auto"``: as a transformers model's
+              ``config.problem_type`` says; or an object such as ``imu.CrossEntropy(shift=True)``.
+              Of the named one: ``ignore_index``; ``shift``: logits [B, T, C] at position t predict
+              the label at t + 1 (causal models); ``label_smoothing``, ``class_weights``;
+              ``pos_weight``.
 
     Raises:
         InputError: empty loader, labels out of range, several outputs that may be the logits,
@@ -88,7 +92,7 @@ def capture_features(
         NoHeadFoundError: no linear layer, or not the given one, produces the logits, or it is
             not ``act W^T + b``.
     """
-    how = Reading.of("capture_features()", reading)
+    how = Reading.of("capture_features()", reading).following(model)
     return _capture_head(model, loader, head, how, progress).features()
 
 
@@ -111,19 +115,19 @@ def capture(
         layers: ``"head"``: the classifier, one forward pass. A name or module: that layer; a list:
             several. These need one batched forward and backward pass. Linear layers, and
             convolutions that act as such.
-        reading: ``output``, ``loss``, ``ignore_index``, ``shift``, as in :func:`capture_features`.
+        reading: ``output``, ``loss`` and its options, as in :func:`capture_features`.
 
     Returns:
         GradientFactors; for a list of layers a list, in the order of ``named_parameters``. Of a
         head whose output is the logits and whose signal would take 256 MB or more, an
         ImplicitHead: neither signal nor, where the model does not work with them, logits are
         stored.
-        Their ``labels`` are None where curvatures of a softmax head do not hold.
+        Their ``labels`` are None where the loss's curvature in the layer's outputs is not known.
 
     Raises:
         As :func:`capture_features`; also where rows of a layer belong to no single sample.
     """
-    how = Reading.of("capture()", reading)
+    how = Reading.of("capture()", reading).following(model)
     if isinstance(layers, str) and layers == "head":
         found = _capture_head(model, loader, "head", how, progress)
         found.say()

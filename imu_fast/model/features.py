@@ -5,25 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from imu_fast.errors import InputError, NoHeadFoundError, check_finite_rows
 from imu_fast.factors.gradient_factors import GradientFactors, HeadFactors
+from imu_fast.losses.base import Loss
+from imu_fast.losses.output_curvature import StoredCurvature
+from imu_fast.model import head as heads
 from imu_fast.model.between import Between, Piece, bias_columns, plain_piece, side_by_side
 from imu_fast.model.calls import Seen
-from imu_fast.model.head import (
-    LinearLayer,
-    guess,
-    linear_layers,
-    no_head,
-    say_of_weight,
-    shared_with,
-)
+from imu_fast.model.causal import settled
+from imu_fast.model.head import LinearLayer, no_head, say_of_weight, shared_with
 from imu_fast.model.logits import chosen
-from imu_fast.model.loss import targets_of
+from imu_fast.model.loss import Targets, targets_of
 from imu_fast.model.nested import taken
 from imu_fast.model.reading import Reading
 from imu_fast.model.run import Batch
@@ -43,7 +40,8 @@ class HeadFeatures:
         head: a linear layer with ``head(features)`` the logits, where ``linear``. It is the model's
             own, or shares its memory (a 1x1 convolution's), unless ``write_back`` says otherwise.
         features: [N, d], the head's inputs, in the model's dtype unless they had to be computed.
-        labels: [N] int64. offsets: [n+1] int64 on the CPU, tokens of each sample.
+        labels: [N] int64, or [N, C] where the loss has a label for each output.
+        offsets: [n+1] int64 on the CPU, tokens of each sample.
         linear: whether ``head(features)`` is the model's logits. If not, features are only what
             the layer saw (rows need not be one per label), and ``between`` says what follows.
         between: what stands between the head's output and the logits; empty if nothing.
@@ -53,6 +51,8 @@ class HeadFeatures:
         output: where the logits are in the model's output, for ``logits_of(..., choice=output)``.
         computed: the dtype in which the model computes the head, coarser than the weight's where
             its forward has an autocast of its own.
+        sequences: whether a sample has labels at positions, and not one of its own.
+        loss: that of one row and its label.
     """
 
     name: str
@@ -66,6 +66,8 @@ class HeadFeatures:
     parts: tuple[tuple[LinearLayer, slice], ...] = ()
     output: Any = None
     computed: torch.dtype = torch.float64
+    sequences: bool = False
+    loss: Loss | None = None
 
     @property
     def plain(self) -> bool:
@@ -99,6 +101,8 @@ class HeadCapture:
         # Whether the model was seen to work with its logits, so that they have to be computed.
         self._computes = False
         self._head: Head | None = None
+        self._sequences = False
+        self.loss = reading.loss  # that of the first batch, once there is one
         self.classes = 0  # of the logits
         self._computed = torch.float64  # the coarsest dtype of a head's output
 
@@ -130,7 +134,7 @@ class HeadCapture:
 
         Kept is only that these are the head's output; everything else is found out on all of it.
         """
-        likely = self.explicit or guess(self.model, linear_layers(self.model))
+        likely = self.explicit or heads.guess(self.model, heads.linear_layers(self.model))
         labels = batch[2]
         if len(likely) != 1 or not is_large(likely[0], labels.numel()):
             return
@@ -145,12 +149,15 @@ class HeadCapture:
             return
         if fresh._untouched:
             self._head, self._between, self._checks = fresh.head, fresh._between, fresh._checks
+            self.reading = fresh.reading
 
     def _without_logits(self, run: Run, batch: Batch) -> Piece | None:
         """The batch's piece where its logits are large, and are the head's output, untouched."""
         if self._head is None or not self._untouched or self._computes:
             return None
-        layer = self._head.parts[0]
+        layer, shift = self._head.parts[0], getattr(self.reading.loss, "shift", False)
+        if batch[2].dim() > 1 and shift == "auto":
+            return None  # which the logits will show
         if not may_be_unstored(layer) or not is_large(layer, batch[2].numel()):
             return None
         logits = None
@@ -164,8 +171,7 @@ class HeadCapture:
             self._computes = True
             return None
         self._computed = _coarser(self._computed, logits.dtype)
-        self.classes = logits.shape[-1]
-        targets = targets_of(batch[2], logits, self.reading.loss)
+        targets = self._targets(batch, logits)
         return plain_piece(seen.calls[0].act.reshape(*targets.shape, -1), targets)
 
     def _piece(self, run: Run, batch: Batch) -> Piece:
@@ -184,8 +190,8 @@ class HeadCapture:
             self._check(seen)
         for made in seen.calls:
             self._computed = _coarser(self._computed, made.out.dtype)
-        targets = targets_of(batch[2], logits, self.reading.loss)
-        self.classes = logits.shape[-1]
+        self.reading = settled(self.reading, self.model, run, batch, logits, self._head.choice)
+        targets = self._targets(batch, logits)
         if call is not None:
             return plain_piece(call.act.reshape(*targets.shape, -1), targets)
         if not logits.requires_grad:
@@ -193,6 +199,17 @@ class HeadCapture:
                 self.model, f"{self._head.name}: not the producer of the logits of this batch"
             )
         return self._between.piece(seen.calls, logits, targets)
+
+    def _targets(self, batch: Batch, logits: Tensor) -> Targets:
+        targets = targets_of(batch[2], logits, self.reading.loss)
+        if self.pieces and targets.loss != self.loss:
+            raise InputError(
+                f"labels are those of {targets.loss!r}, and before those of {self.loss!r}; pass "
+                "loss="
+            )
+        self.loss, self.classes = targets.loss, logits.shape[-1]
+        self._sequences |= targets.valid.dim() > 1
+        return targets
 
     def _check(self, seen: Seen) -> None:
         for call in seen.calls:
@@ -270,6 +287,8 @@ class HeadCapture:
             parts,
             head.choice,
             self._computed,
+            self._sequences,
+            self.loss,
         )
 
     def _write_back(self) -> str:
@@ -286,10 +305,10 @@ class HeadCapture:
         if only is not None and all(piece.kind == "plain" for piece in self.pieces):
             act = torch.cat([piece.act for piece in self.pieces])
             return GradientFactors.from_head(
-                act, only.weight, only.bias, labels, offsets, name=head.name
+                act, only.weight, only.bias, labels, offsets, loss=self.loss, name=head.name
             )
         done = [self._with_signal(piece) for piece in self.pieces]
-        delta = torch.cat([d for d, _ in done])
+        delta = torch.cat([piece.delta for piece in done])
         act = torch.cat([self.columns(piece).to(delta.dtype) for piece in self.pieces])
         check_finite_rows("features", act)
         tokens = any(piece.kind == "tokens" for piece in self.pieces)
@@ -299,14 +318,16 @@ class HeadCapture:
             offsets=offsets,
             has_bias=only is not None and only.bias is not None,
             labels=None if tokens else labels,
-            losses=torch.cat([loss for _, loss in done]),
+            losses=torch.cat([piece.losses for piece in done]),
             name=head.name,
+            loss=None if tokens else self.loss,
+            curvature=None if tokens else _joined([piece.curvature for piece in done]),
         )
 
-    def _with_signal(self, piece: Piece) -> tuple[Tensor, Tensor]:
+    def _with_signal(self, piece: Piece) -> _Signal:
         """delta and losses, also of a piece that left them to be computed from the features."""
         if piece.delta is not None and piece.losses is not None:
-            return piece.delta, piece.losses
+            return _Signal(piece.delta, piece.losses, piece.curvature)
         part = self.head.parts[0]
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), piece.counts.cumsum(0)])
         made = GradientFactors.from_head(
@@ -315,10 +336,12 @@ class HeadCapture:
             part.bias,
             piece.labels,
             offsets,
+            loss=self.loss,
             name=part.name,
             implicit=False,
         )
-        return made.delta, made.losses if made.losses is not None else made.delta.sum(dim=1)
+        assert made.losses is not None and not isinstance(made.curvature, Tensor)
+        return _Signal(made.delta, made.losses, made.curvature)
 
     def finish(self) -> None:
         """The last checks."""
@@ -354,6 +377,17 @@ def _first_samples(batch: Batch, few: int) -> Batch:
 
 def _coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
     return max(a, b, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+class _Signal(NamedTuple):
+    delta: Tensor
+    losses: Tensor
+    curvature: StoredCurvature | None
+
+
+def _joined(parts: Sequence[StoredCurvature | None]) -> StoredCurvature | None:
+    there = [part for part in parts if part is not None]
+    return type(there[0]).joined(there) if len(there) == len(parts) else None
 
 
 def _weight_and_bias(layer: LinearLayer) -> Tensor:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from dataclasses import dataclass
+from typing import Any
 
+import typing_extensions
 from torch import nn
 
 # Under these names labels come in batches and into models, the commonest first.
@@ -56,6 +59,17 @@ class Forward:
                 return place
         return len(self.positional)
 
+    @property
+    def labels(self) -> str | None:
+        """Under which name the forward takes labels; None: it takes none, or says no name."""
+        return next((name for name in LABEL_NAMES if name in self.names), None)
+
+    @property
+    def place_of_labels(self) -> int:
+        """As which positional input the forward takes labels; beyond any: as none."""
+        found = [i for i, name in enumerate(self.positional) if name == self.labels]
+        return found[0] if found else sys.maxsize
+
     def takes_labels_at(self, place: int) -> bool:
         """Whether the forward must have the labels as its input number ``place``."""
         if place + 1 != self.fewest or place >= len(self.positional):
@@ -65,7 +79,9 @@ class Forward:
 
 def forward_of(model: nn.Module) -> Forward:
     """Read a model's signature; one that cannot be read takes anything."""
-    forward = innermost(model).forward
+    inner = innermost(model)
+    base = getattr(inner, "get_base_model", None)  # of peft, whose own forward may take anything
+    forward = inner.forward
     try:
         parameters = inspect.signature(forward).parameters.values()
     except (ValueError, TypeError):
@@ -77,6 +93,15 @@ def forward_of(model: nn.Module) -> Forward:
         required = frozenset(a.name for a in arguments if not a.has_default_value())
         return Forward(names, required, frozenset(names), False, False)
     kinds = inspect.Parameter
+    named = [p for p in parameters if p.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)]
+    if not named and callable(base) and isinstance(inside := base(), nn.Module):
+        return forward_of(inside)
+    others = [p for p in parameters if p.kind == kinds.VAR_KEYWORD]
+    # transformers' models hand what they do not know to their layers; it says which that may be.
+    unpacked = [typing_extensions.get_args(p.annotation) for p in others]
+    declared: list[Any] = [
+        u[0].__annotations__ for u in unpacked if u and hasattr(u[0], "__total__")
+    ]
     by_position = (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
     by_keyword = (kinds.KEYWORD_ONLY, kinds.POSITIONAL_OR_KEYWORD)
     return Forward(
@@ -86,7 +111,7 @@ def forward_of(model: nn.Module) -> Forward:
             for p in parameters
             if p.default is kinds.empty and p.kind in (*by_position, *by_keyword)
         ),
-        frozenset(p.name for p in parameters if p.kind in by_keyword),
+        frozenset(p.name for p in parameters if p.kind in by_keyword).union(*declared),
         any(p.kind == kinds.VAR_POSITIONAL for p in parameters),
-        any(p.kind == kinds.VAR_KEYWORD for p in parameters),
+        bool(others) and not declared and not hasattr(inner, "main_input_name"),
     )

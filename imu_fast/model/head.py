@@ -25,7 +25,8 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class LinearLayer:
     """A layer that is ``act W^T + b`` at every position: nn.Linear, or a convolution used as one.
 
-    A convolution is one where its kernel is a single position, or covers the whole input.
+    A convolution is one where its kernel is a single position, or covers the whole input; GPT-2's
+    Conv1D, which keeps W^T, always.
     """
 
     name: str
@@ -39,7 +40,11 @@ class LinearLayer:
     @property
     def weight(self) -> Tensor:
         """[C, d]; a view of the module's own where that is a parameter."""
-        return self.module.weight.detach().flatten(1)  # type: ignore[operator]
+        return self.like_weight(self.module.weight.detach())  # type: ignore[operator]
+
+    def like_weight(self, stored: Tensor) -> Tensor:
+        """What has the shape of the module's weight, as [C, d]."""
+        return stored.T if _is_transposed(self.module) else stored.flatten(1)
 
     @property
     def bias(self) -> Tensor | None:
@@ -50,7 +55,7 @@ class LinearLayer:
     @property
     def width(self) -> int:
         """C, the number of outputs."""
-        return len(self.module.weight)  # type: ignore[arg-type]
+        return len(self.weight)
 
     @property
     def derived(self) -> bool:
@@ -59,24 +64,24 @@ class LinearLayer:
 
     def inputs(self, x: Tensor) -> Tensor | None:
         """The module's input as act [..., d]; None where the layer is not linear on it."""
-        if isinstance(self.module, nn.Linear):
+        if not isinstance(self.module, _CONVOLUTIONS):
             return x
-        spatial = self.module.weight.dim() - 2  # type: ignore[operator]
+        spatial = self.module.weight.dim() - 2
         kernel = self.module.kernel_size
-        if all(k == 1 for k in kernel) and all(s == 1 for s in self.module.stride):  # type: ignore
+        if all(k == 1 for k in kernel) and all(s == 1 for s in self.module.stride):
             return x.movedim(-1 - spatial, -1)
-        if tuple(x.shape[-spatial:]) == tuple(kernel):  # type: ignore[arg-type]
+        if tuple(x.shape[-spatial:]) == tuple(kernel):
             return x.flatten(-1 - spatial)[(..., *[None] * spatial, slice(None))]
         return None
 
     def outputs(self, y: Tensor) -> Tensor:
         """The module's output, or a gradient of it, as [..., C]."""
-        if isinstance(self.module, nn.Linear):
+        if not isinstance(self.module, _CONVOLUTIONS):
             return y
-        return y.movedim(1 - self.module.weight.dim(), -1)  # type: ignore[operator]
+        return y.movedim(1 - self.module.weight.dim(), -1)
 
     def as_linear(self) -> nn.Linear:
-        """The module, or for a convolution an nn.Linear that shares its memory."""
+        """The module, or for another kind an nn.Linear that shares its memory."""
         if isinstance(self.module, nn.Linear):
             return self.module
         bias = self.bias
@@ -88,8 +93,13 @@ class LinearLayer:
         return linear
 
 
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D: ``x W + b``, W [d, C]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
+
+
 def _may_be_linear(module: nn.Module) -> bool:
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) or _is_transposed(module):
         return True
     if not isinstance(module, _CONVOLUTIONS) or module.transposed or module.groups != 1:
         return False
@@ -107,12 +117,18 @@ def linear_layers(model: nn.Module) -> dict[str, LinearLayer]:
     return found
 
 
-def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    return {k or WHOLE_MODEL: m for k, m in model.named_modules() if isinstance(m, nn.Linear)}
+def linears(model: nn.Module) -> dict[str, LinearLayer]:
+    """The linear layers that are no convolution."""
+    found = linear_layers(model).items()
+    return {k: layer for k, layer in found if not isinstance(layer.module, _CONVOLUTIONS)}
 
 
 def no_head(model: nn.Module, reason: str) -> NoHeadFoundError:
-    shapes = {k: (m.out_features, m.in_features) for k, m in linears(model).items()}
+    modules = {k: layer.module for k, layer in linears(model).items()}
+    shapes = {
+        k: (m.out_features, m.in_features) if isinstance(m, nn.Linear) else (m.nf, m.nx)
+        for k, m in modules.items()
+    }
     return NoHeadFoundError(f"{reason}; the model's linear layers (C, d) are {shapes or 'none'}")
 
 
@@ -211,7 +227,7 @@ def find_head(model: nn.Module, head: Any = None) -> tuple[str, nn.Linear]:
     if head is not None and not (isinstance(head, str) and head == "head"):
         found = resolve(model, head, "head")
         return found.name, found.as_linear()
-    guessed = guess(model, {k: LinearLayer(k, module) for k, module in linears(model).items()})
+    guessed = guess(model, linears(model))
     if not guessed:
         raise no_head(model, "no linear head found")
     return guessed[0].name, guessed[0].as_linear()

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from imu_fast.errors import InputError, check_finite_rows
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.model.calls import Call, watched
+from imu_fast.model.causal import settled
 from imu_fast.model.head import LinearLayer, say_of_weight, shared_with
 from imu_fast.model.logits import chosen
-from imu_fast.model.loss import counts_of, on_logits, sample_losses, targets_of
+from imu_fast.model.loss import on_logits, sample_losses, targets_of
 from imu_fast.model.reading import Reading
 from imu_fast.model.rows import (
     Backward,
@@ -44,7 +45,7 @@ class _LayersCapture:
         always: bool,
     ) -> None:
         self.model, self.layers = model, list(layers)
-        self.loss, self.output = reading.loss, reading.output
+        self.reading, self.output = reading, reading.output
         self.parts: dict[str, list[Rows]] = {layer.name: [] for layer in layers}
         self.samples: list[Tensor] = []  # how many labels each sample of each batch has
         self._ownership, self._checks = Ownership(always), LinearChecks()
@@ -58,13 +59,14 @@ class _LayersCapture:
             raise InputError(f"layers={name!r}: {why}; it has no factors")
         self.output = locate(self.model, run, batch, output, self.output)
         logits = chosen(output, self.output)
-        targets = targets_of(batch[2], logits, self.loss)
-        _, delta = sample_losses(logits, targets)
+        self.reading = settled(self.reading, self.model, run, batch, logits, self.output)
+        targets = targets_of(batch[2], logits, self.reading.loss)
+        delta = sample_losses(logits, targets).delta
         signal = on_logits(delta, logits.detach(), targets)
         for call in seen.calls:
             self._checks.add(call.layer, call.act, call.rows(call.out.detach()))
         self._ran |= {call.layer.name for call in seen.calls}
-        labelled = counts_of(targets) > 0
+        labelled = targets.counts > 0
         self.samples.append(labelled)
         calls = seen.calls if logits.requires_grad else []
 
@@ -124,11 +126,12 @@ class _LayersCapture:
         }
         if not checked:
             return
+        by_name = {layer.name: layer for layer in self.layers}
         found = torch.autograd.grad(
             logits, list(checked.values()), signal, retain_graph=True, allow_unused=True
         )
         for name, whole in zip(checked, found, strict=True):
-            like = checked[name].detach().flatten(1)
+            like = by_name[name].weight
             made = torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
             for call, g in zip(calls, base, strict=True):
                 if call.layer.name == name:
@@ -136,7 +139,7 @@ class _LayersCapture:
                     made += (delta.T @ call.act.reshape(-1, made.shape[1]).to(delta)).to(made)
             if whole is None:
                 continue
-            off = (made - whole.flatten(1)).norm()
+            off = (made - by_name[name].like_weight(whole)).norm()
             if off > 8 * torch.finfo(signal.dtype).eps ** 0.5 * whole.norm():
                 raise InputError(
                     f"layers={name!r}: the model's code uses its weight outside of the layer too, "

@@ -92,9 +92,8 @@ def candidates(
         fitting = {
             path: t
             for path, t in every.items()
-            if t.dim() == labels.dim() + 1
-            and t.shape[:-1] == labels.shape
-            and t.shape[-1] > largest
+            if (t.shape[:-1] == labels.shape and t.dim() > 1 and t.shape[-1] > largest)
+            or (labels.is_floating_point() and labels.dim() > 1 and t.shape == labels.shape)
         }
     if not fitting:
         shapes = {named(path): tuple(t.shape) for path, t in every.items()}

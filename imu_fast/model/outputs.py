@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,37 +14,107 @@ from typing_extensions import Unpack
 from imu_fast.errors import InputError
 from imu_fast.losses.cross_entropy import check_labels
 from imu_fast.model.batches import as_batches, device_of, empty_message, split_batch, to_device
+from imu_fast.model.causal import settled
 from imu_fast.model.guard import door, preserved
+from imu_fast.model.logits import candidates
 from imu_fast.model.logits import logits_of as logits_of
+from imu_fast.model.loss import labelled
 from imu_fast.model.reading import Reading, ReadingOptions
+
+# Logits that are widened and compared at once.
+_CHUNK_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """How a set of samples is classified: cross-entropy, correctness and p_y, each [n]."""
+    """How a set of samples is predicted, each [n]; samples without a label are left out.
+
+    Attributes:
+        loss: the cross-entropy; of a sequence the mean over its tokens that have a label.
+        correct: whether the likeliest class is the label; of a sequence for which fraction of
+            these tokens.
+        confidence: p_y, ``exp(-loss)``; of a sequence the geometric mean of its tokens'.
+        tokens: how many labels, int64.
+    """
 
     loss: Tensor
     correct: Tensor
     confidence: Tensor
+    tokens: Tensor
 
     @property
     def mean_loss(self) -> float:
-        """Mean cross-entropy."""
+        """Mean of the samples' cross-entropies."""
         return float(self.loss.mean())
 
     @property
     def accuracy(self) -> float:
-        """Fraction classified as labelled."""
+        """Fraction predicted as labelled, the mean over samples."""
         return float(self.correct.double().mean())
 
+    @property
+    def token_loss(self) -> float:
+        """Mean over tokens, each alike: what transformers' models call their loss."""
+        tokens = self.tokens.double()
+        return float((self.loss.double() * tokens).sum() / tokens.sum())
 
-def measure_logits(batches: Iterable[tuple[Tensor, Tensor]]) -> Measurement:
+    @classmethod
+    def of(cls, rows: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Measurement:
+        """Of what :func:`row_sums` gives, batch by batch.
+
+        Raises:
+            InputError: no sample has a label.
+        """
+        loss, correct, tokens = (torch.cat(column) for column in zip(*rows, strict=True))
+        if bool((kept := tokens > 0).all()) and bool((tokens == 1).all()):
+            return cls(loss, correct, torch.exp(-loss), tokens)
+        if not bool(kept.any()):
+            raise InputError(
+                f"none of {len(tokens)} samples has a label to be predicted; the first token of a "
+                "sequence never is"
+            )
+        loss, correct, tokens = (
+            loss[kept] / tokens[kept],
+            correct[kept] / tokens[kept],
+            tokens[kept],
+        )
+        return cls(loss, correct, torch.exp(-loss), tokens)
+
+
+def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy [N], float32 or float64, and correctness [N] of rows [N, C]."""
     losses, correct = [], []
-    for logits, labels in batches:
-        losses.append(nn.functional.cross_entropy(logits.float(), labels, reduction="none"))
-        correct.append(logits.argmax(dim=1) == labels)
-    loss = torch.cat(losses)
-    return Measurement(loss, torch.cat(correct), torch.exp(-loss))
+    step = max(1, _CHUNK_ELEMENTS // logits.shape[1])
+    for z, y in zip(logits.split(step), labels.split(step), strict=True):
+        z = z if z.dtype == torch.float64 else z.float()
+        losses.append(nn.functional.cross_entropy(z, y, reduction="none"))
+        correct.append(z.argmax(dim=1) == y)
+    return torch.cat(losses), torch.cat(correct)
+
+
+def row_sums(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses, correct tokens, and tokens, summed over each sample's rows: [n] each.
+
+    Args:
+        logits: [*targets.shape, C]. targets: -1 where there is no label.
+    """
+    valid = targets >= 0
+    if targets.dim() == 1 and bool(valid.all()):
+        return *row_losses(logits, targets), torch.ones_like(targets)
+    counts = valid.reshape(len(valid), -1).sum(dim=1)
+    return summed_rows(*row_losses(logits[valid], targets[valid]), counts)
+
+
+def summed_rows(losses: Tensor, correct: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`row_sums` of packed rows [N]; counts [n]."""
+    counts = counts.to(losses.device)
+    if len(counts) == len(losses) and bool((counts == 1).all()):
+        return losses, correct, counts
+    owner = torch.repeat_interleave(torch.arange(len(counts), device=losses.device), counts)
+    sums = losses.new_zeros(2, len(counts))
+    sums[0].index_add_(0, owner, losses)
+    sums[1].index_add_(0, owner, correct.to(losses.dtype))
+    return sums[0], sums[1], counts
 
 
 @dataclass(frozen=True)
@@ -108,6 +178,47 @@ class Outputs:
         return float(self.loss.mean())
 
 
+def logits_in_batches(
+    model: nn.Module, loader: Any, reading: Reading, name: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits [..., C] and targets [...] of each batch, in evaluation mode; -1: no label.
+
+    Args:
+        name: of the door, for messages.
+    """
+    device = device_of(model)
+    choice = reading.output
+
+    def run(batch: Any) -> Any:
+        return model(*batch[0], **batch[1])
+
+    with preserved(model), torch.no_grad():
+        model.eval()
+        for batch in as_batches(loader, model):
+            parts = to_device(split_batch(batch), device)
+            output = run(parts)
+            logits = logits_of(output, parts.labels, choice)
+            if logits.dim() > 2:
+                where = (
+                    choice if choice is not None else next(iter(candidates(output, parts.labels)))
+                )
+                reading = settled(reading, model, run, parts, logits, where)
+            yield logits, labelled(reading, parts.labels, logits, name)
+
+
+@door
+def measured(model: nn.Module, loader: Any, reading: Reading, name: str) -> Measurement:
+    """How a model predicts samples of one label each, or the tokens of sequences.
+
+    Raises:
+        InputError: the loader is empty, a label is out of range, or a classifier's sample has none.
+    """
+    rows = [row_sums(z, y) for z, y in logits_in_batches(model, loader, reading, name)]
+    if not rows:
+        raise InputError(empty_message(loader))
+    return Measurement.of(rows)
+
+
 @door
 def outputs_of(model: nn.Module, loader: Any, **reading: Unpack[ReadingOptions]) -> Outputs:
     """Run a classifier in evaluation mode, and leave its modes as they were.
@@ -124,15 +235,12 @@ def outputs_of(model: nn.Module, loader: Any, **reading: Unpack[ReadingOptions])
         InputError: the loader is empty, or a label is out of range.
     """
     how = Reading.of("outputs_of()", reading)
+    how.of_classes("outputs_of()")
     all_logits, all_labels = [], []
-    device = device_of(model)
-    with preserved(model), torch.no_grad():
-        model.eval()
-        for batch in as_batches(loader, model):
-            args, kwargs, labels = to_device(split_batch(batch), device)
-            logits = logits_of(model(*args, **kwargs), labels, how.output)
-            all_logits.append(logits if logits.dtype == torch.float64 else logits.float())
-            all_labels.append(how.labels_of_all(labels, logits, "outputs_of()"))
+    for logits, labels in logits_in_batches(model, loader, how, "outputs_of()"):
+        how.check_one_label(logits, "outputs_of()")
+        all_logits.append(logits if logits.dtype == torch.float64 else logits.float())
+        all_labels.append(labels)
     if not all_logits:
         raise InputError(empty_message(loader))
     return Outputs(torch.cat(all_logits), torch.cat(all_labels))

@@ -49,6 +49,16 @@ class Parts(NamedTuple):
         kwargs = {key: taken(value, rows, n) for key, value in self.kwargs.items()}
         return Parts(args, kwargs, taken(self.labels, rows, n))
 
+    def window(self, start: int, positions: int) -> Parts:
+        """Some positions of sequences: of the labels [n, T], and of all that is [n, T, ...] too."""
+        length, end = self.labels.shape[1], start + positions
+
+        def leaf(value: Any) -> Any:
+            along = isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == length
+            return value[:, start:end] if along else value
+
+        return self.mapped(leaf)
+
     def alike(self, other: Parts) -> bool:
         """Whether the two can be one batch: the same shapes, but for the number of samples."""
         return alike(tuple(self), self.n, tuple(other), other.n)

@@ -202,7 +202,7 @@ def _is_sample(item: Any, data: Data | None) -> bool:
     if isinstance(item, list | tuple) and len(item) == 2 and fields_of(item) is None:
         return is_number(item[1]) or _has_single_label(item[1])
     if fields_of(item) is not None and _has_any_label(item):
-        return _has_single_label(item)
+        return _has_single_label(item) or _is_sequence((fields_of(item) or {}).get("input_ids"))
     if not isinstance(item, list | tuple) or len(item) < 2:
         return False
     single = any(is_number(part) for part in item[1:])
@@ -221,6 +221,11 @@ def _has_any_label(item: Any) -> bool:
 def _has_single_label(item: Any) -> bool:
     fields = fields_of(item) or {}
     return any(is_number(fields[name]) for name in LABEL_NAMES if name in fields)
+
+
+def _is_sequence(ids: Any) -> bool:
+    """Whether these are one sample's tokens: of a batch they have an axis of samples."""
+    return is_array(ids) and as_tensor(ids).dim() == 1
 
 
 def _rows_of_batch(value: Any) -> bool:

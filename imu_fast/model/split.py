@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from imu_fast.errors import InputError, brief
 from imu_fast.model.forward import LABEL_NAMES, forward_of, innermost
@@ -32,41 +32,23 @@ from imu_fast.model.nested import (
     tensors_in,
 )
 from imu_fast.model.parts import Data, Parts, device_of, pick, to_device
+from imu_fast.model.rule import (
+    REFUSALS,
+    Rule,
+    like_a_mask,
+    masked_tokens,
+    needs_labels,
+    several_in_a_row,
+)
 
 logger = logging.getLogger("imu_fast")
 
 Inputs = tuple[list[Any], dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Rule:
-    """One way to read a batch.
-
-    Attributes:
-        read: batch -> inputs by position, by keyword, and labels.
-        certain: it follows from names or numbers of inputs; otherwise the model is to be asked.
-        labels_at: which part of a tuple the labels are, and which parts are not used.
-    """
-
-    read: Callable[[Any], tuple[list[Any], dict[str, Any], Any]]
-    certain: bool = True
-    labels_at: int = -1
-    unused: tuple[int, ...] = ()
-
-
 _WAY_OUT = (
     "say which is which: imu_fast.Data(loader, inputs=..., labels=...), by index, key or a "
     "function of the batch"
-)
-# What a forward raises on inputs that it cannot take.
-_REFUSALS = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    AssertionError,
-    NotImplementedError,
 )
 
 
@@ -82,19 +64,39 @@ class Splitter:
         floats = (p.dtype for p in innermost(model).parameters() if p.is_floating_point())
         self.floating = next(floats, torch.get_default_dtype())
         self._rules: dict[Any, Rule] = {}
+        self._fed: dict[Any, bool] = {}
         self._said: set[str] = set()
 
     def __call__(self, batch: Any) -> Parts:
         """Raises InputError: no labels, or two ways to read the batch."""
         if isinstance(batch, Parts):
             return batch
-        picked = self.data.pick(batch) if self.data is not None else None
+        picked, form = self.data.pick(batch) if self.data is not None else None, None
         if picked is None:
             form = form_of(batch)
             if form not in self._rules:
                 self._rules[form] = self._choose(self._readings(batch), batch)
             picked = self._rules[form].read(batch)
-        return self._parts(picked)
+        parts = self._with_labels(self._parts(picked), form)
+        if several_in_a_row(parts):
+            self._say(
+                "batches have several sequences in a row (position_ids begin anew): a sample is a "
+                "whole row; to tell them apart, give each a row of its own"
+            )
+        return parts
+
+    def _with_labels(self, parts: Parts, form: Any) -> Parts:
+        """With the labels among the inputs, where the model makes its outputs from them."""
+        name, place = self.forward.labels, self.forward.place_of_labels
+        if name is None or name in parts.kwargs or place < len(parts.args) or not parts.n:
+            return parts
+        if form not in self._fed:
+            self._fed[form] = needs_labels(self.model, parts, name)
+        return (
+            parts._replace(kwargs={**parts.kwargs, name: parts.labels})
+            if self._fed[form]
+            else parts
+        )
 
     def _parts(self, picked: tuple[list[Any], dict[str, Any], Any]) -> Parts:
         args, kwargs, labels = picked
@@ -142,7 +144,7 @@ class Splitter:
         args = [as_tensor(value) for value in rule.read(batch)[0] if is_array(value)]
         for part in rule.unused:
             value = as_tensor(batch[part]) if is_array(batch[part]) else None
-            if value is not None and any(_like_a_mask(value, arg) for arg in args):
+            if value is not None and any(like_a_mask(value, arg) for arg in args):
                 raise InputError(
                     f"a batch ({shown(batch)}) has its labels in part {rule.labels_at} (counted "
                     f"from 0), and part {part}, of its inputs' shape, may be a mask, which the "
@@ -163,7 +165,7 @@ class Splitter:
             with preserved(self.model), torch.no_grad():
                 self.model.eval()
                 outputs = tensors_in(self.model(*args, **kwargs))
-        except _REFUSALS as error:
+        except REFUSALS as error:
             return brief(error, 100)
         if any(labels_fit(labels, output) for output in outputs):
             return None
@@ -340,6 +342,8 @@ class Splitter:
     def _several(self, items: list[Any]) -> list[Rule]:
         """``(input, ..., labels, ...)``: where the labels are follows from the signature."""
         forward = self.forward
+        if (rule := masked_tokens(items, forward)) is not None:
+            return [rule]
         kept = list(range(len(items)))
         places = self._label_places(items, kept)
         if not places and any(is_text(item) for item in items):
@@ -383,8 +387,3 @@ class Splitter:
 
         unused = tuple(i for i in range(parts) if i not in kept[: place + 1])
         return Rule(read, not unused, kept[place], unused)
-
-
-def _like_a_mask(value: Tensor, tokens: Tensor) -> bool:
-    whole = not value.is_floating_point() and not tokens.is_floating_point()
-    return whole and value.dim() >= 2 and value.shape == tokens.shape

@@ -25,6 +25,14 @@ def sum_over_tokens(values: Tensor, offsets: Tensor) -> Tensor:
     return out.index_add_(0, sample_of_token(offsets, values.device), values)
 
 
+def tokens_of_samples(offsets: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+    """``(tokens [N], counts [k])``: where the tokens of some samples [k] are, in their order."""
+    starts, counts = offsets[:-1][samples], offsets.diff()[samples]
+    ends = counts.cumsum(0)
+    shift = torch.repeat_interleave(starts - (ends - counts), counts)
+    return shift + torch.arange(len(shift), device=shift.device), counts
+
+
 def groups_of_equal_length(
     offsets: Tensor, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:

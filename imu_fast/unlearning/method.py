@@ -28,7 +28,7 @@ class Job:
         sets: every set that is measured: "forget", "unseen" where a rule needs it, the watched.
         watch: names of the sets that are recorded.
         belongs: what a checkpoint says that it is of, by name.
-        reading: how the model is read.
+        reading: how the model is read. sequences: whether samples have labels at positions.
         kept: tensors that change, with copies, put back on any failure.
     """
 
@@ -44,6 +44,7 @@ class Job:
     progress: bool
     belongs: dict[str, Any]
     reading: Reading = field(default_factory=Reading)
+    sequences: bool = False
     kept: Kept = field(default_factory=list)
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
@@ -56,6 +57,11 @@ class Method(Options):
 
     # Whether a run has epochs that a checkpoint can be written after.
     resumable = False
+
+    @property
+    def sequences(self) -> bool:
+        """Whether it forgets sequences, and not only samples of one label."""
+        return False
 
     @property
     def batches_of(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -11,7 +11,14 @@ from imu_fast.curvature.base import Curvature
 from imu_fast.curvature.named import CurvatureName, CurvatureOptions
 from imu_fast.options import Table
 from imu_fast.unlearning.ascent.ascent import Ascent
-from imu_fast.unlearning.ascent.objectives import NPO, Margin, Objective, ObjectiveName, Relabel
+from imu_fast.unlearning.ascent.objectives import (
+    NPO,
+    Margin,
+    Objective,
+    ObjectiveName,
+    Relabel,
+    SimNPO,
+)
 from imu_fast.unlearning.ascent.optimizer import Make, Optimizer, OptimizerName
 from imu_fast.unlearning.ascent.preconditioners import (
     Features,
@@ -47,6 +54,7 @@ _NAMED: dict[str, tuple[str, Callable[[], Method]]] = {
     ),
     "uniform": ("uniform gradient ascent", Ascent),
     "npo": ("negative preference optimisation", lambda: Ascent(objective=NPO())),
+    "simnpo": ("NPO by length-normalised likelihood", lambda: Ascent(objective=SimNPO())),
     "random_label": (
         "descent on random wrong labels",
         lambda: Ascent(objective=Relabel(target="random")),
@@ -69,6 +77,7 @@ MethodName = Literal[
     "loss_weights",
     "uniform",
     "npo",
+    "simnpo",
     "random_label",
     "boundary_shrink",
     "preconditioned",
@@ -97,6 +106,12 @@ class MethodOptions(CurvatureOptions, total=False):
     reweight: Literal["once", "epoch", "batch"]
     objective: ObjectiveName | Objective
     target: Literal["random", "nearest"]
+    beta: float
+    gamma: float
+    answer: Sequence[int] | Tensor
+    retain: Any
+    retain_loss: Literal["ce", "kl"]
+    retain_weight: float
     scope: ScopeName | Scope
     layers: str | nn.Module | Sequence[str | nn.Module]
     layer: str | nn.Module

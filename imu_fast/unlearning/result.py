@@ -29,7 +29,8 @@ class UnlearnResult:
             scores and indices are; None where samples have none.
         trajectory: one dict per record: step, epoch, forget_loss, forget_accuracy, the weights'
             mean, std and count, and ``<name>_loss``, ``<name>_accuracy`` per watched set. The last
-            record is measured by the model's own forward pass.
+            record is measured by the model's own forward pass. Of sequences, loss and accuracy are
+            means over samples of the means over their tokens.
         batch_losses: the ascent's loss at every step.
         steps, epochs: optimizer steps made, and epochs begun.
         stopped_by: "epochs", "max_steps", "milestones" (the last one was passed), "edit" (all that

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
@@ -14,13 +14,23 @@ from imu_fast.factors.gradient_factors import GradientFactors, HeadFactors
 from imu_fast.model.batches import ForgetSet, Parts, as_batches, to_device
 from imu_fast.model.capture import HeadFeatures, capture, capture_features
 from imu_fast.model.guard import modes
-from imu_fast.model.head import linears, shared_with
-from imu_fast.model.outputs import Measurement, logits_of, measure_logits, outputs_of
+from imu_fast.model.head import linear_layers, shared_with
+from imu_fast.model.labels import class_labels
+from imu_fast.model.loss import labelled
+from imu_fast.model.outputs import (
+    Measurement,
+    logits_of,
+    measured,
+    row_losses,
+    row_sums,
+    summed_rows,
+)
 from imu_fast.model.reading import Reading
 from imu_fast.ops.head_ascent import head_logits
+from imu_fast.ops.tokens import is_flat, tokens_of_samples
 from imu_fast.unlearning.head_weight import HeadWeight
 
-_EVALUATION_ROWS = 4096
+_EVALUATION_ROWS, _EVALUATION_ELEMENTS = 4096, 1 << 24
 
 
 @contextmanager
@@ -32,6 +42,7 @@ def naming(name: str) -> Iterator[None]:
         if name == "forget":
             raise
         which = "unseen of a StopRule" if name == "unseen" else f"watch[{name!r}]"
+        which = name[1:-1] if name.startswith("(") else which
         raise type(error)(f"{which}: {error}") from error
 
 
@@ -52,17 +63,8 @@ class Measured(Protocol):
         ...
 
 
-class Subject(Measured, Protocol):
-    """What unlearning changes.
-
-    Attributes:
-        n: forget samples. dtype: in which the user's model holds what changes.
-    """
-
-    n: int
-
-    @property
-    def dtype(self) -> torch.dtype: ...
+class Scored(Protocol):
+    """What weights are made of."""
 
     def factors(
         self, rows: Tensor | None = None, layers: Literal["head", "trained"] = "head"
@@ -74,6 +76,19 @@ class Subject(Measured, Protocol):
             layers: the classifier, or the linear layers that change.
         """
         ...
+
+
+class Subject(Measured, Scored, Protocol):
+    """What unlearning changes.
+
+    Attributes:
+        n: forget samples. dtype: in which the user's model holds what changes.
+    """
+
+    n: int
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that changes, by name; the live tensors, not copies."""
@@ -120,13 +135,14 @@ class HeadSubject:
     Attributes:
         layers: the head's modules; several where the logits are a mean or a sum of theirs.
         theta: [C, D], weight and bias (of each side by side); float32, or float64 as the head is.
-        sets: ``(features [n, d], labels [n])`` by name, in theta's dtype.
+        sets: ``(features [N, d], labels [N])`` by name, in theta's dtype; of sequences every token
+            that has a label. offsets: [n+1], the tokens of each sample, by name.
         tied: names of the parameters that share the head's memory.
         computed: the dtype in which the model computes the head: the weight's, or a coarser one
             where its forward has an autocast of its own.
 
     Raises:
-        InputError: a sample has no label, or several; or what is written would not hold.
+        InputError: a classifier's sample has no label; or what is written would not hold.
     """
 
     def __init__(
@@ -152,7 +168,10 @@ class HeadSubject:
         self.trained = torch.cat([weight.read() for weight, _ in self._weights], dim=1)
         self._wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.sets = {k: (s.features.to(self._wide), s.labels) for k, s in captured.items()}
-        self.n = len(self.sets["forget"][1])
+        device = found.features.device
+        self.offsets = {k: s.offsets.to(device) for k, s in captured.items()}
+        self.flat = all(is_flat(s.offsets) for s in captured.values())
+        self.n = len(self.offsets["forget"]) - 1
         self.theta = self.trained.to(self._wide, copy=True)
 
     def _captured(self, name: str, head: Any) -> HeadFeatures:
@@ -172,8 +191,10 @@ class HeadSubject:
                 f"were linear in it; here they are not ({what}); use an ascent with scope='layers' "
                 "(default: the head), which runs the model itself"
             )
+        labels = captured.labels
+        class_labels(labels, (*labels.shape[:1], len(captured.head.weight)))
         counts = captured.offsets.diff()
-        if not bool((counts == 1).all()):
+        if not captured.sequences and not bool((counts == 1).all()):
             sample = int(torch.nonzero(counts != 1)[0])
             raise InputError(
                 f"sample {sample} has {int(counts[sample])} valid labels; unlearning needs exactly "
@@ -195,14 +216,18 @@ class HeadSubject:
         for name in self.sets:
             found = self._captured(name, self._asked)
             self.sets[name] = found.features.to(self._wide), found.labels
+            self.offsets[name] = found.offsets.to(found.features.device)
 
     def measure(self, name: str) -> Measurement:
         if self.tied:
             self.finish()
             return self.own(name)
         features, labels = self.sets[name]
-        chunks = zip(features.split(_EVALUATION_ROWS), labels.split(_EVALUATION_ROWS), strict=True)
-        return measure_logits((self._logits(x), y) for x, y in chunks)
+        size = max(1, min(_EVALUATION_ROWS, _EVALUATION_ELEMENTS // len(self.theta)))
+        chunks = zip(features.split(size), labels.split(size), strict=True)
+        rows = [row_losses(self._logits(x), y) for x, y in chunks]
+        losses, correct = (torch.cat(column) for column in zip(*rows, strict=True))
+        return Measurement.of([summed_rows(losses, correct, self.offsets[name].diff())])
 
     def _logits(self, features: Tensor) -> Tensor:
         """As the model computes them: in its own precision, with the weight rounded to it."""
@@ -215,13 +240,15 @@ class HeadSubject:
         self, rows: Tensor | None = None, layers: Literal["head", "trained"] = "head"
     ) -> Sequence[HeadFactors]:
         # What changes is the head, so either way it is the same layer.
-        features, labels = self.sets["forget"]
+        (features, labels), offsets = self.sets["forget"], self.offsets["forget"]
         if rows is not None:
-            rows = rows.to(features.device)
-            features, labels = features[rows], labels[rows]
+            tokens, counts = tokens_of_samples(offsets, rows.to(features.device))
+            features, labels = features[tokens], labels[tokens]
+            offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         d = features.shape[1]
         bias = self.theta[:, d] if self.has_bias else None
-        return [GradientFactors.from_head(features, self.theta[:, :d], bias, labels)]
+        weight = self.theta[:, :d]
+        return [GradientFactors.from_head(features, weight, bias, labels, offsets.cpu())]
 
     def state(self) -> dict[str, Tensor]:
         return {"theta": self.theta}
@@ -236,8 +263,7 @@ class HeadSubject:
         return float((changed & same).sum() / changed.sum().clamp_min(1))
 
     def own(self, name: str) -> Measurement:
-        found = outputs_of(self.model, self._loaders[name], **self._reading)
-        return Measurement(found.loss, found.correct, found.confidence)
+        return measured(self.model, self._loaders[name], Reading(**self._reading), "unlearn()")
 
 
 class NetworkSubject:
@@ -251,6 +277,7 @@ class NetworkSubject:
         parameters: names of those that change; every other one is frozen here.
 
     Attributes:
+        reading: how the model is read.
         parameters: those that change, by name. trained: what an optimizer changes, by the same
             names: a parameter itself, or its copy.
     """
@@ -262,7 +289,7 @@ class NetworkSubject:
         parameters: Sequence[str],
         reading: Reading | None = None,
     ) -> None:
-        self.model, self.sets, self._reading = model, loaders, reading or Reading()
+        self.model, self.sets, self.reading = model, loaders, reading or Reading()
         self.forget: ForgetSet = loaders["forget"]
         self.n = self.forget.n
         chosen = set(parameters)
@@ -282,19 +309,27 @@ class NetworkSubject:
         dtypes = {p.dtype for p in self.parameters.values()}
         self.dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
-    def forward(self, batch: Parts) -> tuple[Tensor, Tensor]:
-        """Logits and labels of a batch."""
+    def forward(
+        self, batch: Parts, parameters: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [..., C] of a batch and their labels [...], -1 where there is none.
+
+        Args:
+            parameters: in the place of the model's own, by name.
+        """
         args, kwargs, labels = to_device(batch, self.device)
-        logits = logits_of(self.model(*args, **kwargs), labels, self._reading.output)
-        return logits, self._reading.labels_of_all(labels, logits, "unlearn()")
+        if parameters is None:
+            output = self.model(*args, **kwargs)
+        else:
+            output = torch.func.functional_call(self.model, parameters, tuple(args), kwargs)
+        logits = logits_of(output, labels, self.reading.output)
+        return logits, labelled(self.reading, labels, logits, "unlearn()")
 
     def measure(self, name: str) -> Measurement:
         self.finish()
         with naming(name), torch.no_grad(), modes(self.model, batchnorm="eval", dropout="eval"):
-            return measure_logits(self._outputs(as_batches(self.sets[name], self.model)))
-
-    def _outputs(self, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-        return (self.forward(batch) for batch in batches)
+            batches = as_batches(self.sets[name], self.model)
+            return Measurement.of([row_sums(*self.forward(batch)) for batch in batches])
 
     def factors(
         self, rows: Tensor | None = None, layers: Literal["head", "trained"] = "head"
@@ -304,8 +339,9 @@ class NetworkSubject:
         chosen: Any = "head"
         if layers == "trained":
             weights = {id(parameter) for parameter in self.parameters.values()}
-            chosen = [k for k, m in linears(self.model).items() if id(m.weight) in weights]
-        captured = capture(self.model, data, layers=chosen, **self._reading.given())
+            every = linear_layers(self.model).items()
+            chosen = [k for k, layer in every if id(layer.module.weight) in weights]
+        captured = capture(self.model, data, layers=chosen, **self.reading.given())
         return captured if isinstance(captured, list) else [captured]
 
     def state(self) -> dict[str, Tensor]:

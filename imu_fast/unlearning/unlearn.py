@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 from imu_fast.backend import record_backends
 from imu_fast.errors import InputError, check_count, check_flag
 from imu_fast.model.batches import ForgetSet, as_batches, rereadable
+from imu_fast.model.causal import settled_on
 from imu_fast.model.guard import copied, door, preserved, rolled_back
 from imu_fast.model.labels import is_integer
 from imu_fast.model.reading import Reading, ReadingOptions, taken
@@ -55,12 +56,13 @@ def unlearn(
     inplace: bool = True,
     **options: Unpack[UnlearnOptions],
 ) -> UnlearnResult:
-    """Make a classifier forget, with the forget set only (IMU, arXiv 2508.01620).
+    """Make a model forget, with the forget set only (IMU, arXiv 2508.01620).
 
     Args:
-        model: a classifier that ends in a linear layer.
+        model: a classifier or a language model that ends in a linear layer.
         data: the forget set: a DataLoader, a re-iterable of ``(inputs, labels)`` batches, or
-            tensors (X, y).
+            tensors (X, y). Where samples are sequences, each counts as the mean over its tokens
+            that have a label, and its accuracy is the fraction of these that are predicted.
         method: a name out of :func:`imu_fast.methods`, or an object: ``imu.Ascent(...)``,
             ``imu.MarginEdit(...)``. By name: ``"imu"`` and its controls ``"permuted"``,
             ``"loss_weights"`` and ``"uniform"`` (plain gradient ascent); ``"npo"``,
@@ -131,13 +133,13 @@ def unlearn(
     label = method if isinstance(method, str) else type(method).__name__
     read, own = taken(options)
     reading = Reading.of("unlearn()", read)
-    reading.of_classes("unlearn()")
     how = METHODS.choose(method, **own)
     if callback is not None and not callable(callback):
         raise InputError(f"callback={callback!r} cannot be called; pass a function of a record")
     forget: ForgetSet | None = None
     if isinstance(how, Auto):
         forget = ForgetSet(data, how.batches_of, model)
+        _check_forgettable(forget, how, label)
         label, how = how.for_task(model, forget, reading)
         if not depths.rules:
             depths = Depths(StopRule(forget_accuracy=0.0))
@@ -149,7 +151,10 @@ def unlearn(
     how = how.bind(model)
     forget = forget if forget is not None and forget.batch_size == how.batches_of else None
     forget = forget or ForgetSet(data, how.batches_of, model)
-    _check_one_label_each(forget)
+    sequences = _check_forgettable(forget, how, label)
+    reading = settled_on(reading, model, forget) if sequences else reading
+    if not sequences:
+        reading.of_classes("unlearn()")
     described = {"method": label, "seed": seed, **how.flat(), **reading.flat()}
     target = model if inplace else copied(model)
     job = Job(
@@ -165,6 +170,7 @@ def unlearn(
         progress,
         {name: _plain(value) for name, value in described.items()},
         reading,
+        sequences,
     )
     if job.checkpoint is not None:
         writable(job.checkpoint, "checkpoint")
@@ -201,15 +207,23 @@ def _sets(
     return sets
 
 
-def _check_one_label_each(forget: ForgetSet) -> None:
-    """Raise InputError for the labels of sequences, before any work."""
+def _check_forgettable(forget: ForgetSet, how: Method, label: str) -> bool:
+    """Whether the samples are sequences, with labels at positions.
+
+    Raises:
+        InputError: they are, and the method forgets samples of one label.
+    """
     labels = forget.get([0]).labels
     shape = tuple(labels.shape[1:])
-    if is_integer(labels.dtype) and shape not in ((), (1,)):
+    sequences = is_integer(labels.dtype) and shape not in ((), (1,))
+    if sequences and not how.sequences:
+        named = [name for name in METHODS if METHODS[name].sequences]
         raise InputError(
-            f"each forget sample has labels of shape {shape}; unlearn takes one label per sample "
-            "(sequences can be scored by imu_fast.influence_scores, and not yet unlearned)"
+            f"each forget sample has labels of shape {shape}; method={label!r} is for samples of "
+            f"one label. Sequences are forgotten by {', '.join(named)}, whose objective is a mean "
+            "over tokens"
         )
+    return sequences
 
 
 def _plain(value: Any) -> Any:

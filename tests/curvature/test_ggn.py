@@ -181,7 +181,7 @@ def test_bad_options():
     with pytest.raises(InputError, match="it has damping, preconditioner, solver, tolerance"):
         imu.fit("ggn", factors, damping=0.1, damping_mode="add")
     other = imu.GradientFactors(factors.delta, factors.act, factors.offsets, True)
-    with pytest.raises(InputError, match="not of a softmax head"):
+    with pytest.raises(InputError, match="no curvature of the loss in their outputs"):
         imu.influence_scores(other, curvature="ggn")
     wide = imu.GradientFactors.from_head(
         torch.randn(2, 900), torch.randn(11, 900), None, torch.tensor([0, 1])

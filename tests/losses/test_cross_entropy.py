@@ -12,16 +12,16 @@ import imu_fast as imu
 from imu_fast import reference
 from imu_fast.errors import InputError
 from imu_fast.factors.probabilities import output_curvature, probabilities
-from imu_fast.losses import cross_entropy
+from imu_fast.losses import output_curvature as curvature_file
 from imu_fast.losses.named import LOSSES, LossName
 
 
 def dense(f):
     """``B_t`` of every token by autograd of the softmax: [N, C, C]."""
-    p, _ = probabilities(f)
-    logits = p.log()
+    p, weight = probabilities(f)
     jacobian = torch.autograd.functional.jacobian
-    return [jacobian(lambda z: torch.softmax(z, dim=0), row) for row in logits]
+    rows = zip(weight, p.log(), strict=True)
+    return [w * jacobian(lambda z: torch.softmax(z, dim=0), row) for w, row in rows]
 
 
 def test_the_static_names_are_the_tables():
@@ -53,7 +53,7 @@ def test_residual_and_probabilities(case, dtype):
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[3], CASES[7]], ids=lambda c: c.why)
 def test_output_curvature_is_the_softmaxs_jacobian(case, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", 5 * case.classes)
+    monkeypatch.setattr(curvature_file, "_CHUNK_ELEMENTS", 5 * case.classes)
     f = head_factors(case)
     outputs, b = output_curvature(f), dense(f)
     close = dict(rtol=1e-9, atol=1e-12)
@@ -61,10 +61,9 @@ def test_output_curvature_is_the_softmaxs_jacobian(case, monkeypatch):
     q = torch.linalg.qr(torch.randn(case.classes, case.classes, dtype=torch.float64))[0]
     rotated = torch.stack([(q.T @ m @ q).diagonal() for m in b])
     torch.testing.assert_close(outputs.diagonal_in(q), rotated, **close)
-    weight = torch.rand(f.num_tokens, dtype=torch.float64)
-    total = sum(w * m for w, m in zip(weight, b, strict=True))
-    torch.testing.assert_close(outputs.weighted_sum(weight), total, **close)
-    narrow = outputs.weighted_sum(weight.float())
+    total = sum(b)
+    torch.testing.assert_close(outputs.sum(torch.float64), total, **close)
+    narrow = outputs.sum(torch.float32)
     assert narrow.dtype == torch.float32
     torch.testing.assert_close(narrow.double(), total, rtol=1e-5, atol=1e-6)
 
@@ -98,7 +97,7 @@ def test_ignored_labels_are_the_losss():
 
 
 def test_shifted_positions():
-    shifted, plain = imu.CrossEntropy(shift=True), imu.CrossEntropy()
+    shifted, plain = imu.CrossEntropy(shift=True), imu.CrossEntropy(shift=False)
     outputs, labels = torch.randn(2, 4, 3), torch.randint(3, (2, 4))
     here, there = shifted.aligned(outputs, labels)
     assert torch.equal(here, outputs[:, :3]) and torch.equal(there, labels[:, 1:])
@@ -124,7 +123,7 @@ def test_refusals():
     x, w, y = torch.randn(2, 3), torch.randn(4, 3), torch.tensor([0, 1])
     f = imu.GradientFactors.from_head(x, w, None, y)
     for given, message in (
-        ({"loss": "hinge"}, "loss='hinge' is unknown; choose one of cross_entropy"),
+        ({"loss": "hinge"}, "loss='hinge' is unknown; choose one of auto, binary_cross_entropy"),
         ({"loss": imu.CrossEntropy(), "ignore_index": 0}, "give ignore_index to it, not beside it"),
         ({"loss": imu.CrossEntropy(shift=True)}, "shift=True is for capture"),
         ({"loss": imu.CrossEntropy}, "loss is the class CrossEntropy; pass an object"),
@@ -134,7 +133,7 @@ def test_refusals():
     for given, message in (
         ({"ignore_index": 0.5}, "ignore_index=0.5 must be an integer"),
         ({"ignore_index": True}, "ignore_index=True must be an integer"),
-        ({"shift": 1}, "shift=1 must be True or False"),
+        ({"shift": 1}, "shift=1 must be True, False or 'auto'"),
     ):
         with pytest.raises(InputError, match=message):
             imu.CrossEntropy(**given)
@@ -145,7 +144,7 @@ def test_refusals():
     assert labelled.loss == imu.CrossEntropy()
     bare = imu.GradientFactors(f.delta, f.act, f.offsets, False)
     for name in ("ggn", "ggn_block", "kfac", "ekfac"):
-        with pytest.raises(InputError, match="not of a softmax head.*'fisher_diag'"):
+        with pytest.raises(InputError, match="no curvature of the loss.*'fisher_diag'"):
             imu.fit(name, bare)
     for name in ("identity", "fisher_diag", "fisher"):
         assert imu.influence_scores(bare, curvature=name).isfinite().all()

@@ -781,7 +781,6 @@ def test_labels_that_are_no_class_indices():
     for labels, message in (
         (y.float(), r"dtype torch.float32; pass integer class indices: labels.long\(\)"),
         (y.bool(), r"torch.bool.*labels.long\(\)"),
-        (hot.float(), r"one-hot or soft labels, which are not supported.*argmax\(-1\)"),
         (hot, r"labels (have shape \(14, 5\), logits \(14, 5\)|of shape \(5,\)); .*one label per"),
         (y[:, None, None], r"one label per (row|sample)"),
         ([str(v) for v in y.tolist()], "labels are a list of str; pass integer class indices"),
@@ -792,6 +791,15 @@ def test_labels_that_are_no_class_indices():
                 door(model, [(x, labels)])
         with pytest.raises(InputError, match=message):
             imu.unlearn(model, [(x, labels)], scope="all")
+    soft = r"one-hot or soft labels, which are not supported.*argmax\(-1\)"
+    for scope in ("head", "all"):
+        with pytest.raises(InputError, match=soft):
+            imu.unlearn(model, [(x, hot.float())], scope=scope)
+    with pytest.raises(InputError, match=soft):
+        imu.evaluate(model, [(x, hot.float())])
+    torch.testing.assert_close(
+        imu.influence_scores(model, [(x, hot.float())]), imu.influence_scores(model, [(x, y)])
+    )
 
 
 @pytest.mark.parametrize(

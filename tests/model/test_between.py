@@ -163,7 +163,7 @@ def test_other_steps_give_the_gradient_and_no_hessian(kind, caplog):
         factors = check(model, x, y)
     assert "between its output and the loss" in caplog.text
     for curvature in ("ggn", "ggn_block", "kfac", "ekfac"):
-        with pytest.raises(InputError, match="'fc' are not of a softmax head"):
+        with pytest.raises(InputError, match="'fc' have no curvature of the loss"):
             imu.influence_scores(factors, curvature=curvature)
 
 

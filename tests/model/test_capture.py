@@ -138,9 +138,10 @@ def test_token_labels_are_packed_and_shifted():
     labels = ids.clone()
     labels[0, 2:] = -100
     labels[1] = -100
-    f = imu.capture(model, (ids, labels))
+    f = imu.capture(model, (ids, labels), shift=False)
     assert f.offsets.diff().tolist() == [2, 0, 5]
     shifted = imu.capture(model, (ids, labels), shift=True)
+    assert torch.equal(imu.capture(model, (ids, labels)).act, shifted.act)  # labels are its inputs
     assert shifted.offsets.diff().tolist() == [1, 0, 4]
     torch.testing.assert_close(shifted.act[-1], model.body(ids[2, 3]).detach())
     loss = nn.functional.cross_entropy(model(ids[2, :-1]), labels[2, 1:])

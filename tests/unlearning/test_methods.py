@@ -75,10 +75,11 @@ def test_every_method_reaches_a_depth(problem, name, kind):
 def test_relabelling_targets_are_wrong_and_seeded(problem):
     model, x, y = problem
     data = x[:50], y[:50]
-    drawn = wrong_labels(job(model, data, 3))
-    assert torch.equal(drawn, wrong_labels(job(model, data, 3)))
-    assert not torch.equal(drawn, wrong_labels(job(model, data, 4)))
-    near = nearest_wrong_labels(job(model, data))
+    drawn, offsets = wrong_labels(job(model, data, 3))
+    assert torch.equal(offsets, torch.arange(51))
+    assert torch.equal(drawn, wrong_labels(job(model, data, 3))[0])
+    assert not torch.equal(drawn, wrong_labels(job(model, data, 4))[0])
+    near, _ = nearest_wrong_labels(job(model, data))
     for targets in (drawn, near):
         assert targets.dtype == torch.int64 and bool((targets != y[:50]).all())
         assert int(targets.min()) >= 0 and int(targets.max()) < CLASSES
@@ -98,7 +99,7 @@ def test_boundary_shrink_wants_inputs_that_can_move(problem):
 
 def test_npo_starts_as_ascent_and_then_slows_down(problem):
     model, x, y = problem
-    losses = NPO().auxiliary(job(model, (x[:40], y[:40])))
+    losses = NPO().auxiliary(job(model, (x[:40], y[:40]))).values
     expected = nn.functional.cross_entropy(model(x[:40]), y[:40], reduction="none")
     torch.testing.assert_close(losses, expected.detach())
     # At the reference a sample's weight is 2 sigmoid(0) = 1: the first step is plain ascent's.

@@ -11,30 +11,56 @@ ASSUMED_ITERATIONS = 60
 _ITERATION = 1_000_000
 
 
-def solver_costs(tokens: int, classes: int, width: int, solves: int = 1) -> dict[str, float]:
+def dense_orders(
+    tokens: int, classes: int, width: int, form: str = "softmax"
+) -> dict[str, tuple[int, int]]:
+    """How many blocks each dense matrix has, and of which order.
+
+    Of a softmax the GGN has rank at most C - 1 over the classes; where outputs do not meet in the
+    loss ("diagonal") it falls into one block for each.
+    """
+    if form == "diagonal":
+        return {"primal": (classes, width), "dual": (classes, tokens)}
+    rank = classes - 1 if form == "softmax" else classes
+    return {"primal": (1, rank * width), "dual": (1, tokens * classes)}
+
+
+def solver_costs(
+    tokens: int, classes: int, width: int, solves: int = 1, form: str = "softmax"
+) -> dict[str, float]:
     """FLOPs of each exact solver; what cannot be held (MAX_DENSE_ORDER) is left out.
 
-    ``primal``: with P = (C - 1) D, building takes ``N P^2`` (at half the rate of a plain matrix
-    product, so twice that is counted), factoring ``P^3 / 3`` and each solve ``2 P^2``.
-    ``dual``: with Q = N C, building takes ``2 C Q^2``, factoring ``Q^3 / 3`` and each solve
-    ``2 Q^2`` and two products of ``2 N C D``. ``cg``: each solve takes ``ASSUMED_ITERATIONS``
-    products of ``4 N C D``, and all in step the time of ``_ITERATION`` FLOPs for small operations.
+    ``primal``: k blocks of order P (one of (C - 1) D for a softmax), building takes ``N k P^2`` (at
+    half the rate of a plain matrix product, so twice that is counted), factoring ``k P^3 / 3`` and
+    each solve ``2 k P^2``. ``dual``: k blocks of order Q (one of N C for a softmax), building takes
+    ``2 C k Q^2``, factoring ``k Q^3 / 3`` and each solve ``2 k Q^2`` and two products of
+    ``2 N C D``. ``cg``: each solve takes ``ASSUMED_ITERATIONS`` products of ``4 N C D``, and all in
+    step the time of ``_ITERATION`` FLOPs for small operations.
     """
-    p, q = (classes - 1) * width, tokens * classes
     product = 4 * tokens * classes * width
     costs = {"cg": float(ASSUMED_ITERATIONS * (solves * product + _ITERATION))}
-    if p <= MAX_DENSE_ORDER:
-        costs["primal"] = 2 * tokens * p**2 + p**3 / 3 + solves * 2 * p**2
-    if q <= MAX_DENSE_ORDER:
-        costs["dual"] = 2 * classes * q**2 + q**3 / 3 + solves * (2 * q**2 + product)
+    orders = dense_orders(tokens, classes, width, form)
+    for solver, (blocks, order) in orders.items():
+        held = blocks * order**2
+        if held > MAX_DENSE_ORDER**2:
+            continue
+        build = 2 * tokens if solver == "primal" else 2 * classes
+        back = 0 if solver == "primal" else product
+        costs[solver] = build * held + held * order / 3 + solves * (2 * held + back)
     return costs
 
 
 def choose_solver(
-    tokens: int, classes: int, width: int, solves: int = 1, *, dual: bool = True
+    tokens: int,
+    classes: int,
+    width: int,
+    solves: int = 1,
+    *,
+    dual: bool = True,
+    form: str = "softmax",
 ) -> str:
     """The cheapest of :func:`solver_costs`; without ``dual`` that is left out."""
-    costs = solver_costs(tokens, classes, width, solves)
+    costs = solver_costs(tokens, classes, width, solves, form)
     if not dual:
         costs.pop("dual", None)
     return min(costs, key=lambda name: costs[name])

@@ -1,4 +1,4 @@
-"""The GGN of a softmax head as a dense matrix: between contrasts of the classes, or its dual.
+"""The GGN of a head as a dense matrix, or its dual; of a softmax between contrasts of the classes.
 
 ``diag(p) - p p^T`` maps a constant over the classes to zero, so in an orthonormal basis of the
 contrasts (vectors that sum to zero) the GGN has order ``(C - 1) D``, and is lam on what is left.
@@ -11,6 +11,8 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from imu_fast.losses.output_curvature import Diagonal, OutputCurvature, Softmax
 
 # Elements of a strip's rows, or of all products of two features, at once: they stay in cache.
 _STRIP_ELEMENTS = 1 << 19
@@ -38,14 +40,25 @@ def contrasts(classes: int) -> Tensor:
 def _covariances(p: Tensor, weight: Tensor, basis: Tensor) -> Iterator[tuple[int, Tensor]]:
     """``c`` and ``w (B^T (diag(p) - p p^T) B)[c, c:]`` of every token: [C-1-c, N], for every c.
 
-    A later contrast is constant where contrast c is not zero, so the covariance of two is
-    ``q_c (s_e - q_e)``, with their means ``q = B^T p`` and e's first entry ``s_e``.
+    With s the first entry of contrast c, and P, Q, R the probabilities of the classes up to c, of
+    c + 1 and of those beyond, its mean is ``q_c = s (P - (c+1) Q)``. A later contrast e is constant
+    where c is not zero, so their covariance is ``q_c (s_e - q_e) = q_c s_e ((e+2) Q_e + R_e)``; the
+    variance is ``s^2 ((c+2)^2 P Q + P R + (c+1)^2 Q R)``. None is a difference that cancels where
+    one p is nearly one.
     """
-    means = (p @ basis).t().contiguous()
-    squares = (p @ basis.square()).t()
-    for c, (mean, square) in enumerate(zip(means, squares, strict=True)):
-        rows = (basis[0, c:, None] - means[c:]).mul_(weight * mean)
-        rows[0] = weight * (square - mean.square())
+    q = p.t().contiguous()
+    up_to = q.cumsum(dim=0)[:-1]
+    beyond = q.flip(0).cumsum(dim=0).flip(0)
+    beyond = torch.cat([beyond[2:], torch.zeros_like(q[:1])])
+    first = basis[0, :, None]
+    count = torch.arange(1, len(q), dtype=q.dtype, device=q.device)[:, None]
+    means = first * (up_to - count * q[1:])
+    ahead = first * ((count + 1) * q[1:] + beyond)
+    for c in range(len(means)):
+        rows = ahead[c:] * (weight * means[c])
+        k = c + 1
+        pairs = up_to[c] * ((k + 1) ** 2 * q[k] + beyond[c]) + k**2 * q[k] * beyond[c]
+        rows[0] = weight * first[c] ** 2 * pairs
         yield c, rows
 
 
@@ -113,9 +126,12 @@ def _by_pairs(p: Tensor, weight: Tensor, a: Tensor, basis: Tensor) -> Tensor:
 
 
 def _whole(p: Tensor, weight: Tensor, a: Tensor, basis: Tensor) -> Tensor:
-    """What is linear in p by one product for all classes, and one Gram matrix of ``B^T p (x) a~``.
+    """What is linear in p by one product for all classes, and one Gram matrix for the rest.
 
-    ``B^T diag(p) B`` of contrasts c < e is ``s_e (B^T p)_c``, see :func:`_covariances`.
+    Of each token the likeliest class m stands apart, e being what the others have and u the sum of
+    their ``p_j b_j`` (b_j the rows of B): the covariance is ``sum_{j != m} p_j b_j b_j^T`` less
+    ``u u^T / e`` plus ``p_m/e (e b_m - u)(e b_m - u)^T``, all of the size of e, however small. The
+    first term of contrasts c < e is ``s_e`` times contrast c's mean, see :func:`_covariances`.
     """
     classes, width = p.shape[1], a.shape[1]
     count, order = classes - 1, (classes - 1) * width
@@ -124,15 +140,23 @@ def _whole(p: Tensor, weight: Tensor, a: Tensor, basis: Tensor) -> Tensor:
     step = max(1, _WHOLE_ELEMENTS // (classes * width))
     for start in range(0, len(a), step):
         q, w, b = p[start : start + step], weight[start : start + step, None], a[start:][:step]
-        moments.addmm_(((q * w)[:, :, None] * b[:, None]).flatten(1).t(), b)
-        y = (((q @ basis) * w.sqrt())[:, :, None] * b[:, None]).flatten(1)
+        most, top = q.max(dim=1, keepdim=True)
+        rest = q.scatter(1, top, 0.0)
+        moments.addmm_(((rest * w)[:, :, None] * b[:, None]).flatten(1).t(), b)
+        others = rest.sum(dim=1, keepdim=True)
+        share = (w / others.where(others > 0, torch.inf)).sqrt()
+        u = rest @ basis
+        apart = (others * basis[top[:, 0]] - u) * (share * most.sqrt())
+        y = torch.cat([u * share, apart])[:, :, None] * torch.cat([b, b])[:, None]
+        y = y.flatten(1)
+        signed = torch.cat([-y[: len(b)], y[len(b) :]])
         for first in range(0, order, _WHOLE_STRIP):
             strip = slice(first, first + _WHOLE_STRIP)
-            gram[strip, first:].addmm_(y[:, strip].t(), y[:, first:])
+            gram[strip, first:].addmm_(signed[:, strip].t(), y[:, first:])
     flat, own = moments.view(classes, -1), torch.arange(count, device=a.device)
     linear = (basis.t() @ flat).view(count, width, 1, width) * basis[0][:, None]
     linear[own, :, own] = (basis.square().t() @ flat).view(count, width, width)
-    return linear.view(order, order).sub_(gram)
+    return linear.view(order, order).add_(gram)
 
 
 def _route(tokens: int, count: int, width: int) -> Route:
@@ -155,15 +179,53 @@ def primal_matrix(p: Tensor, weight: Tensor, a: Tensor) -> Tensor:
     return _route(len(a), basis.shape[1], a.shape[1])(p, weight, a, basis)
 
 
-def dual_matrix(p: Tensor, weight: Tensor, a: Tensor) -> Tensor:
-    """``J J^T`` [N C, N C], where ``GGN = J^T J`` and token t's rows of J are ``S_t^T (x) a~_t``.
+def class_blocks(h: Tensor, a: Tensor) -> Tensor:
+    """``sum_t h_tc a~ a~^T`` for every class c: [C, D, D]; h: [N, C], a: [N, D]."""
+    out = a.new_empty(h.shape[1], a.shape[1], a.shape[1])
+    for block, weight in zip(out, h.T, strict=True):
+        torch.matmul((a * weight[:, None]).T, a, out=block)
+    return out
 
-    ``S_t = sqrt(c_t/n) (diag(sqrt p) - p sqrt(p)^T)``, so the dual is the elementwise product of
-    the Gram matrix of the S_t and that of the a~_t. Arguments as :func:`primal_matrix`.
+
+def coupled_matrix(b: Tensor, a: Tensor) -> Tensor:
+    """``sum_t B_t (x) a~ a~^T``, its upper triangle: [C D, C D]; b: [N, C, C], a: [N, D]."""
+    classes, width = b.shape[1], a.shape[1]
+    out = a.new_zeros(classes * width, classes * width)
+    step = max(1, _WHOLE_ELEMENTS // (classes * width))
+    for start in range(0, len(a), step):
+        wide = a[start : start + step]
+        for c in range(classes):
+            rows = b[start : start + step, c, c:, None] * wide[:, None]
+            out[c * width : (c + 1) * width, c * width :].addmm_(wide.t(), rows.flatten(1))
+    return out
+
+
+def primal_blocks(outputs: OutputCurvature, n: int, a: Tensor) -> Tensor:
+    """``1/n sum_t B_t (x) a~ a~^T`` as in :func:`dense_orders`: a matrix, or [C, D, D] blocks.
+
+    Of a softmax between the contrasts. a: [N, D], in the dtype of the result.
     """
-    tokens, classes = p.shape
-    root = p.sqrt()
-    s = torch.diag_embed(root) - p[:, :, None] * root[:, None, :]
-    columns = (s * weight.sqrt()[:, None, None]).transpose(0, 1).reshape(classes, -1)
+    found = outputs.map(lambda x: x.to(a))
+    if isinstance(found, Softmax):
+        return primal_matrix(found.p, found.weight / n, a)
+    build = class_blocks if isinstance(found, Diagonal) else coupled_matrix
+    return build(found.operand / n, a)
+
+
+def dual_blocks(root: Tensor, a: Tensor) -> Tensor:
+    """``J J^T``, where ``GGN = J^T J`` and token t's rows of J are ``S_t^T (x) a~_t``.
+
+    The elementwise product of the Gram matrix of the S_t and that of the a~_t.
+
+    Args:
+        root: the ``S_t / sqrt(n)`` [N, C, C], for a result [N C, N C]; or of diagonal ones [N, C],
+            for blocks [C, N, N]. a: [N, D].
+    """
+    products = a @ a.t()
+    if root.dim() == 2:
+        columns = root.t()
+        return (columns[:, :, None] * columns[:, None]).mul_(products)
+    tokens, classes = root.shape[:2]
+    columns = root.transpose(0, 1).reshape(classes, -1)
     dual = (columns.t() @ columns).view(tokens, classes, tokens, classes)
-    return dual.mul_((a @ a.t())[:, None, :, None]).view(tokens * classes, tokens * classes)
+    return dual.mul_(products[:, None, :, None]).view(tokens * classes, tokens * classes)

@@ -1,4 +1,4 @@
-"""The generalised Gauss-Newton matrix of a softmax head, which is the Hessian of its mean loss."""
+"""The generalised Gauss-Newton matrix of a head, which is the Hessian of its mean loss."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from imu_fast.curvature.ggn.costs import (
     MAX_DENSE_ORDER,
     choose_preconditioner,
     choose_solver,
+    dense_orders,
     solver_costs,
 )
 from imu_fast.curvature.ggn.direct import Direct
 from imu_fast.curvature.ggn.iterative import Iterative
 from imu_fast.errors import InputError, check_finite_rows, check_positive, one_of
 from imu_fast.factors.gradient_factors import GradientFactors
-from imu_fast.factors.probabilities import softmax
+from imu_fast.factors.probabilities import output_curvature
 from imu_fast.factors.source import Factors, Remembered
-from imu_fast.ops.ggn_product import ggn_product
+from imu_fast.losses.output_curvature import OutputCurvature, Softmax
+from imu_fast.ops.ggn_product import Form, ggn_product
 from imu_fast.options import option, options
 from imu_fast.solvers.conjugate_gradient import refine
 
@@ -36,14 +38,16 @@ _MANY = 32
 
 @options
 class GGN(Curvature):
-    """``1/n sum c (diag(p) - p p^T) (x) a~ a~^T + lam I``, solved exactly, with a certificate.
+    """``1/n sum_t B_t (x) a~_t a~_t^T + lam I``, solved exactly, with a certificate.
 
-    Of a linear softmax head it is the Hessian of the mean loss.
+    B_t is the second derivative of a sample's loss in the outputs, ``diag(p) - p p^T`` of
+    cross-entropy: of a linear head M is the Hessian of the mean loss.
 
     Attributes:
         damping: lam > 0, in units of squared gradients.
         solver: "primal" (damped Cholesky of size (C-1) D), "dual" (of size N C, all factors in
-            memory), "cg" (conjugate gradient), or "auto": the cheapest by :func:`solver_costs`.
+            memory; both in C blocks where outputs do not meet in the loss), "cg" (conjugate
+            gradient), or "auto": the cheapest by :func:`solver_costs`.
         tolerance: of the true relative residual of a solve.
         preconditioner: of conjugate gradient: "none", "kfac" (from the moment that it pays, see
             :func:`kfac_cost`), "nystrom" (a randomised sketch of rank 32), or "auto", by
@@ -60,15 +64,20 @@ class GGN(Curvature):
         """Nothing is factored before the first solve.
 
         Raises:
-            InputError: not a softmax head; a dense solver beyond MAX_DENSE_ORDER; "dual" where
-                samples are shared among processes.
+            InputError: no curvature of the loss is known; a dense solver beyond MAX_DENSE_ORDER;
+                "dual" where samples are shared among processes.
         """
         sizes = (factors.num_tokens, factors.num_classes, factors.width)
-        if self.solver != "auto" and self.solver not in solver_costs(*sizes):
-            tokens, classes, width = sizes
-            order = (classes - 1) * width if self.solver == "primal" else tokens * classes
+        outputs = Remembered(output_curvature)
+        form: Form = "softmax"
+        for chunk in factors.chunks():  # refused before any work
+            form = outputs(chunk).form
+            break
+        if self.solver != "auto" and self.solver not in solver_costs(*sizes, form=form):
+            blocks, order = dense_orders(*sizes, form)[self.solver]
+            what = "a dense matrix" if blocks == 1 else f"{blocks} dense matrices"
             raise InputError(
-                f"solver={self.solver!r} needs a dense matrix of order {order}; use 'cg' beyond "
+                f"solver={self.solver!r} needs {what} of order {order}; use 'cg' beyond "
                 f"{MAX_DENSE_ORDER}"
             )
         if self.solver == "dual":
@@ -76,17 +85,22 @@ class GGN(Curvature):
         chosen: str = self.preconditioner
         if chosen == "auto":
             chosen = choose_preconditioner(*sizes)
-        return FittedGGN(factors, self.damping, self.solver, self.tolerance, chosen)
+        solve = (self.damping, self.solver, self.tolerance, chosen)
+        return FittedGGN(factors, outputs, form, *solve)
 
 
 def _by_class(p: Tensor) -> Tensor:
     """In float32; on a CPU class by class, as conjugate gradient reads them at every product."""
     p = p.float()
-    return p.t().contiguous().t() if p.device.type == "cpu" else p
+    return p.t().contiguous().t() if p.device.type == "cpu" and p.dim() == 2 else p
+
+
+def _top(outputs: OutputCurvature) -> Tensor | None:
+    return outputs.top() if isinstance(outputs, Softmax) else None
 
 
 class FittedGGN(Fitted):
-    """The GGN of a softmax head.
+    """The GGN of a head.
 
     Attributes:
         residual: relative residual of the last solve, recomputed in float64 (the largest of
@@ -100,32 +114,33 @@ class FittedGGN(Fitted):
     def __init__(
         self,
         factors: Factors,
+        outputs: Remembered[OutputCurvature],
+        form: Form,
         damping: float,
         solver: str,
         tolerance: float,
         preconditioner: str,
     ) -> None:
         super().__init__((factors.num_classes, factors.width), factors.device)
-        self._factors, self._softmax = factors, Remembered(softmax)
-        self._p32 = Remembered(lambda chunk: _by_class(self._softmax(chunk).p))
+        self._factors, self._outputs, self._form = factors, outputs, form
+        self._narrow = Remembered(lambda chunk: _by_class(outputs(chunk).operand))
+        self._factor = Remembered(lambda chunk: outputs(chunk).factor())
+        self._top = Remembered(lambda chunk: _top(outputs(chunk)))
         self.damping, self.solver, self.tolerance = damping, solver, tolerance
         self.iterations = 0
-        for chunk in factors.chunks():  # refused before any work
-            self._softmax(chunk)
-            break
-        self.direct = Direct(factors, self._softmax, damping)
-        self.iterative = Iterative(self._product, factors, self._softmax, damping, preconditioner)
+        self.direct = Direct(factors, outputs, form, damping)
+        self.iterative = Iterative(self._product, factors, outputs, damping, preconditioner)
 
     def _product(self, v: Tensor) -> Tensor:
         n = self._factors.n
 
         def share(chunk: GradientFactors) -> Tensor:
-            p, scale = self._softmax(chunk).p, self._softmax(chunk).scale
-            if v.dtype == torch.float32:
-                p = self._p32(chunk)
+            single = v.dtype == torch.float32
+            p = self._narrow(chunk) if single else self._outputs(chunk).operand
             # Each chunk brings its share of the damping.
-            damping = self.damping * (chunk.n / n)
-            return ggn_product(p, scale, chunk.act, v, n, damping, chunk.has_bias)
+            damping, top = self.damping * (chunk.n / n), self._top(chunk)
+            rest = (v, n, damping, chunk.has_bias, self._form, top)
+            return ggn_product(p, self._factor(chunk), chunk.act, *rest)
 
         return self._factors.sums(share)
 
@@ -136,7 +151,8 @@ class FittedGGN(Fitted):
             return self.direct.made
         f = self._factors
         whole = f.n_here == f.n
-        return choose_solver(f.num_tokens, f.num_classes, f.width, solves, dual=whole)
+        sizes = (f.num_tokens, f.num_classes, f.width)
+        return choose_solver(*sizes, solves, dual=whole, form=self._form)
 
     def _solve(self, v: Tensor, out: Tensor | None) -> Tensor:
         many = v if v.dim() == 3 else v[None]
@@ -151,10 +167,10 @@ class FittedGGN(Fitted):
                 self.residual, self.iterations = bound, 0
                 return self.direct.primal(many.double())
         if solver == "cg":
-            approximates = self.iterative.approximates()
+            approximates, goal = self.iterative.approximates(), self.tolerance
         else:
-            approximates = self.direct.approximates(solver)
-        solution = refine(self._product, approximates, many, tolerance=self.tolerance)
+            approximates, goal = self.direct.approximates(solver), self.direct.goal(self.tolerance)
+        solution = refine(self._product, approximates, many, tolerance=goal)
         self.residual, self.iterations = solution.residual, solution.iterations
         if self.residual > self.tolerance:
             logger.warning(

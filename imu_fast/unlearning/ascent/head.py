@@ -10,9 +10,10 @@ from torch import Tensor
 
 from imu_fast.ops.head_ascent import head_ascent, head_ascent_gradient
 from imu_fast.unlearning.ascent.graph import StepSequence
+from imu_fast.unlearning.ascent.head_samples import add_retained, of_samples
 from imu_fast.unlearning.ascent.optimizer import plain_sgd
 from imu_fast.unlearning.ascent.step import Rule
-from imu_fast.unlearning.subject import HeadSubject
+from imu_fast.unlearning.subject import HeadSubject, Scored
 
 
 class HeadSteps:
@@ -31,9 +32,11 @@ class HeadSteps:
         rows: Tensor | None = None,
         preconditioner: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.subject, self._objective, self._alpha = subject, rule.objective, rule.alpha
+        self.subject, self._rule, self._alpha = subject, rule, rule.alpha
         device = subject.theta.device
-        self._auxiliary = None if rule.auxiliary is None else rule.auxiliary.to(device)
+        # One label a sample, and nothing but these: the formula as it is, fused where it can be.
+        self._flat = subject.flat and rule.objective.fused
+        self._flat = self._flat and rule.retain is None and rule.samples == "forget"
         self._frozen = None if rows is None else ~rows.to(device)
         self._preconditioner = preconditioner
         self.optimizer = rule.optimizer.make([subject.theta])
@@ -46,15 +49,20 @@ class HeadSteps:
 
     def _rates(self) -> tuple[float, float, float] | None:
         """Those of :func:`plain_sgd`, where the step is that and nothing more."""
-        more = (self._preconditioner, self._auxiliary, self._frozen)
-        return plain_sgd(self.optimizer) if all(m is None for m in more) else None
+        more = (self._preconditioner, self._rule.auxiliary, self._frozen)
+        if not self._flat or any(m is not None for m in more):
+            return None
+        return plain_sgd(self.optimizer)
+
+    def seen(self, rows: Tensor, layers: str) -> Scored:
+        """The cached features: what changes is the head, so either way it is the same layer."""
+        return self.subject
 
     def step(self, rows: Tensor, weights: Tensor) -> Tensor:
-        features, labels = self.subject.sets["forget"]
-        theta, has_bias = self.subject.theta, self.subject.has_bias
-        rows = rows.to(features.device)
-        batch = features[rows], labels[rows], weights, theta
+        theta, has_bias, rule = self.subject.theta, self.subject.has_bias, self._rule
+        rows = rows.to(theta.device)
         if (rates := self._rates()) is not None:
+            features, labels = self.subject.sets["forget"]
             lr, momentum, weight_decay = rates
             # The buffer lives where torch keeps it, so that a checkpoint finds it.
             slots = self.optimizer.state[theta]
@@ -62,21 +70,25 @@ class HeadSteps:
                 slots["momentum_buffer"] = torch.zeros_like(theta)
             buffer = slots["momentum_buffer"] if momentum else None
             return head_ascent(
-                *batch,
+                features[rows],
+                labels[rows],
+                weights,
+                theta,
                 buffer,
                 has_bias,
-                self._objective,
+                rule.objective.name,
                 lr=lr,
                 momentum=momentum,
                 weight_decay=weight_decay,
                 alpha=self._alpha,
             )
-        auxiliary = None if self._auxiliary is None else self._auxiliary[rows]
-        gradient, loss = head_ascent_gradient(*batch, has_bias, self._objective, auxiliary)
+        gradient, loss = self._gradient(rows, weights)
         if self._preconditioner is not None:
             moved = self._preconditioner(gradient).to(gradient)
             scale = gradient.norm() / moved.norm().clamp_min(torch.finfo(moved.dtype).tiny)
             gradient = moved.mul_(scale)
+        if rule.retain is not None:
+            loss = loss + add_retained(gradient, self.subject, rule.retain, len(rows))
         if self._alpha:
             gradient.add_(theta.sign(), alpha=self._alpha)
             loss = loss + self._alpha * theta.abs().sum()
@@ -87,3 +99,13 @@ class HeadSteps:
         if kept is not None:
             theta[self._frozen] = kept
         return loss
+
+    def _gradient(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Of ``- sum_i w_i f_i / sum_i w_i``: [C, D], and that loss."""
+        theta, has_bias, rule = self.subject.theta, self.subject.has_bias, self._rule
+        if not self._flat:
+            return of_samples(self.subject, rule, rows, weights)
+        features, labels = self.subject.sets["forget"]
+        auxiliary = None if rule.auxiliary is None else rule.auxiliary.of(rows).to(theta.device)
+        batch = features[rows], labels[rows], weights, theta, has_bias
+        return head_ascent_gradient(*batch, rule.objective.name, auxiliary)

@@ -150,7 +150,9 @@ def _network(job: Job, rule: Rule, trained: set[int], *, batchnorm: str, dropout
     job.keep(p for p in job.model.parameters() if id(p) in trained)
     job.keep(job.model.buffers())
     subject = NetworkSubject(job.model, job.sets, names, job.reading)
-    return NetworkSteps(subject, rule, batchnorm=batchnorm, dropout=dropout)
+    copies = {id(tensor): copy for tensor, copy in job.kept}
+    original = {name: copies[id(p)] for name, p in subject.parameters.items()}
+    return NetworkSteps(subject, rule, batchnorm=batchnorm, dropout=dropout, original=original)
 
 
 def _check_not_frozen(model: nn.Module, subject: HeadSubject) -> None:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from imu_fast.unlearning.ascent.graph import StepSequence
+from imu_fast.unlearning.ascent.objectives import Auxiliary, Objective
 from imu_fast.unlearning.ascent.optimizer import Optimizer
-from imu_fast.unlearning.subject import Subject
+from imu_fast.unlearning.ascent.retain import Retain
+from imu_fast.unlearning.subject import Scored, Subject
 
 
 @dataclass(frozen=True)
@@ -18,14 +20,17 @@ class Rule:
     """What a step minimises: ``- sum_i w_i f(l_i) / sum_i w_i + alpha ||theta||_1``, and by what.
 
     Attributes:
-        objective: the name of f.
-        auxiliary: [n], what f needs to know of each forget sample, or None.
+        objective: f. auxiliary: what it needs to know of each forget sample, or None.
+        retain: what is added for data that is to stay, or None.
+        samples: the name of the set that the steps run on, sample by sample the forget set.
     """
 
-    objective: str
-    auxiliary: Tensor | None
+    objective: Objective
+    auxiliary: Auxiliary | None
     alpha: float
     optimizer: Optimizer
+    retain: Retain | None = None
+    samples: str = "forget"
 
 
 class Steps(Protocol):
@@ -45,6 +50,10 @@ class Steps(Protocol):
 
     @property
     def sequence(self) -> StepSequence | None: ...
+
+    def seen(self, rows: Tensor, layers: str) -> Scored:
+        """What the weights of the next step, on samples of ``rows`` [B], are made of."""
+        ...
 
     def step(self, rows: Tensor, weights: Tensor) -> Tensor:
         """One reweighted step on forget samples ``rows`` [B]; returns the loss (scalar tensor)."""

@@ -13,7 +13,7 @@ from imu_fast.errors import check_choice, check_fraction
 from imu_fast.influence.scores import influence_scores
 from imu_fast.influence.weights import QUANTILE_OVER, influence_weights
 from imu_fast.options import Choice, Options, Table, option, options
-from imu_fast.unlearning.subject import Subject
+from imu_fast.unlearning.subject import Scored
 
 
 def by_index(indices: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,11 +44,13 @@ class Weights(Options):
     Attributes:
         reweight: when they are computed: ``"once"``, each ``"epoch"``, or each ``"batch"`` of its
             own samples (a batch without negative scores is skipped).
+        scored: the layers that scores are of: ``"head"`` or ``"trained"``.
     """
 
     reweight: str = "once"
+    scored: str = "head"
 
-    def scores(self, subject: Subject, rows: Tensor | None = None) -> Tensor | None:
+    def scores(self, subject: Scored, rows: Tensor | None = None) -> Tensor | None:
         """What weights are made of: [n], negative supports forgetting; None: all weigh alike.
 
         Args:
@@ -115,7 +117,7 @@ class Influence(_Selected):
     scored: Literal["head", "trained"] = option(default="head", check=_check_scored)
     reweight: Literal["once", "epoch", "batch"] = option(default="once", check=_check_reweight)
 
-    def scores(self, subject: Subject, rows: Tensor | None = None) -> Tensor:
+    def scores(self, subject: Scored, rows: Tensor | None = None) -> Tensor:
         return influence_scores(
             subject.factors(rows, self.scored),
             curvature=self.curvature,
@@ -141,7 +143,7 @@ class LossWeights(_Selected):
     on_empty: Literal["error", "uniform"] = option(default="error", check=_check_empty)
     reweight: Literal["once", "epoch", "batch"] = option(default="once", check=_check_reweight)
 
-    def scores(self, subject: Subject, rows: Tensor | None = None) -> Tensor:
+    def scores(self, subject: Scored, rows: Tensor | None = None) -> Tensor:
         losses = subject.factors(rows)[0].losses
         assert losses is not None
         return -losses

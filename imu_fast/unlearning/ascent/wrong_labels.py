@@ -8,15 +8,19 @@ from torch import Tensor, nn
 from imu_fast.errors import InputError
 from imu_fast.model.batches import device_of, split_batch, to_device
 from imu_fast.model.guard import preserved
-from imu_fast.model.outputs import logits_of, outputs_of
+from imu_fast.model.loss import counts_of
+from imu_fast.model.outputs import logits_in_batches, logits_of
 from imu_fast.unlearning.method import Job
 
 # Of the input's own standard deviation: the reach of the single adversarial step.
 _REACH = 0.1
 
 
-def nearest_wrong_labels(job: Job) -> Tensor:
+def nearest_wrong_labels(job: Job) -> tuple[Tensor, Tensor]:
     """The likeliest class other than the label after one signed gradient step: [n] int64.
+
+    Returns:
+        These, and the offsets [n+1] of the samples among them.
 
     Raises:
         InputError: the inputs are not floating tensors (token ids have no gradient).
@@ -45,13 +49,19 @@ def nearest_wrong_labels(job: Job) -> Tensor:
                 step = _REACH * x.std() * gradient.sign()
                 moved = logits_of(model(x + step, *inputs[1:]), labels, output)
             found.append(moved.scatter(1, labels[:, None], -torch.inf).argmax(dim=1))
-    return torch.cat(found)
+    wrong = torch.cat(found)
+    return wrong, torch.arange(len(wrong) + 1)
 
 
-def random_wrong_labels(job: Job) -> Tensor:
-    """A class other than its label for each forget sample, uniform: [n] int64."""
-    outputs = outputs_of(job.model, job.forget, **job.reading.given())
-    classes = outputs.logits.shape[1]
+def random_wrong_labels(job: Job) -> tuple[Tensor, Tensor]:
+    """A class other than it for each label of the forget set, uniform: [N] int64, and offsets."""
+    labels, counts, classes = [], [], 0
+    for logits, targets in logits_in_batches(job.model, job.forget, job.reading, "unlearn()"):
+        labels.append(targets[targets >= 0])
+        counts.append(counts_of(targets))
+        classes = logits.shape[-1]
+    found, offsets = torch.cat(labels), torch.cat(counts).cumsum(0)
     generator = torch.Generator().manual_seed(job.seed)
-    shift = torch.randint(1, classes, outputs.labels.shape, generator=generator)
-    return (outputs.labels + shift.to(outputs.labels.device)) % classes
+    shift = torch.randint(1, classes, found.shape, generator=generator)
+    wrong = (found + shift.to(found.device)) % classes
+    return wrong, torch.cat([offsets.new_zeros(1), offsets])

@@ -1,0 +1,59 @@
+"""What factors are made of, checked before any work."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from imu_fast.errors import InputError, check_finite_rows, check_same_device
+
+
+def check_offsets(offsets: Tensor, num_tokens: int) -> None:
+    """Raise InputError unless offsets [n+1] cut ``num_tokens`` tokens into n >= 1 samples."""
+    if offsets.dim() != 1 or len(offsets) < 2:
+        raise InputError(
+            f"offsets has shape {tuple(offsets.shape)}: an empty forget set; pass [n+1] with n >= 1"
+        )
+    ends = (int(offsets[0]), int(offsets[-1]))
+    if ends != (0, num_tokens) or bool((offsets.diff() < 0).any()):
+        raise InputError(
+            f"offsets must rise from 0 to N={num_tokens}; they go from {ends[0]} to {ends[1]}"
+        )
+
+
+def remaining(offsets: Tensor, valid: Tensor) -> Tensor:
+    """Offsets [n+1] of the tokens that are valid [N]."""
+    before = torch.zeros(len(valid) + 1, dtype=torch.int64)
+    before[1:] = valid.cpu().cumsum(0)
+    return before[offsets]
+
+
+def check_operands(features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
+    """Raise InputError unless shapes and devices of a head and its labels fit."""
+    if features.dim() != 2 or features.shape[0] == 0:
+        raise InputError(
+            f"features has shape {tuple(features.shape)}; pass [N, d] with N >= 1 samples"
+        )
+    if weight.dim() != 2 or weight.shape[1] != features.shape[1]:
+        raise InputError(
+            f"weight has shape {tuple(weight.shape)}, features {tuple(features.shape)}; "
+            "expected weight [C, d] with the features' d"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise InputError(f"bias has shape {tuple(bias.shape)}; expected ({weight.shape[0]},)")
+    if labels.shape[:1] != features.shape[:1]:
+        raise InputError(
+            f"labels has shape {tuple(labels.shape)}; expected ({features.shape[0]},), or "
+            f"({features.shape[0]}, {weight.shape[0]}) where the loss takes one per output"
+        )
+    for tensor, label in ((weight, "weight"), (labels, "labels"), (bias, "bias")):
+        if tensor is not None:
+            check_same_device("features", features, label, tensor)
+
+
+def check_finite(features: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise InputError naming the first sample or class with a number that is not finite."""
+    check_finite_rows("features", features)
+    check_finite_rows("weight", weight, "class")
+    if bias is not None:
+        check_finite_rows("bias", bias, "class")
