@@ -55,6 +55,7 @@ _EXPORTS = {
     "Network": "unlearning.ascent.scopes",
     "OutputCurvature": "losses.output_curvature",
     "pairwise_influence": "influence.scores",
+    "parameter_importance": "importance.importance",
     "pairwise_similarity": "attribution.similarity",
     "Permuted": "unlearning.ascent.weights",
     "Refusal": "unlearning.ascent.objectives",
@@ -103,6 +104,7 @@ if TYPE_CHECKING:
     from imu_fast.factors.gradient_factors import GradientFactors as GradientFactors
     from imu_fast.factors.implicit_head import ImplicitHead as ImplicitHead
     from imu_fast.factors.sharded import ShardedFactors as ShardedFactors
+    from imu_fast.importance.importance import parameter_importance as parameter_importance
     from imu_fast.influence.batch import InfluenceWeightedLoss as InfluenceWeightedLoss
     from imu_fast.influence.batch import batch_weights as batch_weights
     from imu_fast.influence.scores import influence_scores as influence_scores

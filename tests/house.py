@@ -19,7 +19,7 @@ PACKAGE = "imu_fast"
 FLOORS = (
     ("cli", "study", "integrations", "check"),
     ("attribution", "evaluation", "unlearning"),
-    ("influence",),
+    ("importance", "influence"),
     ("curvature", "model"),
     ("factors",),
     ("losses", "solvers", "ops"),

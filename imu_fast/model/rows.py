@@ -46,7 +46,8 @@ class Layout:
         return index.view(-1, *[1] * (len(shape) - self.dim - 1)).expand(shape)
 
 
-def _layouts(dims: int) -> list[Layout]:
+def layouts(dims: int) -> list[Layout]:
+    """Every way in which rows of so many axes may belong to samples, the likeliest first."""
     kinds = ("batch", "sample by sample", "position by position")
     return [Layout(kind, dim) for kind in kinds for dim in range(dims)]
 
@@ -72,7 +73,7 @@ class LayoutChanged(Exception):
 _TRUST_BITS, _FIRST, _EVERY = 40.0, 4, 8
 
 
-def _levels(dtype: torch.dtype) -> tuple[int, int]:
+def levels_of(dtype: torch.dtype) -> tuple[int, int]:
     """How many powers of two tell samples apart, and the lowest exponent; half is narrow."""
     return (8, 0) if dtype == torch.float16 else (48, -16)
 
@@ -150,7 +151,7 @@ class Ownership:
     def _tested(
         self, keys: Sequence[tuple[str, int]], base: Sequence[Tensor], backward: Backward, n: int
     ) -> list[Tensor]:
-        levels, low = _levels(base[0].dtype)
+        levels, low = levels_of(base[0].dtype)
         generator = torch.Generator().manual_seed(n)
         if n <= levels:  # all different: one pass names every owner
             code = torch.randperm(n, generator=generator)
@@ -163,7 +164,7 @@ class Ownership:
             digit, clear, own = _digits(g, w, low)
             if bool((clear & ~own).any()):
                 raise Mixed(i)
-            candidates = self._known.get(key) or _layouts(len(shape))
+            candidates = self._known.get(key) or layouts(len(shape))
             passed, owners = [], None
             for layout in candidates:
                 owner = layout.owners(shape, n)

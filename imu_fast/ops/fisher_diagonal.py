@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -21,6 +21,8 @@ TILE_ELEMENTS = 1 << 22
 # From this many entries on, a sample's gradient is worth a matrix product of its own, on views;
 # smaller ones are batched by length, which copies their tokens.
 _ALONE = 1 << 14
+# Elements of a sample's product that are squared before the next are computed.
+_SLAB_ELEMENTS = 1 << 17
 
 
 def gradient_tiles(
@@ -41,6 +43,26 @@ def gradient_tiles(
             for start in range(0, delta.shape[1], classes):
                 slab = slice(start, start + classes)
                 yield chunk, slab, delta[rows][..., slab].transpose(1, 2) @ a
+
+
+def add_squared_products(
+    total: Tensor, left: Tensor | Sequence[Tensor], right: Tensor | Sequence[Tensor]
+) -> None:
+    """``total += sum_i (left_i right_i)^2``, elementwise, with no product kept.
+
+    Some rows at a time, of all samples one after the other: product and sum stay in the cache.
+
+    Args:
+        total: [R, K]. left: n of [R, M_i]. right: n of [M_i, K].
+    """
+    step = max(1, _SLAB_ELEMENTS // total.shape[1])
+    made = total.new_empty(min(step, len(total)), total.shape[1])
+    for start in range(0, len(total), step):
+        slab = total[start : start + step]
+        product = made[: len(slab)]
+        for one, other in zip(left, right, strict=True):
+            torch.mm(one[start : start + step], other, out=product)
+            slab.addcmul_(product, product)
 
 
 def _kernel_limits(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> str:
@@ -79,13 +101,13 @@ def fisher_diagonal(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool)
     total = delta.new_zeros(shape)
     if total.numel() >= _ALONE:
         d = act.shape[1]
-        g, body = delta.new_empty(shape[0], d), total[:, :d]
         for first, last in pairwise(offsets.tolist()):
             tokens = slice(first, last)
-            torch.mm(delta[tokens].t(), act[tokens], out=g)
-            body.addcmul_(g, g)
             if has_bias:
                 total[:, d] += delta[tokens].sum(dim=0).square_()
+        cuts = list(pairwise(offsets.tolist()))
+        left = [delta[first:last].t() for first, last in cuts]
+        add_squared_products(total[:, :d], left, [act[first:last] for first, last in cuts])
         return total.div_(n)
     for _, slab, g in gradient_tiles(delta, act, offsets, has_bias):
         total[slab] += g.square_().sum(dim=0)

@@ -1,0 +1,1 @@
+"""Squared per-sample gradients of every parameter, in one batched pass."""
