@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import fnmatch
 import inspect
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from imu_fast.influence.batch import batch_weights
 from imu_fast.influence.weights import QUANTILE_OVER
 from imu_fast.losses.cross_entropy import IGNORE_INDEX
 from imu_fast.model.forward import innermost
-from imu_fast.model.head import linear_layers, resolve
+from imu_fast.model.selection import selected
 from imu_fast.ops.objective import LABEL_OBJECTIVES, NPO_BETA, objective
 from imu_fast.ops.tokens import sum_over_tokens
 from imu_fast.options import Choice, Options, option, options
@@ -108,19 +107,7 @@ class Forgetting(Options):
         """
         if self.layers == "head":
             return "head"
-        wanted = [self.layers] if isinstance(self.layers, str) else list(self.layers)
-        there = linear_layers(innermost(model))
-        found: dict[str, nn.Module] = {}
-        for name in wanted:
-            if not any(sign in name for sign in "*?["):
-                layer = resolve(model, name)
-                found[layer.name] = layer.module
-                continue
-            matching = fnmatch.filter(there, name)
-            if not matching:
-                raise InputError(f"layers={name!r} matches none of {list(there)}")
-            found |= {key: there[key].module for key in matching}
-        return list(found.values())
+        return [layer.module for layer in selected(innermost(model), self.layers)[0]]
 
 
 def present(arguments: dict[str, Any]) -> dict[str, Any]:

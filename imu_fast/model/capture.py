@@ -14,10 +14,11 @@ from imu_fast.model.batches import device_of, empty_message, warn_of_order
 from imu_fast.model.features import HeadCapture
 from imu_fast.model.features import HeadFeatures as HeadFeatures
 from imu_fast.model.guard import door
-from imu_fast.model.head import LinearLayer, linear_layers, resolve
+from imu_fast.model.head import LinearLayer, resolve
 from imu_fast.model.layers import capture_layers
 from imu_fast.model.reading import Reading, ReadingOptions
 from imu_fast.model.run import evaluated, full_precision, read
+from imu_fast.model.selection import selected
 
 
 def _explicit(model: nn.Module, head: Any) -> list[LinearLayer]:
@@ -112,13 +113,15 @@ def capture(
     taken at its own output, through those steps.
 
     Args:
-        layers: ``"head"``: the classifier, one forward pass. A name or module: that layer; a list:
-            several. These need one batched forward and backward pass. Linear layers, and
-            convolutions that act as such.
+        layers: ``"head"``: the classifier, one forward pass. A name or module: that layer; a
+            pattern (``"*.attn.*"``) or the end of names (``"q_proj"``: every ``*.q_proj``), or a
+            list of any of these: several. These need one batched forward and backward pass.
+            Linear layers, transformers' Conv1D, and convolutions that act as such. An adapter's
+            wrapper stands for its base layer; ``"lora_A"`` for the layers of that name.
         reading: ``output``, ``loss`` and its options, as in :func:`capture_features`.
 
     Returns:
-        GradientFactors; for a list of layers a list, in the order of ``named_parameters``. Of a
+        GradientFactors; for several layers a list, in the order of ``named_parameters``. Of a
         head whose output is the logits and whose signal would take 256 MB or more, an
         ImplicitHead: neither signal nor, where the model does not work with them, logits are
         stored.
@@ -134,15 +137,6 @@ def capture(
         with full_precision(device_of(model)):
             return found.factors()
     warn_of_order(loader)
-    single = isinstance(layers, str | nn.Module)
-    wanted = [layers] if single else list(layers)  # type: ignore[arg-type]
-    if not wanted:
-        raise InputError("layers=[] names no layer; pass 'head' or a list of linear layers")
-    chosen_layers = [resolve(model, layer) for layer in wanted]
-    twice = [layer.name for k, layer in enumerate(chosen_layers) if layer in chosen_layers[:k]]
-    if twice:
-        raise InputError(f"layers names {twice[0]!r} twice; its scores would count double")
-    names = {layer.name for layer in chosen_layers}
-    ordered = [layer for name, layer in linear_layers(model).items() if name in names]
+    ordered, single = selected(model, layers)
     out = capture_layers(model, loader, ordered, how, progress)
     return out[0] if single else out

@@ -193,6 +193,7 @@ def resolve(model: nn.Module, wanted: Any, argument: str = "layers") -> LinearLa
     if wanted in layers:
         return layers[wanted]
     module = every.get(wanted)
+    module = getattr(module, "base_layer", module)  # an adapter's wrapper
     if module is None:  # names of the model inside a wrapper are good too
         module = dict(innermost(model).named_modules(remove_duplicate=False)).get(wanted)
     for layer in layers.values():
