@@ -14,9 +14,9 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "Ascent": "unlearning.ascent.ascent",
     "Auto": "unlearning.auto",
-    "BinaryCrossEntropy": "losses.binary_cross_entropy",
     "backends": "backend",
     "batch_weights": "influence.batch",
+    "BinaryCrossEntropy": "losses.binary_cross_entropy",
     "capture": "model.capture",
     "capture_features": "model.capture",
     "CrossEntropy": "losses.cross_entropy",
@@ -46,8 +46,8 @@ _EXPORTS = {
     "InputError": "errors",
     "KFAC": "curvature.kfac",
     "Layers": "unlearning.ascent.scopes",
-    "LeaveOneOut": "attribution.leave_one_out",
     "leave_one_out": "attribution.leave_one_out",
+    "LeaveOneOut": "attribution.leave_one_out",
     "linear_layers_matching": "model.head",
     "LossWeights": "unlearning.ascent.weights",
     "MarginEdit": "unlearning.edit.margin_edit",
@@ -61,12 +61,13 @@ _EXPORTS = {
     "Refusal": "unlearning.ascent.objectives",
     "Retain": "unlearning.ascent.retain",
     "self_influence": "influence.scores",
-    "similarity_scores": "attribution.similarity",
     "SGD": "unlearning.ascent.optimizer",
     "ShardedFactors": "factors.sharded",
+    "similarity_scores": "attribution.similarity",
     "SimNPO": "unlearning.ascent.objectives",
     "SquaredError": "losses.squared_error",
     "StopRule": "unlearning.depth",
+    "top_influences": "influence.top",
     "tracin": "attribution.tracin",
     "tracin_self_influence": "attribution.tracin",
     "UnfoldedFactors": "factors.unfolded",
@@ -111,6 +112,7 @@ if TYPE_CHECKING:
     from imu_fast.influence.scores import influence_scores as influence_scores
     from imu_fast.influence.scores import pairwise_influence as pairwise_influence
     from imu_fast.influence.scores import self_influence as self_influence
+    from imu_fast.influence.top import top_influences as top_influences
     from imu_fast.influence.weights import influence_weights as influence_weights
     from imu_fast.losses.binary_cross_entropy import BinaryCrossEntropy as BinaryCrossEntropy
     from imu_fast.losses.cross_entropy import CrossEntropy as CrossEntropy

@@ -24,6 +24,7 @@ from imu_fast.errors import (
 from imu_fast.model.batches import ForgetSet, device_of, split_batch, to_device
 from imu_fast.model.capture import capture_features
 from imu_fast.model.guard import copied, door
+from imu_fast.model.labels import class_labels
 from imu_fast.model.outputs import logits_of, outputs_of
 from imu_fast.model.reading import Reading, ReadingOptions
 from imu_fast.ops.head_ascent import head_logits
@@ -50,6 +51,7 @@ def _head_accuracies(
     found = capture_features(model, samples, **reading.given())
     wide = torch.float64 if found.features.dtype == torch.float64 else torch.float32
     features, labels = found.features.to(wide), found.labels
+    class_labels(labels, (*labels.shape[:1], len(found.head.weight)))
     if len(labels) != samples.n:
         raise InputError(
             f"forget has {samples.n} samples but {len(labels)} labelled tokens; relearning is for "

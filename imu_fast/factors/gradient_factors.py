@@ -20,6 +20,7 @@ from imu_fast.losses.base import Loss, mean_scale
 from imu_fast.losses.cross_entropy import CrossEntropy
 from imu_fast.losses.named import LOSSES, LossName
 from imu_fast.losses.output_curvature import FORMS, StoredCurvature, curvature_like
+from imu_fast.ops.fisher_diagonal import fisher_diagonal
 from imu_fast.ops.mean_gradient import mean_gradient
 from imu_fast.ops.softmax_residual import linear_logits
 from imu_fast.ops.tokens import cuts, is_flat, picked, sum_over_tokens
@@ -277,6 +278,10 @@ class GradientFactors:
     def mean_gradient(self) -> Tensor:
         """``gbar = 1/n sum_i g_i``: [C, D]."""
         return mean_gradient(self.delta, self.act, self.offsets, self.has_bias)
+
+    def fisher_diagonal(self) -> Tensor:
+        """``1/n sum_i g_i * g_i``, the empirical Fisher's diagonal: [C, D]."""
+        return fisher_diagonal(self.delta, self.act, self.offsets, self.has_bias)
 
     def select(self, indices: Tensor) -> GradientFactors:
         """The factors of some samples, in the order given; indices [k] int64."""

@@ -94,15 +94,6 @@ def class_labels(labels: Tensor, logits_shape: torch.Size | tuple[int, ...]) -> 
     return labels.to(torch.int64)
 
 
-def check_indices(labels: Tensor) -> None:
-    """Raise InputError unless labels of rows are class indices [N]."""
-    if labels.dim() != 1:
-        raise InputError(
-            f"labels have dtype {labels.dtype} and the logits' shape: one-hot or soft labels, "
-            "which are not supported here; pass labels.argmax(-1) where they are one-hot"
-        )
-
-
 def labels_fit(labels: Tensor, logits: Tensor) -> bool:
     """Whether these may be the labels of these logits [..., C]: in shape, and in range."""
     if logits.dim() < 2 or not logits.is_floating_point():

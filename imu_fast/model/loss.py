@@ -148,7 +148,7 @@ def labelled(reading: Reading, labels: Tensor, logits: Tensor, door: str) -> Ten
     """
     if logits.dim() == 2:
         return reading.labels_of_all(labels, logits, door)
-    return class_targets(labels, logits, reading.loss)
+    return class_targets(labels, logits, reading.of_tokens(door))
 
 
 def counts_of(targets: Tensor) -> Tensor:

@@ -109,6 +109,20 @@ class Reading(Options):
             )
         return loss
 
+    def of_tokens(self, door: str) -> CrossEntropy:
+        """The loss, where it has to be the plain one of a sequence's tokens.
+
+        Raises:
+            InputError: it is another.
+        """
+        loss = self.loss
+        if not isinstance(loss, CrossEntropy) or not loss.plain:
+            raise InputError(
+                f"{door} takes loss={loss!r}, where sequences are measured by the plain "
+                "loss='cross_entropy'; scores (imu_fast.influence_scores) take every loss"
+            )
+        return loss
+
     @staticmethod
     def check_one_label(logits: Tensor, door: str) -> None:
         """Raise InputError for the logits of sequences."""

@@ -152,8 +152,10 @@ def unlearn(
     forget = forget if forget is not None and forget.batch_size == how.batches_of else None
     forget = forget or ForgetSet(data, how.batches_of, model)
     sequences = _check_forgettable(forget, how, label)
-    reading = settled_on(reading, model, forget) if sequences else reading
-    if not sequences:
+    if sequences:
+        reading.of_tokens("unlearn()")
+        reading = settled_on(reading, model, forget)
+    else:
         reading.of_classes("unlearn()")
     described = {"method": label, "seed": seed, **how.flat(), **reading.flat()}
     target = model if inplace else copied(model)

@@ -12,17 +12,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
+import transformers
 import yaml
 from integrations import stand_in
 from integrations.tiny import llama, tokens
 from per_sample import assert_scores, sample_gradients
 from per_sample import scores as scores_of
 from torch.nn.functional import cross_entropy, logsigmoid
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 import imu_fast as imu
 from imu_fast.integrations import open_unlearning
+from imu_fast.integrations._forgetting import accepted
 from imu_fast.integrations.authors import tofu
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -318,6 +321,25 @@ def test_what_cannot_be_is_refused_before_training(make, options, said):
         make(gama=1.0)
 
 
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_tokenizer_goes_by_its_present_name(make, ours):
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a"))
+    )
+    cls = None if ours else tofu.imu_trainer(stand_in.UnlearnTrainer)
+    trainer = make(cls=cls, tokenizer=tokenizer)
+    assert trainer.tokenizer is trainer.processing_class is tokenizer
+
+
+def test_what_the_model_s_forward_does_not_name_is_left_out():
+    class Plain(torch.nn.Module):
+        def forward(self, input_ids, labels=None):
+            return input_ids
+
+    batch = {"input_ids": 1, "labels": 2, "index": 3}
+    assert accepted(Plain(), batch) == {"input_ids": 1, "labels": 2}
+
+
 def test_a_curvature_with_its_options(make):
     trainer = make(curvature="fisher", damping=0.5)
     assert trainer.forgetting.curvature == imu.Fisher(damping=0.5)
@@ -345,14 +367,16 @@ def test_open_unlearning_is_asked_for_where_it_is_needed():
 PROJECTIONS = [f"model.layers.{k}.self_attn.{p}_proj.weight" for k in range(3) for p in "qkvo"]
 
 
-@pytest.mark.parametrize("shift", [True, False])
-def test_the_authors_trainer(make, shift):
+@pytest.mark.parametrize(("shift", "left"), [(True, False), (False, False), (True, True)])
+def test_the_authors_trainer(make, shift, left):
     trainer = make(cls=tofu.imu_trainer(stand_in.UnlearnTrainer), shift_labels=shift, alpha=0.05)
     assert type(trainer).__name__ == "IMU" and trainer.state_size == 11
-    model, (ids, mask, labels) = trainer.model.train(), tokens()
+    model, batch = trainer.model.train(), tokens()
+    ids, mask, labels = (t.flip(1) for t in batch) if left else batch
 
     def loss(model, i):
-        z, y = model(input_ids=ids[i : i + 1]).logits[0], labels[i]
+        given = {"input_ids": ids[i : i + 1], "attention_mask": mask[i : i + 1]}
+        z, y = model(**given).logits[0], labels[i]
         if shift:
             z, y = z[:-1], y[1:]
         return cross_entropy(z, y, ignore_index=-100)
@@ -391,9 +415,16 @@ def test_the_authors_penalty_without_a_gradient(make):
 
 
 def test_the_authors_trainer_trains_their_parameters_alone(make):
+    class Watches(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            trained.append([k for k, p in model.named_parameters() if p.requires_grad])
+
+    trained = []
     trainer = make(cls=tofu.imu_trainer(stand_in.UnlearnTrainer))
+    trainer.add_callback(Watches())
     before = copy.deepcopy(trainer.model.state_dict())
     trainer.train()
+    assert trained == [PROJECTIONS, PROJECTIONS]
     changed = [k for k, v in trainer.model.state_dict().items() if not torch.equal(v, before[k])]
     assert changed == PROJECTIONS
     assert all(p.requires_grad for p in trainer.model.parameters())

@@ -153,6 +153,8 @@ def test_training_stops_at_a_depth(tmp_path, caplog):
     with torch.no_grad():
         hand = torch.stack([sequence_loss(model, item) for item in items(8)]).mean()
     assert abs(start[0] - float(hand)) < 1e-5
+    ours.forget_depth(model.train(), batches)
+    assert model.training
     stop = ours.StopAtDepth(batches, forget_loss=start[0] + 0.2)
     made = trainer(
         tmp_path,

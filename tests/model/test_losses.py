@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import imu_fast as imu
 from imu_fast.errors import InputError
+from imu_fast.evaluation.shallowness import relearning_steps
 from imu_fast.losses.auto import AutoLoss
 
 N, OUTPUTS, LAM = 11, 3, 1e-2
@@ -192,6 +193,19 @@ def test_doors_for_classifiers_refuse_other_losses_by_name(loss):
         lambda: imu.evaluate(model, (x, y), loss=loss),
     ):
         with pytest.raises(InputError, match="takes loss=.*where it is for classifiers"):
+            door()
+
+
+def test_soft_labels_are_refused_where_classes_are_counted():
+    model, x, y = Net(), torch.randn(N, 6), torch.softmax(torch.randn(N, OUTPUTS), dim=1)
+    for door in (
+        lambda: imu.unlearn(model, (x, y)),
+        lambda: imu.unlearn(model, (x, y), scope="all"),
+        lambda: imu.evaluate(model, (x, y)),
+        lambda: relearning_steps(model, (x, y), target=1.0, lr=0.1),
+        lambda: relearning_steps(model, (x, y), target=1.0, lr=0.1, scope="all"),
+    ):
+        with pytest.raises(InputError, match="one-hot or soft labels, which are not supported"):
             door()
 
 

@@ -454,6 +454,14 @@ def test_a_divergence_of_tied_and_of_half_models(options):
     assert sizes[1] != sizes[0]
 
 
+@pytest.mark.parametrize("loss", [imu.CrossEntropy(label_smoothing=0.1), "squared_error", "auto"])
+def test_another_loss_is_refused_and_not_ignored(loss):
+    model, data = lm.make("llama"), [lm.batch("llama")]
+    for door in (imu.evaluate, lambda *a, **k: imu.unlearn(*a, "uniform", **k)):
+        with pytest.raises(imu.InputError, match="sequences are measured by the plain"):
+            door(model, data, loss=loss)
+
+
 def test_requests_in_turn():
     model = lm.make("gpt2")
     first, second = lm.batch("gpt2", 5), lm.batch("gpt2", 4)

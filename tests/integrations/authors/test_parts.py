@@ -349,6 +349,39 @@ def test_persons_are_unlearned():
         )
 
 
+def test_the_gradient_of_persons_counts_once():
+    batch = default_collate(persons())
+    gradients = []
+    for twice in (False, True):
+        model = filled(Persons())
+        loss = reidentification.compute_combined_loss(
+            model,
+            batch["img"],
+            batch["pid"],
+            torch.ones(18),
+            VECTOR,
+            SimpleNamespace(alpha=0.0),
+            gradient_twice=twice,
+        )
+        loss.backward()
+        gradients.append(model.classifier.weight.grad)
+    assert torch.allclose(2 * gradients[0], gradients[1], rtol=1e-5)
+
+
+def test_a_batch_of_persons_that_supports_nothing_is_left_out():
+    model = filled(Persons())
+    with torch.no_grad():
+        model.classifier.bias[0] = 1e4  # of whom is known for sure there is no gradient
+    certain = [item for item in persons(20) if item["pid"] == 0][:3]
+    others = [item for item in persons(20) if item["pid"] != 0][:3]
+    before = model.classifier.weight.detach().clone()
+    args = SimpleNamespace(unlearn_epochs=1, alpha=0.0, weight_decay=0.0)
+    for dataset, changes in ((certain, False), (certain + others, True)):
+        loader = {"forget": DataLoader(dataset, batch_size=3)}
+        reidentification.IMU_REID(loader, model, None, args)
+        assert torch.equal(model.classifier.weight, before) != changes
+
+
 def chain_loss(model, item):
     logits = model(item["input_ids"][None])[0]
     return cross_entropy(logits, item["labels"], ignore_index=-100)
@@ -386,6 +419,16 @@ def test_the_gradient_of_chains_counts_once():
         gradients.append(model.output_layer.weight.grad)
         assert model.mix.weight.grad is None
     assert torch.allclose(2 * gradients[0], gradients[1], rtol=1e-5)
+
+
+def test_chains_with_one_label_and_with_none():
+    model, dataset = filled(Chains()), chains(3)
+    dataset[1]["labels"][1:], dataset[2]["labels"][:] = -100, -100
+    batch = default_collate([{**item, "weight": 0.5 + i} for i, item in enumerate(dataset)])
+    losses = [chain_loss(model, item) for item in dataset[:2]]
+    hand = -(0.5 * losses[0] + 1.5 * losses[1]) / 4.5
+    loss = markov.compute_combined_loss(model, batch, None, SimpleNamespace(alpha=0.0), "cpu")
+    assert torch.allclose(loss, hand, atol=1e-6)
 
 
 def projections(model, layers):

@@ -1,0 +1,74 @@
+"""The most influential samples of each query, without the matrix of all pairs."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from imu_fast.curvature.base import Curvature, check_whole
+from imu_fast.curvature.named import CurvatureName, OwnOptions
+from imu_fast.errors import InputError, check_choice, check_count
+from imu_fast.factors.source import in_memory
+from imu_fast.influence.scores import Layers, as_layers, check_like, pairwise_influence
+from imu_fast.model.guard import door
+
+By = Literal["helpful", "harmful", "magnitude"]
+# Elements of [n, queries] that exist at once: 64 MB in float32.
+_ELEMENTS = 1 << 24
+
+
+@door
+def top_influences(
+    source: Layers,
+    queries: Layers,
+    k: int,
+    *,
+    by: By = "helpful",
+    curvature: CurvatureName | Curvature = "fisher_diag",
+    damping: float | None = None,
+    **options: Unpack[OwnOptions],
+) -> tuple[Tensor, Tensor]:
+    """The k samples of largest influence on every query: those of each row of
+    :func:`imu_fast.pairwise_influence`, some queries at a time.
+
+    Args:
+        source: factors of n samples; they define the curvature.
+        queries: factors of m samples of the same layers.
+        k: of the n samples, 1 <= k <= n.
+        by: ``"helpful"``: the lowest, whose gradients pull with the query's (training on them
+            lowers its loss); ``"harmful"``: the highest; ``"magnitude"``.
+        curvature, damping, options: as in :func:`imu_fast.influence_scores`.
+
+    Returns:
+        values [m, k], influences in that order, and indices [m, k] int64 of the samples; of equal
+        ones the lower index first.
+
+    Raises:
+        InputError: as :func:`imu_fast.pairwise_influence`; k is out of range; samples are shared
+            among processes.
+    """
+    check_choice("by", by, get_args(By))
+    all_layers, asked = as_layers(source, "source"), as_layers(queries, "queries")
+    if len(all_layers) != len(asked):
+        raise InputError(f"queries has {len(asked)} layers, source {len(all_layers)}")
+    check_like("queries", all_layers, asked)
+    check_whole("source", all_layers[0])
+    n = all_layers[0].n
+    if check_count("k", k) > n:
+        raise InputError(f"k={k} is more than the {n} samples of source; pass at most {n}")
+    whole = [in_memory(query, "queries") for query in asked]
+    m, step = whole[0].n, max(1, _ELEMENTS // n)
+    values, indices = [], []
+    for first in range(0, m, step):
+        some = [query.samples(first, min(first + step, m)) for query in whole]
+        found = pairwise_influence(
+            all_layers, some, curvature=curvature, damping=damping, **options
+        ).T
+        keys = found.abs() if by == "magnitude" else found
+        order = torch.sort(keys, dim=1, descending=by != "helpful", stable=True).indices[:, :k]
+        values.append(found.gather(1, order))
+        indices.append(order)
+    return torch.cat(values), torch.cat(indices)
