@@ -402,6 +402,50 @@ def test_a_layout_that_changes_with_the_data():
     check(model, x, y, sizes=[12] * 5)
 
 
+def turned(self, x):
+    """Whether rows are turned is one number, which no function's name shows."""
+    h = self.emb(x).mean(1)
+    by = int(h.detach()[0, 1] > 0) * (len(x) // 2)
+    h = F.gelu(self.a(torch.cat([h[by:], h[:by]])))
+    return self.fc(torch.cat([h[len(x) - by :], h[: len(x) - by]]))
+
+
+def branched(self, x):
+    h = self.emb(x).mean(1)
+    if float(h.detach()[0, 1]) > 0:
+        return self.fc(F.gelu(self.a(h.flip(0))).flip(0))
+    return self.fc(F.gelu(self.a(h)))
+
+
+@pytest.mark.parametrize("mix", [turned, branched], ids=lambda f: f.__name__)
+def test_code_that_lays_rows_out_in_another_way_later(mix):
+    model, size, count = Net(mix, a=nn.Linear(H, H)), 12, 9
+    x, y = torch.randn(size * count, T, D), torch.randint(C, (size * count,))
+    parts = [part if k else part.flip(0) for k, part in enumerate(x.split(size))]
+    order = [model.emb(part).detach().mean(1)[0, 1] for part in parts]
+    parts = [parts[k] for k in torch.stack(order).argsort().tolist()]
+    for part in (parts[0], *parts[-3:]):  # the first is straight, the last are not
+        straight = part is parts[0]
+        while (float(model.emb(part).detach().mean(1)[0, 1]) <= 0) != straight:
+            part[0] = torch.randn(T, D)
+    check(model, torch.cat(parts), y, sizes=[size] * count)
+    if mix is turned:
+        with pytest.raises(InputError, match="in one way in some"):
+            batches = zip(parts, y.split(size), strict=True)
+            imu.parameter_importance(model, iter(list(batches)))
+
+
+def test_an_input_that_is_overwritten_after_its_use():
+    def overwritten(self, x):
+        z = torch.tanh(x)
+        h = self.emb(z)
+        z.mul_(0)
+        return self.fc(h.mean(1))
+
+    with pytest.raises(InputError, match=r"no gradient in emb\.bias, emb\.weight.*inplace"):
+        imu.parameter_importance(Net(overwritten), tokens())
+
+
 def test_samples_that_are_not_independent():
     class Own(nn.Module):
         def __init__(self):
