@@ -70,6 +70,7 @@ _EXPORTS = {
     "top_influences": "influence.top",
     "tracin": "attribution.tracin",
     "tracin_self_influence": "attribution.tracin",
+    "UnfoldedFactors": "factors.unfolded",
     "Uniform": "unlearning.ascent.weights",
     "unlearn": "unlearning.unlearn",
     "unlearn_in_turn": "unlearning.in_turn",
@@ -104,6 +105,7 @@ if TYPE_CHECKING:
     from imu_fast.factors.gradient_factors import GradientFactors as GradientFactors
     from imu_fast.factors.implicit_head import ImplicitHead as ImplicitHead
     from imu_fast.factors.sharded import ShardedFactors as ShardedFactors
+    from imu_fast.factors.unfolded import UnfoldedFactors as UnfoldedFactors
     from imu_fast.importance.importance import parameter_importance as parameter_importance
     from imu_fast.influence.batch import InfluenceWeightedLoss as InfluenceWeightedLoss
     from imu_fast.influence.batch import batch_weights as batch_weights

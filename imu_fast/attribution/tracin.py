@@ -11,7 +11,6 @@ from typing_extensions import Unpack
 
 from imu_fast.attribution.similarity import products, squared_norms
 from imu_fast.errors import InputError, check_positive
-from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.source import Factors
 from imu_fast.influence.scores import as_layers
 from imu_fast.model.batches import rereadable
@@ -149,10 +148,14 @@ def _rates(given: float | Sequence[float], count: int) -> list[float]:
 
 
 def _identity(layers: list[Factors]) -> list[Tensor | None]:
-    """What must be the same at every pass: how many tokens samples have, and labels."""
+    """What must be the same at every pass: how many samples; with labels, these and tokens.
+
+    Of other layers, rows without a gradient are left out, and which they are changes in training.
+    """
     first = layers[0]
-    assert isinstance(first, GradientFactors)
-    return [first.offsets, first.labels]
+    labels = getattr(first, "labels", None)
+    offsets = None if labels is None else getattr(first, "offsets", None)
+    return [torch.tensor(first.n), offsets, labels]
 
 
 def _check_same(name: str, before: list[Tensor | None], now: list[Tensor | None]) -> None:

@@ -20,7 +20,8 @@ _EVERY, _SMALL = 8, 8
 # Elements of a parameter's gradients that exist at once where it has several uses.
 _SLAB_ELEMENTS = 1 << 18
 
-Key = tuple[int, str, int, int]
+# What code ran; then, of a site: a parameter, the function, the axes, and the how manieth.
+Key = tuple[int, int, str, int, int]
 
 
 @dataclass
@@ -75,10 +76,11 @@ class Ledger:
         self._keys: dict[int, Key] = {}
         self._coded: dict[int, dict[Layout, Tensor]] = {}
         self._codes: Codes | None = None
-        counts: dict[tuple[int, str, int], int] = defaultdict(int)
+        counts: dict[tuple[int, int, str, int], int] = defaultdict(int)
+        code = hash(tuple(recorder.code))
         for site in recorder.sites:
             behind = [id(p) for use in site.uses for p in self._parameters_of(use.source)]
-            first = (min(behind, default=0), site.kind, len(site.shape))
+            first = (code, min(behind, default=0), site.kind, len(site.shape))
             self._keys[id(site)] = (*first, counts[first])
             counts[first] += 1
             for parameter in behind:
@@ -130,7 +132,7 @@ class Ledger:
             (lay for lay in order if self._codes.fit(digest(gradient, lay, n), coded[lay])), None
         )
         if self.layouts.untested and known is not None and found != known:
-            raise LayoutChanged(self.names[key[0]])
+            raise LayoutChanged(self.names[key[1]])
         if key not in self.layouts.known or known is not None:
             self.layouts.known[key] = found
         return found, found is not None

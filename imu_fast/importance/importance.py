@@ -94,9 +94,14 @@ class _Importance:
                 raise _mixed(chosen_names[0], "a sample's logits change with the rest of its batch")
             if not found.requires_grad:
                 continue
-            gradients = torch.autograd.grad(
-                found, wanted, self._signal(found, one.labels), allow_unused=True
-            )
+            signal = self._signal(found, one.labels)
+            try:
+                gradients = torch.autograd.grad(found, wanted, signal, allow_unused=True)
+            except RuntimeError as error:
+                raise InputError(
+                    f"autograd has no gradient in {', '.join(chosen_names)}, as training would "
+                    f"find too: {error}"
+                ) from error
             for key, gradient in zip(keys, gradients, strict=True):
                 if gradient is not None:
                     self.reached.add(key)

@@ -36,7 +36,7 @@ ELEMENTWISE = frozenset(
 # Which rows of a tensor go where may depend on the samples' values here.
 _MOVES_BY_DATA = frozenset(
     "index_select gather take masked_select index_add scatter index_put argsort sort topk "
-    "index_copy scatter_add scatter_reduce take_along_dim masked_scatter".split()
+    "index_copy scatter_add scatter_reduce take_along_dim masked_scatter roll".split()
 )
 
 
@@ -128,6 +128,7 @@ class Recorder(TorchFunctionMode):
     Attributes:
         sites: in the order of the run. anchors: what a backward pass has to reach.
         moves: whether rows were chosen by the samples' values.
+        code: the names of all functions that samples went through, in the order of the run.
     """
 
     def __init__(self, model: nn.Module, rules: dict[Any, Rule]) -> None:
@@ -136,6 +137,7 @@ class Recorder(TorchFunctionMode):
         self.sites: list[Site] = []
         self.anchors: list[Tensor] = []
         self.moves = False
+        self.code: list[str] = []
         self.sink: Callable[[Site, Tensor], None] = lambda site, gradient: None
         self._fixed: dict[int, tuple[Tensor, int]] = {}
         for module in model.modules():
@@ -193,13 +195,12 @@ class Recorder(TorchFunctionMode):
 
     def _look(self, func: Any, args: tuple[Any, ...]) -> None:
         """Note what may lay rows out by the samples' values."""
-        if self.moves or not torch.is_grad_enabled():
-            return
         name = getattr(func, "__name__", "").strip("_")
-        by_index = name in ("getitem", "setitem") and any(
-            isinstance(i, Tensor) for i in tensors_of(args[1])
-        )
-        self.moves = (by_index or name in _MOVES_BY_DATA) and isinstance(args[0], Tensor)
+        self.code.append(name)
+        if not self.moves and args and isinstance(args[0], Tensor):
+            indices = tensors_of(args[1:2]) if name in ("getitem", "setitem") else iter(())
+            by_index = next(indices, None) is not None
+            self.moves = by_index or name in _MOVES_BY_DATA
 
     def as_rows(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
         """A use of which nothing is known but that each place of the source is some sample's.

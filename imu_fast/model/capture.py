@@ -9,13 +9,13 @@ from torch import nn
 from typing_extensions import Unpack
 
 from imu_fast.errors import InputError
-from imu_fast.factors.gradient_factors import GradientFactors, HeadFactors
+from imu_fast.factors.gradient_factors import HeadFactors
 from imu_fast.model.batches import device_of, empty_message, warn_of_order
 from imu_fast.model.features import HeadCapture
 from imu_fast.model.features import HeadFeatures as HeadFeatures
 from imu_fast.model.guard import door
 from imu_fast.model.head import LinearLayer, resolve
-from imu_fast.model.layers import capture_layers
+from imu_fast.model.layers import LayerFactors, capture_layers
 from imu_fast.model.reading import Reading, ReadingOptions
 from imu_fast.model.run import evaluated, full_precision, read
 from imu_fast.model.selection import selected
@@ -105,7 +105,7 @@ def capture(
     *,
     progress: bool = False,
     **reading: Unpack[ReadingOptions],
-) -> HeadFactors | list[GradientFactors]:
+) -> HeadFactors | LayerFactors | list[LayerFactors]:
     """Gradient factors of a model's head, or of any of its linear layers.
 
     The head is the linear layer whose outputs are the logits, or become them by steps that do not
@@ -116,15 +116,16 @@ def capture(
         layers: ``"head"``: the classifier, one forward pass. A name or module: that layer; a
             pattern (``"*.attn.*"``) or the end of names (``"q_proj"``: every ``*.q_proj``), or a
             list of any of these: several. These need one batched forward and backward pass.
-            Linear layers, transformers' Conv1D, and convolutions that act as such. An adapter's
-            wrapper stands for its base layer; ``"lora_A"`` for the layers of that name.
+            Linear layers, transformers' Conv1D (its weight [d, C] as [C, d]), and convolutions of
+            one group (their weight flattened to [C, c * kernel]). An adapter's wrapper stands for
+            its base layer; ``"lora_A"`` for the layers of that name.
         reading: ``output``, ``loss`` and its options, as in :func:`capture_features`.
 
     Returns:
         GradientFactors; for several layers a list, in the order of ``named_parameters``. Of a
         head whose output is the logits and whose signal would take 256 MB or more, an
         ImplicitHead: neither signal nor, where the model does not work with them, logits are
-        stored.
+        stored. Of a convolution, UnfoldedFactors, which keep its inputs as they are.
         Their ``labels`` are None where the loss's curvature in the layer's outputs is not known.
 
     Raises:

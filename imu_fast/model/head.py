@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,10 @@ class LinearLayer:
         if not isinstance(self.module, _CONVOLUTIONS):
             return y
         return y.movedim(1 - self.module.weight.dim(), -1)
+
+    def pieces(self, act: Tensor, delta: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """``(act [R, d], delta [R, C])``: all rows, in one piece or several."""
+        yield act.reshape(-1, act.shape[-1]), delta.reshape(-1, delta.shape[-1])
 
     def as_linear(self) -> nn.Linear:
         """The module, or for another kind an nn.Linear that shares its memory."""
@@ -165,13 +170,21 @@ def say_of_weight(model: nn.Module, layer: LinearLayer) -> None:
         )
 
 
-def resolve(model: nn.Module, wanted: Any, argument: str = "layers") -> LinearLayer:
+def resolve(
+    model: nn.Module,
+    wanted: Any,
+    argument: str = "layers",
+    among: dict[str, LinearLayer] | None = None,
+) -> LinearLayer:
     """The linear layer that a name or a module of the model stands for.
+
+    Args:
+        among: the layers it may be; None: those of :func:`linear_layers`.
 
     Raises:
         InputError: not of this model, or not linear; lists what is near.
     """
-    layers = linear_layers(model)
+    layers = linear_layers(model) if among is None else among
     every = dict(model.named_modules(remove_duplicate=False))
     if isinstance(wanted, nn.Module):
         for layer in layers.values():

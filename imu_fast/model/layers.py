@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from imu_fast.errors import InputError, check_finite_rows
 from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.factors.unfolded import UnfoldedFactors
 from imu_fast.model.calls import Call, watched
 from imu_fast.model.causal import settled
+from imu_fast.model.convolution import Convolution
 from imu_fast.model.head import LinearLayer, say_of_weight, shared_with
 from imu_fast.model.logits import chosen
 from imu_fast.model.loss import on_logits, sample_losses, targets_of
@@ -32,6 +34,7 @@ from imu_fast.model.verify import LinearChecks
 logger = logging.getLogger("imu_fast")
 
 Rows = tuple[Tensor, Tensor, Tensor]
+LayerFactors = GradientFactors | UnfoldedFactors
 
 
 class _LayersCapture:
@@ -47,6 +50,7 @@ class _LayersCapture:
         self.model, self.layers = model, list(layers)
         self.reading, self.output = reading, reading.output
         self.parts: dict[str, list[Rows]] = {layer.name: [] for layer in layers}
+        self.images: dict[str, list[Tensor]] = {}  # of convolutions, call by call
         self.samples: list[Tensor] = []  # how many labels each sample of each batch has
         self._ownership, self._checks = Ownership(always), LinearChecks()
         self._ran: set[str] = set()
@@ -64,7 +68,10 @@ class _LayersCapture:
         delta = sample_losses(logits, targets).delta
         signal = on_logits(delta, logits.detach(), targets)
         for call in seen.calls:
-            self._checks.add(call.layer, call.act, call.rows(call.out.detach()))
+            act, out = call.act, call.rows(call.out.detach())
+            if isinstance(call.layer, Convolution):
+                act, out = next(call.layer.pieces(act[:1], out[:1] if act.shape[0] > 1 else out))
+            self._checks.add(call.layer, act, out)
         self._ran |= {call.layer.name for call in seen.calls}
         labelled = targets.counts > 0
         self.samples.append(labelled)
@@ -101,17 +108,26 @@ class _LayersCapture:
             with full_precision(logits.device):
                 self._check_whole(calls, base, logits, signal)
         names = [call.layer.name for call in calls]
+        acts = [self._act(call, g.shape[:-1]) for call, g in zip(calls, base, strict=True)]
         try:
             owners = self._ownership.owners(names, base, backward, n)
         except Mixed as mixed:
             name = names[mixed.call]
             _check_independent(run, batch, logits, n, name, self.output)
             logger.info("layer %r: samples share its rows; one backward pass each", name)
-            return one_sample_at_a_time(backward, [call.act for call in calls], n)
+            return one_sample_at_a_time(backward, acts, n)
         return [
-            (g.reshape(-1, g.shape[-1]), call.act.reshape(-1, call.act.shape[-1]), owner.flatten())
-            for g, call, owner in zip(base, calls, owners, strict=True)
+            (g.reshape(-1, g.shape[-1]), act.reshape(-1, act.shape[-1]), owner.flatten())
+            for g, act, owner in zip(base, acts, owners, strict=True)
         ]
+
+    def _act(self, call: Call, rows: torch.Size) -> Tensor:
+        """What is kept of each row [*rows]: the input, or where in the kept images it is."""
+        if not isinstance(call.layer, Convolution):
+            return call.act
+        kept = self.images.setdefault(call.layer.name, [])
+        kept.append(call.act)
+        return call.layer.places(rows, len(kept) - 1).to(call.act.device)
 
     def _check_whole(
         self, calls: Sequence[Call], base: Sequence[Tensor], logits: Tensor, signal: Tensor
@@ -135,8 +151,8 @@ class _LayersCapture:
             made = torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
             for call, g in zip(calls, base, strict=True):
                 if call.layer.name == name:
-                    delta = g.reshape(-1, g.shape[-1])
-                    made += (delta.T @ call.act.reshape(-1, made.shape[1]).to(delta)).to(made)
+                    for act, delta in call.layer.pieces(call.act, g):
+                        made += (delta.T @ act.to(delta)).to(made)
             if whole is None:
                 continue
             off = (made - by_name[name].like_weight(whole)).norm()
@@ -146,7 +162,7 @@ class _LayersCapture:
                     "so that its calls are not all of the gradient; call the layer there"
                 )
 
-    def factors(self) -> list[GradientFactors]:
+    def factors(self) -> list[LayerFactors]:
         if not self.samples:
             raise InputError("loader is empty; pass at least one batch of forget samples")
         self._checks.finish()
@@ -164,12 +180,26 @@ class _LayersCapture:
                 )
         return [self._factors(layer) for layer in self.layers]
 
-    def _factors(self, layer: LinearLayer) -> GradientFactors:
+    def _factors(self, layer: LinearLayer) -> LayerFactors:
         delta, act, counts = (torch.cat([p[i] for p in self.parts[layer.name]]) for i in range(3))
         dtype = torch.float64 if delta.dtype == torch.float64 else torch.float32
         check_finite_rows(f"gradient of {layer.name}", delta, "position")
-        check_finite_rows(f"input of {layer.name}", act, "position")
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        if isinstance(layer, Convolution):
+            images = self.images.get(layer.name, [])
+            for kept in images:
+                check_finite_rows(f"input of {layer.name}", kept, "image")
+            return UnfoldedFactors(
+                delta=delta.to(dtype),
+                places=act,
+                inputs=images,
+                offsets=offsets,
+                unfolding=layer.unfolding,
+                feature_dim=layer.weight.shape[1],
+                has_bias=layer.bias is not None,
+                name=layer.name,
+            )
+        check_finite_rows(f"input of {layer.name}", act, "position")
         return GradientFactors(
             delta=delta.to(dtype),
             act=act.to(dtype),
@@ -184,6 +214,8 @@ def _joined(rows: Sequence[Rows], layer: LinearLayer, labelled: Tensor) -> Rows:
     if not rows:
         weight = layer.weight
         delta, act = (weight.new_zeros(0, size) for size in weight.shape)
+        if isinstance(layer, Convolution):
+            act = torch.zeros(0, 3, dtype=torch.int64, device=delta.device)
         return packed(delta, act, torch.zeros(0, dtype=torch.int64), labelled)
     delta, act, owner = rows[0]
     if len(rows) > 1:
@@ -235,10 +267,10 @@ def capture_layers(
     layers: Sequence[LinearLayer],
     reading: Reading,
     progress: bool,
-) -> list[GradientFactors]:
+) -> list[LayerFactors]:
     """Factors of the layers in their order, see :func:`imu_fast.model.capture.capture`."""
 
-    def captured(always: bool) -> list[GradientFactors]:
+    def captured(always: bool) -> list[LayerFactors]:
         seen = _LayersCapture(model, layers, reading, always)
         with evaluated(model) as run:
             for layer in layers:

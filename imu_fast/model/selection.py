@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from imu_fast.errors import InputError
-from imu_fast.model.head import LinearLayer, linear_layers, resolve
+from imu_fast.model.convolution import scored_layers
+from imu_fast.model.head import LinearLayer, resolve
 from imu_fast.model.run import innermost
 
 
@@ -30,7 +31,7 @@ def selected(model: nn.Module, layers: Any) -> tuple[list[LinearLayer], bool]:
     wanted = [layers] if one else list(layers)
     if not wanted:
         raise InputError("layers=[] names no layer; pass 'head' or a list of linear layers")
-    there = linear_layers(model)
+    there = scored_layers(model)
     named: list[str] = []
     found: set[str] = set()
     several = False
@@ -40,7 +41,7 @@ def selected(model: nn.Module, layers: Any) -> tuple[list[LinearLayer], bool]:
         if many is not None:
             found |= set(many)
             continue
-        layer = resolve(model, entry)
+        layer = resolve(model, entry, among=there)
         if layer.name in named:
             raise InputError(f"layers names {layer.name!r} twice; its scores would count double")
         named.append(layer.name)

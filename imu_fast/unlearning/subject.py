@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from imu_fast.errors import InputError
-from imu_fast.factors.gradient_factors import GradientFactors, HeadFactors
+from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.factors.source import Factors
 from imu_fast.model.batches import ForgetSet, Parts, as_batches, to_device
 from imu_fast.model.capture import HeadFeatures, capture, capture_features
 from imu_fast.model.guard import modes
@@ -68,7 +69,7 @@ class Scored(Protocol):
 
     def factors(
         self, rows: Tensor | None = None, layers: Literal["head", "trained"] = "head"
-    ) -> Sequence[HeadFactors]:
+    ) -> Sequence[Factors]:
         """Gradient factors of forget samples at the current state, one entry per layer.
 
         Args:
@@ -238,7 +239,7 @@ class HeadSubject:
 
     def factors(
         self, rows: Tensor | None = None, layers: Literal["head", "trained"] = "head"
-    ) -> Sequence[HeadFactors]:
+    ) -> Sequence[Factors]:
         # What changes is the head, so either way it is the same layer.
         (features, labels), offsets = self.sets["forget"], self.offsets["forget"]
         if rows is not None:
@@ -333,7 +334,7 @@ class NetworkSubject:
 
     def factors(
         self, rows: Tensor | None = None, layers: Literal["head", "trained"] = "head"
-    ) -> Sequence[HeadFactors]:
+    ) -> Sequence[Factors]:
         self.finish()
         data: Any = self.forget if rows is None else self.forget.subset(rows.tolist())
         chosen: Any = "head"

@@ -87,6 +87,33 @@ def test_against_one_sample_at_a_time(problem, layers):
     assert_same(before, state_of(model))
 
 
+def test_layers_whose_rows_come_and_go_in_training():
+    """Dead units leave rows without a gradient, other ones at each checkpoint."""
+
+    def convolutional():
+        pool = nn.Sequential(nn.Flatten(2), nn.AdaptiveMaxPool1d(1), nn.Flatten())
+        return nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), pool, nn.Linear(4, 3))
+
+    saved = [convolutional().state_dict() for _ in RATES]
+    data = torch.randn(9, 2, 8), torch.randint(3, (9,))
+    queries = torch.randn(4, 2, 8), torch.randint(3, (4,))
+    expected = 0
+    for rate, state in zip(RATES, saved, strict=True):
+        model = convolutional()
+        model.load_state_dict(state)
+        g, h = (
+            per_sample.sample_gradients(
+                model, list(zip(*part, strict=True)), ["0.weight", "0.bias"], cross_entropy
+            )
+            for part in (data, queries)
+        )
+        expected = expected + rate * g @ h.T
+    found = imu.tracin(
+        convolutional(), data, queries, checkpoints=saved, learning_rates=RATES, layers="0"
+    )
+    per_sample.assert_scores(found, expected)
+
+
 def test_its_sign_is_that_of_proponents(problem):
     """A small step down a sample's loss lowers the losses that it is a proponent of."""
     model, saved, data, queries = problem

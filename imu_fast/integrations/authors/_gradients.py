@@ -13,6 +13,7 @@ from imu_fast.curvature.base import gradients, scores
 from imu_fast.curvature.fisher_diag import DampingMode, FisherDiag
 from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.factors.source import in_memory
 from imu_fast.integrations.authors._parameters import Chosen
 from imu_fast.losses.cross_entropy import CrossEntropy
 from imu_fast.model.batches import Reread
@@ -77,7 +78,7 @@ class Gradients:
             one = Reread(lambda batch=batch: iter([batch]))  # type: ignore[misc]
             found = capture(model, one, layers=modules, loss=loss)
             assert isinstance(found, list)
-            parts.append(found)
+            parts.append([in_memory(layer, "the authors' procedure") for layer in found])
         self.layers = [joined([part[k] for part in parts]) for k in range(len(modules))]
         self.mean = chosen.flat([layer.mean_gradient() for layer in self.layers])
 

@@ -144,8 +144,8 @@ class LossWeights(_Selected):
     reweight: Literal["once", "epoch", "batch"] = option(default="once", check=_check_reweight)
 
     def scores(self, subject: Scored, rows: Tensor | None = None) -> Tensor:
-        losses = subject.factors(rows)[0].losses
-        assert losses is not None
+        losses: Tensor | None = getattr(subject.factors(rows)[0], "losses", None)
+        assert losses is not None  # of the head
         return -losses
 
 
