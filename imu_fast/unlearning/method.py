@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +53,7 @@ class Job:
         self.kept += copies_of(tensors)
 
 
-class Method(Options):
+class Method(Options, ABC):
     """One way of forgetting: a frozen object that holds exactly the options that it uses."""
 
     # Whether a run has epochs that a checkpoint can be written after.
@@ -76,6 +77,6 @@ class Method(Options):
         """
         return self
 
+    @abstractmethod
     def run(self, job: Job) -> UnlearnResult:
         """Change the model of ``job``; whatever fails, the caller puts ``job.kept`` back."""
-        raise NotImplementedError

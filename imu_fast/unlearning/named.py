@@ -84,7 +84,11 @@ MethodName = Literal[
     "single_row",
     "margin_edit",
 ]
-METHODS: Table[Method] = Table("method", Method, {k: make for k, (_, make) in _NAMED.items()})
+METHODS: Table[Method] = Table(
+    "method",
+    Method,  # type: ignore[type-abstract]
+    {k: make for k, (_, make) in _NAMED.items()},
+)
 SUMMARIES: dict[str, str] = {k: summary for k, (summary, _) in _NAMED.items()}
 
 

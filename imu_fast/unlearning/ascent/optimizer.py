@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -25,12 +26,12 @@ def _check_rate(name: str, value: float | None) -> None:
         check_positive(name, value)
 
 
-class Optimizer(Options):
+class Optimizer(Options, ABC):
     """Makes a torch optimizer of the tensors that are trained (for the head one, [C, D])."""
 
+    @abstractmethod
     def make(self, tensors: list[Tensor]) -> torch.optim.Optimizer:
         """The optimizer of these tensors."""
-        raise NotImplementedError
 
 
 @options
@@ -122,7 +123,12 @@ def _custom(value: Any) -> Optimizer | None:
 
 
 OptimizerName = Literal["sgd"]
-OPTIMIZERS: Table[Optimizer] = Table("optimizer", Optimizer, {"sgd": SGD}, _custom)
+OPTIMIZERS: Table[Optimizer] = Table(
+    "optimizer",
+    Optimizer,  # type: ignore[type-abstract]
+    {"sgd": SGD},
+    _custom,
+)
 
 
 def plain_sgd(optimizer: torch.optim.Optimizer) -> tuple[float, float, float] | None:

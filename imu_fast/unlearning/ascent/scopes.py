@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -50,7 +51,7 @@ def _check_rows(name: str, value: str) -> None:
     check_choice(name, value, ("all", "forgotten"))
 
 
-class Scope(Options):
+class Scope(Options, ABC):
     """Which parameters change, and in which mode the model runs meanwhile."""
 
     def bind(self, model: nn.Module) -> Scope:
@@ -61,9 +62,9 @@ class Scope(Options):
         """
         return self
 
+    @abstractmethod
     def steps(self, job: Job, rule: Rule) -> Steps:
         """What makes the steps; everything that they change is kept in ``job``."""
-        raise NotImplementedError
 
 
 @options
@@ -135,9 +136,9 @@ class _Autograd(Scope):
     batchnorm: Mode
     dropout: Mode
 
+    @abstractmethod
     def _trained(self, job: Job) -> set[int]:
         """The ids of the trained parameters."""
-        raise NotImplementedError
 
     def steps(self, job: Job, rule: Rule) -> Steps:
         trained = self._trained(job)
@@ -251,4 +252,8 @@ class Network(_Autograd):
 
 
 ScopeName = Literal["head", "layers", "all"]
-SCOPES: Table[Scope] = Table("scope", Scope, {"head": Head, "layers": Layers, "all": Network})
+SCOPES: Table[Scope] = Table(
+    "scope",
+    Scope,  # type: ignore[type-abstract]
+    {"head": Head, "layers": Layers, "all": Network},
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
@@ -38,7 +39,7 @@ def _check_quantile(name: str, value: str) -> None:
     check_choice(name, value, QUANTILE_OVER)
 
 
-class Weights(Options):
+class Weights(Options, ABC):
     """Which forget samples are ascended, and their weights.
 
     Attributes:
@@ -58,9 +59,9 @@ class Weights(Options):
         """
         return None
 
+    @abstractmethod
     def weigh(self, scores: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Indices [k] and weights [k] out of scores [n]."""
-        raise NotImplementedError
 
 
 @options
@@ -152,6 +153,6 @@ class LossWeights(_Selected):
 WeightsName = Literal["uniform", "influence", "permuted", "loss"]
 WEIGHTS: Table[Weights] = Table(
     "weights",
-    Weights,
+    Weights,  # type: ignore[type-abstract]
     {"uniform": Uniform, "influence": Influence, "permuted": Permuted, "loss": LossWeights},
 )
