@@ -4,15 +4,19 @@
   kept class cannot get worse that way: only the forgotten class's own logit moves.
 * Samples drawn across classes: the margin edit, the smallest disturbance that flips them.
 
-Without a stop rule both go to forget accuracy zero. Both change the head alone: what the features
+Without a stop rule a class goes to forget accuracy zero. Samples must be given a depth: a model
+that never saw them predicts them as well as other unseen data, and flipping all ruins what is kept.
+
+Both change the head alone: what the features
 know of the forgotten remains, as the probe and the relearning steps of a comparison show. Where
 that matters, ``method="npo", scope="all"`` or retraining is what there is.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +41,12 @@ def single_row() -> Ascent:
     return Ascent(scope=Head(rows="forgotten"))
 
 
+logger = logging.getLogger("imu_fast")
+
+_FEW = 20  # labels that say nothing yet: such samples may be drawn from a class, or be all of it
+Task = Literal["class", "samples"]
+
+
 def is_class(labels: Tensor, classes: int) -> bool:
     """Whether forget labels [n] are of chosen classes rather than drawn across all of them.
 
@@ -47,15 +57,24 @@ def is_class(labels: Tensor, classes: int) -> bool:
     return len(labels.unique()) < expected / 2
 
 
+def _check_task(name: str, value: Any) -> None:
+    if value not in (None, *get_args(Task)):
+        raise InputError(f"{name}={value!r} must be 'class' or 'samples'")
+
+
 @options
 class Auto(Method):
     """Takes a method by the task: see the module.
 
     Args:
+        task: ``"class"``: the forget set is all that there is of its classes; ``"samples"``: of its
+            classes there are others, which are kept. None: samples if the labels are drawn across
+            all classes, a class if they are many of few classes; else it must be said.
         given: flat options for the method that is taken; those that it does not have are refused.
     """
 
     name = "auto"
+    task: Task | None = option(default=None, check=_check_task)
     given: Mapping[str, Any] | None = option(default=None)
 
     @staticmethod
@@ -65,35 +84,75 @@ class Auto(Method):
         return {"single_row": large, "margin_edit": MarginEdit()}
 
     def paths(self) -> dict[str, tuple[str, ...]]:
-        """Options of whichever method is taken."""
-        return {name: path for m in self._candidates().values() for name, path in m.paths().items()}
+        """Options of whichever method is taken, and ``task``."""
+        found = {name: way for m in self._candidates().values() for name, way in m.paths().items()}
+        return {"task": ("task",), **found}
+
+    def get(self, name: str) -> Any:
+        return self.task if name == "task" else super().get(name)
 
     def flat(self) -> dict[str, Any]:
-        return dict(self.given or {})
+        return {"task": self.task, **(self.given or {})}
 
     def with_options(self, described: str, given: Mapping[str, Any]) -> Self:
         for name in given:
+            if name == "task":
+                continue
             if not any(name in (*m.paths(), *m.shorthands) for m in self._candidates().values()):
                 raise InputError(self._unknown(described, name, self))
-        return type(self)(given={**(self.given or {}), **given})
+        rest = {name: value for name, value in given.items() if name != "task"}
+        return type(self)(task=given.get("task", self.task), given={**(self.given or {}), **rest})
 
-    def choose(self, labels: Tensor, classes: int) -> tuple[str, Method]:
-        """The method for these forget labels [n], and its name.
+    def choose(self, labels: Tensor, classes: int, deep: bool = True) -> tuple[Task, str, Method]:
+        """The task for these forget labels [n], the method, and its name before it.
+
+        Args:
+            deep: whether a depth is named; otherwise a guess must leave no doubt, for a class goes
+                to accuracy zero.
 
         Raises:
-            InputError: an option that it does not have.
+            InputError: an option that the method does not have; a depth or a task must be said.
         """
-        name = "single_row" if is_class(labels, classes) else "margin_edit"
+        few = is_class(labels, classes)
+        task: Task = self.task or ("class" if few else "samples")
+        hit = len(labels.unique())
+        if not deep and self.task is None and few:
+            if len(labels) < _FEW * hit:
+                raise InputError(
+                    f"task=None: {len(labels)} forget samples of {hit} of {classes} classes may be "
+                    "all of these classes or some of their samples; say task='class' (forget "
+                    "accuracy goes to 0) or task='samples' with a depth, stop=imu_fast.StopRule("
+                    "unseen_accuracy=...)"
+                )
+            logger.warning(
+                "task='class' is guessed: %d forget samples are of %d of %d classes, and go to "
+                "forget accuracy 0; if these classes have samples that are kept, pass "
+                "task='samples' and a depth",
+                len(labels),
+                hit,
+                classes,
+            )
+        if not deep and task == "samples":
+            raise InputError(
+                "stop=None with method='auto' for samples drawn from classes that are kept: their "
+                "depth must be named, as accuracy 0 would ruin the model. Pass stop="
+                "imu_fast.StopRule(unseen_accuracy=X), X the model's accuracy on data that it has "
+                "never seen, such as 0.71, or a loader of such data; or another StopRule, such as "
+                "forget_accuracy=0.0"
+            )
+        name = "single_row" if task == "class" else "margin_edit"
         described = f"method='auto' takes {name!r} for these samples, which"
-        return name, self._candidates()[name].with_options(described, self.given or {})
+        return task, name, self._candidates()[name].with_options(described, self.given or {})
 
-    def for_task(self, model: nn.Module, forget: ForgetSet, reading: Reading) -> tuple[str, Method]:
+    def for_task(
+        self, model: nn.Module, forget: ForgetSet, reading: Reading, deep: bool
+    ) -> tuple[Task, str, Method]:
         """As :meth:`choose`, by the forget set's labels and the model's logits."""
         labels = torch.cat([batch[2].flatten().cpu() for batch in forget])
         given = self.given or {}
         layer = given.get("layers", given.get("layer"))
         check_head_layer("layers", layer)
-        return self.choose(labels, head_of(model, forget, reading, layer or "head")[1])
+        return self.choose(labels, head_of(model, forget, reading, layer or "head")[1], deep)
 
     def run(self, job: Job) -> UnlearnResult:
         raise AssertionError("unlearn runs the method that auto takes")
