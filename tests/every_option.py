@@ -27,6 +27,7 @@ RETAINED = (torch.linspace(-1, 1, 120, dtype=torch.float64).view(20, 6), torch.a
 # Values that are to show: the first that changes the outcome is enough.
 VALUES: dict[str, list] = {
     "task": ["samples", "class"],
+    "unseen": [0.5],
     "weights": ["loss", "uniform"],
     "curvature": ["identity", "ggn"],
     "damping": [1.0],
@@ -121,7 +122,8 @@ class Problem:
 
 def with_depth(method: typing.Any, task: str, options: dict) -> dict:
     """``auto`` asks for a depth where samples are not a class."""
-    if method not in ("auto", METHODS["auto"]) or task == "a class" or options.get("stop") or options.get("milestones"):
+    named = {"stop", "milestones", "unseen"} & options.keys()
+    if method not in ("auto", METHODS["auto"]) or task == "a class" or named:
         return options
     return {"stop": imu.StopRule(forget_accuracy=0.0), **options}
 

@@ -30,6 +30,7 @@ from imu_fast.options import option, options
 from imu_fast.unlearning.ascent.ascent import Ascent
 from imu_fast.unlearning.ascent.optimizer import SGD
 from imu_fast.unlearning.ascent.scopes import Head
+from imu_fast.unlearning.depth import Depths, StopRule
 from imu_fast.unlearning.edit.margin_edit import MarginEdit
 from imu_fast.unlearning.method import Job, Method
 from imu_fast.unlearning.result import UnlearnResult
@@ -43,8 +44,14 @@ def single_row() -> Ascent:
 
 logger = logging.getLogger("imu_fast")
 
+_NAMES = (
+    "pass unseen=X, X the model's accuracy on data that it never saw, such as 0.71, or a loader of "
+    "such data; or another depth, such as stop=imu_fast.StopRule(forget_accuracy=0.5)"
+)
+
 _FEW = 20  # labels that say nothing yet: such samples may be drawn from a class, or be all of it
 Task = Literal["class", "samples"]
+_OWN = ("task", "unseen")
 
 
 def is_class(labels: Tensor, classes: int) -> bool:
@@ -62,6 +69,11 @@ def _check_task(name: str, value: Any) -> None:
         raise InputError(f"{name}={value!r} must be 'class' or 'samples'")
 
 
+def _check_unseen(name: str, value: Any) -> None:
+    if value is not None:
+        StopRule(unseen_accuracy=value)
+
+
 @options
 class Auto(Method):
     """Takes a method by the task: see the module.
@@ -70,11 +82,14 @@ class Auto(Method):
         task: ``"class"``: the forget set is all that there is of its classes; ``"samples"``: of its
             classes there are others, which are kept. None: samples if the labels are drawn across
             all classes, a class if they are many of few classes; else it must be said.
+        unseen: the depth of samples where no stop rule is given: the model's accuracy on data that
+            it never saw, or such data, as ``StopRule(unseen_accuracy=...)``. A class goes to 0.
         given: flat options for the method that is taken; those that it does not have are refused.
     """
 
     name = "auto"
     task: Task | None = option(default=None, check=_check_task)
+    unseen: Any = option(default=None, check=_check_unseen)
     given: Mapping[str, Any] | None = option(default=None)
 
     @staticmethod
@@ -84,75 +99,84 @@ class Auto(Method):
         return {"single_row": large, "margin_edit": MarginEdit()}
 
     def paths(self) -> dict[str, tuple[str, ...]]:
-        """Options of whichever method is taken, and ``task``."""
+        """Its own options, and those of whichever method is taken."""
         found = {name: way for m in self._candidates().values() for name, way in m.paths().items()}
-        return {"task": ("task",), **found}
-
-    def get(self, name: str) -> Any:
-        return self.task if name == "task" else super().get(name)
+        return {**{name: (name,) for name in _OWN}, **found}
 
     def flat(self) -> dict[str, Any]:
-        return {"task": self.task, **(self.given or {})}
+        return {**{name: getattr(self, name) for name in _OWN}, **(self.given or {})}
 
     def with_options(self, described: str, given: Mapping[str, Any]) -> Self:
         for name in given:
-            if name == "task":
+            if name in _OWN:
                 continue
             if not any(name in (*m.paths(), *m.shorthands) for m in self._candidates().values()):
                 raise InputError(self._unknown(described, name, self))
-        rest = {name: value for name, value in given.items() if name != "task"}
-        return type(self)(task=given.get("task", self.task), given={**(self.given or {}), **rest})
+        own = {name: given.get(name, getattr(self, name)) for name in _OWN}
+        rest = {name: value for name, value in given.items() if name not in _OWN}
+        return type(self)(**own, given={**(self.given or {}), **rest})
 
-    def choose(self, labels: Tensor, classes: int, deep: bool = True) -> tuple[Task, str, Method]:
-        """The task for these forget labels [n], the method, and its name before it.
-
-        Args:
-            deep: whether a depth is named; otherwise a guess must leave no doubt, for a class goes
-                to accuracy zero.
+    def choose(self, labels: Tensor, classes: int) -> tuple[Task, str, Method]:
+        """The task of these forget labels [n], and the method, its name before it.
 
         Raises:
-            InputError: an option that the method does not have; a depth or a task must be said.
+            InputError: an option that the method does not have.
         """
-        few = is_class(labels, classes)
-        task: Task = self.task or ("class" if few else "samples")
-        hit = len(labels.unique())
-        if not deep and self.task is None and few:
-            if len(labels) < _FEW * hit:
-                raise InputError(
-                    f"task=None: {len(labels)} forget samples of {hit} of {classes} classes may be "
-                    "all of these classes or some of their samples; say task='class' (forget "
-                    "accuracy goes to 0) or task='samples' with a depth, stop=imu_fast.StopRule("
-                    "unseen_accuracy=...)"
-                )
-            logger.warning(
-                "task='class' is guessed: %d forget samples are of %d of %d classes, and go to "
-                "forget accuracy 0; if these classes have samples that are kept, pass "
-                "task='samples' and a depth",
-                len(labels),
-                hit,
-                classes,
-            )
-        if not deep and task == "samples":
-            raise InputError(
-                "stop=None with method='auto' for samples drawn from classes that are kept: their "
-                "depth must be named, as accuracy 0 would ruin the model. Pass stop="
-                "imu_fast.StopRule(unseen_accuracy=X), X the model's accuracy on data that it has "
-                "never seen, such as 0.71, or a loader of such data; or another StopRule, such as "
-                "forget_accuracy=0.0"
-            )
+        task: Task = self.task or ("class" if is_class(labels, classes) else "samples")
         name = "single_row" if task == "class" else "margin_edit"
         described = f"method='auto' takes {name!r} for these samples, which"
         return task, name, self._candidates()[name].with_options(described, self.given or {})
 
+    def depth(self, labels: Tensor, classes: int, task: Task) -> StopRule:
+        """Where a run of no stop rule ends.
+
+        Raises:
+            InputError: a depth must be named, or a task that is in doubt.
+        """
+        hit = len(labels.unique())
+        if self.task is None and task == "class":
+            what = f"{len(labels)} forget samples are of {hit} of {classes} classes"
+            if len(labels) < _FEW * hit:
+                raise InputError(
+                    f"task=None: {what}, all of their samples or some; say task='class' (forget "
+                    f"accuracy goes to 0) or task='samples' ({_NAMES})"
+                )
+            logger.warning(
+                "task='class' is guessed: %s, and go to forget accuracy 0; if these classes have "
+                "samples that are kept, pass task='samples'",
+                what,
+            )
+        if task == "class":
+            return StopRule(forget_accuracy=0.0)
+        if self.unseen is None:
+            raise InputError(
+                "stop=None with method='auto' for samples of classes that are kept: accuracy 0 "
+                f"would ruin the model, so the depth must be named. {_NAMES[0].upper()}{_NAMES[1:]}"
+            )
+        return StopRule(unseen_accuracy=self.unseen)
+
     def for_task(
-        self, model: nn.Module, forget: ForgetSet, reading: Reading, deep: bool
-    ) -> tuple[Task, str, Method]:
-        """As :meth:`choose`, by the forget set's labels and the model's logits."""
+        self, model: nn.Module, forget: ForgetSet, reading: Reading, depths: Depths
+    ) -> tuple[str, Method, Depths]:
+        """As :meth:`choose`, by the forget set's labels and the model's logits; and how deep.
+
+        Raises:
+            InputError: as :meth:`choose` and :meth:`depth`; ``unseen`` beside a stop rule.
+        """
         labels = torch.cat([batch[2].flatten().cpu() for batch in forget])
         given = self.given or {}
         layer = given.get("layers", given.get("layer"))
         check_head_layer("layers", layer)
-        return self.choose(labels, head_of(model, forget, reading, layer or "head")[1], deep)
+        if depths.rules and self.unseen is not None:
+            raise InputError(
+                "unseen= of method='auto' is the depth where there is no stop rule; give it to the "
+                "rule, stop=imu_fast.StopRule(unseen_accuracy=...)"
+            )
+        classes = head_of(model, forget, reading, layer or "head")[1]
+        task, name, method = self.choose(labels, classes)
+        if not depths.rules:
+            depths = Depths(self.depth(labels, classes, task))
+        return name, method, depths
 
     def run(self, job: Job) -> UnlearnResult:
         raise AssertionError("unlearn runs the method that auto takes")

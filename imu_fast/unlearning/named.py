@@ -137,5 +137,6 @@ class MethodOptions(CurvatureOptions, total=False):
     record: Literal["epoch", "step"]
     preset: Literal["paper"]
     task: Task
+    unseen: Any
     margin: float
     moment: Tensor

@@ -73,10 +73,10 @@ def unlearn(
             ``"random_label"``, ``"boundary_shrink"``, ``"preconditioned"``, ``"single_row"``: all
             of them an ``Ascent``; ``"margin_edit"``, one quadratic program and no ascent;
             ``"auto"``, the best recipe found so far for a class or for random samples
-            (``task="class"`` or ``"samples"`` says which).
+            (``task="class"`` or ``"samples"`` says which, ``unseen`` how deep samples go).
         stop: a :class:`StopRule`, tested after every step; the last step is bisected. None: the
-            method's budget; of ``"auto"`` forget accuracy 0 for a class, while for samples a depth
-            must be named, such as ``imu.StopRule(unseen_accuracy=unseen_loader)``.
+            method's budget; of ``"auto"`` forget accuracy 0 for a class, and for samples that on
+            ``unseen``, which must be given.
         milestones: depths on the way, by name; without ``stop`` the last one ends the run.
         on_milestone: ``(name, record)``, called at each with the model there (bisected as a stop).
         watch: data to measure at every record, by name.
@@ -147,9 +147,7 @@ def unlearn(
     if isinstance(how, Auto):
         forget = ForgetSet(data, how.batches_of, model)
         _check_forgettable(forget, how, label)
-        task, label, how = how.for_task(model, forget, reading, deep=bool(depths.rules))
-        if not depths.rules and task == "class":
-            depths = Depths(StopRule(forget_accuracy=0.0))
+        label, how, depths = how.for_task(model, forget, reading, depths)
     if checkpoint is not None and not how.resumable:
         raise InputError(
             f"checkpoint={os.fspath(checkpoint)!r} with method={label!r}: it has no epochs to go "

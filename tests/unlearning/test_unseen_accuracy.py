@@ -90,16 +90,31 @@ def test_the_higher_of_two_accuracies_ends_a_run(problem):
 
 def test_auto_asks_for_the_depth_of_samples(problem):
     model, forget, _ = problem
-    calls = []
-    model = copy.deepcopy(model)
     before = copy.deepcopy(model.state_dict())
     for task in (None, "samples"):
-        with pytest.raises(imu.InputError, match=r"depth must be named.*unseen_accuracy.*loader"):
+        with pytest.raises(imu.InputError, match=r"depth must be named. Pass unseen=X.*loader"):
             imu.unlearn(model, forget, "auto", task=task)
     one = forget[1] == 2
-    with pytest.raises(imu.InputError, match="task=None: 10 forget samples of 1 of 4 classes may"):
+    with pytest.raises(imu.InputError, match="task=None: 10 forget samples are of 1 of 4 classes"):
         imu.unlearn(model, (forget[0][one], forget[1][one]), "auto")
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not calls
+    with pytest.raises(imu.InputError, match="unseen= of method='auto' is the depth where there"):
+        imu.unlearn(model, forget, "auto", unseen=0.5, stop=imu.StopRule(forget_loss=1.0))
+    with pytest.raises(imu.InputError, match=r"unseen_accuracy=7 must lie in \[0, 1\]"):
+        imu.unlearn(model, forget, "auto", unseen=7)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_unseen_is_the_depth_of_auto(problem):
+    model, forget, unseen = problem
+    line = accuracy(model, unseen)
+    for form in (line, unseen):
+        result = imu.unlearn(model, forget, "auto", unseen=form, inplace=False)
+        assert result.stopped_by == "unseen_accuracy" and result.reached
+        assert line - 2 / len(forget[1]) <= accuracy(result.model, forget) <= line
+    one = forget[1] == 2
+    data = (forget[0][one], forget[1][one])
+    result = imu.unlearn(model, data, "auto", task="class", unseen=unseen, inplace=False)
+    assert accuracy(result.model, data) == 0.0
 
 
 def test_auto_takes_a_class_to_zero(problem, caplog):
