@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from imu_fast.errors import InputError
+from imu_fast.errors import InputError, NoHeadFoundError
 from imu_fast.model.convolution import scored_layers
 from imu_fast.model.head import LinearLayer, resolve
 from imu_fast.model.run import innermost
@@ -41,12 +41,30 @@ def selected(model: nn.Module, layers: Any) -> tuple[list[LinearLayer], bool]:
         if many is not None:
             found |= set(many)
             continue
-        layer = resolve(model, entry, among=there)
+        try:
+            layer = resolve(model, entry, among=there)
+        except NoHeadFoundError as error:
+            if not _has_parameters(model, entry):
+                raise
+            raise NoHeadFoundError(
+                f"{error}; for the mean squared gradients of parameters of any kind call "
+                "imu.parameter_importance(model, loader)"
+            ) from None
         if layer.name in named:
             raise InputError(f"layers names {layer.name!r} twice; its scores would count double")
         named.append(layer.name)
     found |= set(named)
     return [layer for name, layer in there.items() if name in found], one and not several
+
+
+def _has_parameters(model: nn.Module, entry: Any) -> bool:
+    """Whether the entry is a parameter's name, or a module that has some."""
+    inner = innermost(model)
+    if any(entry in dict(m.named_parameters(remove_duplicate=False)) for m in (model, inner)):
+        return True
+    module = entry if isinstance(entry, nn.Module) else _inside(model).get(entry)
+    inside = isinstance(module, nn.Module) and any(m is module for m in model.modules())
+    return inside and next(module.parameters(), None) is not None  # type: ignore[union-attr]
 
 
 def _many(model: nn.Module, entry: Any, there: dict[str, LinearLayer]) -> list[str] | None:
