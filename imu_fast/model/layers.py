@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from imu_fast.errors import InputError, check_finite_rows
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.unfolded import UnfoldedFactors
-from imu_fast.model.calls import Call, watched
+from imu_fast.model.calls import Call, Seen, watched
 from imu_fast.model.causal import settled
 from imu_fast.model.convolution import Convolution
 from imu_fast.model.head import LinearLayer, say_of_weight, shared_with, uses_of
 from imu_fast.model.logits import chosen
-from imu_fast.model.loss import on_logits, sample_losses, targets_of
+from imu_fast.model.loss import Targets, on_logits, sample_losses, targets_of
 from imu_fast.model.proofs import Proof, proof_of
 from imu_fast.model.reading import Reading
 from imu_fast.model.rows import (
@@ -41,7 +41,13 @@ LayerFactors = GradientFactors | UnfoldedFactors
 _VECTORS = 4
 
 
-class _LayersCapture:
+def check_readable(seen: Seen) -> None:
+    """Raise InputError where a call of a watched layer could not be read."""
+    for name, why in seen.odd.items():
+        raise InputError(f"layers={name!r}: {why}; it has no factors")
+
+
+class LayersCapture:
     """Rows of the layers, batch by batch."""
 
     def __init__(
@@ -63,12 +69,26 @@ class _LayersCapture:
     def add(self, run: Run, batch: Batch) -> None:
         with watched(self.layers, leaves=True, trained=True) as seen:
             output = run(batch)
-        for name, why in seen.odd.items():
-            raise InputError(f"layers={name!r}: {why}; it has no factors")
+        check_readable(seen)
         self.output = locate(self.model, run, batch, output, self.output)
         logits = chosen(output, self.output)
         self.reading = settled(self.reading, self.model, run, batch, logits, self.output)
         targets = targets_of(batch[2], logits, self.reading.loss)
+
+        def independent(name: str) -> None:
+            _check_independent(run, batch, logits, len(targets), name, self.output)
+
+        self.take(seen, logits, targets, independent)
+
+    def take(
+        self, seen: Seen, logits: Tensor, targets: Targets, independent: Callable[[str], None]
+    ) -> None:
+        """One batch, whose forward pass is done and whose graph is alive.
+
+        Args:
+            seen: the calls of the layers. logits: [*targets.shape, C].
+            independent: raises InputError unless its samples are; called where they share a row.
+        """
         delta = sample_losses(logits, targets).delta
         signal = on_logits(delta, logits.detach(), targets)
         self._ran |= {call.layer.name for call in seen.calls}
@@ -94,7 +114,7 @@ class _LayersCapture:
             assert proof.owners is not None
             rows = self._as_rows(calls, self._gradients(calls, logits, signal)[0], proof.owners)
         elif calls:
-            rows = self._rows(run, batch, calls, logits, signal, backward, proof)
+            rows = self._rows(calls, logits, signal, backward, independent, proof)
         for layer in self.layers:
             own = [r for r, call in zip(rows, calls, strict=True) if call.layer == layer]
             self.parts[layer.name].append(_joined(own, layer, labelled))
@@ -119,12 +139,11 @@ class _LayersCapture:
 
     def _rows(
         self,
-        run: Run,
-        batch: Batch,
         calls: Sequence[Call],
         logits: Tensor,
         signal: Tensor,
         backward: Backward,
+        independent: Callable[[str], None],
         proof: Proof | None,
     ) -> list[Rows]:
         """``(delta [R, C], act [R, d], owner [R])`` of each call."""
@@ -141,7 +160,7 @@ class _LayersCapture:
             owners = self._ownership.owners(names, base, backward, n)
         except Mixed as mixed:
             name = names[mixed.call]
-            _check_independent(run, batch, logits, n, name, self.output)
+            independent(name)
             logger.info("layer %r: samples share its rows; one backward pass each", name)
             acts = [self._act(call, g.shape[:-1]) for call, g in zip(calls, base, strict=True)]
             return one_sample_at_a_time(backward, acts, n)
@@ -174,8 +193,10 @@ class _LayersCapture:
         return {
             layer.name: weight
             for layer in self.layers
-            if layer.name in ran and (weight := layer.module._parameters.get("weight")) is not None
-            if not shared_with(self.model, layer, uses)  # of its other uses the log speaks
+            if layer.name in ran
+            and (weight := layer.module._parameters.get("weight")) is not None
+            and weight.requires_grad
+            and not shared_with(self.model, layer, uses)  # of its other uses the log speaks
         }
 
     def _check_whole(
@@ -316,7 +337,7 @@ def capture_layers(
     """Factors of the layers in their order, see :func:`imu_fast.model.capture.capture`."""
 
     def captured(always: bool) -> list[LayerFactors]:
-        seen = _LayersCapture(model, layers, reading, always)
+        seen = LayersCapture(model, layers, reading, always)
         with evaluated(model) as run:
             for layer in layers:
                 weight = layer.module._parameters.get("weight")

@@ -24,7 +24,7 @@ from imu_fast.model.calls import Call
 
 _ELEMENTWISE = (
     "Abs|Add|Alias|Clamp|ClampMin|ClampMax|Clone|Cos|Div|Elu|Erf|Exp|Gelu|Hardswish|Hardtanh"
-    "|LeakyRelu|LogSigmoid|MaskedFill|Mul|Neg|Pow|Prelu|Reciprocal|Relu|Rsqrt|Rsub|Sigmoid|Silu"
+    "|LeakyRelu|LogSigmoid|MaskedFill|Mul|NativeDropout|Neg|Pow|Prelu|Reciprocal|Relu|Rsqrt|Rsub|Sigmoid|Silu"
     "|Sin|Softplus|Sqrt|Sub|Tanh|Threshold|ToCopy|Where"
 )
 # By sizes and numbers that are written down in the node.
@@ -38,7 +38,9 @@ _BATCHED = (
     "Bmm|Baddbmm|ScaledDotProductFlashAttention|ScaledDotProductFlashAttentionForCpu"
     "|ScaledDotProductEfficientAttention|ScaledDotProductCudnnAttention"
 )
-_KNOWN = re.compile(rf"({_ELEMENTWISE}|{_BY_PLACE}|{_ALONG_AXES}|{_PRODUCTS}|{_BATCHED})Backward\d+")
+_KNOWN = re.compile(
+    rf"({_ELEMENTWISE}|{_BY_PLACE}|{_ALONG_AXES}|{_PRODUCTS}|{_BATCHED})Backward\d+"
+)
 _PLACED = re.compile(rf"({_BY_PLACE}|{_ALONG_AXES}|{_BATCHED})Backward\d+")
 _PRODUCT = re.compile(rf"({_PRODUCTS})Backward\d+")
 _BATCH = re.compile(rf"({_BATCHED})Backward\d+")
@@ -112,6 +114,8 @@ def _graph(logits: Tensor, calls: Sequence[Call], n: int) -> Hashable | None:
     places: dict[Any, int] = {logits.grad_fn: 0}
     nodes: list[Any] = [logits.grad_fn]
     said: list[Hashable] = [n, tuple(logits.shape), logits.dtype]
+    doubtful: list[Any] = []
+    ends: set[Any] = set()
     for node in nodes:  # which grows
         name = node.name()
         edges = []
@@ -124,11 +128,9 @@ def _graph(logits: Tensor, calls: Sequence[Call], n: int) -> Hashable | None:
             said.append((name, tuple(node.variable.shape)))
             continue
         kind = _kind(name)
-        if kind == "unknown":
-            return None
         shapes = tuple(tuple(m.shape) for m in node._input_metadata)
-        if kind != "plain" and not _keeps_samples(kind, node, shapes, n):
-            return None
+        if kind != "plain" and (kind == "unknown" or not _keeps_samples(kind, node, shapes, n)):
+            doubtful.append(node)
         said.append((name, tuple(edges), shapes, *_numbers(node, name)))
     for call in calls:
         leaf = call.target
@@ -138,12 +140,29 @@ def _graph(logits: Tensor, calls: Sequence[Call], n: int) -> Hashable | None:
         else:
             found = [places[node]] if node in places else []
         said.append((call.layer.name, tuple(leaf.shape), leaf.output_nr, *found))
-    return tuple(said)
+        ends |= {nodes[place] for place in found}
+    return None if doubtful and _lead(doubtful, ends) else tuple(said)
+
+
+def _lead(nodes: Sequence[Any], ends: set[Any]) -> bool:
+    """Whether a gradient comes through one of these nodes to one of the ends."""
+    seen = set(nodes)
+    stack = list(nodes)
+    while stack:
+        for following, _ in stack.pop().next_functions:
+            if following in ends:
+                return True
+            if following is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)
+    return False
 
 
 @functools.cache
 def _kind(name: str) -> str:
-    """Of an operation: unknown, product, batched, or plain."""
+    """Of an operation: unknown, product, batched, repeating, or plain."""
+    if name.startswith(("Mul", "Expand")):
+        return "repeating" if _KNOWN.fullmatch(name) else "unknown"
     if _KNOWN.fullmatch(name) is None:
         return "unknown"
     if _PRODUCT.fullmatch(name):
@@ -152,11 +171,25 @@ def _kind(name: str) -> str:
 
 
 def _keeps_samples(kind: str, node: Any, shapes: Sequence[Sequence[int]], n: int) -> bool:
-    """Whether a product multiplies the data's rows by a weight, or sample by sample."""
+    """Whether a product multiplies the data's rows by a weight, or sample by sample; and nothing
+    is repeated for every sample, to be picked from by numbers."""
+    if kind == "repeating":
+        return not any(_repeats(edge, shapes[0], n) for edge in node.next_functions)
     if kind == "batched":
         return all(not shape or shape[0] % n == 0 for shape in shapes[:1])
     *_, right = node.next_functions[-2:]
     return _is_weight(right[0])
+
+
+def _repeats(edge: tuple[Any, int], shape: Sequence[int], n: int) -> bool:
+    """Whether an operand is repeated along an axis, not the last, that may be of samples."""
+    node, number = edge
+    if node is None or node.name() == _LEAF:
+        return False
+    own = tuple(node._input_metadata[number].shape)
+    own = (1,) * (len(shape) - len(own)) + own
+    pairs = list(zip(own, shape, strict=True))[:-1]
+    return any(one == 1 != many and many % n == 0 for one, many in pairs)
 
 
 def _is_weight(node: Any) -> bool:
@@ -168,21 +201,21 @@ def _is_weight(node: Any) -> bool:
     return True
 
 
-@functools.cache
-def _saved(name: str, kind: type) -> tuple[str, ...]:
+_saved_of: dict[str, tuple[str, ...]] = {}
+
+
+def _saved(name: str, node: Any) -> tuple[str, ...]:
     """Saved attributes of a kind of node that say where things go."""
-    if _PLACED.fullmatch(name) is None:
-        return ()
-    words = ("dim", "start", "end", "step", "index", "size", "stride", "offset", "normalized_shape")
-    every = [a for a in dir(kind) if a.startswith("_saved_")]
-    return tuple(a for a in every if any(word in a for word in words))
+    if name not in _saved_of:
+        words = "dim start end step index size stride offset normalized_shape".split()
+        every = [a for a in dir(node) if a.startswith("_saved_") and _PLACED.fullmatch(name)]
+        _saved_of[name] = tuple(a for a in every if any(word in a for word in words))
+    return _saved_of[name]
 
 
 def _numbers(node: Any, name: str) -> list[Hashable]:
     found: list[Hashable] = []
-    for attribute in _saved(name, type(node)):
+    for attribute in _saved(name, node):
         value = getattr(node, attribute)
-        if isinstance(value, list | tuple):
-            value = tuple(map(str, value))
-        found.append(str(value) if not isinstance(value, Hashable) else value)
+        found.append(tuple(map(str, value)) if isinstance(value, list | tuple) else str(value))
     return found
