@@ -13,8 +13,8 @@ sequences, float32, CPU. Three procedures:
   each sample's gradient for the squares, and of the rows with v for the scores. No sum, square,
   check or hook is counted, and each product runs at the speed that torch gives it here.
 
-A model's first four calls with a graph, and every 16th, test whose each row of a layer is by a second
-backward pass; the fastest call is one of the others.
+A model's first four calls with a graph, and every 16th, test whose each row of a layer is, by a
+second backward pass; the fastest call is one of the others.
 
 "bound" is the time of theirs over that of least: what can be gained. "of it" is what ours gains of
 that, which should be 0.8 at least. Times are the fastest of the repeats, in turn; FLOPs are counted
@@ -189,9 +189,10 @@ def main() -> int:
         f"{'':12} | {'ms, fastest':^26} | {'times theirs':^20} | {'GF, counted':^26} | "
         f"{'memory, MB':^23} |"
     )
+    columns = f"{'theirs':>8} {'ours':>8} {'least':>8} |"
     print(
-        f"width length | {'theirs':>8} {'ours':>8} {'least':>8} | {'ours':>6} {'bound':>6} of it  | "
-        f"{'theirs':>8} {'ours':>8} {'least':>8} | {'theirs':>7} {'ours':>7} {'[B, P]':>7} | differ"
+        f"width length | {columns} {'ours':>6} {'bound':>6} of it  | {columns} "
+        f"{'theirs':>7} {'ours':>7} {'[B, P]':>7} | differ"
     )
     worst = float("inf")
     for width in WIDTHS:
