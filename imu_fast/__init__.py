@@ -49,8 +49,10 @@ _EXPORTS = {
     "leave_one_out": "attribution.leave_one_out",
     "LeaveOneOut": "attribution.leave_one_out",
     "linear_layers_matching": "model.head",
+    "load_operator": "curvature.stored",
     "LossWeights": "unlearning.ascent.weights",
     "MarginEdit": "unlearning.edit.margin_edit",
+    "matrix_to_vector": "curvature.parameters",
     "methods": "unlearning.named",
     "Network": "unlearning.ascent.scopes",
     "OutputCurvature": "losses.output_curvature",
@@ -76,6 +78,7 @@ _EXPORTS = {
     "unlearn_in_turn": "unlearning.in_turn",
     "UnlearnResult": "unlearning.result",
     "use_backend": "backend",
+    "vector_to_matrix": "curvature.parameters",
 }
 __all__ = ["__version__", *sorted(_EXPORTS)]
 
@@ -99,6 +102,9 @@ if TYPE_CHECKING:
     from imu_fast.curvature.kfac import KFAC as KFAC
     from imu_fast.curvature.named import curvatures as curvatures
     from imu_fast.curvature.named import fit as fit
+    from imu_fast.curvature.parameters import matrix_to_vector as matrix_to_vector
+    from imu_fast.curvature.parameters import vector_to_matrix as vector_to_matrix
+    from imu_fast.curvature.stored import load_operator as load_operator
     from imu_fast.errors import ImuFastError as ImuFastError
     from imu_fast.errors import InputError as InputError
     from imu_fast.evaluation.evaluate import evaluate as evaluate

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,11 +15,12 @@ from imu_fast.ambient import no_autocast
 from imu_fast.errors import InputError, check_count, check_finite_rows, check_same_device
 from imu_fast.factors.implicit_head import IMPLICIT_BYTES, ImplicitHead
 from imu_fast.factors.operands import check_finite, check_offsets, check_operands, remaining
+from imu_fast.factors.packed import packed, unpacked
 from imu_fast.factors.sums import S, joined, summed
 from imu_fast.losses.base import Loss, mean_scale
 from imu_fast.losses.cross_entropy import CrossEntropy
 from imu_fast.losses.named import LOSSES, LossName
-from imu_fast.losses.output_curvature import FORMS, StoredCurvature, curvature_like
+from imu_fast.losses.output_curvature import StoredCurvature, curvature_like
 from imu_fast.ops.fisher_diagonal import fisher_diagonal
 from imu_fast.ops.mean_gradient import mean_gradient
 from imu_fast.ops.softmax_residual import linear_logits
@@ -28,8 +28,6 @@ from imu_fast.ops.tokens import cuts, is_flat, picked, sum_over_tokens
 
 # Rows of logits that exist at once while the residual is computed.
 _CHUNK_TOKENS = 2048
-# What the names of the curvature's tensors begin with in a file.
-_CURVATURE = "curvature."
 
 
 @dataclass(frozen=True)
@@ -352,19 +350,7 @@ class GradientFactors:
         """Write a safetensors file; under a temporary name first, so it is whole or absent."""
         from imu_fast.storage import save_tensors
 
-        tensors = {"delta": self.delta, "act": self.act, "offsets": self.offsets}
-        if self.labels is not None:
-            tensors["labels"] = self.labels
-        if self.losses is not None:
-            tensors["losses"] = self.losses
-        metadata = {"has_bias": str(int(self.has_bias)), "name": self.name}
-        if isinstance(self.curvature, StoredCurvature):
-            kept = self.curvature.tensors()
-            tensors |= {f"{_CURVATURE}{key}": value for key, value in kept.items()}
-            metadata["curvature"] = self.curvature.form
-        if self.loss is not None:
-            metadata["loss"] = json.dumps({"loss": self.loss.name, **self.loss.flat()})
-        save_tensors(path, tensors, metadata)
+        save_tensors(path, *packed(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> GradientFactors:
@@ -378,22 +364,7 @@ class GradientFactors:
         tensors, metadata = load_tensors(path)
         if not {"delta", "act", "offsets"} <= tensors.keys():
             raise InputError(f"path={str(Path(path))!r} holds no gradient factors")
-        options = json.loads(metadata["loss"]) if "loss" in metadata else None
-        curvature = None
-        if form := metadata.get("curvature"):
-            kept = {k: v for k, v in tensors.items() if k.startswith(_CURVATURE)}
-            curvature = FORMS[form](**{k.removeprefix(_CURVATURE): v for k, v in kept.items()})
-        return cls(
-            tensors["delta"],
-            tensors["act"],
-            tensors["offsets"],
-            metadata.get("has_bias") == "1",
-            tensors.get("labels"),
-            tensors.get("losses"),
-            metadata.get("name", "head"),
-            options and LOSSES.choose(options.pop("loss"), "loss", **options),
-            curvature,
-        )
+        return unpacked(cls, tensors, metadata)
 
 
 HeadFactors = GradientFactors | ImplicitHead[GradientFactors]

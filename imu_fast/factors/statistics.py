@@ -38,3 +38,17 @@ def trace(source: Factors) -> float:
         return (outputs.diagonal().sum(dim=1) * norms).sum()
 
     return float(source.sums(traces)) / source.n
+
+
+def ggn_diagonal(source: Factors) -> Tensor:
+    """Of the undamped GGN: ``1/n sum_t B_t[c, c] a~_t^2``, [C, D], float64.
+
+    Raises:
+        InputError: the factors have no curvature of their loss.
+    """
+
+    def products(chunk: GradientFactors) -> Tensor:
+        squares = augmented(chunk.act, chunk.has_bias).square()
+        return output_curvature(chunk).diagonal().div_(source.n).T @ squares
+
+    return source.sums(products)
