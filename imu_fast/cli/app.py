@@ -147,6 +147,10 @@ def score(
     damping: Annotated[
         float | None, typer.Option(help="> 0; default 0.01. identity has none.")
     ] = None,
+    damping_mode: Annotated[
+        str | None,
+        typer.Option(help="add (default), relative (to the mean eigenvalue) or clamp."),
+    ] = None,
     classes: Classes = None,
     image_size: ImageSize = None,
     batch_size: BatchSize = 64,
@@ -161,7 +165,7 @@ def score(
 
     check_ending(out)
     check_out(out)
-    spec = CURVATURES.choose(curvature, damping=damping)
+    spec = CURVATURES.choose(curvature, damping=damping, damping_mode=damping_mode)
     model, loader, names = _opened(arch, weights, data, classes, image_size, batch_size)
     scores = influence_scores(model, loader, curvature=spec, progress=sys.stderr.isatty())
     selected, kept = influence_weights(scores, on_empty="uniform")

@@ -228,6 +228,7 @@ def test_quick_demo(tmp_path):
         (["--arch", "torchvision:resnet18"], "do not fit"),
         (["--curvature", "hessian"], "curvature='hessian' is unknown"),
         (["--damping", "0"], "damping=0.0 must be finite and > 0"),
+        (["--damping-mode", "half"], "damping_mode='half' is unknown; choose one of add,"),
         (["--damping", "-1"], "damping=-1.0 must be finite and > 0"),
         (["--damping", "nan"], "damping=nan must be finite and > 0"),
         (["--arch", "torchvision:fasterrcnn_resnet50_fpn"], "has no classifier"),
