@@ -137,7 +137,7 @@ class Fitted(ABC):
         x = self._solve(_at_least_single(v), out)
         if out is None:
             return _rounded("M^-1 v", x, v.dtype)
-        return out if x is out else out.copy_(_rounded("M^-1 v", x, out.dtype))
+        return out if x is out else out.copy_(_rounded("M^-1 v", x, out.dtype, "out"))
 
     @torch.no_grad()
     def diagonal(self) -> Tensor:
@@ -169,7 +169,8 @@ class Fitted(ABC):
         loaded gives the same bits as this on the same machine. Its size: nothing of ``identity``,
         8 C D bytes of ``fisher_diag`` (4 from float32), 8 (C D + C^2 + D^2) of ``kfac`` and
         ``ekfac``; ``ggn``, ``ggn_block`` and ``fisher`` keep their samples' factors, about
-        N (C + d) numbers in these's dtype (``fisher`` in float64), and factor anew.
+        N (C + d) numbers in these's dtype (``fisher`` in float64) and the curvature of their loss
+        where delta does not tell it, and factor anew.
 
         Raises:
             InputError: the path cannot be written; the samples are shared among processes, or
@@ -178,6 +179,7 @@ class Fitted(ABC):
         """
         writable(path)
         tensors, options = self._state()
+        writable(path, size=sum(tensor.nbytes for tensor in tensors.values()))
         found = {
             "format": OPERATOR_FORMAT,
             "curvature": self.curvature,
@@ -277,14 +279,14 @@ def _at_least_single(v: Tensor) -> Tensor:
     return v.float() if v.itemsize < 4 else v
 
 
-def _rounded(what: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in this dtype; raise InputError where that makes infinity of a number."""
+def _rounded(what: str, x: Tensor, dtype: torch.dtype, argument: str = "v") -> Tensor:
+    """x in the dtype of an argument; raise InputError where that makes infinity of a number."""
     if torch.finfo(dtype).max < torch.finfo(x.dtype).max:
         largest = float(x.abs().max())
         if torch.finfo(dtype).max < largest < math.inf:
             raise InputError(
-                f"v is {dtype}, in which {what}, up to {largest:.3g}, is infinite; pass v in a "
-                "wider dtype"
+                f"{argument} is {dtype}, in which {what}, up to {largest:.3g}, is infinite; pass "
+                f"{argument} in a wider dtype"
             )
     return x.to(dtype)
 

@@ -14,7 +14,8 @@ from imu_fast.errors import InputError, check_flag, check_installed
 def matrix_to_vector(matrix: Tensor, has_bias: bool) -> Tensor:
     """``[weight.flatten(), bias]`` of ``[weight, bias]``: [..., P] of [..., C, D], P = C D.
 
-    The order of ``torch.nn.utils.parameters_to_vector(layer.parameters())``.
+    The order of ``torch.nn.utils.parameters_to_vector(layer.parameters())``, of a linear layer or a
+    convolution (transformers' ``Conv1D`` keeps its weight transposed).
 
     Args:
         matrix: [..., C, D], any dtype; of a layer with a bias the last column is the bias.

@@ -48,8 +48,13 @@ def load_operator(path: str | os.PathLike[str], device: torch.device | str = "cp
         device: where it is to be.
 
     Raises:
-        InputError: the file is missing, damaged, no operator's or of another format.
+        InputError: the file is missing, damaged, no operator's or of another format; there is no
+            such device.
     """
+    try:  # with its index, as tensors name it
+        where = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise InputError(f"device={device!r} cannot be used here: {brief(error)}") from error
     tensors, metadata = load_tensors(path)
     shown = f"path={os.fspath(path)!r}"
     if "operator" not in metadata:
@@ -69,7 +74,7 @@ def load_operator(path: str | os.PathLike[str], device: torch.device | str = "cp
                 f"know; it has {', '.join(FITTED)}"
             )
         classes, width = found["shape"]
-        layer = Layer(classes, width, found["has_bias"], torch.device(device))
+        layer = Layer(classes, width, found["has_bias"], where)
         damping = found["damping"]
         if found["curvature"] != "identity":
             check_positive("damping", damping)

@@ -74,6 +74,15 @@ def test_score_writes_what_the_library_computes(toy, ending):
     assert [p.name for p in out.parent.iterdir()] == [out.name]
 
 
+def test_score_takes_a_damping_relative_to_the_mean_eigenvalue(toy):
+    folder, options, data = toy
+    how = {"curvature": "kfac", "damping": 0.3, "damping_mode": "relative"}
+    flags = [x for key, value in how.items() for x in (f"--{key.replace('_', '-')}", value)]
+    run("score", *options, *flags, "--out", folder / "scores.npz")
+    truth = imu.influence_scores(toy_model(), data, **how).numpy()
+    np.testing.assert_allclose(np.load(folder / "scores.npz")["influence"], truth, rtol=1e-5)
+
+
 def test_unlearn_writes_weights_that_forget(toy):
     folder, options, (x, _) = toy
     data = (x, torch.zeros(20, dtype=torch.int64))  # one class can always be forgotten

@@ -110,6 +110,8 @@ def test_what_a_narrow_dtype_cannot_hold_is_refused(name):
     with pytest.raises(InputError, match=r"v is torch.float16, in which M\^-1 v, up to .* wider"):
         fitted.solve(v.half())
     assert fitted.solve(v.half(), out=torch.empty_like(v)).isfinite().all()
+    with pytest.raises(InputError, match=r"out is torch.float16, in which M\^-1 v"):
+        fitted.solve(v, out=torch.empty_like(v, dtype=torch.float16))
     with pytest.raises(InputError, match=r"v is torch.float32, in which M\^-1 v"):
         fitted.solve(torch.full(fitted.shape, 3e38))
 

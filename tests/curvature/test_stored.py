@@ -177,11 +177,14 @@ def test_what_does_not_belong_together_is_refused(name, tmp_path):
         "no shape": lambda text, _: text.pop("shape"),
         "a dtype": lambda text, _: text.update(dtype="float16"),
         "no bias": lambda text, _: text.pop("has_bias"),
+        "another solver": lambda text, _: text["options"].update(solver="lu"),
         "no options": lambda text, _: text.pop("options"),
     }
     if name != "identity":
         changes["a tensor less"] = drop
         changes["a damping"] = lambda text, _: text.update(damping=-1.0)
+    if name != "ggn":
+        changes.pop("another solver")
     if name == "identity":
         changes.pop("other shape"), changes.pop("no options")
     for what, change in changes.items():
@@ -210,6 +213,8 @@ def test_what_is_of_another_format_or_kind_is_refused(tmp_path):
     with pytest.raises(InputError, match="holds no gradient factors"):
         fitted.save(path)
         imu.GradientFactors.load(path)
+    with pytest.raises(InputError, match="device='nowhere' cannot be used here"):
+        imu.load_operator(path, device="nowhere")
     with pytest.raises(InputError, match="does not exist"):
         imu.load_operator(tmp_path / "nothing")
     path.write_bytes(b"")

@@ -73,10 +73,7 @@ class GGN(Damped):
         """
         sizes = (factors.num_tokens, factors.num_classes, factors.width)
         outputs = Remembered(output_curvature)
-        form: Form = "softmax"
-        for chunk in factors.chunks():  # refused before any work
-            form = outputs(chunk).form
-            break
+        form = _form(factors, outputs)  # refused before any work
         if self.solver != "auto" and self.solver not in solver_costs(*sizes, form=form):
             blocks, order = dense_orders(*sizes, form)[self.solver]
             what = "a dense matrix" if blocks == 1 else f"{blocks} dense matrices"
@@ -92,6 +89,14 @@ class GGN(Damped):
         lam = self.absolute(factors, lambda: trace(factors))
         solve = (lam, self.solver, self.tolerance, chosen)
         return FittedGGN(factors, outputs, form, *solve)
+
+
+def _form(factors: Factors, outputs: Remembered[OutputCurvature]) -> Form:
+    """Of the loss's curvature, which is that of every chunk."""
+    for chunk in factors.chunks():
+        form: Form = outputs(chunk).form
+        return form
+    return "softmax"
 
 
 def _by_class(p: Tensor) -> Tensor:
@@ -192,7 +197,7 @@ class FittedGGN(Fitted):
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The way that is solved by depends on what was made for earlier solves."""
         tensors, options = pack_chunks(self._factors, "curvature='ggn'")
-        options |= {"solver": self.solver, "tolerance": self.tolerance, "form": self._form}
+        options |= {"solver": self.solver, "tolerance": self.tolerance}
         options["preconditioner"] = self.iterative.preconditioner
         options["made"], options["pays"] = self.direct.made, self.iterative.pays
         return tensors, options
@@ -201,8 +206,9 @@ class FittedGGN(Fitted):
     def _restored(cls, saved: Saved) -> Self:
         known, outputs = saved.options, Remembered(output_curvature)
         factors = unpack_chunks(saved.tensors, known, saved.layer.device)
-        solve = (known["solver"], known["tolerance"], known["preconditioner"])
-        found = cls(factors, outputs, known["form"], saved.damping, *solve)
+        solve = {key: known[key] for key in ("solver", "tolerance", "preconditioner")}
+        GGN(**solve)  # refuses what it does not have
+        found = cls(factors, outputs, _form(factors, outputs), saved.damping, **solve)
         found.direct.made, found.iterative.pays = known["made"], known["pays"]
         return found
 
