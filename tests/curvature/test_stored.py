@@ -263,3 +263,25 @@ def test_the_trained_layer_it_came_from_need_not_be_there(tmp_path):
     again = imu.load_operator(tmp_path / "kfac.safetensors", device=torch.device("cpu"))
     assert again.shape == (3, 9) and again.has_bias
     assert torch.equal(again.solve(gradient), step) and step.dtype == torch.float32
+
+
+@pytest.mark.parametrize("solver", ["auto", "cg"])
+def test_what_was_made_for_earlier_solves_is_remembered(solver, tmp_path):
+    """A factor makes all later solves cheap, and K-FAC is used from the first iteration on."""
+    torch.manual_seed(0)
+    weight = torch.randn(20, 40) / 6
+    f = imu.GradientFactors.from_head(
+        torch.rand(400, 40) + 1, weight, None, torch.randint(20, (400,))
+    )
+    fitted = imu.fit("ggn", f, damping=1e-4, solver=solver)
+    v = torch.randn(50, 20, 40, dtype=torch.float64)
+    first = fitted.solve(v[0])
+    assert (fitted.direct.made, fitted.iterative.pays) == (None, True), "that took iterations"
+    fitted.solve(v if solver == "auto" else v[1])
+    fitted.save(tmp_path / "m")
+    loaded = imu.load_operator(tmp_path / "m")
+    assert loaded.direct.made == fitted.direct.made == ("primal" if solver == "auto" else None)
+    later = loaded.solve(v[0])
+    assert not torch.equal(later, first), "it is solved in another way by now"
+    assert torch.equal(later, fitted.solve(v[0])) and loaded.residual == fitted.residual
+    assert loaded.iterations == fitted.iterations
