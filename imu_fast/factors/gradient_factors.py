@@ -16,7 +16,7 @@ from imu_fast.ambient import no_autocast
 from imu_fast.errors import InputError, check_count, check_finite_rows, check_same_device
 from imu_fast.factors.implicit_head import IMPLICIT_BYTES, ImplicitHead
 from imu_fast.factors.operands import check_finite, check_offsets, check_operands, remaining
-from imu_fast.factors.samples import Samples
+from imu_fast.factors.samples import Stored
 from imu_fast.losses.base import Loss, mean_scale
 from imu_fast.losses.cross_entropy import CrossEntropy
 from imu_fast.losses.named import LOSSES, LossName
@@ -33,7 +33,7 @@ _CURVATURE = "curvature."
 
 
 @dataclass(frozen=True)
-class GradientFactors(Samples["GradientFactors"]):
+class GradientFactors(Stored["GradientFactors"]):
     """The gradients ``g_i = sum_t delta[i,t] (x) [act[i,t], 1]`` of n samples, as factors.
 
     Attributes:
@@ -220,26 +220,6 @@ class GradientFactors(Samples["GradientFactors"]):
         losses = sum_over_tokens(token_losses, offsets)
         has_bias = bias is not None
         return cls(delta, act, offsets, has_bias, labels, losses, name, chosen, curvature)
-
-    @property
-    def device(self) -> torch.device:
-        """Where delta and act are."""
-        return self.delta.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of delta and act."""
-        return self.delta.dtype
-
-    @property
-    def num_tokens(self) -> int:
-        """N, the number of packed tokens."""
-        return self.delta.shape[0]
-
-    @property
-    def num_classes(self) -> int:
-        """C, the width of the layer's output."""
-        return self.delta.shape[1]
 
     @property
     def feature_dim(self) -> int:

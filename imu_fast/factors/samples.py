@@ -91,3 +91,29 @@ class Samples(Means, Chunks[C]):
         if not 0 <= rank < world or self.n < world:
             raise InputError(f"rank={rank} of world={world} cannot share {self.n} samples")
         return self.samples(self.n * rank // world, self.n * (rank + 1) // world)
+
+
+class Stored(Samples[C]):
+    """Samples whose signal ``delta`` [N, C] is at hand."""
+
+    delta: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """N, packed tokens: positions that have a gradient."""
+        return len(self.delta)
+
+    @property
+    def num_classes(self) -> int:
+        """C, the width of the layer's output."""
+        return self.delta.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where delta and inputs are."""
+        return self.delta.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of delta, and of inputs where they are used."""
+        return self.delta.dtype

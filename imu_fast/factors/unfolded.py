@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from imu_fast.errors import InputError, check_count
 from imu_fast.factors.gradient_factors import GradientFactors, check_offsets
-from imu_fast.factors.samples import Samples
+from imu_fast.factors.samples import Stored
 from imu_fast.ops.tokens import cuts
 
 # Elements of unfolded inputs that exist at once, but for one larger sample.
@@ -66,7 +66,7 @@ class Unfolding:
 
 
 @dataclass(frozen=True)
-class UnfoldedFactors(Samples[GradientFactors]):
+class UnfoldedFactors(Stored[GradientFactors]):
     """The gradients of n samples at a convolution's weight [C, c, *kernel], seen as [C, d].
 
     ``d = c * kernel``, in the order of ``weight.flatten(1)``. Everything that takes factors takes
@@ -95,26 +95,6 @@ class UnfoldedFactors(Samples[GradientFactors]):
             raise InputError(
                 f"places has shape {tuple(self.places.shape)}; expected ({len(self.delta)}, 3)"
             )
-
-    @property
-    def num_tokens(self) -> int:
-        """N, positions that have a gradient."""
-        return len(self.delta)
-
-    @property
-    def num_classes(self) -> int:
-        """C, output channels."""
-        return self.delta.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        """Where delta and inputs are."""
-        return self.delta.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of delta and what is unfolded."""
-        return self.delta.dtype
 
     @property
     def nbytes(self) -> int:

@@ -131,7 +131,8 @@ def _gradients(ctx: Any, dx: Tensor, wanted: tuple[bool, ...]) -> tuple[Tensor |
     g = differentiable(a, damping, factor, dx, False)
     da = ddamping = None
     if wanted[0]:
-        product = g @ x.mT
+        with torch.autocast(x.device.type, enabled=False):
+            product = g @ x.mT
         da = (product + product.mT) * -0.5
     if wanted[1]:
         ddamping = -(g * x).sum(dim=(-2, -1))

@@ -128,6 +128,15 @@ def test_gradients_of_each_operand_alone(dtype):
         torch.testing.assert_close(found.double(), expected[i], rtol=bound, atol=bound * size)
 
 
+def test_autocast_changes_nothing():
+    leaves = [t.requires_grad_() for t in operands((3,), (3,), (3, 4, 2), torch.float32)]
+    expected = torch.autograd.grad(solve(*leaves).square().sum(), leaves)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(solve(*leaves).square().sum(), leaves)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_backward_pass_factors_nothing(monkeypatch):
     a, b, damping = operands((3,), (3,), (3, 4))
     leaves = [t.requires_grad_() for t in (a, b, damping)]
