@@ -37,7 +37,7 @@ class GradientFactors(Stored["GradientFactors"]):
     """The gradients ``g_i = sum_t delta[i,t] (x) [act[i,t], 1]`` of n samples, as factors.
 
     Attributes:
-        delta: [N, C], the signal at the layer's output; float32 or float64.
+        delta: [N, C], the signal at the layer's output; float32 or float64. Detached, as act is.
         act: [N, d], the layer's input; same dtype and device.
         offsets: [n+1] int64 on the CPU; tokens ``offsets[i]:offsets[i+1]`` belong to sample i.
         has_bias: whether the layer has a bias, so that D = d + 1.
@@ -76,12 +76,17 @@ class GradientFactors(Stored["GradientFactors"]):
             )
         check_offsets(offsets, len(delta))
         object.__setattr__(self, "offsets", offsets.to("cpu", torch.int64))
+        for name, tensor in (("delta", delta), ("act", act)):
+            if tensor.requires_grad:
+                object.__setattr__(self, name, tensor.detach())
         if self.labels is not None and self.loss is None and self.curvature is None:
             object.__setattr__(self, "loss", CrossEntropy())
         if self.loss is not None and self.labels is None:
             raise InputError(f"loss={self.loss!r} needs labels; pass both, or neither")
         if self.curvature is not None:
-            object.__setattr__(self, "curvature", curvature_like(self.curvature, delta))
+            given = self.curvature
+            given = given.detach() if isinstance(given, Tensor) else given
+            object.__setattr__(self, "curvature", curvature_like(given, delta))
 
     def _changed(self, rows: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """What belongs to tokens, changed."""
