@@ -22,7 +22,7 @@ _EXPORTS = {
     "CrossEntropy": "losses.cross_entropy",
     "Curvature": "curvature.base",
     "curvatures": "curvature.named",
-    "damped_cholesky_solve": "solvers.cholesky.cholesky",
+    "damped_cholesky_solve": "solvers.cholesky.solve",
     "Data": "model.parts",
     "DivergedError": "unlearning.result",
     "EKFAC": "curvature.kfac",
@@ -123,7 +123,7 @@ if TYPE_CHECKING:
     from imu_fast.model.head import find_head as find_head
     from imu_fast.model.head import linear_layers_matching as linear_layers_matching
     from imu_fast.model.parts import Data as Data
-    from imu_fast.solvers.cholesky.cholesky import damped_cholesky_solve as damped_cholesky_solve
+    from imu_fast.solvers.cholesky.solve import damped_cholesky_solve as damped_cholesky_solve
     from imu_fast.unlearning.ascent.ascent import Ascent as Ascent
     from imu_fast.unlearning.ascent.objectives import Refusal as Refusal
     from imu_fast.unlearning.ascent.objectives import SimNPO as SimNPO
