@@ -65,13 +65,15 @@ class Lora:
         Raises:
             InputError: a target that no linear layer is, or peft has none for this model.
         """
+        check_installed("lora", "peft", install="peft")
         import peft
 
-        there = [n for n, m in made.model.named_modules() if _adaptable(m)]
+        modules = dict(made.model.named_modules())
+        there = [name for name, module in modules.items() if _adaptable(module)]
         for target in self.target or ():
             if not any(name == target or name.endswith(f".{target}") for name in there):
                 raise InputError(
-                    f"lora: target={target!r} ends no linear layer's name; the last is {there[-1]!r}"
+                    f"lora: target={target!r} ends no linear layer's name; one is {there[-1]!r}"
                 )
         wanted: Any = layers if layers is not None else self.target
         if wanted is None:
@@ -82,6 +84,7 @@ class Lora:
             r=self.r,
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # a fraction is fine
             target_modules=wanted if isinstance(wanted, str) else list(wanted),
+            fan_in_fan_out=any(type(modules[name]).__name__ == "Conv1D" for name in there),
             base_model_name_or_path=str(getattr(made.config, "_name_or_path", "")) or None,
         )
         try:

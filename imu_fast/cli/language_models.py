@@ -89,11 +89,24 @@ class LanguageModel:
         return None
 
 
+def _transformers() -> Any:
+    check_installed("a model of text", "transformers", install="transformers")
+    import transformers
+
+    return transformers
+
+
+def _peft() -> Any:
+    check_installed("an adapter", "peft", install="peft")
+    import peft
+
+    return peft
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """transformers without progress bars and hints; as it was afterwards."""
-    from transformers.utils import logging as said
-
+    said = _transformers().utils.logging
     bars, level = said.is_progress_bar_enabled(), said.get_verbosity()
     said.disable_progress_bar()
     said.set_verbosity(logging.ERROR)
@@ -187,8 +200,7 @@ def _base_of(source: Source) -> Path:
 
 
 def _loaded(folder: Path, source: Source, argument: str) -> tuple[nn.Module, Task]:
-    import transformers
-
+    transformers = _transformers()
     shown = f"{argument}={str(folder)!r}"
     path = str(folder.resolve())  # which an adapter's config will name
     common = {"local_files_only": True, "trust_remote_code": source.trust_remote_code}
@@ -201,6 +213,7 @@ def _loaded(folder: Path, source: Source, argument: str) -> tuple[nn.Module, Tas
             config=config,
             dtype=dtype,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
             **common,
         )
@@ -234,11 +247,10 @@ def _remedied(error: Exception) -> str:
 
 
 def _task_of(config: Any, shown: str) -> Task:
-    from transformers.models.auto import modeling_auto
-
+    tables = _transformers().models.auto.modeling_auto
     named = list(getattr(config, "architectures", None) or [])
     for task, (_, table) in _AUTO.items():
-        if set(named) & set(getattr(modeling_auto, table).values()):
+        if set(named) & set(getattr(tables, table).values()):
             return task
     for suffix, task in _SUFFIXES.items():
         if any(name.endswith(suffix) for name in named):
@@ -250,10 +262,8 @@ def _task_of(config: Any, shown: str) -> Task:
 
 
 def _with_adapter(model: nn.Module, source: Source, trained: bool) -> nn.Module:
-    import peft
-
     try:
-        made = peft.PeftModel.from_pretrained(
+        made = _peft().PeftModel.from_pretrained(
             model,
             str(source.model),
             is_trainable=trained and not source.merge,
@@ -268,8 +278,6 @@ def _with_adapter(model: nn.Module, source: Source, trained: bool) -> nn.Module:
 
 
 def _tokenizer(source: Source, base: Path) -> Any:
-    from transformers import AutoTokenizer
-
     folders = [source.tokenizer] if source.tokenizer is not None else [source.model, base]
     files = ("tokenizer_config.json", "tokenizer.json", "vocab.txt", "spiece.model")
     there = [path for path in folders if any((path / name).is_file() for name in files)]
@@ -280,7 +288,7 @@ def _tokenizer(source: Source, base: Path) -> Any:
             "--tokenizer FOLDER"
         )
     try:
-        return AutoTokenizer.from_pretrained(
+        return _transformers().AutoTokenizer.from_pretrained(
             str(there[0]), local_files_only=True, trust_remote_code=source.trust_remote_code
         )
     except Exception as error:  # what the library makes of the folder

@@ -46,6 +46,12 @@ def unlearn_lines(texts: Texts, run: Run, how: How, more: TextRun, stop: Any) ->
             read_records(path, argument)
     reader = opened(texts, batch_size, trained=True)
     made = reader.made
+    if made.task != "classifier" and not METHODS.choose(how.method).sequences:
+        named = ", ".join(name for name in METHODS if METHODS[name].sequences)
+        raise InputError(
+            f"method={how.method!r} is for samples of one label, and {texts.model} is a language "
+            f"model; choose one of {named}"
+        )
     if made.adapter and lora is not None:
         raise InputError(
             f"lora={more.lora!r}: the model is an adapter already, which is trained; leave --lora "
@@ -74,7 +80,7 @@ def unlearn_lines(texts: Texts, run: Run, how: How, more: TextRun, stop: Any) ->
         **reading,
     )
     write_or_rescue(out, lambda path: _write(made, path))
-    report = _report(result) | {"model": str(texts.model), "before": before}
+    report = {"method": how.method, "model": str(texts.model), "before": before, **_report(result)}
     adapter = made.adapter
     # One model at a time: what was trained is on the disk now.
     made.model = result.model = None  # type: ignore[assignment]

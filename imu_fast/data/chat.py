@@ -230,8 +230,8 @@ class Encoder:
             return ids, list(ids)
         head = self._ids(prompt)
         head = head[: len(head) - own]
-        _check_prefix(head, ids, where, "prompt and answer share a token; let one end, or the "
-                      "other begin, with a space")  # fmt: skip
+        why = "prompt and answer share a token; let one end, or the other begin, with a space"
+        _check_prefix(head, ids, where, why)
         return ids, [*[IGNORED] * len(head), *ids[len(head) :]]
 
     def _chat(self, example: Example, where: str) -> tuple[list[int], list[int]]:

@@ -258,7 +258,7 @@ def _text(value: Any, where: str, *, empty: bool = False) -> str:
 
 
 def _shown(value: Any) -> str:
-    return "null" if value is None else f"a {type(value).__name__}"
+    return "null" if value is None else f"of type {type(value).__name__}"
 
 
 def _conversation(number: int, messages: Any, first: int, where: str) -> Example:
