@@ -21,12 +21,17 @@ def influences(
     from imu_fast.model.capture import capture
 
     factors = capture(model, loader, layers, progress=sys.stderr.isatty())
-    scores = influence_scores(factors, curvature=spec)
+    scores = wide(influence_scores(factors, curvature=spec))
     selected, kept = influence_weights(scores, on_empty="uniform")
     columns = {"score": scores, "weight": torch.zeros_like(scores).index_put_((selected,), kept)}
     if self_influence:
-        columns["self_influence"] = with_itself(factors, curvature=spec)
+        columns["self_influence"] = wide(with_itself(factors, curvature=spec))
     return columns, factors
+
+
+def wide(column: Any) -> Any:
+    """In a dtype that files have: no half precision."""
+    return column if column.itemsize > 2 else column.float()
 
 
 def said(scores: Any, out: Path) -> None:

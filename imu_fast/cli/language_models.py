@@ -33,6 +33,8 @@ _SUFFIXES: dict[str, Task] = {
     "ForCausalLM": "causal",
     "LMHeadModel": "causal",
 }
+# Models that count positions from behind their padding token.
+_BEHIND_PADDING = ("roberta", "camembert", "longformer", "data2vec-text", "ibert", "mpnet")
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,14 @@ class LanguageModel:
     @property
     def positions(self) -> int | None:
         """How long a text the model takes; None: nothing says."""
+        config = self.config.get_text_config()
+        if hasattr(config, "relative_attention_num_buckets"):  # T5, whose n_positions bind nothing
+            return None
         for name in ("max_position_embeddings", "n_positions"):
-            value = getattr(self.config, name, None)
+            value = getattr(config, name, None)
             if isinstance(value, int) and value > 0:
-                # RoBERTa counts positions from behind its padding token.
-                behind = "roberta" in str(getattr(self.config, "model_type", ""))
-                return value - (int(self.config.pad_token_id) + 1 if behind else 0)
+                behind = any(kind in str(config.model_type) for kind in _BEHIND_PADDING)
+                return value - (int(config.pad_token_id or 0) + 1 if behind else 0)
         return None
 
 
@@ -270,11 +274,16 @@ def _with_adapter(model: nn.Module, source: Source, trained: bool) -> nn.Module:
             autocast_adapter_dtype=False,
             local_files_only=True,
         )
-        return made.merge_and_unload() if source.merge else made
+        if not any(config.is_prompt_learning for config in made.peft_config.values()):
+            return made.merge_and_unload() if source.merge else made
     except Exception as error:  # what the library makes of the folder
         raise InputError(
             f"model={str(source.model)!r}: the adapter does not load onto its base: {brief(error)}"
         ) from error
+    raise InputError(
+        f"model={str(source.model)!r}: an adapter of prompts, which puts own tokens before a "
+        "text; pass one that changes layers, such as LoRA"
+    )
 
 
 def _tokenizer(source: Source, base: Path) -> Any:

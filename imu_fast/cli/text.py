@@ -10,7 +10,7 @@ import torch
 import typer
 
 from imu_fast.cli.arguments import Texts
-from imu_fast.cli.influences import influences, said
+from imu_fast.cli.influences import influences, said, wide
 from imu_fast.cli.language_models import LanguageModel, Source, check_vocabulary, load
 from imu_fast.cli.score_files import (
     check_ending,
@@ -57,6 +57,8 @@ class Reader:
             InputError: it cannot be used.
         """
         texts, made = self.texts, self.made
+        if made.task == "classifier":
+            _check_one_class(made.config)
         found = load_text(
             path,
             made.tokenizer,
@@ -99,6 +101,15 @@ class Reader:
             return asked
         own = self.made.tokenizer.model_max_length
         return positions if positions is not None and positions < own else None
+
+
+def _check_one_class(config: Any) -> None:
+    kind = getattr(config, "problem_type", None)
+    if config.num_labels < 2 or kind not in (None, "single_label_classification"):
+        raise InputError(
+            f"the model has num_labels={config.num_labels} and problem_type={kind!r}; lines have "
+            "one class each, so it must be a classifier of one among several"
+        )
 
 
 def _largest(one: Encoded) -> int:
@@ -164,7 +175,7 @@ def score_lines(
     losses = getattr(factors, "losses", None)
     if losses is None:  # of layers that are not the head
         losses = _losses(reader.made.model, found)
-    columns |= {"loss": losses, "tokens": torch.tensor(found.tokens)}
+    columns |= {"loss": wide(losses), "tokens": torch.tensor(found.tokens)}
     if out.suffix == ".jsonl":
         write_or_rescue(out, lambda path: save_lines(path, found.records.objects, columns))
     else:

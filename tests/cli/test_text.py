@@ -5,9 +5,13 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import language_models as lm
 import numpy as np
@@ -286,6 +290,64 @@ def test_adapters_in(folders, data, tmp_path):
         assert message in run(*again, code=2)
 
 
+def test_a_run_goes_on_from_its_checkpoint(folders, data, tmp_path):
+    pytest.importorskip("peft")
+    options = ["unlearn", "--model", folders / "llama", "--data", data, "--method", "uniform"]
+    options += ["--lora", "r=2", "--lr", 0.5]
+    kept = ["--checkpoint", tmp_path / "run.safetensors"]
+    run(*options, "--epochs", 4, "--out", tmp_path / "whole")
+    run(*options, "--epochs", 2, *kept, "--out", tmp_path / "half")
+    run(*options, "--epochs", 4, *kept, "--out", tmp_path / "rest")
+    found = [
+        json.loads((tmp_path / name / "imu_fast.json").read_text())["after"]
+        for name in ("half", "whole", "rest")
+    ]
+    assert found[1] == found[2] != found[0]
+
+
+def test_models_whose_lines_are_not_of_one_class_are_refused(folders, tmp_path):
+    path = labelled(tmp_path / "c.jsonl")
+    for change in ({"problem_type": "multi_label_classification"}, {"problem_type": "regression"}):
+        folder = tmp_path / change["problem_type"]
+        shutil.copytree(folders / "bert", folder)
+        edited(folder, "config.json", lambda c, change=change: c.update(change))
+        text = run("score", "--model", folder, "--data", path, code=2)
+        assert f"problem_type='{change['problem_type']}'; lines have one class each" in text
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_of_a_folder_runs_where_it_is_trusted(folders, data, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(folders / "llama", own)
+    (own / "code.py").write_text(CODE)
+    auto = {"AutoConfig": "code.OwnConfig", "AutoModelForCausalLM": "code.OwnForCausalLM"}
+    named = {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": auto}
+    edited(own, "config.json", lambda c: c.update(named))
+    # In a process of its own, whose copies of such code go into a folder of its own.
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+    main = "from imu_fast.cli.app import app; app()"
+    out = tmp_path / "s.jsonl"
+    command = [sys.executable, "-c", main, "score", "--model", own, "--data", data, "--out", out]
+    command = [str(part) for part in command]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "--trust-remote-code runs it" in done.stderr and not out.exists()
+    done = subprocess.run(
+        [*command, "--trust-remote-code"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    run("score", "--model", folders / "llama", "--data", data, "--out", tmp_path / "l.jsonl")
+    assert read_lines(out) == read_lines(tmp_path / "l.jsonl")
+
+
 def test_lora_on_some_layers(folders, data, tmp_path):
     pytest.importorskip("peft")
     options = ["unlearn", "--model", folders / "llama", "--data", data, "--method", "uniform"]
@@ -303,6 +365,7 @@ def test_dtypes_are_said_and_chosen(folders, data, tmp_path):
     options = ["--model", half, "--tokenizer", folders / "llama", "--data", data]
     text = run("score", *options, "--out", tmp_path / "a.jsonl")
     assert "bfloat16 (as stored)" in text
+    run("score", *options, "--out", tmp_path / "a.csv")
     text = run("score", *options, "--dtype", "float64", "--out", tmp_path / "b.jsonl")
     assert "float64 (as asked)" in text
     run("unlearn", *options, "--out", tmp_path / "out", "--method", "uniform", "--lr", 30)
@@ -482,8 +545,6 @@ def test_lines_that_have_scores_already(folders, data, tmp_path):
 
 
 def test_a_disk_that_fills_at_the_end_loses_no_model(folders, data, tmp_path, monkeypatch):
-    import os
-
     (tmp_path / "here").mkdir()
     (tmp_path / "full").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -504,8 +565,6 @@ def test_a_disk_that_fills_at_the_end_loses_no_model(folders, data, tmp_path, mo
 
 
 def test_a_disk_that_is_too_small_is_said_before_the_work(folders, data, tmp_path, monkeypatch):
-    from types import SimpleNamespace
-
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
     options = ["unlearn", "--model", folders / "llama", "--data", data, "--out", tmp_path / "o"]
     assert "0 MB are free there" in run(*options, code=2)

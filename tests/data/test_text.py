@@ -42,6 +42,35 @@ def test_question_and_answer(tmp_path):
     assert "of which counts" in data.first
 
 
+def test_tokenizers_that_see_a_space_before_every_text(tmp_path):
+    """As SentencePiece's, of Llama 2 and Mistral."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+    made.decoder = decoders.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=tm.SPECIAL, show_progress=False)
+    made.train_from_iterator([text for pair in tm.PAIRS for text in pair], trainer)
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    data = imu.load_text(tm.pairs(tmp_path / "a.jsonl"), words)
+    for one, (question, answer) in zip(data.loader.dataset, tm.PAIRS, strict=True):
+        start = one.labels.count(-100)
+        assert one.input_ids[:start] == words(question)["input_ids"]
+        assert (
+            words.decode([words.convert_tokens_to_ids("\u2581"), *one.input_ids[start:-1]]).strip()
+            == answer
+        )
+        assert one.input_ids[-1] == words.eos_token_id
+    data = imu.load_text(tm.pairs(tmp_path / "a.jsonl"), words, template="tofu")
+    assert len(data.tokens) == 7
+
+
 @pytest.mark.parametrize(
     ("line", "keys", "read", "kept"),
     [
