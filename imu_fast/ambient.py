@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import torch
 
+P = ParamSpec("P")
+R = TypeVar("R")
 _DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
 
 
@@ -26,6 +30,29 @@ def random_state_kept(devices: Iterable[torch.device] = ()) -> Iterator[None]:
         finally:
             random.setstate(numbers)
             np.random.set_state(arrays)
+
+
+def no_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """For functions of tensors: the user's autocast is set aside, products keep their dtype."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not any(map(_autocast, _DEVICE_TYPES)):
+            return function(*args, **kwargs)
+        with ExitStack() as stack:
+            _leave_autocast(stack)
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def _autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def _leave_autocast(stack: ExitStack) -> None:
+    for kind in filter(_autocast, _DEVICE_TYPES):
+        stack.enter_context(torch.autocast(kind, enabled=False))
 
 
 @contextmanager
@@ -46,9 +73,7 @@ def plain_torch(devices: Iterable[torch.device] = ()) -> Iterator[None]:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
             torch.set_grad_enabled(False)
-        for kind in _DEVICE_TYPES:
-            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+        _leave_autocast(stack)
         stack.enter_context(random_state_kept(devices))
         stack.enter_context(_eager())
         inner_grad = torch.is_grad_enabled()

@@ -12,6 +12,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from imu_fast.ambient import no_autocast
 from imu_fast.errors import InputError, check_count, check_finite_rows, check_same_device
 from imu_fast.factors.implicit_head import IMPLICIT_BYTES, ImplicitHead
 from imu_fast.factors.operands import check_finite, check_offsets, check_operands, remaining
@@ -126,6 +127,7 @@ class GradientFactors:
         name: str = ...,
     ) -> HeadFactors: ...
     @classmethod
+    @no_autocast
     def from_head(
         cls,
         features: Tensor,
@@ -200,9 +202,8 @@ class GradientFactors:
         act, weight = act.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         counts = offsets.diff()
-        scale = None
-        if not bool((counts == 1).all()):
-            scale = mean_scale(counts).to(act.device, dtype)
+        flat = bool((counts == 1).all())
+        scale = None if flat else mean_scale(counts).to(act.device, dtype)
         delta = act.new_empty(len(act), weight.shape[0])
         token_losses = act.new_empty(len(act))
         kept: list[StoredCurvature] = []

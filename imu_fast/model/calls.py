@@ -65,7 +65,9 @@ class Call:
         # A copy shows what no version counts: writing by .data, or under inference mode.
         out = self.layer.outputs(self.out).reshape(logits.shape)
         kept = self.out.data_ptr() == self.given.data_ptr()
-        return kept or bool(((out == logits) | (out.isnan() & logits.isnan())).all())
+        if kept or torch.equal(out, logits):
+            return True
+        return bool(((out == logits) | (out.isnan() & logits.isnan())).all())
 
 
 def rows_in_order(t: Tensor) -> bool:

@@ -36,6 +36,9 @@ logger = logging.getLogger("imu_fast")
 Rows = tuple[Tensor, Tensor, Tensor]
 LayerFactors = GradientFactors | UnfoldedFactors
 
+# Random vectors that a weight's gradient is compared on.
+_VECTORS = 4
+
 
 class _LayersCapture:
     """Rows of the layers, batch by batch."""
@@ -79,18 +82,30 @@ class _LayersCapture:
 
         def backward(weights: Tensor) -> list[Tensor]:
             weighted = signal * weights.to(signal).view(-1, *[1] * (signal.dim() - 1))
-            return self._gradients(calls, logits, weighted)
+            return self._gradients(calls, logits, weighted)[0]
 
         rows = self._rows(run, batch, calls, logits, signal, backward) if calls else []
         for layer in self.layers:
             own = [r for r, call in zip(rows, calls, strict=True) if call.layer == layer]
             self.parts[layer.name].append(_joined(own, layer, labelled))
 
-    def _gradients(self, calls: Sequence[Call], logits: Tensor, signal: Tensor) -> list[Tensor]:
-        targets = [call.target for call in calls]
+    def _gradients(
+        self,
+        calls: Sequence[Call],
+        logits: Tensor,
+        signal: Tensor,
+        whole: dict[str, Tensor] | None = None,
+    ) -> tuple[list[Tensor], dict[str, Tensor | None]]:
+        """At each call [..., C], and of the ``whole`` weights."""
+        weights = whole or {}
+        targets = [*(call.target for call in calls), *weights.values()]
         found = torch.autograd.grad(logits, targets, signal, retain_graph=True, allow_unused=True)
-        self._reached |= {c.layer.name for c, g in zip(calls, found, strict=True) if g is not None}
-        return [call.rows(g) for call, g in zip(calls, found, strict=True)]
+        at_calls = found[: len(calls)]
+        self._reached |= {
+            c.layer.name for c, g in zip(calls, at_calls, strict=True) if g is not None
+        }
+        of_weights: dict[str, Tensor | None] = dict(zip(weights, found[len(calls) :], strict=True))
+        return [call.rows(g) for call, g in zip(calls, at_calls, strict=True)], of_weights
 
     def _rows(
         self,
@@ -103,10 +118,13 @@ class _LayersCapture:
     ) -> list[Rows]:
         """``(delta [R, C], act [R, d], owner [R])`` of each call."""
         n = len(signal)
-        base = self._gradients(calls, logits, signal)
-        if len(self.samples) == 1:
+        first = len(self.samples) == 1
+        weights = self._whole_weights(calls) if first else None
+        base, whole = self._gradients(calls, logits, signal, weights)
+        if first:
             with full_precision(logits.device):
-                self._check_whole(calls, base, logits, signal)
+                self._check_whole(calls, base, whole)
+        del whole
         names = [call.layer.name for call in calls]
         acts = [self._act(call, g.shape[:-1]) for call, g in zip(calls, base, strict=True)]
         try:
@@ -129,37 +147,43 @@ class _LayersCapture:
         kept.append(call.act)
         return call.layer.places(rows, len(kept) - 1).to(call.act.device)
 
-    def _check_whole(
-        self, calls: Sequence[Call], base: Sequence[Tensor], logits: Tensor, signal: Tensor
-    ) -> None:
-        """Raise InputError where the calls are not all that a weight does to the loss."""
+    def _whole_weights(self, calls: Sequence[Call]) -> dict[str, Tensor]:
+        """Parameters, by their layers' names, whose gradients the calls must be all of."""
         ran = {call.layer.name for call in calls}
-        checked = {
+        return {
             layer.name: weight
             for layer in self.layers
             if layer.name in ran and (weight := layer.module._parameters.get("weight")) is not None
             if not shared_with(self.model, layer)  # of its other uses the log speaks
         }
-        if not checked:
-            return
-        by_name = {layer.name: layer for layer in self.layers}
-        found = torch.autograd.grad(
-            logits, list(checked.values()), signal, retain_graph=True, allow_unused=True
-        )
-        for name, whole in zip(checked, found, strict=True):
-            like = by_name[name].weight
-            made = torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
-            for call, g in zip(calls, base, strict=True):
-                if call.layer.name == name:
-                    for act, delta in call.layer.pieces(call.act, g):
-                        made += (delta.T @ act.to(delta)).to(made)
-            if whole is None:
+
+    def _check_whole(
+        self, calls: Sequence[Call], base: Sequence[Tensor], whole: dict[str, Tensor | None]
+    ) -> None:
+        """Raise InputError where the calls are not all that a weight does to the loss.
+
+        ``sum_t delta_t a_t^T`` and the weight's gradient are compared by what they make of a few
+        random vectors (Freivalds 1977), which needs no second product of their size.
+        """
+        for layer in self.layers:
+            gradient = whole.get(layer.name)
+            if gradient is None:
                 continue
-            off = (made - by_name[name].like_weight(whole)).norm()
-            if off > 8 * torch.finfo(signal.dtype).eps ** 0.5 * whole.norm():
+            gradient = layer.like_weight(gradient)
+            wide = torch.promote_types(gradient.dtype, torch.float32)
+            generator = torch.Generator().manual_seed(gradient.shape[1])
+            vectors = torch.randn(gradient.shape[1], _VECTORS, generator=generator, dtype=wide)
+            vectors = vectors.to(gradient.device)
+            expected = gradient.to(wide) @ vectors
+            off = -expected
+            for call, g in zip(calls, base, strict=True):
+                if call.layer == layer:
+                    for act, delta in call.layer.pieces(call.act, g):
+                        off += delta.T.to(wide) @ (act.to(wide) @ vectors)
+            if off.norm() > 8 * torch.finfo(base[0].dtype).eps ** 0.5 * expected.norm():
                 raise InputError(
-                    f"layers={name!r}: the model's code uses its weight outside of the layer too, "
-                    "so that its calls are not all of the gradient; call the layer there"
+                    f"layers={layer.name!r}: the model's code uses its weight outside of the layer "
+                    "too, so that its calls are not all of the gradient; call the layer there"
                 )
 
     def factors(self) -> list[LayerFactors]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from imu_fast import backend
+from imu_fast.ambient import no_autocast
 from imu_fast.errors import BackendUnavailableError
 
 P = ParamSpec("P")
@@ -56,6 +57,7 @@ class Operation(Generic[P, R]):
         self.name, self.body, self.reference = name, body, reference
         self.kernel, self.limits = kernel, limits
 
+    @no_autocast
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         chosen = backend.current_backend()
         if chosen in ("auto", "triton"):
