@@ -35,7 +35,7 @@ class Lora:
         Raises:
             InputError: it is not that, or peft is missing.
         """
-        check_installed(f"lora={text!r}", "peft", install="peft")
+        check_installed(f"lora={text!r}", "peft", install="'imu_fast[text]'")
         found: dict[str, Any] = {}
         for entry in [] if text.strip() == "default" else text.split(","):
             name, equals, value = (part.strip() for part in entry.partition("="))
@@ -65,7 +65,7 @@ class Lora:
         Raises:
             InputError: a target that no linear layer is, or peft has none for this model.
         """
-        check_installed("lora", "peft", install="peft")
+        check_installed("lora", "peft", install="'imu_fast[text]'")
         import peft
 
         modules = dict(made.model.named_modules())

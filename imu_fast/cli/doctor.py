@@ -17,7 +17,7 @@ _PURPOSES = {
     "torchvision": ("image folders, torchvision models", "pip install 'imu_fast[demo]'"),
     "timm": ("timm models", "pip install timm"),
     "transformers": ("transformers models, language models", "pip install transformers"),
-    "peft": ("LoRA adapters", "pip install peft"),
+    "peft": ("LoRA adapters", "pip install 'imu_fast[text]'"),
 }
 _MODULES = {"scikit-learn": "sklearn"}
 

@@ -94,14 +94,14 @@ class LanguageModel:
 
 
 def _transformers() -> Any:
-    check_installed("a model of text", "transformers", install="transformers")
+    check_installed("a model of text", "transformers", install="'imu_fast[text]'")
     import transformers
 
     return transformers
 
 
 def _peft() -> Any:
-    check_installed("an adapter", "peft", install="peft")
+    check_installed("an adapter", "peft", install="'imu_fast[text]'")
     import peft
 
     return peft
@@ -131,7 +131,7 @@ def load(source: Source, *, trained: bool = False) -> LanguageModel:
     Raises:
         InputError: it is no such folder, or what is in it cannot be loaded.
     """
-    check_installed(f"model={str(source.model)!r}", "transformers", install="transformers")
+    check_installed(f"model={str(source.model)!r}", "transformers", install="'imu_fast[text]'")
     if source.dtype is not None:
         check_choice("dtype", source.dtype, DTYPES)
     device = _device(source.device)
@@ -143,7 +143,7 @@ def load(source: Source, *, trained: bool = False) -> LanguageModel:
         raise InputError(f"{given} is for a PEFT adapter, which {shown} is not; leave it out")
     base = folder
     if adapter:
-        check_installed(f"{shown} is a PEFT adapter, which", "peft", install="peft")
+        check_installed(f"{shown} is a PEFT adapter, which", "peft", install="'imu_fast[text]'")
         base = _base_of(source)
     with _quiet():
         model, task = _loaded(base, source, "base" if adapter else "model")

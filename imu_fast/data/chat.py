@@ -95,7 +95,7 @@ def template_of(choice: str, tokenizer: Any, form: str, task: str, messages: boo
             "{answer}"
         )
     if isinstance(made, Chat):
-        check_installed(f"{made},", "jinja2", install="jinja2")
+        check_installed(f"{made},", "jinja2", install="'imu_fast[text]'")
     return made
 
 
