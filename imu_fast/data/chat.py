@@ -241,25 +241,33 @@ class Encoder:
             {"role": "assistant", "content": example.answer},
         )
         jinja = self.template.jinja or self._own_template(where)
+        text = self._rendered(messages, where, jinja)
+        for k, message in enumerate(messages):
+            _check_there(message, k, text, where)
+        ids = self._bare(text)
         if _GENERATION.search(jinja) and self.turns == "all" and not example.first:
-            made = self._rendered(messages, where, jinja, mask=True)
-            ids, mask = list(made["input_ids"]), made["assistant_masks"]
+            mask = self._rendered(messages, where, jinja, mask=True)["assistant_masks"]
             if any(mask):
                 return ids, [i if m else IGNORED for i, m in zip(ids, mask, strict=True)]
-        ids = self._rendered(messages, where, jinja)["input_ids"]
         labels = [IGNORED] * len(ids)
         turns = [k for k, m in enumerate(messages) if m["role"] == "assistant"]
         turns = [k for k in turns if k >= example.first]
         for k in turns[-1:] if self.turns == "last" else turns:
-            head = self._rendered(messages[:k], where, jinja, prompt=True)["input_ids"]
-            upto = self._rendered(messages[: k + 1], where, jinja)["input_ids"]
+            before = self._rendered(messages[:k], where, jinja, prompt=True)
+            after = self._rendered(messages[: k + 1], where, jinja)
+            head, upto = self._bare(before), self._bare(after)
             why = f"the chat template does not render message {k + 1} as a prompt and its answer; "
             why += _WAY_OUT if len(turns) == 1 else f"--turns last, or {_WAY_OUT}"
             _check_prefix(head, upto, where, why)
             if k + 1 < len(messages):
                 _check_prefix(upto, ids, where, why)
+            _check_there(messages[k], k, after[len(before) :], where)
             labels[len(head) : len(upto)] = ids[len(head) : len(upto)]
-        return list(ids), labels
+        return ids, labels
+
+    def _bare(self, text: str) -> list[int]:
+        """Its tokens alone: a chat template writes the special ones itself."""
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _own_template(self, where: str) -> str:
         try:
@@ -276,11 +284,13 @@ class Encoder:
         prompt: bool = False,
         mask: bool = False,
     ) -> Any:
+        """Text; with ``mask`` tokens, and which of them are the assistant's."""
         try:
             return self.tokenizer.apply_chat_template(
                 list(messages),
                 chat_template=jinja,
                 add_generation_prompt=prompt,
+                tokenize=mask,
                 return_dict=True,
                 return_assistant_tokens_mask=mask,
                 tokenizer_kwargs={"verbose": False},
@@ -326,6 +336,15 @@ class Encoder:
         raise InputError(
             f"{where}: the label {label!r} is none of the model's {len(known)} classes; write 0 to "
             f"{len(known) - 1}, or one of {names}"
+        )
+
+
+def _check_there(message: Message, place: int, text: str, where: str) -> None:
+    """Raise InputError where a template drops what a message says, but for thoughts."""
+    if message["content"].rpartition("</think>")[2].strip() not in text:
+        raise InputError(
+            f"{where}: the chat template leaves out, or changes, what message {place + 1} says; "
+            f"{_WAY_OUT}"
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from imu_fast.data.chat import IGNORED, Encoded, Encoder, template_of
+from imu_fast.data.chat import IGNORED, Chat, Encoded, Encoder, template_of
 from imu_fast.data.text_files import (
     FORMS,
     Example,
@@ -147,6 +147,10 @@ def load_text(
     remarks = [f"{records.argument}: {len(made)} lines of {FORMS[form][1]} ({', '.join(names)})"]
     if chats[0] or form == "qa":
         remarks[0] += f", by {around}"
+    if isinstance(around, Chat):
+        labels, special = made[0].labels, set(tokenizer.all_special_ids)
+        if isinstance(labels, list) and not special & set(labels):
+            remarks.append("the chat template ends an answer by no special token; -v shows it")
     cut = [example.number for example, one in zip(examples, made, strict=True) if one.cut]
     if cut:
         remarks.append(

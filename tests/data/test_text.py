@@ -62,10 +62,8 @@ def test_tokenizers_that_see_a_space_before_every_text(tmp_path):
     for one, (question, answer) in zip(data.loader.dataset, tm.PAIRS, strict=True):
         start = one.labels.count(-100)
         assert one.input_ids[:start] == words(question)["input_ids"]
-        assert (
-            words.decode([words.convert_tokens_to_ids("\u2581"), *one.input_ids[start:-1]]).strip()
-            == answer
-        )
+        space = words.convert_tokens_to_ids("\u2581")
+        assert words.decode([space, *one.input_ids[start:-1]]).strip() == answer
         assert one.input_ids[-1] == words.eos_token_id
     data = imu.load_text(tm.pairs(tmp_path / "a.jsonl"), words, template="tofu")
     assert len(data.tokens) == 7
@@ -109,6 +107,9 @@ def test_conversations(tmp_path, chat):
     data = imu.load_text(tm.pairs(path), words)
     assert counted(data)[1] == f"{A}<|end|>\n"
     assert "the chat template of the tokenizer" in data.remarks[0]
+    ends = chat.replace("<|end|>", "</s>")
+    assert "no special token" in data.remarks[1]
+    assert len(imu.load_text(path, tm.tokenizer(ends)).remarks) == 1
     assert counted(imu.load_text(path, words, template="none"))[1] == f" {A}</s>"
     assert words.decode(data.answer("I do not know.")) == "I do not know.<|end|>\n"
 
@@ -128,6 +129,9 @@ def test_a_template_that_changes_what_was_said_before(tmp_path):
         imu.load_text(path, tm.tokenizer(chat))
     data = imu.load_text(path, tm.tokenizer(chat), turns="last")
     assert counted(data)[1] == "(thought) Chile.<|end|>\n"
+    dropping = tm.CHATML.replace("{{ m.content }}", "{{ m.content[0].text }}")
+    with pytest.raises(InputError, match="template leaves out, or changes, what message 1"):
+        imu.load_text(tm.pairs(tmp_path / "b.jsonl"), tm.tokenizer(dropping))
     unstable = chat.replace("<|start|>assistant\n", "<|start|>model\n")
     with pytest.raises(InputError, match="line 1: where the answer.*--template none"):
         imu.load_text(tm.pairs(path), tm.tokenizer(unstable))
