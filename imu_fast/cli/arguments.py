@@ -97,6 +97,18 @@ def given(group: Any) -> dict[str, Any]:
     return {name: value for name, (value, default) in values.items() if value != default}
 
 
+def layer_names(text: str) -> list[str]:
+    """The entries of ``--layers``.
+
+    Raises:
+        InputError: one is empty.
+    """
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise InputError(f"layers={text!r} has an empty name; write names with commas between")
+    return names
+
+
 def is_text(images: Images, texts: Texts) -> bool:
     """Which of the two the command is about.
 

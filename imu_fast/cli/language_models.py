@@ -122,6 +122,11 @@ def _quiet() -> Iterator[None]:
             said.enable_progress_bar()
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether it holds a PEFT adapter, and no model."""
+    return (folder / _ADAPTER).is_file() and not (folder / "config.json").is_file()
+
+
 def load(source: Source, *, trained: bool = False) -> LanguageModel:
     """Load a model and its tokenizer, without the network.
 
@@ -137,7 +142,7 @@ def load(source: Source, *, trained: bool = False) -> LanguageModel:
     device = _device(source.device)
     folder, shown = source.model, f"model={str(source.model)!r}"
     _check_folder(folder, shown)
-    adapter = (folder / _ADAPTER).is_file() and not (folder / "config.json").is_file()
+    adapter = is_adapter(folder)
     if not adapter and (source.base is not None or source.merge):
         given = f"base={str(source.base)!r}" if source.base is not None else "merge"
         raise InputError(f"{given} is for a PEFT adapter, which {shown} is not; leave it out")

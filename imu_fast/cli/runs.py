@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from imu_fast.cli.arguments import layer_names
 from imu_fast.errors import InputError
 
 
@@ -49,7 +50,7 @@ class How:
         named = {k: v for k, v in vars(self).items() if k not in ("method", "set")}
         found = {name: value for name, value in named.items() if value is not None}
         if self.layers is not None:
-            names = [name.strip() for name in self.layers.split(",")]
+            names = layer_names(self.layers)
             found["layers"] = names if len(names) > 1 else names[0]
         if self.optimizer is not None:
             found["optimizer"] = _optimizer(self.optimizer)

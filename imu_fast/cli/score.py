@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from imu_fast.cli.arguments import Images, Texts, grouped, is_text
+from imu_fast.cli.arguments import Images, Texts, grouped, is_text, layer_names
 
 
 @grouped
@@ -50,7 +50,7 @@ def score(
     from imu_fast.curvature.named import CURVATURES
 
     spec = CURVATURES.choose(curvature, damping=damping)
-    chosen = "head" if layers is None else [name.strip() for name in layers.split(",")]
+    chosen = "head" if layers is None else layer_names(layers)
     if is_text(images, texts):
         from imu_fast.cli.text import score_lines
 

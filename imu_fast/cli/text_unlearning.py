@@ -13,7 +13,7 @@ import typer
 
 from imu_fast.cli.adapters import Lora
 from imu_fast.cli.arguments import Texts
-from imu_fast.cli.language_models import LanguageModel, load, save
+from imu_fast.cli.language_models import LanguageModel, is_adapter, load, save
 from imu_fast.cli.runs import How, Run, TextRun, with_batch_size
 from imu_fast.cli.score_files import check_folder, write_or_rescue
 from imu_fast.cli.text import BATCH_SIZE, opened, source_of
@@ -40,7 +40,9 @@ def unlearn_lines(texts: Texts, run: Run, how: How, more: TextRun, stop: Any) ->
     given, lora = how.options(), None if more.lora is None else Lora.of(more.lora)
     batch_size = BATCH_SIZE if run.batch_size is None else run.batch_size
     reading, options = taken(with_batch_size(how, given, batch_size))
-    _choose(how, options, more)  # before a model is read
+    assert texts.model is not None
+    adapted = lora is not None or (is_adapter(texts.model) and not texts.merge)
+    _choose(how, options, more, adapted)  # before a model is read
     for path, argument in ((run.data, "data"), (more.retain, "retain")):
         if path is not None:
             read_records(path, argument)
@@ -101,9 +103,11 @@ def _check_new(out: Path) -> None:
     check_folder(out.parent, out)
 
 
-def _choose(how: How, options: dict[str, Any], more: TextRun) -> None:
+def _choose(how: How, options: dict[str, Any], more: TextRun, adapted: bool) -> None:
     """Raise InputError for options that the method has not; data and answer come later."""
     coming: dict[str, Any] = {}
+    if adapted and how.method in METHODS and "scope" in METHODS[how.method].paths():
+        options = {"scope": "all"} | options
     if more.retain is not None:
         coming["retain"] = ()
     if more.refusal is not None:
@@ -146,8 +150,6 @@ def _of_adapter(
             raise InputError("lora: target and --layers both say where it is put; leave one out")
         wanted = [layers] if isinstance(layers, str) else layers
         names = [layer.name for layer in selected(made.model, wanted)[0]]
-    elif layers is not None:
-        raise InputError("layers: with scope='all' there is no choice; pass --scope layers")
     if lora is not None:
         lora.put_on(made, names, seed)
     return options | {"scope": "all"}
