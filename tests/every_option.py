@@ -26,6 +26,8 @@ from imu_fast.unlearning.named import METHODS, MethodOptions
 RETAINED = (torch.linspace(-1, 1, 120, dtype=torch.float64).view(20, 6), torch.arange(20) % 4)
 # Values that are to show: the first that changes the outcome is enough.
 VALUES: dict[str, list] = {
+    "task": ["samples", "class"],
+    "unseen": [0.5],
     "weights": ["loss", "uniform"],
     "curvature": ["identity", "ggn"],
     "damping": [1.0],
@@ -118,6 +120,14 @@ class Problem:
     data: tuple[torch.Tensor, torch.Tensor]
 
 
+def with_depth(method: typing.Any, task: str, options: dict) -> dict:
+    """``auto`` asks for a depth where samples are not a class."""
+    named = {"stop", "milestones", "unseen"} & options.keys()
+    if method not in ("auto", METHODS["auto"]) or task == "a class" or named:
+        return options
+    return {"stop": imu.StopRule(forget_accuracy=0.0), **options}
+
+
 def problems() -> dict[str, Problem]:
     """A class, random samples, and a set of which no sample supports forgetting."""
     torch.manual_seed(0)
@@ -146,6 +156,7 @@ def outcome(problem: Problem, method: str, **options: typing.Any) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            options = with_depth(method, "any", options)
             result = imu.unlearn(model, problem.data, method=method, **options)
     except ImuFastError as error:
         return f"{type(error).__name__}: {error}"

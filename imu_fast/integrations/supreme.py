@@ -32,6 +32,8 @@ _HANDLES = frozenset(
     }
 )
 
+_TASKS = {"fullclass": "class", "subclass": "samples", "random_": "samples"}
+
 
 def imu_fast(
     fabric: Any,
@@ -47,7 +49,11 @@ def imu_fast(
         fabric, num_gpus: supreme's. One process alone: the forget set is small, and shared out it
             would be unlearned in parts.
         model: or a wrapper that Fabric made of it.
-        method: and options, as of :func:`imu_fast.unlearn`; what else supreme passes is not needed.
+        options: of supreme's, ``type_of_unlearning_strategy`` tells ``auto`` whether the forget set
+            is a ``"fullclass"``; other samples are forgotten until they are predicted no better
+            than those of ``test_dataloader``.
+        method: and further options, as of :func:`imu_fast.unlearn`; what else supreme passes is not
+            needed.
 
     Raises:
         InputError: several processes, or an option that the method does not have.
@@ -58,6 +64,10 @@ def imu_fast(
             "this method with one"
         )
     own = {name: value for name, value in options.items() if name not in _HANDLES}
+    if method == "auto":
+        own.setdefault("task", _TASKS.get(options.get("type_of_unlearning_strategy")))
+        if not {"stop", "milestones", "unseen"} & own.keys():
+            own["unseen"] = options.get("test_dataloader")
     inner = getattr(model, "module", model)
     result = unlearn(inner, forget_train_dataloader, method, **own)
     logger.info("%s", result)

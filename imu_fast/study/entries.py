@@ -61,7 +61,7 @@ class Entry:
         """This entry's options, with those of ``common`` that its method has for this task."""
         method = self.method
         if isinstance(method, Auto):
-            _, method = method.choose(labels, classes)
+            _, _, method = method.choose(labels, classes)
         return {k: v for k, v in common.items() if k in method.paths()} | dict(self.options)
 
     def describe(self) -> dict[str, Any]:

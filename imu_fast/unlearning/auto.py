@@ -4,15 +4,19 @@
   kept class cannot get worse that way: only the forgotten class's own logit moves.
 * Samples drawn across classes: the margin edit, the smallest disturbance that flips them.
 
-Without a stop rule both go to forget accuracy zero. Both change the head alone: what the features
+Without a stop rule a class goes to forget accuracy zero. Samples must be given a depth: a model
+that never saw them predicts them as well as other unseen data, and flipping all ruins what is kept.
+
+Both change the head alone: what the features
 know of the forgotten remains, as the probe and the relearning steps of a comparison show. Where
 that matters, ``method="npo", scope="all"`` or retraining is what there is.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +30,7 @@ from imu_fast.options import option, options
 from imu_fast.unlearning.ascent.ascent import Ascent
 from imu_fast.unlearning.ascent.optimizer import SGD
 from imu_fast.unlearning.ascent.scopes import Head
+from imu_fast.unlearning.depth import Depths, StopRule
 from imu_fast.unlearning.edit.margin_edit import MarginEdit
 from imu_fast.unlearning.method import Job, Method
 from imu_fast.unlearning.result import UnlearnResult
@@ -35,6 +40,18 @@ from imu_fast.unlearning.subject import check_head_layer
 def single_row() -> Ascent:
     """Ascent of the forgotten classes' rows of the head alone; for forgetting a class."""
     return Ascent(scope=Head(rows="forgotten"))
+
+
+logger = logging.getLogger("imu_fast")
+
+_NAMES = (
+    "pass unseen=X, X the model's accuracy on data that it never saw, such as 0.71, or a loader of "
+    "such data; or another depth, such as stop=imu_fast.StopRule(forget_accuracy=0.5)"
+)
+
+_FEW = 20  # labels that say nothing yet: such samples may be drawn from a class, or be all of it
+Task = Literal["class", "samples"]
+_OWN = ("task", "unseen")
 
 
 def is_class(labels: Tensor, classes: int) -> bool:
@@ -47,15 +64,32 @@ def is_class(labels: Tensor, classes: int) -> bool:
     return len(labels.unique()) < expected / 2
 
 
+def _check_task(name: str, value: Any) -> None:
+    if value not in (None, *get_args(Task)):
+        raise InputError(f"{name}={value!r} must be 'class' or 'samples'")
+
+
+def _check_unseen(name: str, value: Any) -> None:
+    if value is not None:
+        StopRule(unseen_accuracy=value)
+
+
 @options
 class Auto(Method):
     """Takes a method by the task: see the module.
 
     Args:
+        task: ``"class"``: the forget set is all that there is of its classes; ``"samples"``: of its
+            classes there are others, which are kept. None: samples if the labels are drawn across
+            all classes, a class if they are many of few classes; else it must be said.
+        unseen: the depth of samples where no stop rule is given: the model's accuracy on data that
+            it never saw, or such data, as ``StopRule(unseen_accuracy=...)``. A class goes to 0.
         given: flat options for the method that is taken; those that it does not have are refused.
     """
 
     name = "auto"
+    task: Task | None = option(default=None, check=_check_task)
+    unseen: Any = option(default=None, check=_check_unseen)
     given: Mapping[str, Any] | None = option(default=None)
 
     @staticmethod
@@ -65,35 +99,84 @@ class Auto(Method):
         return {"single_row": large, "margin_edit": MarginEdit()}
 
     def paths(self) -> dict[str, tuple[str, ...]]:
-        """Options of whichever method is taken."""
-        return {name: path for m in self._candidates().values() for name, path in m.paths().items()}
+        """Its own options, and those of whichever method is taken."""
+        found = {name: way for m in self._candidates().values() for name, way in m.paths().items()}
+        return {**{name: (name,) for name in _OWN}, **found}
 
     def flat(self) -> dict[str, Any]:
-        return dict(self.given or {})
+        return {**{name: getattr(self, name) for name in _OWN}, **(self.given or {})}
 
     def with_options(self, described: str, given: Mapping[str, Any]) -> Self:
         for name in given:
+            if name in _OWN:
+                continue
             if not any(name in (*m.paths(), *m.shorthands) for m in self._candidates().values()):
                 raise InputError(self._unknown(described, name, self))
-        return type(self)(given={**(self.given or {}), **given})
+        own = {name: given.get(name, getattr(self, name)) for name in _OWN}
+        rest = {name: value for name, value in given.items() if name not in _OWN}
+        return type(self)(**own, given={**(self.given or {}), **rest})
 
-    def choose(self, labels: Tensor, classes: int) -> tuple[str, Method]:
-        """The method for these forget labels [n], and its name.
+    def choose(self, labels: Tensor, classes: int) -> tuple[Task, str, Method]:
+        """The task of these forget labels [n], and the method, its name before it.
 
         Raises:
-            InputError: an option that it does not have.
+            InputError: an option that the method does not have.
         """
-        name = "single_row" if is_class(labels, classes) else "margin_edit"
+        task: Task = self.task or ("class" if is_class(labels, classes) else "samples")
+        name = "single_row" if task == "class" else "margin_edit"
         described = f"method='auto' takes {name!r} for these samples, which"
-        return name, self._candidates()[name].with_options(described, self.given or {})
+        return task, name, self._candidates()[name].with_options(described, self.given or {})
 
-    def for_task(self, model: nn.Module, forget: ForgetSet, reading: Reading) -> tuple[str, Method]:
-        """As :meth:`choose`, by the forget set's labels and the model's logits."""
+    def depth(self, labels: Tensor, classes: int, task: Task) -> StopRule:
+        """Where a run of no stop rule ends.
+
+        Raises:
+            InputError: a depth must be named, or a task that is in doubt.
+        """
+        hit = len(labels.unique())
+        if self.task is None and task == "class":
+            what = f"{len(labels)} forget samples are of {hit} of {classes} classes"
+            if len(labels) < _FEW * hit:
+                raise InputError(
+                    f"task=None: {what}, all of their samples or some; say task='class' (forget "
+                    f"accuracy goes to 0) or task='samples' ({_NAMES})"
+                )
+            logger.warning(
+                "task='class' is guessed: %s, and go to forget accuracy 0; if these classes have "
+                "samples that are kept, pass task='samples'",
+                what,
+            )
+        if task == "class":
+            return StopRule(forget_accuracy=0.0)
+        if self.unseen is None:
+            raise InputError(
+                "stop=None with method='auto' for samples of classes that are kept: accuracy 0 "
+                f"would ruin the model, so the depth must be named. {_NAMES[0].upper()}{_NAMES[1:]}"
+            )
+        return StopRule(unseen_accuracy=self.unseen)
+
+    def for_task(
+        self, model: nn.Module, forget: ForgetSet, reading: Reading, depths: Depths
+    ) -> tuple[str, Method, Depths]:
+        """As :meth:`choose`, by the forget set's labels and the model's logits; and how deep.
+
+        Raises:
+            InputError: as :meth:`choose` and :meth:`depth`; ``unseen`` beside a stop rule.
+        """
         labels = torch.cat([batch[2].flatten().cpu() for batch in forget])
         given = self.given or {}
         layer = given.get("layers", given.get("layer"))
         check_head_layer("layers", layer)
-        return self.choose(labels, head_of(model, forget, reading, layer or "head")[1])
+        if depths.rules and self.unseen is not None:
+            raise InputError(
+                "unseen= of method='auto' is the depth where there is no stop rule; give it to the "
+                "rule, stop=imu_fast.StopRule(unseen_accuracy=...)"
+            )
+        classes = head_of(model, forget, reading, layer or "head")[1]
+        task, name, method = self.choose(labels, classes)
+        if not depths.rules:
+            depths = Depths(self.depth(labels, classes, task))
+        return name, method, depths
 
     def run(self, job: Job) -> UnlearnResult:
         raise AssertionError("unlearn runs the method that auto takes")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
+
+import numpy as np
 
 from imu_fast.errors import InputError, check_positive
 from imu_fast.evaluation.metrics import roc_auc
@@ -14,17 +17,23 @@ from imu_fast.unlearning.subject import Measured
 OnMilestone = Callable[[str, Record], None]
 # A crossing step is bisected this often: t is then known to 2^-12 of the step.
 BISECTIONS = 12
+_CONDITIONS = ("forget_accuracy", "unseen_accuracy", "forget_loss", "membership_auc")
 
 
 @dataclass(frozen=True, repr=False)
 class StopRule:
     """When a run is deep enough; the first condition met stops it.
 
-    The step that crosses the line is bisected, so that two methods stop at the same depth.
+    The step that crosses the line is bisected, so that two methods stop at the same depth. A
+    condition that holds before the first step makes the run end there: no step is made.
 
     Args:
         forget_accuracy: stop at or below this accuracy on the forget set, in [0, 1].
         forget_loss: stop at or above this mean cross-entropy on the forget set.
+        unseen_accuracy: stop where the forget set is predicted no better than data that the model
+            never saw: that accuracy, in [0, 1], or such data (a loader, or tensors (X, y)), on
+            which the model is measured once, before it is changed. The depth at which a random
+            forget set is as if it had never been learned.
         membership_auc: stop once the AUC that tells forget samples (positive) from ``unseen``
             ones by their confidence p_y is at or below this (0.5: indistinguishable).
         unseen: loader of samples the model never saw; needed by ``membership_auc``.
@@ -34,36 +43,57 @@ class StopRule:
     forget_loss: float | None = None
     membership_auc: float | None = None
     unseen: Any = None
+    unseen_accuracy: Any = None
 
     def __post_init__(self) -> None:
-        values = (self.forget_accuracy, self.forget_loss, self.membership_auc)
-        if all(value is None for value in values):
+        if all(getattr(self, name) is None for name in _CONDITIONS):
             raise InputError(
-                "stop=StopRule() has no condition; set forget_accuracy, forget_loss or "
-                "membership_auc"
+                f"stop=StopRule() has no condition; set {', '.join(_CONDITIONS[:-1])} or "
+                f"{_CONDITIONS[-1]}"
             )
-        for name in ("forget_accuracy", "membership_auc"):
+        for name in ("forget_accuracy", "membership_auc", "unseen_accuracy"):
             value = getattr(self, name)
-            if value is not None and check_positive(name, value, allow_zero=True) > 1:
+            if value is None or (name == "unseen_accuracy" and _is_data(value)):
+                continue
+            if check_positive(name, value, allow_zero=True) > 1:
                 raise InputError(f"{name}={value!r} must lie in [0, 1]")
         if self.forget_loss is not None:
             check_positive("forget_loss", self.forget_loss, allow_zero=True)
         if self.membership_auc is not None and self.unseen is None:
             raise InputError("unseen=None: membership_auc needs a loader of unseen samples")
         if self.membership_auc is None and self.unseen is not None:
-            raise InputError("unseen is given without membership_auc, which alone uses it; set it")
+            raise InputError(
+                "unseen is given without membership_auc, which alone uses it; set it, or pass the "
+                "loader as unseen_accuracy"
+            )
 
     def __repr__(self) -> str:
         """The conditions that are set."""
-        names = ("forget_accuracy", "forget_loss", "membership_auc")
-        shown = [f"{n}={getattr(self, n):g}" for n in names if getattr(self, n) is not None]
+        shown = [
+            f"{name}={'data' if _is_data(value) else format(value, 'g')}"
+            for name in _CONDITIONS
+            if (value := getattr(self, name)) is not None
+        ]
         return f"StopRule({', '.join(shown)})"
+
+    @property
+    def accuracy(self) -> float | None:
+        """The highest accuracy on the forget set that stops the run; None: none is named."""
+        named = [a for a in (self.forget_accuracy, self.unseen_accuracy) if a is not None]
+        return max(named, default=None)
+
+    def measured(self, accuracy_on: Callable[[Any], float]) -> StopRule:
+        """With the accuracy itself where ``unseen_accuracy`` is data."""
+        if not _is_data(self.unseen_accuracy):
+            return self
+        return replace(self, unseen_accuracy=accuracy_on(self.unseen_accuracy))
 
     def reached(self, state: Measured) -> str | None:
         """The name of the condition that holds now, or None."""
         forget = state.measure("forget")
-        if self.forget_accuracy is not None and forget.accuracy <= self.forget_accuracy:
-            return "forget_accuracy"
+        for name in ("forget_accuracy", "unseen_accuracy"):
+            if (line := getattr(self, name)) is not None and forget.accuracy <= line:
+                return name
         if self.forget_loss is not None and forget.mean_loss >= self.forget_loss:
             return "forget_loss"
         if self.membership_auc is not None:
@@ -71,6 +101,11 @@ class StopRule:
             if roc_auc(forget.confidence, unseen.confidence) <= self.membership_auc:
                 return "membership_auc"
         return None
+
+
+def _is_data(value: Any) -> bool:
+    """Whether ``unseen_accuracy`` is not a number but what to measure it on."""
+    return not isinstance(value, str | bool | Real | np.generic | None)
 
 
 @dataclass(frozen=True)
@@ -114,6 +149,25 @@ class Depths:
         """Every rule, the milestones' first."""
         stop = [] if self.stop is None else [self.stop]
         return [*(self.milestones or {}).values(), *stop]
+
+    def measured(self, accuracy_on: Callable[[Any], float]) -> Depths:
+        """With accuracies in place of unseen data, each of them measured once."""
+        known: list[tuple[Any, float]] = []
+
+        def once(data: Any) -> float:
+            for other, accuracy in known:
+                if other is data:
+                    return accuracy
+            known.append((data, accuracy_on(data)))
+            return known[-1][1]
+
+        return replace(
+            self,
+            stop=None if self.stop is None else self.stop.measured(once),
+            milestones=None
+            if self.milestones is None
+            else {name: rule.measured(once) for name, rule in self.milestones.items()},
+        )
 
     @property
     def unseen(self) -> Any:

@@ -34,7 +34,7 @@ from imu_fast.unlearning.ascent.weights import (
     Weights,
     WeightsName,
 )
-from imu_fast.unlearning.auto import Auto, single_row
+from imu_fast.unlearning.auto import Auto, Task, single_row
 from imu_fast.unlearning.edit.margin_edit import MarginEdit
 from imu_fast.unlearning.method import Method
 
@@ -136,5 +136,7 @@ class MethodOptions(CurvatureOptions, total=False):
     alpha: float
     record: Literal["epoch", "step"]
     preset: Literal["paper"]
+    task: Task
+    unseen: Any
     margin: float
     moment: Tensor

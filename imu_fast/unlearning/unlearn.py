@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from imu_fast.model.batches import ForgetSet, as_batches, rereadable
 from imu_fast.model.causal import settled_on
 from imu_fast.model.guard import copied, door, preserved, rolled_back
 from imu_fast.model.labels import is_integer
+from imu_fast.model.outputs import measured
 from imu_fast.model.reading import Reading, ReadingOptions, taken
 from imu_fast.storage import writable
 from imu_fast.unlearning.auto import Auto
@@ -29,6 +31,8 @@ from imu_fast.unlearning.named import METHODS, MethodName, MethodOptions
 from imu_fast.unlearning.result import UnlearnResult
 from imu_fast.unlearning.subject import naming
 from imu_fast.unlearning.trajectory import Callback
+
+logger = logging.getLogger("imu_fast")
 
 
 class UnlearnOptions(MethodOptions, ReadingOptions, total=False):
@@ -68,8 +72,11 @@ def unlearn(
             ``"loss_weights"`` and ``"uniform"`` (plain gradient ascent); ``"npo"``,
             ``"random_label"``, ``"boundary_shrink"``, ``"preconditioned"``, ``"single_row"``: all
             of them an ``Ascent``; ``"margin_edit"``, one quadratic program and no ascent;
-            ``"auto"``, the best recipe found so far for a class or for random samples.
-        stop: a :class:`StopRule`, tested after every step; the last step is bisected.
+            ``"auto"``, the best recipe found so far for a class or for random samples
+            (``task="class"`` or ``"samples"`` says which, ``unseen`` how deep samples go).
+        stop: a :class:`StopRule`, tested after every step; the last step is bisected. None: the
+            method's budget; of ``"auto"`` forget accuracy 0 for a class, and for samples that on
+            ``unseen``, which must be given.
         milestones: depths on the way, by name; without ``stop`` the last one ends the run.
         on_milestone: ``(name, record)``, called at each with the model there (bisected as a stop).
         watch: data to measure at every record, by name.
@@ -140,9 +147,7 @@ def unlearn(
     if isinstance(how, Auto):
         forget = ForgetSet(data, how.batches_of, model)
         _check_forgettable(forget, how, label)
-        label, how = how.for_task(model, forget, reading)
-        if not depths.rules:
-            depths = Depths(StopRule(forget_accuracy=0.0))
+        label, how, depths = how.for_task(model, forget, reading, depths)
     if checkpoint is not None and not how.resumable:
         raise InputError(
             f"checkpoint={os.fspath(checkpoint)!r} with method={label!r}: it has no epochs to go "
@@ -158,6 +163,10 @@ def unlearn(
     else:
         reading.of_classes("unlearn()")
     described = {"method": label, "seed": seed, **how.flat(), **reading.flat()}
+    depths = depths.measured(lambda unseen: _accuracy_on(unseen, model, reading))
+    lines = [rule.unseen_accuracy for rule in depths.rules if rule.unseen_accuracy is not None]
+    if lines:
+        described["unseen_accuracy"] = lines[-1]
     target = model if inplace else copied(model)
     job = Job(
         target,
@@ -187,12 +196,27 @@ def unlearn(
     ):
         result = how.run(job)
     wanted = "; ".join(map(repr, depths.rules[-1:]))
+    if result.reached and result.trajectory[-1]["step"] == 0:
+        accuracy = result.trajectory[-1]["forget_accuracy"]
+        logger.warning(
+            "the forget set is as deep as %s before any step (forget accuracy %.3f): none is made",
+            wanted,
+            accuracy,
+        )
     warn_unless_reached(result.reached, wanted, result.trajectory[-1])
     result.dataset_indices = forget.dataset_indices
     result.backends = dict(used)
     result.settings = described
     result.seconds = time.perf_counter() - started
     return result
+
+
+def _accuracy_on(unseen: Any, model: nn.Module, reading: Reading) -> float:
+    """Of the model as it is, on data that it never saw."""
+    with naming("(unseen_accuracy of a StopRule)"):
+        found = measured(model, unseen, reading, "unlearn()")
+    logger.info("unseen accuracy %.4f, on %d samples", found.accuracy, len(found.loss))
+    return found.accuracy
 
 
 def _sets(

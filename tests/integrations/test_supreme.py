@@ -75,9 +75,25 @@ def test_the_pipeline_finds_and_runs_it(registry):
     with torch.no_grad():
         model.fc.bias[1] += 5
     assert accuracy(model) == 1
-    assert method(**given(wrapped)) is wrapped
+    assert method(**given(wrapped, type_of_unlearning_strategy="fullclass")) is wrapped
     assert accuracy(model) == 0
     assert torch.equal(model.conv.weight, before.conv.weight)
+
+
+@pytest.mark.parametrize("strategy", ["random_", "subclass"])
+def test_samples_are_forgotten_as_deep_as_test_data(strategy):
+    model = filled(Images(), 0.8)
+    with torch.no_grad():
+        model.fc.bias[1] += 5
+    before = copy.deepcopy(model.state_dict())
+    unseen = DataLoader(images(12), batch_size=4)
+    line = imu.evaluate(model, unseen)["accuracy"]
+    assert line < accuracy(model)
+    ours.imu_fast(**given(model, type_of_unlearning_strategy=strategy, test_dataloader=unseen))
+    assert 0 < accuracy(model) <= line
+    model.load_state_dict(before)
+    with pytest.raises(imu.InputError, match="depth must be named"):
+        ours.imu_fast(**given(model, type_of_unlearning_strategy=strategy))
 
 
 def test_options_are_those_of_unlearn():

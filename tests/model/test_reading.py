@@ -81,9 +81,9 @@ DOORS = {
     "unlearn layers": _unlearned(method="npo", scope="layers"),
     "unlearn boundary": _unlearned(method="boundary_shrink", scope="all"),
     "unlearn relabel": _unlearned(method="random_label"),
-    "unlearn auto": lambda *a, **k: imu.unlearn(*a, method="auto", inplace=False, **k).trajectory[
-        -1
-    ],
+    "unlearn auto": lambda *a, **k: imu.unlearn(
+        *a, method="auto", stop=imu.StopRule(unseen_accuracy=a[1]), inplace=False, **k
+    ).trajectory[-1],
     "unlearn edit": lambda *a, **k: imu.unlearn(
         *a, method="margin_edit", inplace=False, **k
     ).trajectory[-1],

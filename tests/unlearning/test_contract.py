@@ -23,6 +23,7 @@ def unlearned(name, task="random", **options):
     """The result, of a model that is not the problem's own."""
     problem = PROBLEMS[task]
     model = copy.deepcopy(problem.model)
+    options = every_option.with_depth(name, task, options)
     return imu.unlearn(model, problem.data, method=name, **options)
 
 
@@ -112,6 +113,7 @@ def test_a_failure_leaves_the_model_as_it_was(name, error):
     ):
         left[0] = at
         with pytest.raises(error, match="in the middle"):
+            options = every_option.with_depth(name, "random", options)
             imu.unlearn(model, problem.data, method=name, **options)
         assert_same(model, before)
         assert [m.training for m in model.modules()] == modes
@@ -124,7 +126,8 @@ def test_a_failure_leaves_the_model_as_it_was(name, error):
 def test_a_copy_is_made_where_the_users_model_is_to_stay(name):
     problem = PROBLEMS["random"]
     before = state(problem.model)
-    result = imu.unlearn(problem.model, problem.data, method=name, inplace=False)
+    options = every_option.with_depth(name, "random", {"inplace": False})
+    result = imu.unlearn(problem.model, problem.data, method=name, **options)
     assert_same(problem.model, before)
     changed = [k for k, v in result.model.state_dict().items() if not torch.equal(v, before[k])]
     assert changed == ["fc2.weight", "fc2.bias"]

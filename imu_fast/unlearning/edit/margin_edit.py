@@ -135,8 +135,8 @@ class _Edit:
         if rule is not None and (already := rule.reached(self.trajectory)):
             return nothing, torch.arange(0), 0.0, already
         high = n
-        if rule is not None and rule.forget_accuracy is not None:
-            high = n - int(rule.forget_accuracy * n)
+        if rule is not None and rule.accuracy is not None:
+            high = n - int(rule.accuracy * n)
         elif rule is not None:
             low = 0
             while high - low > max(1, n // 100):
