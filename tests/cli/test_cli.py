@@ -193,17 +193,23 @@ def test_quick_demo(tmp_path):
     text = run("demo", "--out", out, "--quick")
     results = json.loads((out / "results.json").read_text())
     assert {row["method"] for row in results["rows"]} == {
-        "original",
+        "original (nothing done)",
         "retrained without",
+        "retrained, another seed",
+        "random flips",
         "auto (head)",
         "IMU (head)",
     }
     for row in results["rows"]:
         assert f"{row['retain']:.3f}" in text
         if row["steps"] is not None:
-            assert row["stopped_by"] == "forget_accuracy"
-            assert row["forget"] <= results["depth"][row["task"]]
-    assert len(results["files"]) == 6
+            random = row["task"] == "50 random"
+            assert row["stopped_by"] == ("unseen_accuracy" if random else "forget_accuracy")
+            line = {"class 3": 0.0, "50 random": results["unseen_accuracy"]}
+            assert row["forget"] <= line.get(row["task"], 0.5)
+        if row["method"] == "retrained without":
+            assert row["gap"] == row["kl"] == 0
+    assert len(results["files"]) == 9
     for name in results["files"]:
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert results["versions"]["torch"] == torch.__version__
