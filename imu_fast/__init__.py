@@ -49,6 +49,7 @@ _EXPORTS = {
     "leave_one_out": "attribution.leave_one_out",
     "LeaveOneOut": "attribution.leave_one_out",
     "linear_layers_matching": "model.head",
+    "load_text": "data.text",
     "LossWeights": "unlearning.ascent.weights",
     "MarginEdit": "unlearning.edit.margin_edit",
     "methods": "unlearning.named",
@@ -99,6 +100,7 @@ if TYPE_CHECKING:
     from imu_fast.curvature.kfac import KFAC as KFAC
     from imu_fast.curvature.named import curvatures as curvatures
     from imu_fast.curvature.named import fit as fit
+    from imu_fast.data.text import load_text as load_text
     from imu_fast.errors import ImuFastError as ImuFastError
     from imu_fast.errors import InputError as InputError
     from imu_fast.evaluation.evaluate import evaluate as evaluate
