@@ -539,7 +539,7 @@ def test_files_are_whole_or_absent(tmp_path):
     path = tmp_path / "scores.csv"
     path.write_text("old")
     with pytest.raises(ValueError, match="zip"):
-        save_scores(path, ["a"], torch.zeros(2), torch.zeros(2))
+        save_scores(path, ["a"], {"influence": torch.zeros(2)})
     assert path.read_text() == "old"
     with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
         temporary.write_text("half")
@@ -547,7 +547,7 @@ def test_files_are_whole_or_absent(tmp_path):
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["scores.csv"]
     with pytest.raises(InputError, match="must end"):
-        save_scores(tmp_path / "scores.xls", ["a"], torch.zeros(1), torch.zeros(1))
+        save_scores(tmp_path / "scores.xls", ["a"], {"influence": torch.zeros(1)})
 
 
 def test_membership_attack_on_what_it_can_and_cannot_tell():
