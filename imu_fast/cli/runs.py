@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -107,6 +108,13 @@ class Run:
         float | None, typer.Option(help="Stop at this forget accuracy, in [0, 1].")
     ] = None
     stop_loss: Annotated[float | None, typer.Option(help="Stop at this forget loss.")] = None
+    unseen: Annotated[
+        str | None,
+        typer.Option(
+            help="Stop where the forget set is predicted no better than data that the model never "
+            "saw: that accuracy, in [0, 1], or such data, read as --data is."
+        ),
+    ] = None
     seed: Annotated[int, typer.Option(help="Of the batch order.")] = 0
     checkpoint: Annotated[
         Path | None, typer.Option(help="Resume from, and save each epoch to, this file.")
@@ -115,13 +123,46 @@ class Run:
         int | None, typer.Option(help="Samples per batch and step; default 64 images, 8 texts.")
     ] = None
 
-    def stop(self) -> Any:
-        """The stop rule, or None."""
+    def stop(self, read: Callable[[Path], Any] | None = None) -> Any:
+        """The stop rule, or None.
+
+        Args:
+            read: opens ``unseen`` where it is data; without it, whether there is such a file is all
+                that is found out.
+
+        Raises:
+            InputError: a depth that is none, or no such data.
+        """
         from imu_fast.unlearning.depth import StopRule
 
-        if self.stop_accuracy is None and self.stop_loss is None:
-            return None
-        return StopRule(forget_accuracy=self.stop_accuracy, forget_loss=self.stop_loss)
+        unseen: Any = None
+        if self.unseen is not None:
+            try:
+                unseen = float(self.unseen)
+            except ValueError:
+                path = Path(self.unseen)
+                if not path.exists():
+                    raise InputError(
+                        f"unseen={self.unseen!r} is neither an accuracy in [0, 1] nor a file or "
+                        "folder that is there"
+                    ) from None
+                unseen = () if read is None else read(path)
+        given = {
+            "forget_accuracy": self.stop_accuracy,
+            "forget_loss": self.stop_loss,
+            "unseen_accuracy": unseen,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        return StopRule(**given) if given else None
+
+    def check_apart(self, out: Path, **inputs: Path | None) -> None:
+        """Raise InputError where one file is to be read and written, or written twice."""
+        from imu_fast.cli.score_files import check_apart
+
+        read = {"data": self.data, **inputs}
+        check_apart("out", out, **read, checkpoint=self.checkpoint)
+        if self.checkpoint is not None:
+            check_apart("checkpoint", self.checkpoint, **read)
 
     def check_checkpoint(self) -> None:
         """Raise InputError where a checkpoint cannot be written, or be gone on from."""

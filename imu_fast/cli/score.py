@@ -50,7 +50,13 @@ def score(
     ] = None,
 ) -> None:
     """Score every sample of a forget set by its influence at the classifier."""
-    from imu_fast.cli.score_files import check_ending, check_out, save_scores, write_or_rescue
+    from imu_fast.cli.score_files import (
+        check_apart,
+        check_ending,
+        check_out,
+        save_scores,
+        write_or_rescue,
+    )
     from imu_fast.curvature.named import CURVATURES
 
     spec = CURVATURES.choose(curvature, damping=damping, damping_mode=damping_mode)
@@ -65,6 +71,7 @@ def score(
 
     out = Path("scores.csv") if out is None else out
     check_ending(out)
+    check_apart("out", out, data=data, weights=images.weights)
     check_out(out)
     model, loader, names = opened(images, data, 64 if batch_size is None else batch_size)
     columns, _ = influences(model, loader, spec, chosen, self_influence)

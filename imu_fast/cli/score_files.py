@@ -28,6 +28,16 @@ def check_out(path: Path, name: str = "out", size: int = 0) -> None:
     writable(path, name, size=size)
 
 
+def check_apart(name: str, path: Path, **others: Path | None) -> None:
+    """Raise InputError where ``path``, which is to be written, is one of the others."""
+    for other, given in others.items():
+        if given is not None and given.resolve() == path.resolve():
+            raise InputError(
+                f"{name}={str(path)!r} is {other}={str(given)!r} too, and would replace it; choose "
+                "another name"
+            )
+
+
 def check_folder(folder: Path, path: Path, name: str = "out", size: int = 0) -> None:
     """Raise InputError unless ``folder``, which ``path`` needs, exists or can be made, writable.
 

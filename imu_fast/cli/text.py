@@ -13,6 +13,7 @@ from imu_fast.cli.arguments import Texts
 from imu_fast.cli.influences import influences, said, wide
 from imu_fast.cli.language_models import LanguageModel, Source, check_vocabulary, load
 from imu_fast.cli.score_files import (
+    check_apart,
     check_ending,
     check_out,
     save_lines,
@@ -160,8 +161,7 @@ def score_lines(
     check_out(out)
     names = ["score", "weight", *(["self_influence"] if self_influence else []), "loss", "tokens"]
     records = read_records(data)
-    if out.exists() and out.samefile(data):
-        raise InputError(f"out={str(out)!r} is the data; choose another name")
+    check_apart("out", out, data=data)
     if out.suffix == ".jsonl":
         for number, line in zip(records.numbers, records.objects, strict=True):
             if taken := [name for name in names if name in line]:

@@ -32,10 +32,11 @@ REPORT = "imu_fast.json"
 _NEAR = 1e-2
 
 
-def unlearn_lines(texts: Texts, run: Run, how: How, more: TextRun, stop: Any) -> None:
+def unlearn_lines(texts: Texts, run: Run, how: How, more: TextRun) -> None:
     """Load, measure, unlearn, write, load what is written, and measure that."""
     out = Path("unlearned") if run.out is None else run.out
     _check_new(out)
+    run.check_apart(out, retain=more.retain)
     run.check_checkpoint()
     given, lora = how.options(), None if more.lora is None else Lora.of(more.lora)
     batch_size = BATCH_SIZE if run.batch_size is None else run.batch_size
@@ -75,7 +76,7 @@ def unlearn_lines(texts: Texts, run: Run, how: How, more: TextRun, stop: Any) ->
         made.model,
         sets["forget"].loader,
         method,
-        stop=stop,
+        stop=run.stop(lambda path: reader.read(path, "unseen").loader),
         seed=run.seed,
         checkpoint=run.checkpoint,
         progress=sys.stderr.isatty(),

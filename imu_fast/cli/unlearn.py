@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -16,18 +15,18 @@ from imu_fast.errors import InputError
 @grouped
 def unlearn(images: Images, texts: Texts, run: Run, how: How, more: TextRun) -> None:
     """Make a checkpoint forget a set of samples."""
-    stop = run.stop()
+    run.stop()
     if is_text(images, texts):
         from imu_fast.cli.text_unlearning import unlearn_lines
 
-        unlearn_lines(texts, run, how, more, stop)
+        unlearn_lines(texts, run, how, more)
         return
     if extra := given(more):
         raise InputError(f"{', '.join(extra)}: for texts, with --model; leave it out with --arch")
-    _unlearn_images(images, run, how, stop)
+    _unlearn_images(images, run, how)
 
 
-def _unlearn_images(images: Images, run: Run, how: How, stop: Any) -> None:
+def _unlearn_images(images: Images, run: Run, how: How) -> None:
     from imu_fast.cli.image_models import opened
     from imu_fast.cli.score_files import check_out, write_or_rescue
     from imu_fast.model.reading import taken
@@ -38,6 +37,7 @@ def _unlearn_images(images: Images, run: Run, how: How, stop: Any) -> None:
     out = Path("unlearned.safetensors") if run.out is None else run.out
     if out.suffix != ".safetensors":
         raise InputError(f"out={str(out)!r} must end in .safetensors")
+    run.check_apart(out, weights=images.weights)
     check_out(out)
     run.check_checkpoint()
     batch_size = 64 if run.batch_size is None else run.batch_size
@@ -49,7 +49,7 @@ def _unlearn_images(images: Images, run: Run, how: How, stop: Any) -> None:
         model,
         loader,
         method,
-        stop=stop,
+        stop=run.stop(lambda path: opened(images, path, batch_size)[1]),
         seed=run.seed,
         checkpoint=run.checkpoint,
         progress=sys.stderr.isatty(),

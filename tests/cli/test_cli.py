@@ -14,45 +14,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner
+from toy_command import run, toy_model
 
 import imu_fast as imu
-from imu_fast.cli.app import app
 from imu_fast.cli.score_files import save_scores
 from imu_fast.errors import InputError
 from imu_fast.storage import load_tensors, replacing
-
-runner = CliRunner()
-
-
-def run(*arguments, code=0):
-    result = runner.invoke(app, [str(a) for a in arguments])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return " ".join(result.output.split())
-
-
-def toy_model():
-    """What --arch test_toy:toy_model would name in a user's own module."""
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
-
-
-@pytest.fixture
-def toy(tmp_path, monkeypatch):
-    module = tmp_path / "toy_arch.py"
-    module.write_text(
-        "from torch import nn\n"
-        "def make():\n"
-        "    return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    torch.save(toy_model().state_dict(), tmp_path / "weights.pt")
-    x, y = torch.randn(20, 3, 2, 2), torch.arange(20) % 3
-    np.savez(tmp_path / "forget.npz", x=x.numpy(), y=y.numpy())
-    options = ["--arch", "toy_arch:make", "--weights", tmp_path / "weights.pt"]
-    return tmp_path, [*options, "--data", tmp_path / "forget.npz"], (x, y)
 
 
 @pytest.mark.parametrize("ending", ["npz", "parquet", "csv"])

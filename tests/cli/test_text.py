@@ -19,28 +19,18 @@ import pytest
 import text_models as tm
 import torch
 from per_sample import assert_scores, sample_gradients, scores
-from typer.testing import CliRunner
+from toy_command import run
 
 import imu_fast as imu
-from imu_fast.cli.app import app
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
-runner = CliRunner()
 AUTO = {
     "llama": transformers.AutoModelForCausalLM,
     "gpt2": transformers.AutoModelForCausalLM,
     "t5": transformers.AutoModelForSeq2SeqLM,
     "bert": transformers.AutoModelForSequenceClassification,
 }
-
-
-def run(*arguments, code=0):
-    result = runner.invoke(app, [str(a) for a in arguments])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return " ".join(result.output.split())
 
 
 @pytest.fixture(scope="module")
