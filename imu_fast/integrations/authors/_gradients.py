@@ -93,7 +93,7 @@ class Gradients:
     def inverse_fisher(self, mode: DampingMode) -> Tensor:
         """``1 / (mean_i g_i^2 + 0.01)``, or ``1 / max(mean_i g_i^2, 0.01)`` by "clamp": [P]."""
         spec = FisherDiag(damping=DAMPING, damping_mode=mode)
-        return self.chosen.flat([spec.fit(layer).diagonal for layer in self.layers]).reciprocal_()
+        return self.chosen.flat([spec.fit(layer).diagonal() for layer in self.layers]).reciprocal_()
 
     def products(self, vectors: Tensor) -> Tensor:
         """``<g_i, v>``: [n] for v [P], [n, m] for v [m, P]."""
@@ -116,7 +116,8 @@ class Gradients:
         """:meth:`influence` by the samples' own Fisher, layer by layer: nothing of size P."""
         spec, out = FisherDiag(damping=DAMPING, damping_mode=mode), None
         for k, layer in enumerate(self.layers):
-            x = layer.mean_gradient().div_(spec.fit(layer).diagonal)
+            mean = layer.mean_gradient()
+            x = spec.fit(layer).solve(mean, out=mean)
             self.chosen.only(k, x)
             part = scores(layer, x)
             out = part if out is None else out.add_(part)
