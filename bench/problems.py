@@ -75,7 +75,7 @@ def random_problem(n: int = 2000, d: int = 512, classes: int = 100, relu: bool =
 
 def problems(data: Path | None, epochs: int = 6) -> list[Problem]:
     """Digits, CIFAR-10 where ``data`` names its ``.npz``, and random features."""
-    (x, y), _ = digits.load(0)
+    x, y = digits.load(0).train
     found = list(_sets("digits", train(digits_network, x, y, 40, 0.1), x, y, 100, small=True))
     if data is not None:
         x, y = cifar.load(data, "train", 10_000)

@@ -155,8 +155,8 @@ def test_importance(benchmark, problem, role):
         seconds = SECONDS.setdefault(name, {})
         seconds[role] = benchmark.stats.stats.min / (BATCHES if role == "imu_fast" else 1)
         if len(seconds) == len(ROLES):
-            ours, theirs, floor = (seconds[role] for role in ROLES)
+            mine, theirs, floor = (seconds[role] for role in ROLES)
             print(
-                f"{name}: {1e3 * ours:.0f} ms a batch, {theirs / ours:.1f} times as fast as "
+                f"{name}: {1e3 * mine:.0f} ms a batch, {theirs / mine:.1f} times as fast as "
                 f"vmap(grad); no exact way is more than {theirs / floor:.1f} times"
             )

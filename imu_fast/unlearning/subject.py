@@ -14,8 +14,9 @@ from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.source import Factors
 from imu_fast.model.batches import ForgetSet, Parts, as_batches, to_device
 from imu_fast.model.capture import HeadFeatures, capture, capture_features
+from imu_fast.model.convolution import scored_layers
 from imu_fast.model.guard import modes
-from imu_fast.model.head import linear_layers, shared_with
+from imu_fast.model.head import LinearLayer, linear_layers, shared_with
 from imu_fast.model.labels import class_labels
 from imu_fast.model.loss import labelled
 from imu_fast.model.outputs import (
@@ -160,6 +161,7 @@ class HeadSubject:
         found = captured["forget"]
         self.name, self.has_bias = found.name, found.head.bias is not None
         self.layers = [part.module for part, _ in found.parts]
+        self._check_not_frozen()
         captured |= {k: self._captured(k, self._asked) for k in loaders if k != "forget"}
         self.computed = max(
             (found.computed, found.head.weight.dtype), key=lambda dtype: torch.finfo(dtype).eps
@@ -182,6 +184,23 @@ class HeadSubject:
             )
             self._check(found)
         return found
+
+    def _check_not_frozen(self) -> None:
+        """Raise InputError where the user keeps the head's parameters, and has not asked for it.
+
+        A model of which nothing is trained keeps nothing in particular.
+        """
+        own = [(n, p) for layer in self.layers for n, p in layer.named_parameters()]
+        frozen = [n.rpartition(".")[2] for n, p in own if not p.requires_grad]
+        named = self._asked != "head"
+        if named or not frozen or not any(p.requires_grad for p in self.model.parameters()):
+            return
+        what = "" if len(frozen) == len(own) else f"'s {' and '.join(frozen)}"
+        raise InputError(
+            f"the head {self.name!r}{what} has requires_grad=False while other parameters do not; "
+            f"ask for it by name, layers={self.name!r}, or use scope='all' for those that are not "
+            "frozen"
+        )
 
     @staticmethod
     def _check(captured: HeadFeatures) -> None:
@@ -339,9 +358,7 @@ class NetworkSubject:
         data: Any = self.forget if rows is None else self.forget.subset(rows.tolist())
         chosen: Any = "head"
         if layers == "trained":
-            weights = {id(parameter) for parameter in self.parameters.values()}
-            every = linear_layers(self.model).items()
-            chosen = [k for k, layer in every if id(layer.module.weight) in weights]
+            chosen = [layer.name for layer in trained_layers(self)]
         captured = capture(self.model, data, layers=chosen, **self.reading.given())
         return captured if isinstance(captured, list) else [captured]
 
@@ -364,3 +381,10 @@ class NetworkSubject:
 
     def own(self, name: str) -> Measurement:
         return self.measure(name)
+
+
+def trained_layers(subject: NetworkSubject) -> list[LinearLayer]:
+    """The linear layers whose weights change, in module order."""
+    weights = {id(parameter) for parameter in subject.parameters.values()}
+    every, scored = linear_layers(subject.model), scored_layers(subject.model)
+    return [scored[k] for k, layer in every.items() if id(layer.module.weight) in weights]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from memory import peak
 from torch import nn
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 
 import imu_fast as imu
 
@@ -39,18 +39,6 @@ class Transformer(nn.Module):
         if self.after is None:
             return self.head(x[:, 0])
         return self.after(self.head(x[:, 0]), self.other(x[:, 1]))
-
-
-def peak(work) -> int:
-    """The most bytes that live at once beyond what lived before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        most = max(most, live)
-    return most
 
 
 STEPS = {
@@ -98,9 +86,13 @@ def test_a_vocabulary_is_not_copied():
     [("nothing", 5), ("softmax", 6), ("two heads", 7), ("temperature in place", 6)],
 )
 def test_forward_passes(step, runs):
-    """One a batch; another of the first where something follows the head, or two are joined."""
+    """One a batch; another of the first where something follows the head, or two are joined.
+
+    And one of a single sample, which the model's own hooks do not see.
+    """
     model, ran = Transformer(STEPS[step], depth=1), []
     model.register_forward_pre_hook(lambda *_: ran.append(1))
-    x, y = torch.randn(20, 5, 64), torch.randint(10, (20,))
+    x, y, rows = torch.randn(20, 5, 64), torch.randint(10, (20,)), []
+    next(model.children()).register_forward_hook(lambda _, args, out: rows.append(len(args[0])))
     imu.capture(model, list(zip(x.split(4), y.split(4), strict=True)))
-    assert len(ran) == runs
+    assert len(ran) == runs and rows.count(1) == 1

@@ -70,9 +70,9 @@ def _split(samples: Samples, first: int, second: int) -> tuple[Samples, Samples]
 
 
 def _digits(path: Path | None, count: int | None, seed: int) -> Dataset:
-    train, held_out = digits.load(seed)
-    validation, test = _split(held_out, 180, len(held_out[1]))
-    return Dataset(take(train, torch.arange(len(train[1]))[:count]), validation, test, 10, False)
+    data = digits.load(seed)
+    train = take(data.train, torch.arange(len(data.train[1]))[:count])
+    return Dataset(train, data.calibration, data.test, 10, False)
 
 
 def _cifar10(path: Path | None, count: int | None, seed: int) -> Dataset:
