@@ -34,10 +34,10 @@ def writable(path: str | os.PathLike[str], name: str = "path", *, size: int = 0)
 
     Raises:
         InputError: it cannot: the path is a folder, a device, read-only, in no folder, or the
-            disk is full.
+            disk is full; or no file can have this name.
     """
-    target = Path(os.path.realpath(path))
     shown = f"{name}={os.fspath(path)!r}"
+    target = _real(path, shown)
     if target.is_dir():
         raise InputError(f"{shown} is a folder; add a file name")
     if target.exists():
@@ -56,7 +56,7 @@ def writable_folder(folder: Path, shown: str, *, size: int = 0) -> None:
     Args:
         shown: what the message begins with.
     """
-    folder = Path(os.path.realpath(folder))
+    folder = _real(folder, shown)
     there = next(p for p in (folder, *folder.parents) if os.path.exists(p))
     if not there.is_dir():
         raise InputError(f"{shown}: {str(there)!r} is no folder; choose another")
@@ -76,6 +76,22 @@ def writable_folder(folder: Path, shown: str, *, size: int = 0) -> None:
             f"{shown}: {free / 2**20:.0f} MB are free there, {size / 2**20:.0f} MB are needed; "
             "free space or choose another"
         )
+
+
+def _real(path: str | os.PathLike[str], shown: str) -> Path:
+    """Where a path leads.
+
+    Raises:
+        InputError: nowhere: a name too long, links in a circle, a zero byte.
+    """
+    try:
+        target = Path(os.path.realpath(path))
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            os.stat(target)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{shown}: no file can have this name ({why}); choose another") from error
+    return target
 
 
 @contextmanager
