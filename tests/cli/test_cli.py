@@ -581,3 +581,13 @@ def test_real_photographs_from_an_image_folder(tmp_path, data_dir):
     where = ["--weights", weights, "--data", tmp_path / "images", "--image-size", 32]
     assert "12 scores" in run("score", "--arch", "torchvision:resnet18", *where, "--out", out)
     assert np.isfinite(np.load(out)["influence"]).all()
+
+
+@pytest.mark.parametrize("module", ["imu_fast", "imu_fast.cli"])
+def test_as_a_module(module):
+    command = [sys.executable, "-m", module]
+    done = subprocess.run([*command, "doctor"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "torch" in done.stdout
+    done = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=120)
+    assert "Usage: imu-fast" in done.stdout
