@@ -99,6 +99,25 @@ def test_damped_cholesky(benchmark, size, dtype, role):
     run(benchmark, size, dtype, role, SOLVERS[role], "cpu", threads=2)
 
 
+def _followed(solver):
+    """The solve and its derivatives in A and b."""
+
+    def run(a, b):
+        leaves = [a.detach().requires_grad_(), b.detach().requires_grad_()]
+        x = solver(*leaves)
+        torch.autograd.grad(x.sum(), leaves)
+        return x.detach()
+
+    return run
+
+
+@pytest.mark.parametrize("role", ["imu_fast", "torch.linalg"])
+@pytest.mark.parametrize("size", [(1, 4), (64, 8), *SIZES], ids=str)
+def test_damped_cholesky_and_backward(benchmark, size, role):
+    solver = _followed(SOLVERS[role])
+    run(benchmark, size, torch.float32, role, solver, "cpu", ", and backward", threads=2)
+
+
 @needs_gpu
 @pytest.mark.parametrize("role", ["imu_fast", "torch.linalg"])
 @pytest.mark.parametrize("status", CUDA_SOLVERS)

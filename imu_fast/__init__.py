@@ -22,7 +22,7 @@ _EXPORTS = {
     "CrossEntropy": "losses.cross_entropy",
     "Curvature": "curvature.base",
     "curvatures": "curvature.named",
-    "damped_cholesky_solve": "solvers.cholesky.cholesky",
+    "damped_cholesky_solve": "solvers.cholesky.solve",
     "Data": "model.parts",
     "DivergedError": "unlearning.result",
     "EKFAC": "curvature.kfac",
@@ -49,8 +49,11 @@ _EXPORTS = {
     "leave_one_out": "attribution.leave_one_out",
     "LeaveOneOut": "attribution.leave_one_out",
     "linear_layers_matching": "model.head",
+    "load_operator": "curvature.stored",
+    "load_text": "data.text",
     "LossWeights": "unlearning.ascent.weights",
     "MarginEdit": "unlearning.edit.margin_edit",
+    "matrix_to_vector": "curvature.parameters",
     "methods": "unlearning.named",
     "Network": "unlearning.ascent.scopes",
     "OutputCurvature": "losses.output_curvature",
@@ -76,6 +79,7 @@ _EXPORTS = {
     "unlearn_in_turn": "unlearning.in_turn",
     "UnlearnResult": "unlearning.result",
     "use_backend": "backend",
+    "vector_to_matrix": "curvature.parameters",
 }
 __all__ = ["__version__", *sorted(_EXPORTS)]
 
@@ -99,6 +103,10 @@ if TYPE_CHECKING:
     from imu_fast.curvature.kfac import KFAC as KFAC
     from imu_fast.curvature.named import curvatures as curvatures
     from imu_fast.curvature.named import fit as fit
+    from imu_fast.curvature.parameters import matrix_to_vector as matrix_to_vector
+    from imu_fast.curvature.parameters import vector_to_matrix as vector_to_matrix
+    from imu_fast.curvature.stored import load_operator as load_operator
+    from imu_fast.data.text import load_text as load_text
     from imu_fast.errors import ImuFastError as ImuFastError
     from imu_fast.errors import InputError as InputError
     from imu_fast.evaluation.evaluate import evaluate as evaluate
@@ -123,7 +131,7 @@ if TYPE_CHECKING:
     from imu_fast.model.head import find_head as find_head
     from imu_fast.model.head import linear_layers_matching as linear_layers_matching
     from imu_fast.model.parts import Data as Data
-    from imu_fast.solvers.cholesky.cholesky import damped_cholesky_solve as damped_cholesky_solve
+    from imu_fast.solvers.cholesky.solve import damped_cholesky_solve as damped_cholesky_solve
     from imu_fast.unlearning.ascent.ascent import Ascent as Ascent
     from imu_fast.unlearning.ascent.objectives import Refusal as Refusal
     from imu_fast.unlearning.ascent.objectives import SimNPO as SimNPO

@@ -125,6 +125,34 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path``; renamed to it on success, removed on failure.
+
+    Raises:
+        WriteError: the file system refuses, or there is something already.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+        os.replace(temporary, target)  # refuses a folder that is not empty, and a file
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError(
+            f"path={os.fspath(path)!r} cannot be written ({error}); choose another name, or free "
+            "space there"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _like(temporary: Path, target: Path) -> None:
     now = target.stat()
     with suppress(OSError):  # another's file: the owner may not be ours to give

@@ -86,5 +86,5 @@ def install(monkeypatch):
     monkeypatch.setattr(cusolver, "find_cusolver", lambda: (bound, "stand-in"))
     monkeypatch.setattr(cusolver, "_small", lambda device: SMALL)
     monkeypatch.setattr(cusolver, "_where", lambda tensor: (DEVICE, STREAM))
-    monkeypatch.setattr(cholesky, "_backend", lambda a: "cuda")
+    monkeypatch.setattr(cholesky, "backend_of", lambda a: "cuda")
     return solver

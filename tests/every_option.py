@@ -31,7 +31,7 @@ VALUES: dict[str, list] = {
     "weights": ["loss", "uniform"],
     "curvature": ["identity", "ggn"],
     "damping": [1.0],
-    "damping_mode": ["clamp"],
+    "damping_mode": ["clamp", "relative"],
     "solver": ["cg", "dual"],
     "tolerance": [0.5],
     "preconditioner": ["nystrom", "none"],

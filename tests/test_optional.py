@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1] / "imu_fast"
 OPTIONAL = {
     "jinja2",
     "matplotlib",
+    "peft",
     "PIL",
     "pyarrow",
     "scipy",

@@ -16,7 +16,8 @@ _PURPOSES = {
     "pyarrow": (".parquet scores", "pip install 'imu_fast[demo]'"),
     "torchvision": ("image folders, torchvision models", "pip install 'imu_fast[demo]'"),
     "timm": ("timm models", "pip install timm"),
-    "transformers": ("transformers models", "pip install transformers"),
+    "transformers": ("transformers models, language models", "pip install transformers"),
+    "peft": ("LoRA adapters", "pip install 'imu_fast[text]'"),
 }
 _MODULES = {"scikit-learn": "sklearn"}
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -26,9 +28,23 @@ def check_out(path: Path, name: str = "out", size: int = 0) -> None:
     writable(path, name, size=size)
 
 
-def check_folder(folder: Path, path: Path, name: str = "out") -> None:
-    """Raise InputError unless ``folder``, which ``path`` needs, exists or can be made, writable."""
-    writable_folder(folder, f"{name}={str(path)!r}")
+def check_apart(name: str, path: Path, **others: Path | None) -> None:
+    """Raise InputError where ``path``, which is to be written, is one of the others."""
+    for other, given in others.items():
+        if given is not None and given.resolve() == path.resolve():
+            raise InputError(
+                f"{name}={str(path)!r} is {other}={str(given)!r} too, and would replace it; choose "
+                "another name"
+            )
+
+
+def check_folder(folder: Path, path: Path, name: str = "out", size: int = 0) -> None:
+    """Raise InputError unless ``folder``, which ``path`` needs, exists or can be made, writable.
+
+    Args:
+        size: bytes that will be needed.
+    """
+    writable_folder(folder, f"{name}={str(path)!r}", size=size)
 
 
 @contextmanager
@@ -68,34 +84,50 @@ def write_or_rescue(out: Path, write: Callable[[Path], None]) -> None:
         raise
 
 
-def check_ending(path: Path) -> None:
-    """Raise InputError unless scores can be written under this name."""
-    if path.suffix not in ENDINGS:
-        raise InputError(f"out={str(path)!r} must end in one of {', '.join(ENDINGS)}")
+def check_ending(path: Path, *more: str) -> None:
+    """Raise InputError unless scores can be written under this name.
+
+    Args:
+        more: endings beside ENDINGS.
+    """
+    endings = (*more, *ENDINGS)
+    if path.suffix not in endings:
+        raise InputError(f"out={str(path)!r} must end in one of {', '.join(endings)}")
     if path.suffix == ".parquet":
         check_installed(f"out={str(path)!r}", "pyarrow.parquet", install="pyarrow")
 
 
-def save_scores(path: Path, names: Sequence[str], influence: Tensor, weights: Tensor) -> None:
-    """Write one row per sample: name, influence, and weight (zero: not selected).
-
-    Args:
-        influence: [n]. weights: [n].
-    """
+def save_scores(path: Path, names: Sequence[str], columns: Mapping[str, Tensor]) -> None:
+    """Write one row per sample: its name, and its place in each of the columns [n]."""
     check_ending(path)
-    scores, weight = influence.cpu().numpy(), weights.cpu().numpy()
+    found: dict[str, Any] = {name: column.cpu().numpy() for name, column in columns.items()}
     with replacing(path) as temporary:
         if path.suffix == ".npz":
-            np.savez(temporary, sample=np.array(names), influence=scores, weight=weight)
+            np.savez(temporary, sample=np.array(names), **found)
         elif path.suffix == ".parquet":
             check_installed("out=.parquet", "pyarrow")
             import pyarrow as pa
             import pyarrow.parquet as pq
 
-            table = pa.table({"sample": list(names), "influence": scores, "weight": weight})
-            pq.write_table(table, temporary)
+            pq.write_table(pa.table({"sample": list(names), **found}), temporary)
         else:
             with open(temporary, "w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file)
-                writer.writerow(["sample", "influence", "weight"])
-                writer.writerows(zip(names, scores.tolist(), weight.tolist(), strict=True))
+                writer.writerow(["sample", *found])
+                rows = zip(names, *(column.tolist() for column in found.values()), strict=True)
+                writer.writerows(rows)
+
+
+def save_lines(
+    path: Path, objects: Sequence[Mapping[str, Any]], columns: Mapping[str, Tensor]
+) -> None:
+    """Write JSON Lines: each object as it was, with its place in each of the columns [n]."""
+    found = [column.tolist() for column in columns.values()]
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        for line, values in zip(objects, zip(*found, strict=True), strict=True):
+            whole = {**line, **dict(zip(columns, values, strict=True))}
+            try:
+                text = json.dumps(whole, ensure_ascii=False).encode("utf-8")
+            except UnicodeEncodeError:  # a lone surrogate, in a field that nothing reads
+                text = json.dumps(whole).encode("ascii")
+            file.write(text + b"\n")

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
-from imu_fast.errors import InputError
+from imu_fast.curvature.parameters import scipy_operator
+from imu_fast.errors import InputError, check_flag
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.outputs import sum_of_outputs
 from imu_fast.factors.source import Factors
 from imu_fast.ops.bilinear_scores import bilinear_scores
 from imu_fast.options import Options
+from imu_fast.storage import save_tensors, writable
+
+# Of the files that Fitted.save writes; a reader refuses any other.
+OPERATOR_FORMAT = 1
 
 
 class Curvature(Options, ABC):
-    """A matrix M [P, P] over the parameters of a linear layer, P = C D, damped: what to fit.
+    """A matrix M [P, P] over the parameters of a linear layer, P = C D, damped: what to fit."""
 
-    Attributes:
-        separates: whether M couples no two outputs of the layer, so that it may be fitted to some
-            of them alone.
-    """
-
-    separates: ClassVar[bool] = False
+    @property
+    def separates(self) -> bool:
+        """Whether M couples no two outputs of the layer, so that it may be fitted to some alone."""
+        return False
 
     @abstractmethod
     def fit(self, factors: Factors) -> Fitted:
@@ -36,43 +44,85 @@ class Curvature(Options, ABC):
         """
 
 
+class Layer(NamedTuple):
+    """The layer whose parameters [C, D] a matrix is over."""
+
+    num_classes: int
+    width: int
+    has_bias: bool
+    device: torch.device
+
+    @classmethod
+    def of(cls, factors: Factors) -> Layer:
+        """The factors' own."""
+        return cls(factors.num_classes, factors.width, factors.has_bias, factors.device)
+
+    def __str__(self) -> str:
+        bias = "with" if self.has_bias else "without"
+        return f"({self.num_classes}, {self.width}) {bias} a bias on {self.device}"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a file says of M."""
+
+    curvature: str
+    layer: Layer
+    damping: float
+    tensors: dict[str, Tensor]
+    options: dict[str, Any]
+
+
 class Fitted(ABC):
-    """M of some samples. ``M @ v`` is :meth:`product`. Nothing here is followed by autograd.
+    """M of some samples, damped: a symmetric positive definite operator on [C, D].
+
+    ``M @ v`` is :meth:`product`. Nothing here is followed by autograd. Of a layer with a bias the
+    last of the D columns is the bias.
 
     Args:
-        shape: (C, D). device: of M, and so of what it is applied to.
+        curvature: the name of what was fitted. layer: whose parameters M is over.
 
     Attributes:
+        shape: (C, D). has_bias: whether D = d + 1. device: of M, and so of what it is applied to.
+        dtype: what M is held in.
+        damping: lam, as it was added (or is the least of a diagonal that is clamped): in absolute
+            terms also where it was given relative to the mean eigenvalue; 0.0 of the identity.
         residual: relative residual ``||M X - v|| / ||v||`` of the last solve, the largest where
             there were several right-hand sides; 0.0 where the solve is elementwise.
     """
 
-    def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
-        self.shape, self.device, self.residual = shape, device, 0.0
+    def __init__(
+        self, curvature: str, layer: Layer, damping: float, dtype: torch.dtype = torch.float64
+    ) -> None:
+        self.curvature, self.layer, self.damping, self.dtype = curvature, layer, damping, dtype
+        self.shape, self.has_bias = (layer.num_classes, layer.width), layer.has_bias
+        self.device, self.residual = layer.device, 0.0
 
     @torch.no_grad()
     def product(self, v: Tensor) -> Tensor:
         """``M v``; v [C, D] or [m, C, D]; in v's dtype.
 
+        Half precision is multiplied and added up in float32 or better, and rounded once.
+
         Raises:
-            InputError: v has another shape, is elsewhere or no floating-point tensor.
+            InputError: v has another shape, is elsewhere or no floating-point tensor; M v is
+                beyond the range of v's dtype.
         """
         self._check("v", v)
-        # Half precision is the caller's, not that of sums.
-        return self._product(v.float() if v.itemsize < 4 else v).to(v.dtype)
+        return _rounded("M v", self._product(_at_least_single(v)), v.dtype)
 
     def __matmul__(self, v: Tensor) -> Tensor:
         return self.product(v)
 
     @torch.no_grad()
     def solve(self, v: Tensor, out: Tensor | None = None) -> Tensor:
-        """``X = M^-1 v``; v and X [C, D], or [m, C, D].
+        """``X = M^-1 v``; v and X [C, D], or [m, C, D]; in v's dtype.
 
-        X is float64 but where the solve is elementwise: there it has v's dtype, or the factors' if
-        that is wider.
+        Solved in float64, but in v's or M's dtype where the solve is elementwise (half precision
+        in float32), and rounded once. For the digits that float32 has not, pass ``v.double()``.
 
         A residual above the curvature's tolerance is logged, and always to be read in
-        ``residual``.
+        ``residual``, which is that of X before it is rounded.
 
         Args:
             out: where X is to go, in its dtype; may be v itself.
@@ -82,12 +132,64 @@ class Fitted(ABC):
             SingularMatrixError: M is not positive definite in float64.
         """
         self._check("v", v)
-        if out is None:
-            return self._solve(v, None)
-        if out.shape != v.shape:
+        if out is not None and out.shape != v.shape:
             raise InputError(f"out has shape {tuple(out.shape)}; expected v's, {tuple(v.shape)}")
-        x = self._solve(v, out)
-        return out if x is out else out.copy_(x)
+        x = self._solve(_at_least_single(v), out)
+        if out is None:
+            return _rounded("M^-1 v", x, v.dtype)
+        return out if x is out else out.copy_(_rounded("M^-1 v", x, out.dtype, "out"))
+
+    @torch.no_grad()
+    def diagonal(self) -> Tensor:
+        """The diagonal of M, damping included: [C, D], in the dtype that M is held in; a copy."""
+        return self._diagonal()
+
+    def linear_operator(self, inverse: bool = False) -> Any:
+        """M, or its inverse, as a ``scipy.sparse.linalg.LinearOperator`` of shape (P, P), P = C D.
+
+        Float64; to be passed to ``eigsh``, ``cg`` and the like. The order of the P parameters is
+        PyTorch's, that of ``parameters_to_vector(layer.parameters())``: ``[weight.flatten(),
+        bias]``; :func:`imu_fast.matrix_to_vector` and :func:`imu_fast.vector_to_matrix` go between
+        it and [C, D].
+
+        Args:
+            inverse: each application is a solve, to the curvature's tolerance.
+
+        Raises:
+            InputError: scipy is not installed (``pip install 'imu_fast[demo]'``).
+        """
+        check_flag("inverse", inverse)
+        apply = self.solve if inverse else self.product
+        return scipy_operator(apply, self.shape, self.has_bias, self.device)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write M to a safetensors file, which :func:`imu_fast.load_operator` reads.
+
+        Under a temporary name first, so that it is whole or absent, and with a checksum. What was
+        loaded gives the same bits as this on the same machine. Its size: nothing of ``identity``,
+        8 C D bytes of ``fisher_diag`` (4 from float32), 8 (C D + C^2 + D^2) of ``kfac`` and
+        ``ekfac``; ``ggn``, ``ggn_block`` and ``fisher`` keep their samples' factors, about
+        N (C + d) numbers in these's dtype (``fisher`` in float64) and the curvature of their loss
+        where delta does not tell it, and factor anew.
+
+        Raises:
+            InputError: the path cannot be written; the samples are shared among processes, or
+                their factors beyond 4 GB.
+            WriteError: the file system refuses; what was there is untouched.
+        """
+        writable(path)
+        tensors, options = self._state()
+        writable(path, size=sum(tensor.nbytes for tensor in tensors.values()))
+        found = {
+            "format": OPERATOR_FORMAT,
+            "curvature": self.curvature,
+            "damping": self.damping,
+            "shape": list(self.shape),
+            "has_bias": self.has_bias,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "options": options,
+        }
+        save_tensors(path, tensors, {"operator": json.dumps(found)})
 
     @torch.no_grad()
     def self_influence(self, factors: Factors) -> Tensor:
@@ -122,7 +224,20 @@ class Fitted(ABC):
         """X, which may be written to ``out`` (and then is it); v is not changed otherwise."""
 
     @abstractmethod
+    def _diagonal(self) -> Tensor:
+        """Of M: [C, D], a new tensor."""
+
+    @abstractmethod
     def _self_influence(self, factors: Factors) -> Tensor: ...
+
+    @abstractmethod
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What M is made of, for a file: tensors, and what json can write."""
+
+    @classmethod
+    @abstractmethod
+    def _restored(cls, saved: Saved) -> Self:
+        """M of what :meth:`_state` gave: the same bits, whatever was solved with it before."""
 
     def _pairwise(self, factors: Factors, queries: Factors) -> Tensor:
         """By one solve per query."""
@@ -152,12 +267,28 @@ class Fitted(ABC):
             raise InputError(f"{argument} is on {v.device}, M on {self.device}; move it with .to()")
 
     def _check_layer(self, argument: str, factors: Factors) -> None:
-        found = (factors.num_classes, factors.width), factors.device
-        if found != (self.shape, self.device):
+        found = Layer.of(factors)
+        if found != self.layer:
             raise InputError(
-                f"{argument} have (C, D) = {found[0]} on {found[1]}, M has {self.shape} on "
-                f"{self.device}; capture both from the same model and layer"
+                f"{argument} have (C, D) = {found}, M has {self.layer}; capture both from the same "
+                "model and layer"
             )
+
+
+def _at_least_single(v: Tensor) -> Tensor:
+    return v.float() if v.itemsize < 4 else v
+
+
+def _rounded(what: str, x: Tensor, dtype: torch.dtype, argument: str = "v") -> Tensor:
+    """x in the dtype of an argument; raise InputError where that makes infinity of a number."""
+    if torch.finfo(dtype).max < torch.finfo(x.dtype).max:
+        largest = float(x.abs().max())
+        if torch.finfo(dtype).max < largest < math.inf:
+            raise InputError(
+                f"{argument} is {dtype}, in which {what}, up to {largest:.3g}, is infinite; pass "
+                f"{argument} in a wider dtype"
+            )
+    return x.to(dtype)
 
 
 def scores(factors: Factors, x: Tensor) -> Tensor:

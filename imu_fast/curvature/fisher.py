@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
-from imu_fast.curvature.base import Curvature, Fitted, self_influence
+from imu_fast.curvature.base import Fitted, Layer, Saved, self_influence
+from imu_fast.curvature.damping import Damped
 from imu_fast.errors import InputError, check_positive
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.source import Factors, in_memory
-from imu_fast.ops.bilinear_scores import bilinear_scores
+from imu_fast.ops.bilinear_scores import bilinear_scores, gradient_norms
 from imu_fast.ops.gram import gram
 from imu_fast.ops.mean_gradient import add_gradients
 from imu_fast.ops.tokens import sample_of_token
@@ -22,30 +26,35 @@ MAX_SAMPLES = 20_000
 
 
 @options
-class Fisher(Curvature):
+class Fisher(Damped):
     """``1/n sum_i g_i g_i^T + lam I``, the empirical Fisher.
 
     Attributes:
-        damping: lam > 0, in units of squared gradients.
+        damping, damping_mode: of lam: see :class:`Damped`.
         tolerance: of the true relative residual of a solve.
     """
 
     name = "fisher"
-    damping: float = option(default=1e-2, check=check_positive)
     tolerance: float = option(default=1e-6, check=check_positive)
 
     def fit(self, factors: Factors) -> FittedFisher:
         """The Gram matrix of the gradients [n, n], and its factor; all factors in memory.
 
         Raises:
-            InputError: more than MAX_SAMPLES samples; shared among processes.
+            InputError: more than MAX_SAMPLES samples; shared among processes; lam relative to a
+                mean that is zero or not finite.
         """
         if factors.n > MAX_SAMPLES:
             raise InputError(
                 f"curvature='fisher' with n={factors.n} needs an [n, n] matrix; use at most "
                 f"{MAX_SAMPLES} samples, or 'fisher_diag'"
             )
-        return FittedFisher(in_memory(factors, "curvature='fisher'"), self.damping, self.tolerance)
+        f = in_memory(factors, "curvature='fisher'").to(dtype=torch.float64)
+
+        def trace() -> Tensor:
+            return gradient_norms(f.delta, f.act, f.offsets, f.has_bias).sum() / f.n
+
+        return FittedFisher(f, self.absolute(f, trace), self.tolerance)
 
 
 class FittedFisher(Fitted):
@@ -53,16 +62,18 @@ class FittedFisher(Fitted):
 
     Everything is in float64: Woodbury's difference cancels by the condition number.
 
+    Args:
+        factors: float64.
+
     Attributes:
         residual: relative residual of the last solve, recomputed in float64 (the largest of
             several right-hand sides).
     """
 
     def __init__(self, factors: GradientFactors, damping: float, tolerance: float) -> None:
-        super().__init__((factors.num_classes, factors.width), factors.device)
-        self.factors = factors.to(dtype=torch.float64)
-        self.damping, self.tolerance = damping, tolerance
-        f = self.factors
+        super().__init__(Fisher.name, Layer.of(factors), damping)
+        self.factors, self.tolerance = factors, tolerance
+        f = factors
         self._token_sample = sample_of_token(f.offsets, f.delta.device)
         k = gram(f.delta, f.act, f.offsets, f.has_bias)
         self._cholesky = damped_cholesky(k.div_(f.n), damping, overwrite=True)
@@ -94,6 +105,20 @@ class FittedFisher(Fitted):
         solution = refine(self._product, [self._approximate], many, tolerance=self.tolerance)
         self.residual = solution.residual
         return solution.x if v.dim() == 3 else solution.x[0]
+
+    def _diagonal(self) -> Tensor:
+        return self.factors.fisher_diagonal().add_(self.damping)
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        f = self.factors
+        tensors = {"delta": f.delta, "act": f.act, "offsets": f.offsets}
+        return tensors, {"tolerance": self.tolerance}
+
+    @classmethod
+    def _restored(cls, saved: Saved) -> Self:
+        delta, act = (saved.tensors[name].to(saved.layer.device) for name in ("delta", "act"))
+        f = GradientFactors(delta, act, saved.tensors["offsets"], saved.layer.has_bias)
+        return cls(f, saved.damping, saved.options["tolerance"])
 
     def _self_influence(self, factors: Factors) -> Tensor:
         """``g_i^T M^-1 g_i``: [n]; many right-hand sides at once."""

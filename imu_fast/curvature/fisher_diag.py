@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
-from imu_fast.curvature.base import Curvature, Fitted
+from imu_fast.curvature.base import Curvature, Fitted, Layer, Saved
+from imu_fast.curvature.damping import absolute_damping
 from imu_fast.errors import check_positive, one_of
 from imu_fast.factors.outputs import rows_of_outputs, sum_of_outputs
 from imu_fast.factors.source import Factors, mean_of
@@ -15,7 +17,7 @@ from imu_fast.ops.bilinear_scores import quadratic_scores
 from imu_fast.ops.fisher_diagonal import fisher_diagonal
 from imu_fast.options import option, options
 
-DampingMode = Literal["add", "clamp"]
+DampingMode = Literal["add", "clamp", "relative"]
 
 
 @options
@@ -23,47 +25,72 @@ class FisherDiag(Curvature):
     """``diag(1/n sum_i g_i * g_i) + lam``, or ``max(diag, lam)`` with ``damping_mode="clamp"``.
 
     Attributes:
-        damping: lam > 0, in units of squared gradients. damping_mode: "add" or "clamp".
+        damping: lam > 0, in units of squared gradients. damping_mode: "add", "clamp", or
+            "relative": lam is ``damping`` times the diagonal's mean, added.
     """
 
     name = "fisher_diag"
-    separates = True
     damping: float = option(default=1e-2, check=check_positive)
     damping_mode: DampingMode = option(default="add", check=one_of(*get_args(DampingMode)))
 
+    @property
+    def separates(self) -> bool:
+        """Unless lam is of the mean over all outputs."""
+        return self.damping_mode != "relative"
+
     def fit(self, factors: Factors) -> FittedFisherDiag:
-        """One matrix product of squares where every sample has one token; else tile by tile."""
+        """One matrix product of squares where every sample has one token; else tile by tile.
+
+        Raises:
+            InputError: lam relative to a mean that is zero or not finite, or beyond the range of
+                the factors' dtype.
+        """
+        relative = self.damping_mode == "relative"
+        if not relative:  # refused before any work
+            absolute_damping(self, self.damping, None, factors.dtype)
         diagonal = rows_of_outputs(factors, _diagonal)
-        if self.damping_mode == "add":
-            return FittedFisherDiag(diagonal.add_(self.damping))
-        return FittedFisherDiag(diagonal.clamp_min_(self.damping))
+        mean = float(diagonal.mean(dtype=torch.float64)) if relative else None
+        lam = absolute_damping(self, self.damping, mean, diagonal.dtype)
+        clamped = self.damping_mode == "clamp"
+        damped = diagonal.clamp_min_(lam) if clamped else diagonal.add_(lam)
+        return FittedFisherDiag(self.name, Layer.of(factors), lam, damped)
 
 
 class FittedFisherDiag(Fitted):
     """A diagonal matrix.
 
     Attributes:
-        diagonal: [C, D], damped.
+        damped: the diagonal [C, D], damping included.
     """
 
-    def __init__(self, diagonal: Tensor) -> None:
-        classes, width = diagonal.shape
-        super().__init__((classes, width), diagonal.device)
-        self.diagonal = diagonal
+    def __init__(self, curvature: str, layer: Layer, damping: float, damped: Tensor) -> None:
+        super().__init__(curvature, layer, damping, damped.dtype)
+        self.damped = damped
 
     def _product(self, v: Tensor) -> Tensor:
-        return v * self.diagonal
+        return v * self.damped
 
     def _solve(self, v: Tensor, out: Tensor | None) -> Tensor:
         """``X = v / diagonal``; v [C, D] or [m, C, D]."""
-        fits = out is not None and out.dtype == torch.promote_types(v.dtype, self.diagonal.dtype)
-        return torch.div(v, self.diagonal, out=out if fits else None)
+        fits = out is not None and out.dtype == torch.promote_types(v.dtype, self.damped.dtype)
+        return torch.div(v, self.damped, out=out if fits else None)
+
+    def _diagonal(self) -> Tensor:
+        return self.damped.clone()
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {"damped": self.damped}, {}
+
+    @classmethod
+    def _restored(cls, saved: Saved) -> Self:
+        damped = saved.tensors["damped"]
+        return cls(saved.curvature, saved.layer, saved.damping, damped.to(saved.layer.device))
 
     def _self_influence(self, factors: Factors) -> Tensor:
         """``sum_ck g_i[c,k]^2 / diagonal[c,k]``: [n]."""
 
         def term(part: Factors, classes: slice) -> Tensor:
-            inverse = self.diagonal[classes].reciprocal().to(factors.dtype)
+            inverse = self.damped[classes].reciprocal().to(factors.dtype)
             return part.each(
                 lambda chunk: quadratic_scores(
                     chunk.delta, chunk.act, inverse, chunk.offsets, chunk.has_bias

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
-from imu_fast.curvature.base import Curvature, Fitted
+from imu_fast.curvature.base import Fitted, Layer, Saved
+from imu_fast.curvature.damping import Damped
 from imu_fast.curvature.ggn.dense import class_blocks
-from imu_fast.errors import check_positive
+from imu_fast.factors.chunked import pack_chunks, unpack_chunks
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.probabilities import augmented, output_curvature
 from imu_fast.factors.source import Factors, Remembered
+from imu_fast.factors.statistics import ggn_diagonal, trace
 from imu_fast.ops.tokens import sum_over_tokens
-from imu_fast.options import option, options
+from imu_fast.options import options
 from imu_fast.solvers.cholesky.cholesky import DampedCholesky, damped_cholesky
 
 # Elements of the [classes, D, D] float64 factors that exist at once: 1 GB.
@@ -23,26 +27,26 @@ _BLOCK_ELEMENTS = 1 << 27
 
 
 @options
-class GGNBlock(Curvature):
+class GGNBlock(Damped):
     """The GGN's class blocks alone: ``1/n sum_t B_t[c, c] a~ a~^T + lam I`` for class c.
 
     B_t is the second derivative of a sample's loss in the outputs: of cross-entropy
     ``B[c, c] = p_c (1 - p_c)``, over the sample's number of tokens.
 
     Attributes:
-        damping: lam > 0, in units of squared gradients.
+        damping, damping_mode: of lam: see :class:`Damped`.
     """
 
     name = "ggn_block"
-    damping: float = option(default=1e-2, check=check_positive)
 
     def fit(self, factors: Factors) -> FittedGGNBlock:
         """The blocks are made where they are first needed.
 
         Raises:
-            InputError: the factors have no curvature of their loss.
+            InputError: the factors have no curvature of their loss; lam relative to a mean that is
+                zero or not finite.
         """
-        return FittedGGNBlock(factors, self.damping)
+        return FittedGGNBlock(factors, self.absolute(factors, lambda: trace(factors)))
 
 
 class FittedGGNBlock(Fitted):
@@ -56,8 +60,8 @@ class FittedGGNBlock(Fitted):
     """
 
     def __init__(self, source: Factors, damping: float) -> None:
-        super().__init__((source.num_classes, source.width), source.device)
-        self._source, self.damping = source, damping
+        super().__init__(GGNBlock.name, Layer.of(source), damping)
+        self._source = source
         self._tokens = Remembered(self._weigh)
         self._kept: list[tuple[slice, DampedCholesky]] | None = None
         for chunk in source.chunks():  # refused before any work
@@ -117,6 +121,17 @@ class FittedGGNBlock(Fitted):
         sizes = many.flatten(1).norm(dim=1)
         self.residual = float((errors / sizes.where(sizes > 0, 1.0)).max())
         return x if v.dim() == 3 else x[0]
+
+    def _diagonal(self) -> Tensor:
+        return ggn_diagonal(self._source).add_(self.damping)
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return pack_chunks(self._source, "curvature='ggn_block'")
+
+    @classmethod
+    def _restored(cls, saved: Saved) -> Self:
+        source = unpack_chunks(saved.tensors, saved.options, saved.layer.device)
+        return cls(source, saved.damping)
 
     def _self_influence(self, factors: Factors) -> Tensor:
         """``g_i^T M^-1 g_i``: [n], the sum over classes of [n, D] quadratic forms."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
-from imu_fast.curvature.base import Curvature, Fitted
+from imu_fast.curvature.base import Curvature, Fitted, Layer, Saved
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.outputs import sum_of_outputs
 from imu_fast.factors.source import Factors
@@ -21,11 +23,15 @@ class Identity(Curvature):
     """``I``; there is nothing to damp."""
 
     name = "identity"
-    separates = True
+
+    @property
+    def separates(self) -> bool:
+        """It does."""
+        return True
 
     def fit(self, factors: Factors) -> FittedIdentity:
         """Nothing is read."""
-        return FittedIdentity((factors.num_classes, factors.width), factors.device)
+        return FittedIdentity(self.name, Layer.of(factors), 0.0)
 
 
 class FittedIdentity(Fitted):
@@ -38,6 +44,16 @@ class FittedIdentity(Fitted):
     def _solve(self, v: Tensor, out: Tensor | None) -> Tensor:
         """``X = v``, a copy unless there is an ``out`` to copy it to."""
         return v.clone() if out is None else v
+
+    def _diagonal(self) -> Tensor:
+        return torch.ones(self.shape, dtype=self.dtype, device=self.device)
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {}, {}
+
+    @classmethod
+    def _restored(cls, saved: Saved) -> Self:
+        return cls(saved.curvature, saved.layer, saved.damping)
 
     def _self_influence(self, factors: Factors) -> Tensor:
         """``||g_i||^2``: [n]."""

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
-from imu_fast.curvature.base import Curvature, Fitted
-from imu_fast.errors import InputError, check_positive
+from imu_fast.curvature.base import Fitted, Layer, Saved
+from imu_fast.curvature.damping import Damped
+from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.probabilities import augmented, output_curvature, token_scale
 from imu_fast.factors.source import MAX_GATHERED, Factors, Remembered
 from imu_fast.losses.output_curvature import OutputCurvature
 from imu_fast.ops.bilinear_scores import quadratic_scores
-from imu_fast.options import option, options
+from imu_fast.options import options
 
 # Elements of a~ that exist at once: large enough for products at full speed.
 _CHUNK_ELEMENTS = 1 << 18
@@ -29,8 +34,16 @@ class KroneckerEigenbasis(Fitted):
         residual: ``||M X - v|| / ||v||`` of the last solve, recomputed (the largest of several).
     """
 
-    def __init__(self, basis_out: Tensor, basis_in: Tensor, damped: Tensor) -> None:
-        super().__init__((len(basis_out), len(basis_in)), damped.device)
+    def __init__(
+        self,
+        curvature: str,
+        layer: Layer,
+        damping: float,
+        basis_out: Tensor,
+        basis_in: Tensor,
+        damped: Tensor,
+    ) -> None:
+        super().__init__(curvature, layer, damping, damped.dtype)
         self.basis_out, self.basis_in, self.damped = basis_out, basis_in, damped
 
     def _product(self, v: Tensor) -> Tensor:
@@ -49,6 +62,23 @@ class KroneckerEigenbasis(Fitted):
         size = v.flatten(-2).norm(dim=-1)
         self.residual = float((error / size.where(size > 0, 1.0)).max())
         return x
+
+    def _diagonal(self) -> Tensor:
+        return self.basis_out.square() @ self.damped @ self.basis_in.square().T
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        names = ("basis_out", "basis_in", "damped")
+        # Eigenvectors are column-major, of which products have other bits than of a copy by rows.
+        tensors = {name: getattr(self, name) for name in names}
+        columns = [name for name, x in tensors.items() if not x.is_contiguous()]
+        tensors |= {name: tensors[name].T for name in columns}
+        return tensors, {"columns": columns}
+
+    @classmethod
+    def _restored(cls, saved: Saved) -> Self:
+        tensors = {name: x.to(saved.layer.device) for name, x in saved.tensors.items()}
+        tensors |= {name: tensors[name].T for name in saved.options["columns"]}
+        return cls(saved.curvature, saved.layer, saved.damping, **tensors)
 
     def _self_influence(self, factors: Factors) -> Tensor:
         """``g_i^T M^-1 g_i``: [n]; in the eigenbasis the inverse is a diagonal."""
@@ -103,6 +133,12 @@ def kronecker_factors(
 
 
 def _eigenbasis(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Raises InputError where factors in float64 are not finite, LinAlgError in float32."""
+    if a.dtype == torch.float64 and not bool(a.isfinite().all() & b.isfinite().all()):
+        raise InputError(
+            "curvature='kfac' and 'ekfac': a mean square of these samples is not finite; leave out "
+            "samples with features beyond 1e150, or scale them down"
+        )
     values_b, basis_b = torch.linalg.eigh(b)
     values_a, basis_a = torch.linalg.eigh(a)
     # Rounding leaves eigenvalues of -1e-17 where the factor is singular.
@@ -117,52 +153,64 @@ def fit_kfac(
     Args:
         outputs: the curvature of the loss in a chunk's outputs.
     """
+    return _kfac(source, lambda _: damping, outputs, dtype)
+
+
+def _kfac(
+    source: Factors,
+    damping: Callable[[Tensor], float],
+    outputs: Outputs,
+    dtype: torch.dtype = torch.float64,
+) -> KroneckerEigenbasis:
+    """damping: of the undamped eigenvalues."""
     values_b, basis_b, values_a, basis_a = _eigenbasis(*kronecker_factors(source, outputs, dtype))
-    return KroneckerEigenbasis(basis_b, basis_a, torch.outer(values_b, values_a) + damping)
+    values = torch.outer(values_b, values_a)
+    lam = damping(values)
+    return KroneckerEigenbasis(KFAC.name, Layer.of(source), lam, basis_b, basis_a, values + lam)
 
 
 @options
-class KFAC(Curvature):
+class KFAC(Damped):
     """``mean(B_t) (x) mean(a~ a~^T) + lam I`` (Martens and Grosse 2015).
 
     B_t is the second derivative of the loss in the outputs, ``diag(p) - p p^T`` of cross-entropy:
     the expectation over the model's labels is exact, not sampled.
 
     Attributes:
-        damping: lam > 0, in units of squared gradients.
+        damping, damping_mode: of lam: see :class:`Damped`.
     """
 
     name = "kfac"
-    damping: float = option(default=1e-2, check=check_positive)
 
     def fit(self, factors: Factors) -> KroneckerEigenbasis:
         """Two eigendecompositions, ``O(C^3 + D^3)``.
 
         Raises:
-            InputError: the factors have no curvature of their loss.
+            InputError: the factors have no curvature of their loss; lam relative to a mean that is
+                zero or not finite.
         """
-        return fit_kfac(factors, self.damping, Remembered(output_curvature))
+        outputs = Remembered(output_curvature)
+        return _kfac(factors, lambda values: self.absolute(factors, values.sum), outputs)
 
 
 @options
-class EKFAC(Curvature):
+class EKFAC(Damped):
     """K-FAC's eigenbasis with the GGN's own diagonal in it (George et al. 2018).
 
     ``eigenvalue[i,j] = 1/n sum_t (Q_B^T B_t Q_B)[i,i] (Q_A^T a~)[j]^2``: of all diagonals in
     this basis the nearest to the GGN.
 
     Attributes:
-        damping: lam > 0, in units of squared gradients.
+        damping, damping_mode: of lam: see :class:`Damped`.
     """
 
     name = "ekfac"
-    damping: float = option(default=1e-2, check=check_positive)
 
     def fit(self, factors: Factors) -> KroneckerEigenbasis:
         """K-FAC, and two products of ``N C^2`` and ``N D^2``: a second pass over the samples.
 
         Raises:
-            InputError: the factors have no curvature of their loss.
+            InputError: as :meth:`KFAC.fit`.
         """
         outputs = Remembered(output_curvature)
         _, basis_b, _, basis_a = _eigenbasis(*kronecker_factors(factors, outputs))
@@ -172,5 +220,7 @@ class EKFAC(Curvature):
             second = (augmented(chunk.act, chunk.has_bias) @ basis_a).square()
             return variance.T @ second
 
-        values = factors.sums(eigenvalues)
-        return KroneckerEigenbasis(basis_b, basis_a, values.clamp_min(0) + self.damping)
+        values = factors.sums(eigenvalues).clamp_min(0)
+        lam = self.absolute(factors, values.sum)
+        layer = Layer.of(factors)
+        return KroneckerEigenbasis(self.name, layer, lam, basis_b, basis_a, values + lam)

@@ -62,7 +62,12 @@ def fit(
     factors: Factors,
     **options: Unpack[CurvatureOptions],
 ) -> Fitted:
-    """A curvature of these samples: ``M @ v``, ``M.solve(v)``, self-influence and pairs.
+    """A curvature of these samples as an operator on the layer's parameters [C, D].
+
+    ``M @ v`` and ``M.solve(v)`` in v's dtype, ``M.diagonal()``, ``M.self_influence(factors)``,
+    ``M.pairwise(factors, queries)``, ``M.linear_operator()`` for scipy, ``M.save(path)`` and
+    :func:`imu_fast.load_operator`: see :class:`imu_fast.Fitted`. M is damped: ``M.damping`` is lam,
+    in absolute terms also where ``damping_mode="relative"`` makes it of the mean eigenvalue.
 
     Args:
         curvature: an object such as ``imu.GGN(damping=1e-3)``, or a name out of

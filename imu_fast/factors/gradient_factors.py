@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,28 +15,27 @@ from imu_fast.ambient import no_autocast
 from imu_fast.errors import InputError, check_count, check_finite_rows, check_same_device
 from imu_fast.factors.implicit_head import IMPLICIT_BYTES, ImplicitHead
 from imu_fast.factors.operands import check_finite, check_offsets, check_operands, remaining
-from imu_fast.factors.sums import S, joined, summed
+from imu_fast.factors.packed import packed, unpacked
+from imu_fast.factors.samples import Stored
 from imu_fast.losses.base import Loss, mean_scale
 from imu_fast.losses.cross_entropy import CrossEntropy
 from imu_fast.losses.named import LOSSES, LossName
-from imu_fast.losses.output_curvature import FORMS, StoredCurvature, curvature_like
+from imu_fast.losses.output_curvature import StoredCurvature, curvature_like
 from imu_fast.ops.fisher_diagonal import fisher_diagonal
 from imu_fast.ops.mean_gradient import mean_gradient
 from imu_fast.ops.softmax_residual import linear_logits
-from imu_fast.ops.tokens import cuts, is_flat, picked, sum_over_tokens
+from imu_fast.ops.tokens import cuts, picked, sum_over_tokens
 
 # Rows of logits that exist at once while the residual is computed.
 _CHUNK_TOKENS = 2048
-# What the names of the curvature's tensors begin with in a file.
-_CURVATURE = "curvature."
 
 
 @dataclass(frozen=True)
-class GradientFactors:
+class GradientFactors(Stored["GradientFactors"]):
     """The gradients ``g_i = sum_t delta[i,t] (x) [act[i,t], 1]`` of n samples, as factors.
 
     Attributes:
-        delta: [N, C], the signal at the layer's output; float32 or float64.
+        delta: [N, C], the signal at the layer's output; float32 or float64. Detached, as act is.
         act: [N, d], the layer's input; same dtype and device.
         offsets: [n+1] int64 on the CPU; tokens ``offsets[i]:offsets[i+1]`` belong to sample i.
         has_bias: whether the layer has a bias, so that D = d + 1.
@@ -76,12 +74,17 @@ class GradientFactors:
             )
         check_offsets(offsets, len(delta))
         object.__setattr__(self, "offsets", offsets.to("cpu", torch.int64))
+        for name, tensor in (("delta", delta), ("act", act)):
+            if tensor.requires_grad:
+                object.__setattr__(self, name, tensor.detach())
         if self.labels is not None and self.loss is None and self.curvature is None:
             object.__setattr__(self, "loss", CrossEntropy())
         if self.loss is not None and self.labels is None:
             raise InputError(f"loss={self.loss!r} needs labels; pass both, or neither")
         if self.curvature is not None:
-            object.__setattr__(self, "curvature", curvature_like(self.curvature, delta))
+            given = self.curvature
+            given = given.detach() if isinstance(given, Tensor) else given
+            object.__setattr__(self, "curvature", curvature_like(given, delta))
 
     def _changed(self, rows: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """What belongs to tokens, changed."""
@@ -222,59 +225,14 @@ class GradientFactors:
         return cls(delta, act, offsets, has_bias, labels, losses, name, chosen, curvature)
 
     @property
-    def n(self) -> int:
-        """Number of samples."""
-        return len(self.offsets) - 1
-
-    @property
-    def n_here(self) -> int:
-        """n: none of them is elsewhere."""
-        return self.n
-
-    @property
-    def device(self) -> torch.device:
-        """Where delta and act are."""
-        return self.delta.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of delta and act."""
-        return self.delta.dtype
-
-    @property
-    def num_tokens(self) -> int:
-        """N, the number of packed tokens."""
-        return self.delta.shape[0]
-
-    @property
-    def num_classes(self) -> int:
-        """C, the width of the layer's output."""
-        return self.delta.shape[1]
-
-    @property
     def feature_dim(self) -> int:
         """d, the width of the layer's input."""
         return self.act.shape[1]
 
     @property
-    def width(self) -> int:
-        """D = d + 1 with a bias, d without."""
-        return self.act.shape[1] + self.has_bias
-
-    @property
-    def is_flat(self) -> bool:
-        """True if every sample has exactly one token."""
-        return is_flat(self.offsets)
-
-    @property
     def nbytes(self) -> int:
         """Bytes held by delta and act."""
         return self.delta.nbytes + self.act.nbytes
-
-    @property
-    def empty_samples(self) -> Tensor:
-        """Indices of the samples without a valid token: their gradient and score are zero."""
-        return torch.nonzero(self.offsets.diff() == 0).flatten()
 
     def mean_gradient(self) -> Tensor:
         """``gbar = 1/n sum_i g_i``: [C, D]."""
@@ -322,21 +280,6 @@ class GradientFactors:
         for first, last in cuts(self.offsets, max_tokens):
             yield self.samples(first, last)
 
-    def sums(self, statistic: Callable[[GradientFactors], S]) -> S:
-        """``statistic`` of all samples, see :class:`imu_fast.factors.source.Factors`."""
-        return summed(statistic(chunk) for chunk in self.chunks())
-
-    def each(self, statistic: Callable[[GradientFactors], Tensor]) -> Tensor:
-        """``statistic`` of every sample, see :class:`imu_fast.factors.source.Factors`."""
-        return joined(statistic(chunk) for chunk in self.chunks())
-
-    def shard(self, rank: int, world: int) -> GradientFactors:
-        """The consecutive share of samples of one of ``world`` processes, as views."""
-        check_count("world", world)
-        if not 0 <= rank < world or self.n < world:
-            raise InputError(f"rank={rank} of world={world} cannot share {self.n} samples")
-        return self.samples(self.n * rank // world, self.n * (rank + 1) // world)
-
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> GradientFactors:
@@ -352,19 +295,7 @@ class GradientFactors:
         """Write a safetensors file; under a temporary name first, so it is whole or absent."""
         from imu_fast.storage import save_tensors
 
-        tensors = {"delta": self.delta, "act": self.act, "offsets": self.offsets}
-        if self.labels is not None:
-            tensors["labels"] = self.labels
-        if self.losses is not None:
-            tensors["losses"] = self.losses
-        metadata = {"has_bias": str(int(self.has_bias)), "name": self.name}
-        if isinstance(self.curvature, StoredCurvature):
-            kept = self.curvature.tensors()
-            tensors |= {f"{_CURVATURE}{key}": value for key, value in kept.items()}
-            metadata["curvature"] = self.curvature.form
-        if self.loss is not None:
-            metadata["loss"] = json.dumps({"loss": self.loss.name, **self.loss.flat()})
-        save_tensors(path, tensors, metadata)
+        save_tensors(path, *packed(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> GradientFactors:
@@ -378,22 +309,7 @@ class GradientFactors:
         tensors, metadata = load_tensors(path)
         if not {"delta", "act", "offsets"} <= tensors.keys():
             raise InputError(f"path={str(Path(path))!r} holds no gradient factors")
-        options = json.loads(metadata["loss"]) if "loss" in metadata else None
-        curvature = None
-        if form := metadata.get("curvature"):
-            kept = {k: v for k, v in tensors.items() if k.startswith(_CURVATURE)}
-            curvature = FORMS[form](**{k.removeprefix(_CURVATURE): v for k, v in kept.items()})
-        return cls(
-            tensors["delta"],
-            tensors["act"],
-            tensors["offsets"],
-            metadata.get("has_bias") == "1",
-            tensors.get("labels"),
-            tensors.get("losses"),
-            metadata.get("name", "head"),
-            options and LOSSES.choose(options.pop("loss"), "loss", **options),
-            curvature,
-        )
+        return unpacked(cls, tensors, metadata)
 
 
 HeadFactors = GradientFactors | ImplicitHead[GradientFactors]

@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from imu_fast.errors import InputError, check_count, check_finite_rows
-from imu_fast.factors.sums import S, joined, summed
+from imu_fast.factors.protocol import Chunk
+from imu_fast.factors.samples import Chunks, Samples
 from imu_fast.losses.base import Loss, mean_scale
 from imu_fast.losses.output_curvature import LabelSoftmax
 from imu_fast.ops.linear_softmax import SLAB, Head, Normaliser, normaliser, products_for, residual
-from imu_fast.ops.tokens import cuts, is_flat, picked, sum_over_tokens
+from imu_fast.ops.tokens import cuts, picked, sum_over_tokens
 
 # From so many bytes of delta [N, C] on, a head's signal is made where it is needed.
 IMPLICIT_BYTES = 1 << 28
@@ -34,12 +36,12 @@ _FEWEST_CLASSES = 256
 # Tokens that are swept over, or converted from half precision, at once.
 _TOKENS = 2048
 
-F = TypeVar("F")  # GradientFactors, whose file imports this one
+F = TypeVar("F", bound=Chunk)  # GradientFactors, whose file imports this one
 Make = Callable[..., F]
 
 
 @dataclass(frozen=True, eq=False)
-class ImplicitHead(Generic[F]):
+class ImplicitHead(Samples[F]):
     """The gradients ``g_i = sum_t delta[i,t] (x) [act[i,t], 1]`` of n samples at a softmax head.
 
     ``imu.GradientFactors.from_head`` and ``imu.capture`` give it where ``delta`` would take 256 MB
@@ -100,16 +102,6 @@ class ImplicitHead(Generic[F]):
         return cls(features, weight, bias, labels, offsets, known, loss, name, make)
 
     @property
-    def n(self) -> int:
-        """Number of samples."""
-        return len(self.offsets) - 1
-
-    @property
-    def n_here(self) -> int:
-        """n: none of them is elsewhere."""
-        return self.n
-
-    @property
     def num_tokens(self) -> int:
         """N, the number of packed tokens."""
         return len(self.features)
@@ -130,11 +122,6 @@ class ImplicitHead(Generic[F]):
         return self.bias is not None
 
     @property
-    def width(self) -> int:
-        """D = d + 1 with a bias, d without."""
-        return self.feature_dim + self.has_bias
-
-    @property
     def device(self) -> torch.device:
         """Of features and weight."""
         return self.features.device
@@ -145,19 +132,9 @@ class ImplicitHead(Generic[F]):
         return self.known.lse.dtype
 
     @property
-    def is_flat(self) -> bool:
-        """True if every sample has exactly one token."""
-        return is_flat(self.offsets)
-
-    @property
     def nbytes(self) -> int:
         """Bytes held by the features; the weight is the model's own."""
         return self.features.nbytes
-
-    @property
-    def empty_samples(self) -> Tensor:
-        """Indices of the samples without a valid token: their gradient and score are zero."""
-        return torch.nonzero(self.offsets.diff() == 0).flatten()
 
     @property
     def losses(self) -> Tensor:
@@ -214,13 +191,6 @@ class ImplicitHead(Generic[F]):
         stored: Any = self.stored()
         stored.save(path)
 
-    def shard(self, rank: int, world: int) -> ImplicitHead[F]:
-        """The consecutive share of samples of one of ``world`` processes, as views."""
-        check_count("world", world)
-        if not 0 <= rank < world or self.n < world:
-            raise InputError(f"rank={rank} of world={world} cannot share {self.n} samples")
-        return self.samples(self.n * rank // world, self.n * (rank + 1) // world)
-
     def chunks(self, max_tokens: int | None = None) -> Iterator[F]:
         """Consecutive samples with all their classes, made anew at each pass.
 
@@ -249,15 +219,8 @@ class ImplicitHead(Generic[F]):
         losses = self.known.loss[rows]
         return torch.exp(-losses if scale is None else -losses / scale[rows])
 
-    def sums(self, statistic: Callable[[F], S]) -> S:
-        """``statistic`` of all samples, see :class:`imu_fast.factors.source.Factors`."""
-        with products_for(self.features):
-            return summed(statistic(chunk) for chunk in self.chunks())
-
-    def each(self, statistic: Callable[[F], Tensor]) -> Tensor:
-        """``statistic`` of every sample, see :class:`imu_fast.factors.source.Factors`."""
-        with products_for(self.features):
-            return joined(statistic(chunk) for chunk in self.chunks())
+    def _arithmetic(self) -> AbstractContextManager[Any]:
+        return products_for(self.features)
 
     @property
     def outputs_at_once(self) -> int:
@@ -329,7 +292,7 @@ class ImplicitHead(Generic[F]):
             )
 
 
-class OutputsOfHead(Generic[F]):
+class OutputsOfHead(Chunks[F]):
     """What :meth:`ImplicitHead.outputs` gives: factors of a layer that has only these outputs.
 
     Args:
@@ -361,12 +324,5 @@ class OutputsOfHead(Generic[F]):
                 name=self.name,
             )
 
-    def sums(self, statistic: Callable[[F], S]) -> S:
-        """``statistic`` of all samples, see :class:`imu_fast.factors.source.Factors`."""
-        with products_for(self._head.features):
-            return summed(statistic(chunk) for chunk in self.chunks())
-
-    def each(self, statistic: Callable[[F], Tensor]) -> Tensor:
-        """``statistic`` of every sample, see :class:`imu_fast.factors.source.Factors`."""
-        with products_for(self._head.features):
-            return joined(statistic(chunk) for chunk in self.chunks())
+    def _arithmetic(self) -> AbstractContextManager[Any]:
+        return products_for(self._head.features)

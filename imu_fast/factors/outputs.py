@@ -8,12 +8,11 @@ may be fitted, solved with and scored so many of them at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Generic, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from imu_fast.factors.gradient_factors import GradientFactors
-from imu_fast.factors.source import Factors
+from imu_fast.factors.protocol import C, Source
 from imu_fast.factors.sums import S, summed
 
 
@@ -29,14 +28,14 @@ class Wide(Protocol):
         ...
 
 
-class SomeOutputs:
+class SomeOutputs(Generic[C]):
     """Some outputs of factors whose signal is at hand.
 
     Args:
         classes: ``start:stop``.
     """
 
-    def __init__(self, source: Factors, classes: slice) -> None:
+    def __init__(self, source: Source[C], classes: slice) -> None:
         self._source, self._classes = source, classes
         self.num_classes = classes.stop - classes.start
         self.n, self.n_here, self.num_tokens = source.n, source.n_here, source.num_tokens
@@ -44,40 +43,41 @@ class SomeOutputs:
         self.has_bias, self.name = source.has_bias, source.name
         self.device, self.dtype = source.device, source.dtype
 
-    def _of(self, chunk: GradientFactors) -> GradientFactors:
-        return chunk.with_delta(chunk.delta[:, self._classes])
+    def _of(self, chunk: C) -> C:
+        found: C = chunk.with_delta(chunk.delta[:, self._classes])
+        return found
 
-    def chunks(self, max_tokens: int | None = None) -> Iterator[GradientFactors]:
+    def chunks(self, max_tokens: int | None = None) -> Iterator[C]:
         """The source's, at these outputs."""
         return map(self._of, self._source.chunks(max_tokens))
 
-    def sums(self, statistic: Callable[[GradientFactors], S]) -> S:
-        """See :class:`imu_fast.factors.source.Factors`."""
+    def sums(self, statistic: Callable[[C], S]) -> S:
+        """See :class:`imu_fast.factors.protocol.Source`."""
         return self._source.sums(lambda chunk: statistic(self._of(chunk)))
 
-    def each(self, statistic: Callable[[GradientFactors], Tensor]) -> Tensor:
-        """See :class:`imu_fast.factors.source.Factors`."""
+    def each(self, statistic: Callable[[C], Tensor]) -> Tensor:
+        """See :class:`imu_fast.factors.protocol.Source`."""
         return self._source.each(lambda chunk: statistic(self._of(chunk)))
 
 
-def cuts_of_outputs(*sources: Factors) -> list[slice]:
+def cuts_of_outputs(*sources: Source[Any]) -> list[slice]:
     """Which outputs to deal with at a time: all, unless a source says fewer."""
     classes = sources[0].num_classes
     step = min(s.outputs_at_once if isinstance(s, Wide) else classes for s in sources)
     return [slice(c, min(c + step, classes)) for c in range(0, classes, step)]
 
 
-def at_outputs(source: Factors, classes: slice) -> Factors:
+def at_outputs(source: Source[C], classes: slice) -> Source[C]:
     """The same samples at these outputs alone; of all outputs, the source itself."""
     if classes == slice(0, source.num_classes):
         return source
     if isinstance(source, Wide):
-        found: Factors = source.outputs(classes)
+        found: Source[C] = source.outputs(classes)
         return found
     return SomeOutputs(source, classes)
 
 
-def rows_of_outputs(source: Factors, rows: Callable[[Factors], Tensor]) -> Tensor:
+def rows_of_outputs(source: Source[C], rows: Callable[[Source[C]], Tensor]) -> Tensor:
     """A matrix whose rows are those of the outputs: [C, ...].
 
     Args:
@@ -96,7 +96,7 @@ def rows_of_outputs(source: Factors, rows: Callable[[Factors], Tensor]) -> Tenso
     return out
 
 
-def sum_of_outputs(source: Factors, term: Callable[[Factors, slice], Tensor]) -> Tensor:
+def sum_of_outputs(source: Source[C], term: Callable[[Source[C], slice], Tensor]) -> Tensor:
     """A sum over outputs: of each sample's, [n_here, ...].
 
     Args:
@@ -105,6 +105,6 @@ def sum_of_outputs(source: Factors, term: Callable[[Factors, slice], Tensor]) ->
     return summed(term(at_outputs(source, c), c) for c in cuts_of_outputs(source))
 
 
-def for_inputs(source: Factors) -> Factors:
+def for_inputs(source: Source[C]) -> Source[C]:
     """Factors with the same tokens and inputs, for what does not read the signal."""
     return at_outputs(source, slice(0, 1)) if isinstance(source, Wide) else source

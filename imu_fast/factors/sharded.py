@@ -12,11 +12,12 @@ from imu_fast import distributed
 from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.outputs import Wide, at_outputs
+from imu_fast.factors.samples import Means
 from imu_fast.factors.source import Factors
 from imu_fast.factors.sums import S
 
 
-class ShardedFactors:
+class ShardedFactors(Means):
     """One process's share of the samples; sums are over those of all processes.
 
     What is fitted on them is the same in every process; scores are of the samples that are here.

@@ -6,15 +6,16 @@ memory, read from a file, made anew from a loader at each pass, and shared among
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
-from imu_fast.factors.sums import S
+from imu_fast.factors.protocol import Source
+from imu_fast.factors.protocol import mean_of as mean_of
 from imu_fast.losses.output_curvature import StoredCurvature
 
 # Bytes that factors which are kept elsewhere may take where they are needed all at once.
@@ -22,80 +23,13 @@ MAX_GATHERED = 1 << 32
 T = TypeVar("T", covariant=True)
 
 
-class Factors(Protocol):
-    """The gradients ``g_i = sum_t delta[i,t] (x) [act[i,t], 1]`` of n samples at one layer.
-
-    Attributes:
-        n: samples, N = num_tokens: packed tokens, C = num_classes: the layer's outputs, d =
-            feature_dim: its inputs, D = width: d + 1 with a bias, else d.
-        n_here: samples that this process holds: n, unless factors are shared among processes.
-        name: the layer's.
-        device, dtype: of what chunks hold.
-    """
-
-    @property
-    def n(self) -> int: ...
-    @property
-    def n_here(self) -> int: ...
-    @property
-    def num_tokens(self) -> int: ...
-    @property
-    def num_classes(self) -> int: ...
-    @property
-    def feature_dim(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def has_bias(self) -> bool: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    def chunks(self, max_tokens: int | None = None) -> Iterator[GradientFactors]:
-        """The samples of this process in order, cut between samples.
-
-        Args:
-            max_tokens: of a chunk, which may be one larger sample; None: as many as suit.
-        """
-        ...
-
-    def sums(self, statistic: Callable[[GradientFactors], S]) -> S:
-        """The sum over all chunks, and processes, in a fixed order.
-
-        Args:
-            statistic: of one chunk: a tensor or a tuple of them, new ones: they are added to.
-        """
-        ...
-
-    def each(self, statistic: Callable[[GradientFactors], Tensor]) -> Tensor:
-        """The results of all chunks of this process, one after the other: [n_here, ...].
-
-        Args:
-            statistic: of one chunk of k samples: [k, ...].
-        """
-        ...
+Factors = Source[GradientFactors]
+"""Gradient factors in whatever form."""
 
 
 def is_factors(value: Any) -> bool:
     """Whether this is one layer's factors, in whatever form."""
     return all(callable(getattr(type(value), name, None)) for name in ("chunks", "sums", "each"))
-
-
-def mean_of(source: Factors, statistic: Callable[[GradientFactors], Tensor]) -> Tensor:
-    """The mean over all samples, from the mean over each chunk's.
-
-    Args:
-        statistic: of one chunk; a new tensor.
-    """
-
-    def share(chunk: GradientFactors) -> Tensor:
-        mean = statistic(chunk)
-        return mean if chunk.n == source.n else mean.mul_(chunk.n / source.n)
-
-    return source.sums(share)
 
 
 class Remembered(Generic[T]):

@@ -5,14 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from imu_fast.factors.gradient_factors import GradientFactors
-from imu_fast.factors.outputs import for_inputs, rows_of_outputs
+from imu_fast.factors.outputs import for_inputs
 from imu_fast.factors.probabilities import augmented, output_curvature
-from imu_fast.factors.source import Factors, mean_of
+from imu_fast.factors.samples import Means
+from imu_fast.factors.source import Factors
 
 
 def mean_gradient(source: Factors) -> Tensor:
     """``gbar = 1/n sum_i g_i``: [C, D], in the factors' dtype."""
-    return rows_of_outputs(source, lambda part: mean_of(part, lambda c: c.mean_gradient()))
+    return Means.mean_gradient(source)
 
 
 def second_moment(source: Factors) -> Tensor:
@@ -38,3 +39,17 @@ def trace(source: Factors) -> float:
         return (outputs.diagonal().sum(dim=1) * norms).sum()
 
     return float(source.sums(traces)) / source.n
+
+
+def ggn_diagonal(source: Factors) -> Tensor:
+    """Of the undamped GGN: ``1/n sum_t B_t[c, c] a~_t^2``, [C, D], float64.
+
+    Raises:
+        InputError: the factors have no curvature of their loss.
+    """
+
+    def products(chunk: GradientFactors) -> Tensor:
+        squares = augmented(chunk.act, chunk.has_bias).square()
+        return output_curvature(chunk).diagonal().div_(source.n).T @ squares
+
+    return source.sums(products)

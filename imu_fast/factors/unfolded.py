@@ -6,8 +6,8 @@ would take as many times the memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from imu_fast.errors import InputError, check_count
 from imu_fast.factors.gradient_factors import GradientFactors, check_offsets
-from imu_fast.factors.sums import S, joined, summed
+from imu_fast.factors.samples import Stored
+from imu_fast.ops.tokens import cuts
 
 # Elements of unfolded inputs that exist at once, but for one larger sample.
 _CHUNK_ELEMENTS = 1 << 22
@@ -65,7 +66,7 @@ class Unfolding:
 
 
 @dataclass(frozen=True)
-class UnfoldedFactors:
+class UnfoldedFactors(Stored[GradientFactors]):
     """The gradients of n samples at a convolution's weight [C, c, *kernel], seen as [C, d].
 
     ``d = c * kernel``, in the order of ``weight.flatten(1)``. Everything that takes factors takes
@@ -96,55 +97,26 @@ class UnfoldedFactors:
             )
 
     @property
-    def n(self) -> int:
-        """Samples."""
-        return len(self.offsets) - 1
-
-    @property
-    def n_here(self) -> int:
-        """n: none of them is elsewhere."""
-        return self.n
-
-    @property
-    def num_tokens(self) -> int:
-        """N, positions that have a gradient."""
-        return len(self.delta)
-
-    @property
-    def num_classes(self) -> int:
-        """C, output channels."""
-        return self.delta.shape[1]
-
-    @property
-    def width(self) -> int:
-        """D."""
-        return self.feature_dim + self.has_bias
-
-    @property
-    def device(self) -> torch.device:
-        """Where delta and inputs are."""
-        return self.delta.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of delta and what is unfolded."""
-        return self.delta.dtype
-
-    @property
     def nbytes(self) -> int:
         """Bytes held."""
         return self.delta.nbytes + self.places.nbytes + sum(x.nbytes for x in self.inputs)
+
+    def samples(self, first: int, last: int) -> UnfoldedFactors:
+        """Samples first:last as views; inputs of all of them stay."""
+        start, stop = int(self.offsets[first]), int(self.offsets[last])
+        return replace(
+            self,
+            delta=self.delta[start:stop],
+            places=self.places[start:stop],
+            offsets=self.offsets[first : last + 1] - start,
+        )
 
     def chunks(self, max_tokens: int | None = None) -> Iterator[GradientFactors]:
         """Samples in order, unfolded; at most ``max_tokens`` positions, or one larger sample."""
         if max_tokens is None:
             max_tokens = max(1, _CHUNK_ELEMENTS // self.feature_dim)
         check_count("max_tokens", max_tokens)
-        first = 0
-        while first < self.n:
-            limit = int(self.offsets[first]) + max_tokens
-            last = int(torch.searchsorted(self.offsets, limit, right=True)) - 1
-            last = min(max(last, first + 1), self.n)
+        for first, last in cuts(self.offsets, max_tokens):
             start, stop = int(self.offsets[first]), int(self.offsets[last])
             yield GradientFactors(
                 self.delta[start:stop],
@@ -153,7 +125,6 @@ class UnfoldedFactors:
                 self.has_bias,
                 name=self.name,
             )
-            first = last
 
     def _unfolded(self, start: int, stop: int) -> Tensor:
         out = self.delta.new_empty(stop - start, self.feature_dim)
@@ -165,17 +136,3 @@ class UnfoldedFactors:
             images = self.inputs[call][low:high].to(self.dtype)
             out[rows] = self.unfolding.rows(images, chosen - low, positions)
         return out
-
-    def sums(self, statistic: Callable[[GradientFactors], S]) -> S:
-        """The sum over all chunks, see :class:`imu_fast.factors.source.Factors`."""
-        return summed(statistic(chunk) for chunk in self.chunks())
-
-    def each(self, statistic: Callable[[GradientFactors], Tensor]) -> Tensor:
-        """``statistic`` of every sample, see :class:`imu_fast.factors.source.Factors`."""
-        return joined(statistic(chunk) for chunk in self.chunks())
-
-    def mean_gradient(self) -> Tensor:
-        """``gbar = 1/n sum_i g_i``: [C, D]."""
-        from imu_fast.factors.statistics import mean_gradient
-
-        return mean_gradient(self)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from imu_fast.curvature.base import Curvature, check_whole
+from imu_fast.curvature.base import Curvature, Layer, check_whole
 from imu_fast.curvature.base import scores as scores_of
 from imu_fast.curvature.named import CURVATURES, CurvatureName, OwnOptions
 from imu_fast.errors import InputError
@@ -66,11 +66,11 @@ def factors_of(
 
 def check_like(name: str, layers: list[Factors], others: list[Factors]) -> None:
     """Raise InputError unless both are of the same layers."""
-    shapes = [(x.num_classes, x.width, x.device, x.dtype) for x in layers]
-    other_shapes = [(x.num_classes, x.width, x.device, x.dtype) for x in others]
+    shapes = [(*Layer.of(x), x.dtype) for x in layers]
+    other_shapes = [(*Layer.of(x), x.dtype) for x in others]
     if shapes != other_shapes:
         raise InputError(
-            f"{name} has layers (C, D, device, dtype) {other_shapes}, factors have {shapes}; "
+            f"{name} has layers (C, D, bias, device, dtype) {other_shapes}, factors have {shapes}; "
             "capture both from the same model and layers"
         )
 
@@ -146,7 +146,8 @@ def influence_scores(
             diagonal over layers), or a model, captured over ``data`` in one batched pass.
         curvature: what M is: a name out of :func:`imu_fast.curvatures`, or an object with its own
             options, such as ``imu.GGN(damping=1e-3)``.
-        damping: lam > 0 of the named curvature, in units of squared gradients; None: its default.
+        damping: lam > 0 of the named curvature, in units of squared gradients (of the mean
+            eigenvalue with ``damping_mode="relative"``); None: its default.
         target: what ``v`` is: None for the samples' mean gradient; factors of a query or validation
             set, whose mean gradient is taken; or a tensor [C, D] (a list with one per layer).
         layers: which layers to capture, if a model is given.

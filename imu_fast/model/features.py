@@ -19,9 +19,9 @@ from imu_fast.model.between import Between, Piece, bias_columns, plain_piece, si
 from imu_fast.model.calls import Seen
 from imu_fast.model.causal import settled
 from imu_fast.model.head import LinearLayer, no_head, say_of_weight, shared_with
+from imu_fast.model.independence import check_alone, check_classes_last, some_samples
 from imu_fast.model.logits import chosen
 from imu_fast.model.loss import Targets, targets_of
-from imu_fast.model.nested import taken
 from imu_fast.model.reading import Reading
 from imu_fast.model.run import Batch
 from imu_fast.model.search import Head, Run, directly, find, observe
@@ -105,6 +105,7 @@ class HeadCapture:
         self.loss = reading.loss  # that of the first batch, once there is one
         self.classes = 0  # of the logits
         self._computed = torch.float64  # the coarsest dtype of a head's output
+        self._alone = False  # whether a sample was compared with itself without its batch
 
     @property
     def head(self) -> Head:
@@ -142,13 +143,14 @@ class HeadCapture:
         few = max(1, fitting(likely[0]) // 4 * len(labels) // labels.numel())
         fresh = HeadCapture(self.model, self.explicit, self.reading)
         try:
-            some = _first_samples(batch, few)
+            some = some_samples(batch, range(min(few, len(labels))))
             fresh._piece(run, some)
             fresh._checks.finish()
         except (InputError, NoHeadFoundError):
             return
         if fresh._untouched:
             self._head, self._between, self._checks = fresh.head, fresh._between, fresh._checks
+            self._alone = fresh._alone
             self.reading = fresh.reading
 
     def _without_logits(self, run: Run, batch: Batch) -> Piece | None:
@@ -171,8 +173,10 @@ class HeadCapture:
             self._computes = True
             return None
         self._computed = _coarser(self._computed, logits.dtype)
-        targets = self._targets(batch, logits)
-        return plain_piece(seen.calls[0].act.reshape(*targets.shape, -1), targets)
+        targets, act = self._targets(batch, logits), seen.calls[0].act
+        if not self._alone:
+            self._check_alone(lambda some: _unstored_inputs(run, some, layer), batch, act)
+        return plain_piece(act.reshape(*targets.shape, -1), targets)
 
     def _piece(self, run: Run, batch: Batch) -> Piece:
         if self._head is None:
@@ -190,6 +194,11 @@ class HeadCapture:
             self._check(seen)
         for made in seen.calls:
             self._computed = _coarser(self._computed, made.out.dtype)
+        if not self._alone:
+            choice = self._head.choice
+            self._check_alone(lambda some: chosen(run(some), choice), batch, logits)
+            if call is None:
+                check_classes_last(seen.calls, logits)
         self.reading = settled(self.reading, self.model, run, batch, logits, self._head.choice)
         targets = self._targets(batch, logits)
         if call is not None:
@@ -199,6 +208,11 @@ class HeadCapture:
                 self.model, f"{self._head.name}: not the producer of the logits of this batch"
             )
         return self._between.piece(seen.calls, logits, targets)
+
+    def _check_alone(self, outputs: Run, batch: Batch, here: Tensor) -> None:
+        """Of the first batch that has several samples."""
+        self._alone = len(batch[2]) > 1
+        check_alone(self.model, outputs, batch, here, self._computed)
 
     def _targets(self, batch: Batch, logits: Tensor) -> Targets:
         targets = targets_of(batch[2], logits, self.reading.loss)
@@ -255,7 +269,7 @@ class HeadCapture:
 
     def features(self) -> HeadFeatures:
         head, only = self.head, self.only
-        blocks = [_weight_and_bias(part) for part in head.parts]
+        blocks = [part.matrix for part in head.parts]
         ends = torch.tensor([block.shape[1] for block in blocks]).cumsum(0).tolist()
         parts = tuple(
             (part, slice(end - block.shape[1], end))
@@ -364,15 +378,9 @@ class HeadCapture:
             logger.info("head %r: between its output and the loss are %s", name, steps)
 
 
-def _first_samples(batch: Batch, few: int) -> Batch:
-    """A smaller batch.
-
-    Raises:
-        InputError: it cannot be cut.
-    """
-    n = len(batch[2])
-    args, kwargs, labels = (taken(part, range(min(few, n)), n) for part in batch)
-    return args, kwargs, labels
+def _unstored_inputs(run: Run, batch: Batch, layer: LinearLayer) -> Tensor:
+    with unstored(layer):
+        return observe(run, batch, [layer], False).calls[0].act
 
 
 def _coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
@@ -388,9 +396,3 @@ class _Signal(NamedTuple):
 def _joined(parts: Sequence[StoredCurvature | None]) -> StoredCurvature | None:
     there = [part for part in parts if part is not None]
     return type(there[0]).joined(there) if len(there) == len(parts) else None
-
-
-def _weight_and_bias(layer: LinearLayer) -> Tensor:
-    """``[W, b]``."""
-    bias = [] if layer.bias is None else [layer.bias[:, None]]
-    return torch.cat([layer.weight, *bias], dim=1)

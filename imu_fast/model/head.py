@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from imu_fast.errors import InputError, NoHeadFoundError
@@ -52,6 +53,12 @@ class LinearLayer:
         """[C], or None."""
         bias = self.module.bias
         return bias.detach() if isinstance(bias, Tensor) else None
+
+    @property
+    def matrix(self) -> Tensor:
+        """``[W, b]``: [C, D]."""
+        bias = [] if self.bias is None else [self.bias[:, None]]
+        return torch.cat([self.weight, *bias], dim=1)
 
     @property
     def width(self) -> int:

@@ -84,7 +84,7 @@ def bilinear_scores(
         x: [C, D], or [m, C, D] for m of them.
 
     Returns:
-        [n], or [n, m].
+        [n], or [n, m], in delta's dtype.
     """
     per_token = (_token_scores if x.dim() == 2 else _many_scores)(delta, act, x, has_bias)
     return per_token if is_flat(offsets) else sum_over_tokens(per_token, offsets)
@@ -105,7 +105,15 @@ def _launch_squares(
 def quadratic_scores(
     delta: Tensor, act: Tensor, x: Tensor, offsets: Tensor, has_bias: bool
 ) -> Tensor:
-    """``sum_ck X[c,k] g_i[c,k]^2``: self-influence under a diagonal curvature, [n]; x [C, D]."""
+    """``sum_ck X[c,k] g_i[c,k]^2``: self-influence under a diagonal curvature.
+
+    Args:
+        delta: [N, C]. act: [N, d]. offsets: [n+1]. has_bias: whether a~ has a trailing 1.
+        x: [C, D].
+
+    Returns:
+        [n] in delta's dtype.
+    """
     n = len(offsets) - 1
     out = delta.new_zeros(n)
     if is_flat(offsets):
@@ -120,7 +128,14 @@ def quadratic_scores(
 
 @operation()
 def gradient_norms(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
-    """``||g_i||^2``: [n]; of a single token ``||delta||^2 ||a~||^2`` (Goodfellow 2015)."""
+    """``||g_i||^2``; of a single token ``||delta||^2 ||a~||^2`` (Goodfellow 2015).
+
+    Args:
+        delta: [N, C]. act: [N, d]. offsets: [n+1]. has_bias: whether a~ has a trailing 1.
+
+    Returns:
+        [n] in delta's dtype.
+    """
     if is_flat(offsets):
         signal, features = (torch.linalg.vector_norm(x, dim=1).square_() for x in (delta, act))
         return signal.mul_(features.add_(float(has_bias)))

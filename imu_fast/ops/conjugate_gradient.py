@@ -133,7 +133,11 @@ def iterate(state: Iterates, mp: Tensor, precondition: Precondition | None = Non
     """One iteration after its product; x, r and p change in place.
 
     Args:
+        state: of m systems, as :func:`start` makes it; its x, r and p are changed.
         mp: ``M p``, [m, ...]. precondition: ``r -> about M^-1 r``, symmetric positive definite.
+
+    Returns:
+        The state after it, with x, r and p in the memory they had.
     """
     x, r, p, rho, size, goal, _ = state
     curvature = _dot(p, mp)

@@ -94,8 +94,9 @@ def ggn_product(
     Args:
         p: [N, C], softmax probabilities; of the form "diagonal" h [N, C] with
             ``B = c diag(h)``; of "dense" b [N, C, C] with ``B = c b``.
-        scale: [N], the ``c_t``. act: [N, d].
+        scale: [N], the ``c_t``. act: [N, d]. has_bias: whether a~ has a trailing 1.
         v: [C, D], or [m, C, D] for m of them. n: number of samples. damping: lam.
+        form: "softmax", "diagonal" or "dense".
         top: the likeliest class [N] of a softmax, where it is known.
 
     Returns:

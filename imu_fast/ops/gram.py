@@ -66,7 +66,15 @@ def _samples(delta: Tensor, act: Tensor, offsets: Tensor, first: int, last: int)
 
 @operation()
 def cross_gram(left: Operands, right: Operands, has_bias: bool) -> Tensor:
-    """``<g_i, h_j>`` of the samples of two sets: [n, m] in delta's dtype; see :func:`gram`."""
+    """``<g_i, h_j>`` of the samples of two sets, as :func:`gram` has it of one.
+
+    Args:
+        left, right: delta [N, C], act [N, d] and offsets [n+1] of each.
+        has_bias: whether a~ has a trailing 1.
+
+    Returns:
+        [n, m] in delta's dtype.
+    """
     return _cross_products(left, right, has_bias)
 
 

@@ -48,6 +48,7 @@ def head_ascent_gradient(
 
     Args:
         features: [B, d]. labels: [B]. weights: [B], positive. theta: [C, D] as ``[W, b]``.
+        has_bias: whether there is a b.
         name, auxiliary: see :func:`imu_fast.ops.objective.objective`.
 
     Returns:
@@ -129,7 +130,8 @@ def head_ascent(
         features: [B, d]; half precision is multiplied in theta's dtype. labels: [B].
         weights: [B], positive. theta: [C, D] as ``[W, b]``, adjacent columns; changed.
         buffer: [C, D], zeros before the first step, changed; None without momentum.
-        name: one of ``LABEL_OBJECTIVES``.
+        has_bias: whether there is a b. name: one of ``LABEL_OBJECTIVES``.
+        lr, momentum, weight_decay, alpha: as above, 0 or more.
 
     Returns:
         the loss before the step, as a scalar tensor (no host synchronisation).

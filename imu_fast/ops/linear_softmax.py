@@ -95,7 +95,15 @@ def _define_normaliser(reference: ModuleType, head: Head, slab: int = SLAB) -> N
     limits=_normaliser_limits,
 )
 def normaliser(head: Head, slab: int = SLAB) -> Normaliser:
-    """The first sweep: log-sum-exp, ``1 - p_y`` and loss of every token, online over slabs."""
+    """The first sweep: log-sum-exp, ``1 - p_y`` and loss of every token, online over slabs.
+
+    Args:
+        head: features [N, d], weight [C, d], bias [C] or None, labels [N], scale [N] or None.
+        slab: classes at once; the kernel chooses for itself.
+
+    Returns:
+        lse, others and loss, each [N], float64 for float64 features, else float32.
+    """
     dtype = _compute_dtype(head)
     size, device = len(head.features), head.features.device
     largest = torch.full((size,), -torch.inf, dtype=dtype, device=device)
@@ -149,6 +157,12 @@ def residual(head: Head, known: Normaliser, classes: slice) -> Tensor:
     """``delta[:, classes]``, [N, slab], of what the first sweep found.
 
     ``c e^{z - lse}`` is ``e^{z + b}`` with ``b = log c - lse``, which the product starts from.
+
+    Args:
+        head: as of the first sweep. known: what it found. classes: ``start:stop``.
+
+    Returns:
+        [N, stop - start], float64 for float64 features, else float32.
     """
     dtype = _compute_dtype(head)
     scale = _token_scale(head, dtype)

@@ -25,10 +25,13 @@ def add_gradients(
 
 @operation()
 def mean_gradient(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
-    """Mean per-sample gradient: [C, D] in delta's dtype.
+    """``gbar = 1/n sum_i g_i``, the mean per-sample gradient.
 
     Args:
         delta: [N, C]. act: [N, d]. offsets: [n+1]. has_bias: whether a~ has a trailing 1.
+
+    Returns:
+        [C, D] in delta's dtype.
     """
     out = delta.new_empty(delta.shape[1], act.shape[1] + has_bias)
     return add_gradients(out, delta, act, has_bias, beta=0.0, alpha=1 / (len(offsets) - 1))

@@ -16,15 +16,21 @@ OBJECTIVES = (*LABEL_OBJECTIVES, *NEEDS_AUXILIARY)
 NPO_BETA = 0.1
 
 
-@operation()
+@operation(differentiable=True)
 def objective(logits: Tensor, labels: Tensor, name: str, auxiliary: Tensor | None = None) -> Tensor:
-    """``f(l_i)``: [B], differentiable. logits [B, C], labels [B], auxiliary [B].
+    """``f(l_i)``, which ascent increases; differentiable in the logits.
 
     ``ce``: the cross-entropy, unbounded (the paper's). ``margin``: ``-max(0, z_y - max z_j)``, so
     only samples still predicted as their label push. ``log1mp``: ``log(1 - p_y)``. ``npo``:
     ``-2/beta log(1 + (p_y / p_ref)^beta)`` with ``auxiliary = -log p_ref``, the loss before the
     first step (Zhang et al. 2024). ``relabel``: minus the cross-entropy of the class that
     ``auxiliary`` names instead.
+
+    Args:
+        logits: [B, C]. labels: [B]. name: one of ``OBJECTIVES``. auxiliary: [B], of two of them.
+
+    Returns:
+        [B] in the logits' dtype.
     """
     cross_entropy = torch.nn.functional.cross_entropy
     if name == "ce":
@@ -47,12 +53,18 @@ def objective(logits: Tensor, labels: Tensor, name: str, auxiliary: Tensor | Non
 def objective_residual(
     logits: Tensor, labels: Tensor, name: str, auxiliary: Tensor | None = None
 ) -> Tensor:
-    """``d f / d z``: [B, C], the closed form of :func:`objective`'s gradient.
+    """``d f / d z``, the closed form of :func:`objective`'s gradient.
 
     ``ce``: ``p - onehot(y)``. ``margin``: ``-1`` on the label and ``+1`` on the runner-up where
     the label still wins. ``log1mp``: ``p_y (q - onehot(y))`` with q the softmax over the others.
     ``npo``: ``ce``'s times ``2 sigmoid(beta log(p_y / p_ref))``. ``relabel``: minus ``ce``'s of the
     other class.
+
+    Args:
+        logits, labels, name, auxiliary: as of :func:`objective`.
+
+    Returns:
+        [B, C] in the logits' dtype.
     """
     column = labels[:, None]
     if name == "ce":

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from imu_fast import backend
 from imu_fast.ambient import no_autocast
-from imu_fast.errors import BackendUnavailableError
+from imu_fast.errors import BackendUnavailableError, InputError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,6 +43,7 @@ class Operation(Generic[P, R]):
 
     Raises:
         BackendUnavailableError: ``triton`` was chosen and cannot take these operands.
+        InputError: an operand requires a gradient, of an operation that has none.
     """
 
     def __init__(
@@ -52,13 +53,21 @@ class Operation(Generic[P, R]):
         reference: Callable[..., R],
         kernel: Callable[..., R] | None,
         limits: Callable[..., str] | None,
+        differentiable: bool,
     ) -> None:
         functools.update_wrapper(self, body)
         self.name, self.body, self.reference = name, body, reference
-        self.kernel, self.limits = kernel, limits
+        self.kernel, self.limits, self.differentiable = kernel, limits, differentiable
 
     @no_autocast
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if not self.differentiable and torch.is_grad_enabled():
+            # A kernel's result has no graph, so what is in PyTorch must not seem to have one.
+            if any(map(_requires_grad, args)) or any(map(_requires_grad, kwargs.values())):
+                raise InputError(
+                    f"{self.name} has no derivative, and an operand requires a gradient; detach "
+                    "it, or call under torch.no_grad()"
+                )
         chosen = backend.current_backend()
         if chosen in ("auto", "triton"):
             chosen = "torch" if self.kernel is None else self._kernel_or_torch(chosen, args, kwargs)
@@ -100,6 +109,7 @@ def operation(
     reference: Callable[..., Any] | None = None,
     kernel: Callable[..., Any] | None = None,
     limits: Callable[..., str] | None = None,
+    differentiable: bool = False,
 ) -> Callable[[Callable[P, R]], Operation[P, R]]:
     """Make an operation of its body in PyTorch, whose signature and docstring it has.
 
@@ -109,11 +119,13 @@ def operation(
             with the same operands, and the result in the first tensor's dtype.
         kernel: imports and launches the Triton kernel. Without one torch runs in its place.
         limits: why the kernel cannot take these operands; "" where it can.
+        differentiable: autograd goes through it; without, operands that require it are refused.
     """
 
     def decorate(body: Callable[P, R]) -> Operation[P, R]:
         called = name or body.__name__
-        return Operation(body, called, reference or _definition(called), kernel, limits)
+        define = reference or _definition(called)
+        return Operation(body, called, define, kernel, limits, differentiable)
 
     return decorate
 
@@ -124,6 +136,12 @@ def _definition(name: str) -> Callable[..., Any]:
         return found.to(first_tensor((*args, *kwargs.values())).dtype)
 
     return define
+
+
+def _requires_grad(operand: Any) -> bool:
+    if isinstance(operand, tuple):
+        return any(map(_requires_grad, operand))
+    return isinstance(operand, Tensor) and operand.requires_grad
 
 
 def first_tensor(operands: Iterable[Any]) -> Tensor:

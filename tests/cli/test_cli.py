@@ -14,45 +14,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner
+from toy_command import run, toy_model
 
 import imu_fast as imu
-from imu_fast.cli.app import app
 from imu_fast.cli.score_files import save_scores
 from imu_fast.errors import InputError
 from imu_fast.storage import load_tensors, replacing
-
-runner = CliRunner()
-
-
-def run(*arguments, code=0):
-    result = runner.invoke(app, [str(a) for a in arguments])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return " ".join(result.output.split())
-
-
-def toy_model():
-    """What --arch test_toy:toy_model would name in a user's own module."""
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
-
-
-@pytest.fixture
-def toy(tmp_path, monkeypatch):
-    module = tmp_path / "toy_arch.py"
-    module.write_text(
-        "from torch import nn\n"
-        "def make():\n"
-        "    return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    torch.save(toy_model().state_dict(), tmp_path / "weights.pt")
-    x, y = torch.randn(20, 3, 2, 2), torch.arange(20) % 3
-    np.savez(tmp_path / "forget.npz", x=x.numpy(), y=y.numpy())
-    options = ["--arch", "toy_arch:make", "--weights", tmp_path / "weights.pt"]
-    return tmp_path, [*options, "--data", tmp_path / "forget.npz"], (x, y)
 
 
 @pytest.mark.parametrize("ending", ["npz", "parquet", "csv"])
@@ -72,6 +39,15 @@ def test_score_writes_what_the_library_computes(toy, ending):
         read = np.array([float(line.split(",")[1]) for line in lines[1:]])
     np.testing.assert_allclose(read, truth, rtol=1e-6)
     assert [p.name for p in out.parent.iterdir()] == [out.name]
+
+
+def test_score_takes_a_damping_relative_to_the_mean_eigenvalue(toy):
+    folder, options, data = toy
+    how = {"curvature": "kfac", "damping": 0.3, "damping_mode": "relative"}
+    flags = [x for key, value in how.items() for x in (f"--{key.replace('_', '-')}", value)]
+    run("score", *options, *flags, "--out", folder / "scores.npz")
+    truth = imu.influence_scores(toy_model(), data, **how).numpy()
+    np.testing.assert_allclose(np.load(folder / "scores.npz")["influence"], truth, rtol=1e-5)
 
 
 def test_unlearn_writes_weights_that_forget(toy):
@@ -234,6 +210,7 @@ def test_quick_demo(tmp_path):
         (["--arch", "torchvision:resnet18"], "do not fit"),
         (["--curvature", "hessian"], "curvature='hessian' is unknown"),
         (["--damping", "0"], "damping=0.0 must be finite and > 0"),
+        (["--damping-mode", "half"], "damping_mode='half' is unknown; choose one of add,"),
         (["--damping", "-1"], "damping=-1.0 must be finite and > 0"),
         (["--damping", "nan"], "damping=nan must be finite and > 0"),
         (["--arch", "torchvision:fasterrcnn_resnet50_fpn"], "has no classifier"),
@@ -529,7 +506,7 @@ def test_files_are_whole_or_absent(tmp_path):
     path = tmp_path / "scores.csv"
     path.write_text("old")
     with pytest.raises(ValueError, match="zip"):
-        save_scores(path, ["a"], torch.zeros(2), torch.zeros(2))
+        save_scores(path, ["a"], {"influence": torch.zeros(2)})
     assert path.read_text() == "old"
     with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
         temporary.write_text("half")
@@ -537,7 +514,7 @@ def test_files_are_whole_or_absent(tmp_path):
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["scores.csv"]
     with pytest.raises(InputError, match="must end"):
-        save_scores(tmp_path / "scores.xls", ["a"], torch.zeros(1), torch.zeros(1))
+        save_scores(tmp_path / "scores.xls", ["a"], {"influence": torch.zeros(1)})
 
 
 def test_membership_attack_on_what_it_can_and_cannot_tell():

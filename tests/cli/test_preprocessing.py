@@ -8,24 +8,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
+from toy_command import run
 
 import imu_fast as imu
-from imu_fast.cli.app import app
 from imu_fast.cli.model_files import build_model
 from imu_fast.cli.preprocessing import preprocessing_of
 from imu_fast.errors import InputError
 from imu_fast.storage import save_tensors
-
-runner = CliRunner()
-
-
-def run(*arguments, code=0):
-    result = runner.invoke(app, [str(a) for a in arguments])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return " ".join(result.output.split())
 
 
 @pytest.fixture

@@ -89,7 +89,7 @@ def test_relative_error_and_certificate(kind, name, options, goal):
         options = {**options, "tolerance": max(goal / condition, 1e-14)}
     fitted = imu.fit(name, f, damping=damping, **options)
     v = torch.randn(f.num_classes, f.width)
-    x = fitted.solve(v).flatten()
+    x = fitted.solve(v.double()).flatten()
 
     matrix, rhs = dense(name, f, damping, fitted), v.double().flatten()
     condition = float(torch.linalg.cond(matrix))
@@ -109,7 +109,7 @@ def test_many_right_hand_sides_and_their_bound(kind):
     f, damping = problem(kind)
     fitted = imu.fit("ggn", f, damping=damping, solver="primal")
     v = torch.randn(40, f.num_classes, f.width)
-    x = fitted.solve(v)
+    x = fitted.solve(v.double())
     matrix, rhs = dense("ggn", f, damping, fitted), v.double().flatten(1)
     true = (x.flatten(1) @ matrix - rhs).norm(dim=1) / rhs.norm(dim=1)
     floor = torch.finfo(torch.float64).eps * float(torch.linalg.cond(matrix))

@@ -45,7 +45,7 @@ def dense(name, f, damping, fitted=None):
 def check(name, f, damping, v, **options):
     fitted = imu.fit(name, f, damping=damping, **options)
     matrix = dense(name, f, damping, fitted)
-    x, rhs = fitted.solve(v), v.double().flatten()
+    x, rhs = fitted.solve(v.double()), v.double().flatten()
     truth = torch.linalg.solve(matrix, rhs).view_as(x)
     # The dense solve rounds by P eps cond; the entries p - p^2 of both matrices by eps, not by
     # eps (p - p^2), which near saturation is far more.

@@ -31,7 +31,7 @@ def test_exact_on_every_case(case, damping, dtype):
     matrix = g.T @ g / f.n + damping * torch.eye(g.shape[1], dtype=torch.float64)
     v = torch.randn(case.classes, f.width, dtype=dtype)
     fitted = imu.fit("fisher", f, damping=damping, tolerance=1e-9)
-    x = fitted.solve(v)
+    x = fitted.solve(v.double())
     true = float((matrix @ x.flatten() - v.double().flatten()).norm() / v.double().norm())
     assert fitted.residual <= 1e-9
     condition = float(torch.linalg.cond(matrix))

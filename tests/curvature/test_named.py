@@ -49,7 +49,8 @@ f: imu.GradientFactors
 imu.influence_scores(f, curvature="ggn", damping=1e-3, tolerance=1e-9, solver="cg")
 imu.self_influence(f, curvature=imu.FisherDiag(damping_mode="clamp"))
 imu.fit("ggn", f, damping=1e-3, preconditioner="kfac").solve(f.delta)
-imu.fit(imu.KFAC(damping=1e-3), f) @ f.delta
+imu.fit(imu.KFAC(damping=1e-3, damping_mode="relative"), f) @ f.delta
+imu.load_operator("m").linear_operator(inverse=True)
 """
 WRONG = (
     'imu.influence_scores(f, curvature="imv")',
@@ -58,6 +59,7 @@ WRONG = (
     'imu.pairwise_influence(f, f, curvature="ggn", damping="much")',
     "imu.GGN(1e-3)",
     'imu.Identity(damping_mode="add")',
+    'imu.KFAC(damping_mode="clamp")',
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import CASES, every_case, every_dtype
+from memory import peak
 from torch.nn.functional import cross_entropy, linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -126,7 +127,9 @@ def test_every_curvature_scores_as_with_stored_factors(name, case, slab):
 @every_case
 def test_statistics(case, slab):
     head, stored = both(case)
-    close(mean_gradient(head), mean_gradient(stored), 1e-9)
+    close(mean_gradient(head), stored.mean_gradient(), 1e-9)
+    close(head.mean_gradient(), stored.mean_gradient(), 1e-9)
+    close(head.fisher_diagonal(), stored.fisher_diagonal(), 1e-9)
     close(second_moment(head), second_moment(stored), 1e-12)
     assert trace(head) == pytest.approx(trace(stored), rel=1e-8, abs=1e-12)
     close(head.losses, stored.losses, 1e-9)
@@ -159,6 +162,39 @@ def test_against_autograd_one_sample_at_a_time(dtype, slab):
         (imu.influence_scores(head, curvature="identity"), -(g @ g.mean(dim=0))),
     ):
         assert float((found.double() - truth).norm() / truth.norm()) < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("lengths", [[1] * 9, [4, 0, 1, 7, 0, 3], [2, 2, 2]], ids=str)
+def test_means_of_padded_sequences(dtype, bias, lengths, slab):
+    """Padded tokens have the label that is ignored, a sample of nothing else has gradient 0."""
+    torch.manual_seed(2)
+    classes, padded, n = 29, max(lengths) + 1, len(lengths)
+    features = torch.randn(n * padded, 5).to(dtype)
+    labels = torch.randint(classes, (n, padded))
+    labels[torch.arange(padded) >= torch.tensor(lengths)[:, None]] = -100
+    weight = torch.randn(classes, 5).to(dtype)
+    offset = torch.randn(classes).to(dtype) if bias else None
+    operands = features, weight, offset, labels.flatten(), torch.arange(n + 1) * padded
+    head, stored = (from_head(*operands, implicit=implicit) for implicit in (True, False))
+    assert head.num_tokens == sum(lengths)
+    w = weight.double().requires_grad_()
+    b = torch.zeros(classes, dtype=torch.float64) if offset is None else offset.double()
+    b.requires_grad_()
+    rows = []
+    for i, length in enumerate(lengths):
+        z = linear(features.view(n, padded, 5)[i, :length].double(), w, b)
+        loss = cross_entropy(z, labels[i, :length]) if length else 0 * (w.sum() + b.sum())
+        of_w, of_b = torch.autograd.grad(loss, (w, b))
+        rows.append(torch.cat([of_w, of_b[:, None]], dim=1) if bias else of_w)
+    g = torch.stack(rows)
+    bound = 1e-10 if dtype == torch.float64 else 1e-5
+    for name, truth in (("mean_gradient", g.mean(dim=0)), ("fisher_diagonal", g.square().mean(0))):
+        found = getattr(head, name)()
+        assert found.dtype == head.dtype and found.shape == truth.shape
+        close(found.double(), truth, bound)
+        close(found, getattr(stored, name)(), bound)
 
 
 class LargestNew(TorchDispatchMode):
@@ -195,6 +231,40 @@ def test_nothing_of_the_size_of_the_signal_or_the_weight_exists(name, offsets, m
         imu.self_influence(head, curvature=name)
         imu.pairwise_influence(head, head.samples(0, 2), curvature=name)
     assert mode.largest <= 4 * step * max(tokens, d)
+
+
+MANY = {
+    "scores": lambda head: imu.influence_scores(head),
+    "scores of one target": lambda head: imu.influence_scores(head, target=head.samples(0, 2)),
+    "self-influence": lambda head: imu.self_influence(head),
+    "pairs against a few queries": lambda head: imu.pairwise_influence(head, head.samples(0, 3)),
+    "mean gradient": lambda head: head.mean_gradient(),
+    "Fisher diagonal": lambda head: head.fisher_diagonal(),
+}
+
+
+@pytest.mark.parametrize("call", MANY)
+@pytest.mark.parametrize("of_samples", [1, 8], ids="tokens of a sample: {}".format)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_peak_memory_of_a_vocabulary(call, of_samples, dtype):
+    """Logits would take 320 MB; the call chooses by itself to have none."""
+    tokens, classes, d = 800, 100_000, 8
+    features, labels = torch.randn(tokens, d).to(dtype), torch.randint(classes, (tokens,))
+    weight = torch.randn(classes, d).to(dtype)
+    offsets = torch.arange(0, tokens + 1, of_samples)
+    stored = tokens * classes * 4
+    assert stored > implicit_head.IMPLICIT_BYTES
+    made = []
+
+    def work():
+        head = from_head(features, weight, None, labels, offsets)
+        assert isinstance(head, ImplicitHead)
+        made.append(MANY[call](head))
+
+    most = peak(work)
+    # Three tiles of 32 MB, results [classes, d] of curvature, target and solution.
+    assert most < 3 * implicit_head._TILE_BYTES + 3 * classes * d * 4 + made[0].nbytes
+    assert most < stored / 2
 
 
 def test_signals_beyond_a_size_are_implicit_and_no_others(monkeypatch):
@@ -255,5 +325,8 @@ def test_shares_cut_alike(slab):
     some = slice(2, 5)
     total = sum(at_outputs(part, some).sums(lambda c: c.mean_gradient() * c.n) for part in parts)
     close(total / stored.n, stored.mean_gradient()[some], 1e-9)
+    for name in ("mean_gradient", "fisher_diagonal"):
+        total = sum(getattr(part, name)() * part.n for part in parts)
+        close(total / stored.n, getattr(stored, name)(), 1e-9)
     with pytest.raises(InputError, match="rank=2 of world=2"):
         head.shard(2, 2)

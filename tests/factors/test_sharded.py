@@ -53,6 +53,8 @@ for case in (CASES[1], CASES[2], CASES[7], CASES[8]):
     first, last = whole.n * rank // world, whole.n * (rank + 1) // world
     assert (shared.n, shared.n_here, shared.num_tokens) == (whole.n, local.n, whole.num_tokens)
     same(mean_gradient(shared), mean_gradient(whole), "mean gradient")
+    same(shared.mean_gradient(), whole.mean_gradient(), "mean gradient")
+    same(shared.fisher_diagonal(), whole.fisher_diagonal(), "Fisher diagonal")
     v = torch.linspace(-1, 1, whole.num_classes * whole.width, dtype=torch.float64)
     v = v.view(whole.num_classes, whole.width)
     # Signals that are made where they are needed, of as few outputs as the processes agree on.
@@ -63,6 +65,7 @@ for case in (CASES[1], CASES[2], CASES[7], CASES[8]):
     made = imu.ShardedFactors(made)
     assert made.outputs_at_once == 2
     same(mean_gradient(made), mean_gradient(whole), "implicit mean gradient")
+    same(made.fisher_diagonal(), whole.fisher_diagonal(), "implicit Fisher diagonal")
     for name in ("fisher_diag", "identity", "kfac"):
         truth = imu.influence_scores(whole, curvature=name)[first:last]
         same(imu.influence_scores(made, curvature=name), truth, f"implicit {name}")

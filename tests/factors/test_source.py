@@ -42,6 +42,18 @@ def test_in_memory_chunks_are_the_thing_itself():
     assert is_factors(f) and is_factors(Pieces(f, 1)) and not is_factors([f])
 
 
+def test_what_a_model_gives_is_detached():
+    """Operations have no derivative, and would refuse what a backward pass left a graph on."""
+    f = head_factors(CASES[8])
+    operands = [t.clone().requires_grad_() for t in (f.delta, f.act)]
+    b = torch.ones(f.num_tokens, f.num_classes, dtype=torch.float64, requires_grad=True)
+    found = imu.GradientFactors(*operands, f.offsets, f.has_bias, curvature=b)
+    assert found.delta.data_ptr() == operands[0].data_ptr() and operands[0].requires_grad
+    close(found.mean_gradient(), f.mean_gradient())
+    fitted = imu.fit("ggn", found, damping=0.1)
+    assert not (fitted @ torch.ones(f.num_classes, f.width, dtype=torch.float64)).requires_grad
+
+
 def test_sums_of_tuples_in_order():
     f = head_factors(CASES[1])
     seen = []

@@ -5,52 +5,37 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
-import logging
 import types
-from collections.abc import Mapping
 
-import numpy as np
 import pytest
 import torch
+from batch_data import (
+    CLASSES,
+    DAMPING,
+    WIDTH,
+    N,
+    Net,
+    Pairs,
+    Stream,
+    TwoInputs,
+    as_list,
+    check,
+    data,
+    halves,
+    oracle,
+    scores_of_both_doors,
+)
 from torch import nn
 from torch.utils.data import (
-    BatchSampler,
     ConcatDataset,
     DataLoader,
-    Dataset,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    Sampler,
     Subset,
-    SubsetRandomSampler,
     TensorDataset,
-    WeightedRandomSampler,
 )
 
 import imu_fast as imu
 from imu_fast.errors import InputError
-from imu_fast.model.batches import ForgetSet, as_batches, rereadable, split_batch
-
-N, WIDTH, CLASSES = 14, 6, 5
-DAMPING = 1e-2
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body, self.fc = nn.Linear(WIDTH, 7), nn.Linear(7, CLASSES)
-
-    def logits(self, x):
-        return self.fc(torch.relu(self.body(x)))
-
-    def forward(self, x):
-        return self.logits(x)
-
-
-class TwoInputs(Net):
-    def forward(self, x, z):
-        return self.logits(x + z)
+from imu_fast.model.batches import ForgetSet
 
 
 class Optional(Net):
@@ -74,43 +59,9 @@ class Loss(Net):
         return {"loss": 0.0, "logits": self.logits(x)}
 
 
-def oracle(model, x, y, z=None):
-    """``-g_i^T (diag(mean g^2) + damping)^-1 gbar`` of the head: float64, a sample at a time."""
-    model = copy.deepcopy(model).double().eval()
-    inputs = x.double() if z is None else x.double() + z.double()
-    rows = []
-    for sample, label in zip(inputs, y, strict=True):
-        loss = nn.functional.cross_entropy(model.logits(sample[None]), label[None].long())
-        gradient = torch.autograd.grad(loss, list(model.fc.parameters()))
-        rows.append(torch.cat([g.flatten() for g in gradient]))
-    g = torch.stack(rows)
-    mean = g.mean(0)
-    return -(g @ (mean / ((g * g).mean(0) + DAMPING)))
-
-
-def data():
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(N, WIDTH, generator=generator)
-    z = torch.randn(N, WIDTH, generator=generator)
-    return x, torch.randint(0, CLASSES, (N,), generator=generator), z
-
-
-def scores_of_both_doors(model, loader):
-    """Scores by ``influence_scores`` and by ``unlearn``; the model stays."""
-    model = copy.deepcopy(model)
-    scored = imu.influence_scores(model, loader, damping=DAMPING)
-    result = imu.unlearn(
-        model, loader, epochs=1, damping=DAMPING, on_empty="uniform", inplace=False
-    )
-    return scored, result.scores
-
-
-def check(model, loader, want):
-    for got in scores_of_both_doors(model, loader):
-        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
-
-
 Named = collections.namedtuple("Named", "x y")
+
+
 Anonymous = collections.namedtuple("Anonymous", "first second")
 
 
@@ -118,20 +69,6 @@ Anonymous = collections.namedtuple("Anonymous", "first second")
 class Record:
     x: torch.Tensor
     label: torch.Tensor
-
-
-class Pairs(Dataset):
-    """A map-style dataset of samples."""
-
-    def __init__(self, make):
-        self.make = make
-
-    def __len__(self):
-        return N
-
-    def __getitem__(self, i):
-        x, y, _ = data()
-        return self.make(x[i], y[i], i)
 
 
 class DuckTyped:
@@ -166,17 +103,6 @@ class Arrow:
 Arrow.__module__ = "datasets.arrow_dataset"
 
 
-class Stream(IterableDataset):
-    def __init__(self, batched=False):
-        self.batched = batched
-
-    def __iter__(self):
-        x, y, _ = data()
-        if self.batched:
-            return iter(list(zip(x.split(5), y.split(5), strict=True)))
-        return iter(list(zip(x, y, strict=True)))
-
-
 class SameMemory:
     """Fills the same tensors again for each batch."""
 
@@ -185,15 +111,6 @@ class SameMemory:
         held, labels = torch.empty(7, WIDTH), torch.empty(7, dtype=torch.int64)
         for start in (0, 7):
             yield held.copy_(x[start : start + 7]), labels.copy_(y[start : start + 7])
-
-
-def halves(make):
-    x, y, _ = data()
-    return [make(x[:9], y[:9]), make(x[9:], y[9:])]
-
-
-def as_list(batch):
-    return batch
 
 
 FORMS = {
@@ -537,379 +454,3 @@ def test_pieces_and_order_of_different_widths():
     assert torch.equal(in_order, labels[rows])
     with pytest.raises(InputError, match="3 different shapes"):
         forget.get(rows)
-
-
-# Order.
-
-
-class Order(Sampler):
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __iter__(self):
-        return iter(self.rows)
-
-    def __len__(self):
-        return len(self.rows)
-
-
-class EveryTimeAnother(Order):
-    """Counts its own iterations; nothing in its name says that it shuffles."""
-
-    passes = 0
-
-    def __iter__(self):
-        self.passes += 1
-        shift = self.passes % len(self.rows)
-        return iter(self.rows[shift:] + self.rows[:shift])
-
-
-class ByNumpy(Order):
-    def __iter__(self):
-        return iter(np.random.permutation(self.rows).tolist())
-
-
-class AnotherLoader(DataLoader):
-    """What it gives is not what its dataset holds."""
-
-    def __iter__(self):
-        for x, y in super().__iter__():
-            yield x * 0.5, y
-
-
-ROWS = [12, 4, 7, 4, 0, 9]
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda ds: DataLoader(ds, 4, sampler=Order(ROWS)),
-        lambda ds: DataLoader(ds, 4, sampler=ROWS),
-        lambda ds: DataLoader(ds, 4, sampler=torch.tensor(ROWS)),
-        lambda ds: DataLoader(ds, batch_sampler=[ROWS[:1], ROWS[1:]]),
-        lambda ds: DataLoader(ds, batch_sampler=BatchSampler(Order(ROWS), 4, False)),
-        lambda ds: DataLoader(Subset(ds, ROWS), 4),
-        lambda ds: DataLoader(ds, batch_size=None, sampler=Order(ROWS)),
-        lambda ds: Subset(ds, ROWS),
-    ],
-)
-def test_order_and_repetitions_are_those_of_the_loader(make, caplog):
-    model, (x, y, _) = Net(), data()
-    want = oracle(model, x[ROWS], y[ROWS])
-    with caplog.at_level(logging.WARNING, "imu_fast"):
-        check(model, make(TensorDataset(x, y)), want)
-    assert not caplog.text
-    forget = ForgetSet(make(TensorDataset(x, y)), 4, model)
-    labels = torch.cat([parts.labels for parts in forget])
-    assert torch.equal(labels, y[ROWS]) and torch.equal(forget.get(range(6)).labels, y[ROWS])
-
-
-def test_a_sampler_that_can_be_read_once():
-    model, (x, y, _) = Net(), data()
-    forget = ForgetSet(DataLoader(TensorDataset(x, y), 4, sampler=iter(ROWS)), 4, model)
-    assert forget.dataset_indices == ROWS
-    for _ in range(2):
-        assert torch.equal(torch.cat([parts.labels for parts in forget]), y[ROWS])
-
-
-SHUFFLING = {
-    "RandomSampler": lambda ds: DataLoader(ds, 4, shuffle=True),
-    "RandomSampler, replacement": lambda ds: DataLoader(
-        ds, 4, sampler=RandomSampler(ds, replacement=True, num_samples=20)
-    ),
-    "RandomSampler, generator": lambda ds: DataLoader(
-        ds, 4, shuffle=True, generator=torch.Generator().manual_seed(7)
-    ),
-    "SubsetRandomSampler": lambda ds: DataLoader(ds, 4, sampler=SubsetRandomSampler(ROWS)),
-    "WeightedRandomSampler": lambda ds: DataLoader(
-        ds, 4, sampler=WeightedRandomSampler(torch.arange(N).float(), 30)
-    ),
-    "BatchSampler of RandomSampler": lambda ds: DataLoader(
-        ds, batch_sampler=BatchSampler(RandomSampler(ds), 4, False)
-    ),
-    "DistributedSampler": lambda ds: DataLoader(
-        ds, 4, sampler=DistributedSampler(ds, num_replicas=1, rank=0)
-    ),
-    "EveryTimeAnother": lambda ds: DataLoader(ds, 4, sampler=EveryTimeAnother(ROWS)),
-    "BatchSampler of EveryTimeAnother": lambda ds: DataLoader(
-        ds, batch_sampler=BatchSampler(EveryTimeAnother(ROWS), 4, False)
-    ),
-    "ByNumpy": lambda ds: DataLoader(ds, 4, sampler=ByNumpy(ROWS)),
-    "a Data around it": lambda ds: imu.Data(DataLoader(ds, 4, shuffle=True), labels=1),
-}
-
-
-@pytest.mark.parametrize("name", SHUFFLING)
-@pytest.mark.parametrize("door", ["influence_scores", "unlearn"])
-def test_a_shuffling_loader_is_reported_and_scored_in_the_order_of_its_pass(name, door, caplog):
-    model, (x, y, _) = Net(), data()
-    loader = SHUFFLING[name](TensorDataset(x, y))
-    seen = []
-
-    def note(module, args, output):
-        seen.append(args[0].clone())
-
-    handle = model.body.register_forward_hook(note)
-    with caplog.at_level(logging.WARNING, "imu_fast"):
-        if door == "unlearn":
-            got = imu.unlearn(model, loader, epochs=1, on_empty="uniform", inplace=False).scores
-        else:
-            got = imu.influence_scores(model, loader)
-    handle.remove()
-    assert caplog.text.count("the loader shuffles") == 1
-    read = torch.cat(seen)[: len(got)]
-    rows = [int((x == row).all(1).nonzero()[0]) for row in read]
-    torch.testing.assert_close(got.double(), oracle(model, x[rows], y[rows]), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", list(SHUFFLING)[:6])
-def test_the_next_pass_has_the_order_of_the_scores(name):
-    """No generator has moved, so whoever iterates the loader afterwards finds the same samples."""
-    model, (x, y, _) = Net(), data()
-    loader = SHUFFLING[name](TensorDataset(x, y))
-    scored, unlearned = scores_of_both_doors(model, loader)
-    torch.testing.assert_close(scored, unlearned, rtol=1e-4, atol=1e-5)
-    batches = list(loader)
-    inputs, labels = (torch.cat(column) for column in zip(*batches, strict=True))
-    torch.testing.assert_close(scored.double(), oracle(model, inputs, labels), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("door", [imu.influence_scores, imu.unlearn])
-def test_a_sampler_is_iterated_once(door):
-    model, (x, y, _) = Net(), data()
-    sampler = EveryTimeAnother(ROWS)
-    door(model, DataLoader(TensorDataset(x, y), 4, sampler=sampler))
-    assert sampler.passes == 1
-
-
-def test_a_loader_that_changes_what_it_reads_is_not_read_by_index():
-    model, (x, y, _) = Net(), data()
-    check(model, AnotherLoader(TensorDataset(x, y), 4), oracle(model, x * 0.5, y))
-
-
-def test_what_a_loader_leaves_out_is_said_once(caplog):
-    model, (x, y, _) = Net(), data()
-    ds = TensorDataset(x, y)
-    for door in (imu.influence_scores, imu.evaluate):
-        caplog.clear()
-        with caplog.at_level(logging.WARNING, "imu_fast"):
-            door(model, DataLoader(ds, 4, drop_last=True))
-        assert caplog.text.count("its last 2 of 14 samples are left out") == 1
-    with caplog.at_level(logging.WARNING, "imu_fast"):
-        caplog.clear()
-        imu.unlearn(model, DataLoader(ds, 4, drop_last=True), epochs=3, on_empty="uniform")
-        assert caplog.text.count("left out") == 1
-        caplog.clear()
-        imu.influence_scores(model, DataLoader(ds, 7, drop_last=True))
-        assert not caplog.text
-        sampler = DistributedSampler(ds, num_replicas=3, rank=1, shuffle=False)
-        imu.influence_scores(model, DataLoader(ds, 4, sampler=sampler))
-        assert "share 1 of 3" in caplog.text and "shuffles" not in caplog.text
-        caplog.clear()
-        list(as_batches(DataLoader(Stream(), 4, num_workers=2), model))
-        assert "samples come 2 times" in caplog.text
-        caplog.clear()
-        imu.influence_scores(model, halves(lambda a, b: {"x": a, "labels": b, "idx": b}))
-        assert caplog.text.count("takes no idx") == 1
-        caplog.clear()
-        imu.influence_scores(model, halves(lambda a, b: (a, b, b)))
-        assert caplog.text.count("part 1 (counted from 0) is taken for the labels") == 1
-    with pytest.raises(InputError, match="drop_last=True leaves out its only batch"):
-        imu.influence_scores(model, DataLoader(ds, 20, drop_last=True))
-
-
-def test_dataset_indices():
-    model, (x, y, _) = Net(), data()
-    ds = TensorDataset(x, y)
-    indices = lambda loader: ForgetSet(loader, 4, model).dataset_indices  # noqa: E731
-    assert indices(DataLoader(ds, 4, sampler=ROWS)) == ROWS
-    assert indices(DataLoader(ds, 4, sampler=ROWS, drop_last=True)) == ROWS[:4]
-    assert indices(DataLoader(Subset(ds, ROWS), 4)) == list(range(6))
-    assert indices(Pairs(lambda a, b, i: (a, b))) == list(range(N))
-    assert indices((x, y)) == list(range(N))
-    assert indices([(x, y)]) is None
-    assert indices(AnotherLoader(ds, 4)) is None
-    shuffled = ForgetSet(DataLoader(ds, 4, shuffle=True), 4, model)
-    assert sorted(shuffled.dataset_indices) == list(range(N)) != shuffled.dataset_indices
-    assert torch.equal(shuffled.get(range(N)).labels, y[shuffled.dataset_indices])
-    kept = ForgetSet(DataLoader(ds, 4, shuffle=True), 4, model, dataset_order=True)
-    assert kept.dataset_indices == list(range(N))
-
-
-# Iterators.
-
-
-def test_an_iterator_is_read_once_and_never_silently_empty():
-    model, (x, y, _) = Net(), data()
-    batches = iter([(x[:9], y[:9]), (x[9:], y[9:])])
-    want = oracle(model, x, y)
-    got = imu.influence_scores(model, batches, damping=DAMPING)
-    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
-    for door in (imu.influence_scores, imu.evaluate, imu.unlearn):
-        with pytest.raises(InputError, match=r"empty: a list_iterator can be read once"):
-            door(model, batches)
-    again = rereadable(iter([(x[:9], y[:9]), (x[9:], y[9:])]), model)
-    for _ in range(3):
-        assert [parts.n for parts in as_batches(again, model)] == [9, 5]
-    with pytest.raises(InputError, match="can be read once"):
-        rereadable(iter([]), model)
-
-
-@pytest.mark.parametrize("scope", ["head", "all"])
-def test_watched_and_unseen_generators_are_measured_at_every_record(scope):
-    model, (x, y, z) = Net(), data()
-    result = imu.unlearn(
-        model,
-        (x, y),
-        scope=scope,
-        epochs=3,
-        on_empty="uniform",
-        watch={"other": iter([(z, y)])},
-        stop=imu.StopRule(membership_auc=0.0, unseen=iter([(z, y)])),
-        inplace=False,
-    )
-    assert len(result.trajectory) >= 2
-    assert all(0 <= entry["other_accuracy"] <= 1 for entry in result.trajectory)
-
-
-# Refusals.
-
-
-def test_labels_that_are_no_class_indices():
-    model, (x, y, _) = Net(), data()
-    hot = nn.functional.one_hot(y, CLASSES)
-    for labels, message in (
-        (y.float(), r"dtype torch.float32; pass integer class indices: labels.long\(\)"),
-        (y.bool(), r"torch.bool.*labels.long\(\)"),
-        (hot, r"labels (have shape \(14, 5\), logits \(14, 5\)|of shape \(5,\)); .*one label per"),
-        (y[:, None, None], r"one label per (row|sample)"),
-        ([str(v) for v in y.tolist()], "labels are a list of str; pass integer class indices"),
-        (y + 1, r"labels\[\d+\]=5 is outside \[0, 5\)"),
-    ):
-        for door in (imu.influence_scores, imu.evaluate, imu.unlearn):
-            with pytest.raises(InputError, match=message):
-                door(model, [(x, labels)])
-        with pytest.raises(InputError, match=message):
-            imu.unlearn(model, [(x, labels)], scope="all")
-    soft = r"one-hot or soft labels, which are not supported.*argmax\(-1\)"
-    for scope in ("head", "all"):
-        with pytest.raises(InputError, match=soft):
-            imu.unlearn(model, [(x, hot.float())], scope=scope)
-    with pytest.raises(InputError, match=soft):
-        imu.evaluate(model, [(x, hot.float())])
-    torch.testing.assert_close(
-        imu.influence_scores(model, [(x, hot.float())]), imu.influence_scores(model, [(x, y)])
-    )
-
-
-@pytest.mark.parametrize(
-    ("loader", "message"),
-    [
-        (3, "pass a DataLoader"),
-        ("folder", "is no data"),
-        (open, "call it and pass what it returns"),
-        (torch.zeros(3, 6), "one array without labels"),
-        ({"train": [1], "test": [2]}, "keys .'test', 'train'.*no arrays|must be 'labels'"),
-        ({"train": "x"}, "no arrays under them"),
-        ((torch.zeros(3, 6), torch.zeros(2, dtype=torch.int64)), r"lengths \[3, 2\]"),
-        ({"x": torch.zeros(3, 6), "labels": torch.zeros(2)}, r"lengths \[3, 2\]"),
-        ([{"x": torch.zeros(3, 6)}], "one must be 'labels' or 'label'"),
-        ([torch.zeros(3, 6)], r"pass \(inputs, labels\)"),
-        (["a.png"], r"batch is a str; pass \(inputs, labels\)"),
-        ([(torch.zeros(3, 6), {"boxes": torch.zeros(3)})], "second part of a batch has keys"),
-        (
-            [{"x": torch.zeros(3, 6), "label": torch.zeros(3), "target": torch.zeros(3)}],
-            r"'label' and 'target'.*say which: imu_fast.Data\(loader, labels",
-        ),
-        ([(torch.zeros(3, 6), None)], "labels are a NoneType"),
-        ([(torch.zeros(3, 6), (torch.zeros(3), torch.zeros(3)))], "labels are a tuple of Tensor"),
-        ([(torch.zeros(3, 6), "a", "b")], "none of them can be the labels"),
-        ([(torch.zeros(3, 6), torch.arange(3), 2)], "one sample or a batch"),
-        (imu.Data([(torch.zeros(3, 6), torch.arange(3))], labels=2), "labels=2 is not in a batch"),
-        (imu.Data([{"x": torch.zeros(3, 6)}], labels="y"), "labels='y' is not in a batch"),
-        (imu.Data([(torch.arange(3), torch.zeros(3, 6))], labels=0), "say inputs= as well"),
-    ],
-)
-def test_what_cannot_be_read_is_refused(loader, message):
-    for door in (imu.influence_scores, imu.evaluate, imu.unlearn):
-        with pytest.raises(InputError, match=message):
-            door(Net(), loader)
-
-
-def test_two_inputs_of_which_one_is_missing():
-    x, y, _ = data()
-    with pytest.raises(InputError, match=r"takes 2 inputs \(x, z\), a batch has 1"):
-        imu.influence_scores(TwoInputs(), (x, y))
-    with pytest.raises(InputError, match=r"fits the model in none of 1 ways"):
-        imu.influence_scores(Net(), [{"image": x, "mask": x, "label": y}])
-    with pytest.raises(InputError, match=r"fits the model in none of 1 ways.*mat1"):
-        imu.influence_scores(Net(), [(torch.arange(N), x, y)])
-    with pytest.raises(InputError, match=r"keys \['x'\] besides 'label'.*takes \['x', 'z'\]"):
-        imu.influence_scores(TwoInputs(), [{"x": x, "label": y}])
-    with pytest.raises(InputError, match="none of them can be the labels"):
-        imu.influence_scores(TwoInputs(), (x, y, ["f"] * N))
-
-
-def test_bad_selections():
-    with pytest.raises(InputError, match="is a Data already"):
-        imu.Data(imu.Data([], labels=1), labels=1)
-    with pytest.raises(InputError, match="say where the labels are"):
-        imu.Data([], inputs=0)
-    with pytest.raises(InputError, match="labels is a function"):
-        imu.Data([], labels=len)
-
-
-def test_batches_that_cannot_be_cut_are_refused_where_they_must_be():
-    """Sequences first: the samples are the second axis, which only a dataset can say."""
-
-    class First(Net):
-        def forward(self, x):
-            return self.logits(x.mean(0))
-
-    model, (x, y, _) = First(), data()
-    batches = [(x[None].repeat(3, 1, 1), y)]
-    want = oracle(model, x, y)
-    torch.testing.assert_close(
-        imu.influence_scores(model, batches, damping=DAMPING).double(), want, rtol=1e-4, atol=1e-5
-    )
-    with pytest.raises(InputError, match="whose first axis is not the samples'"):
-        imu.unlearn(model, batches, scope="all", batch_size=5, on_empty="uniform")
-    assert split_batch((x, y), Net()).n == N
-    with pytest.raises(InputError, match="model=None"):
-        split_batch((x, y))
-
-
-class Opaque:
-    """A batch of another library: no tensor, but it can move itself."""
-
-    def __init__(self, x, y):
-        self.x, self.y = x, y
-
-    def to(self, device):
-        return Opaque(self.x.to(device), self.y)
-
-
-def test_batches_of_other_libraries():
-    class OfOpaque(Net):
-        def forward(self, batch):
-            return self.logits(batch.x)
-
-    model, (x, y, _) = OfOpaque(), data()
-    batches = imu.Data([Opaque(x, y)], inputs=lambda batch: batch, labels=lambda batch: batch.y)
-    got = imu.influence_scores(model, batches, damping=DAMPING)
-    torch.testing.assert_close(got.double(), oracle(model, x, y), rtol=1e-4, atol=1e-5)
-    with pytest.raises(InputError, match="a Opaque, which cannot be cut into samples"):
-        imu.unlearn(model, batches, scope="all", batch_size=5, on_empty="uniform")
-
-
-def test_mappings_keep_their_kind():
-    class Strict(Net):
-        def forward(self, batch):
-            assert isinstance(batch, Mapping) and type(batch) is collections.UserDict
-            return self.logits(batch["a"])
-
-    model, (x, y, _) = Strict(), data()
-    batch = (collections.UserDict(a=x), y)
-    got = imu.influence_scores(model, [batch], damping=DAMPING)
-    torch.testing.assert_close(got.double(), oracle(model, x, y), rtol=1e-4, atol=1e-5)
-    assert torch.equal(batch[0]["a"], x)

@@ -70,6 +70,14 @@ def test_scores(name, monkeypatch):
     got = factors.mean_gradient().double()
     torch.testing.assert_close(got[:, : rows[1]], expected, rtol=1e-5, atol=1e-7)
     assert got.shape[1] == rows[1] + (model[0].bias is not None)
+    got = factors.fisher_diagonal().double()[:, : rows[1]]
+    expected = gradients.square().mean(dim=0)[: rows.numel()].view(rows)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+    shares = [factors.shard(rank, 3) for rank in range(3)]
+    assert sum(share.n for share in shares) == N
+    for name in ("mean_gradient", "fisher_diagonal"):
+        total = sum(getattr(share, name)() * share.n for share in shares) / N
+        torch.testing.assert_close(total, getattr(factors, name)(), rtol=1e-5, atol=1e-7)
 
 
 def test_inputs_are_held_as_they_are(monkeypatch):

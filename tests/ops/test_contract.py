@@ -10,6 +10,7 @@ import copy
 import importlib.util
 import inspect
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from cases import CASES, Case, assert_close
 
 from imu_fast import reference
 from imu_fast.backend import backends, interpreted, record_backends, use_backend
-from imu_fast.errors import BackendUnavailableError
+from imu_fast.errors import BackendUnavailableError, InputError
 from imu_fast.ops.named import operations
 
 HERE = Path(__file__).resolve().parent
@@ -216,6 +217,77 @@ def test_an_operation_is_the_function_of_its_name(name):
     operation = OPERATIONS[name]
     assert inspect.getdoc(operation) == inspect.getdoc(operation.body)
     assert pickle.loads(pickle.dumps(operation)) is operation
+
+
+@every_variant
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_an_operand_that_requires_a_gradient_has_one_or_is_refused(name, variant, backend):
+    """Whichever operand it is, by its place or its name; without autograd it is taken."""
+    call = made(name, variant, CASES[1], torch.float64)
+    signature = inspect.signature(OPERATIONS[name])
+
+    def require(value):
+        if isinstance(value, tuple):
+            parts = [require(part) for part in value]
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.clone().requires_grad_() if floating else value
+
+    asked = 0
+    for i, operand in enumerate(call.args):
+        args = [*call.args[:i], require(operand), *call.args[i + 1 :]]
+        if not any(tensor.requires_grad for tensor in tensors(args[i])):
+            continue
+        asked += 1
+        by_name = signature.bind(*args, **call.named)
+        with use_backend(backend):
+            if OPERATIONS[name].differentiable:
+                assert OPERATIONS[name](*args, **call.named).requires_grad or i
+                continue
+            message = f"^{name} has no derivative, and an operand requires a gradient; detach it"
+            with pytest.raises(InputError, match=message):
+                OPERATIONS[name](*args, **call.named)
+            with pytest.raises(InputError, match=message):
+                OPERATIONS[name](**by_name.arguments)
+            if i not in call.changes:
+                with torch.no_grad():
+                    OPERATIONS[name](*copy.deepcopy(args), **call.named)
+    assert asked
+
+
+PAGE = (ROOT / "docs" / "ops.md").read_text()
+
+
+def rows_of_the_page():
+    rows = [line.strip("|").split("|") for line in PAGE.splitlines() if line.startswith("| `")]
+    return {row[0].strip(" `"): [cell.strip() for cell in row[1:]] for row in rows}
+
+
+def test_every_operation_is_on_its_page_and_nothing_else():
+    assert set(rows_of_the_page()) == {*OPERATIONS, "damped_cholesky_solve"}
+
+
+@every_operation
+def test_the_page_says_what_the_operation_is(name):
+    operation = OPERATIONS[name]
+    where, result, kernel, half, derivative = rows_of_the_page()[name]
+    assert f"imu_fast.{where.strip('`')}" == operation.body.__module__
+    assert kernel == ("triton" if operation.kernel is not None else "")
+    assert half == ("half" if name in HALF else "")
+    assert (derivative == "refused") != operation.differentiable
+    assert result
+    section = PAGE.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+    code = "\n".join(section.split("```python\n")[1:])
+    assert f"{operation.body.__name__}(" in code, f"no code that calls {name}"
+
+
+@every_operation
+def test_its_docstring_says_what_it_takes_and_returns(name):
+    text = inspect.getdoc(OPERATIONS[name])
+    assert "\nArgs:\n" in text and "\nReturns:\n" in text
+    takes = text.partition("\nArgs:\n")[2].partition("\nReturns:\n")[0]
+    for parameter in inspect.signature(OPERATIONS[name]).parameters:
+        assert re.search(rf"\b{parameter}\b", takes), f"{name}: nothing is said of {parameter}"
 
 
 # Why an operation's file, by its name, is not in a place.

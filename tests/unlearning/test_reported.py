@@ -176,6 +176,9 @@ def test_updates_that_half_precision_rounds_away(dtype, scope, caplog):
     assert not torch.equal(model.fc.weight, before["fc.weight"])
 
 
+HEAD_METHODS = ("auto", "margin_edit", "imu", "uniform", "npo", "preconditioned", "single_row")
+
+
 def test_frozen_parameters_stay_unless_asked_for():
     model, x, y = problem(Net)
     model.body.requires_grad_(False)
@@ -187,8 +190,18 @@ def test_frozen_parameters_stay_unless_asked_for():
     assert not torch.equal(model.body.weight, before["body.weight"])
     model.body.requires_grad_(True)
     model.fc.requires_grad_(False)
-    with pytest.raises(imu.InputError, match="head 'fc' has requires_grad=False while other"):
-        imu.unlearn(model, (x, y), method="uniform")
+    for method in HEAD_METHODS:
+        with pytest.raises(imu.InputError, match="head 'fc' has requires_grad=False while other"):
+            imu.unlearn(model, (x, y), method, stop=imu.StopRule(forget_accuracy=0.0))
+    for name in ("weight", "bias"):
+        model.fc.requires_grad_(True)
+        getattr(model.fc, name).requires_grad_(False)
+        for method in HEAD_METHODS:
+            with pytest.raises(imu.InputError, match=f"head 'fc''s {name} has requires_grad=False"):
+                imu.unlearn(model, (x, y), method, stop=imu.StopRule(forget_accuracy=0.0))
+    before = model.fc.bias.clone()
+    imu.unlearn(model, (x, y), "margin_edit", layers="fc")
+    assert not torch.equal(model.fc.bias, before), "asked for by name"
     model.requires_grad_(False)
     with pytest.raises(imu.InputError, match="all of this model's have requires_grad=False"):
         imu.unlearn(model, (x, y), method="uniform", scope="all")
@@ -209,14 +222,18 @@ def test_a_depth_that_is_not_reached_is_said(method):
 
 def test_a_model_that_changes_between_passes_is_refused_and_restored():
     class Restless(Net):
+        calls, still = 0, 2  # the batch, and a sample of it alone
+
         def forward(self, x):
-            self.calls = getattr(self, "calls", 0) + 1
-            return self.fc(F.relu(self.body(x)) * (1 + self.calls))
+            self.calls += 1
+            return self.fc(F.relu(self.body(x)) * (1 + max(0, self.calls - self.still)))
 
     model, x, y = problem(Restless)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(imu.InputError, match="own forward pass gives sample"):
-        imu.unlearn(model, (x, y), method="uniform", epochs=3)
+    for still, message in ((2, "own forward pass gives sample"), (0, "from one pass to the next")):
+        model.calls, model.still = 0, still
+        with pytest.raises(imu.InputError, match=message):
+            imu.unlearn(model, (x, y), method="uniform", epochs=3)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 

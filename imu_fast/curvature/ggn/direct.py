@@ -27,6 +27,10 @@ class Direct:
     Args:
         source: the samples that M is of. outputs: the curvature of their loss, chunk by chunk.
         form: of that.
+
+    Attributes:
+        made: "primal" or "dual", once there is a factor, which makes every solve cheap; of what
+            was loaded, once there was.
     """
 
     def __init__(
@@ -38,12 +42,8 @@ class Direct:
         self._blocks = dense_orders(*sizes, form)["primal"][0]
         self._roots: dict[torch.dtype, Tensor] = {}
         self._made: dict[tuple[str, torch.dtype], DampedCholesky] = {}
+        self.made: str | None = None
         self._weighted_norms: float | None = None
-
-    @property
-    def made(self) -> str | None:
-        """ "primal" or "dual" where there is a factor, which makes every solve cheap."""
-        return next(iter(self._made))[0] if self._made else None
 
     def weighted_norms(self) -> float:
         """``1/n sum_t size_t ||a~_t||^2``: at least the trace of the undamped M, twice its norm."""
@@ -117,6 +117,7 @@ class Direct:
                     pivot=error.pivot,
                 ) from error
             self._made[solver, dtype] = factor
+            self.made = self.made or solver
         return self._made[solver, dtype]
 
     def _columns(self, r: Tensor) -> Tensor:

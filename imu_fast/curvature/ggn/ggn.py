@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
-from imu_fast.curvature.base import Curvature, Fitted, check_whole, self_influence
+from imu_fast.curvature.base import Fitted, Layer, Saved, check_whole, self_influence
+from imu_fast.curvature.damping import Damped
 from imu_fast.curvature.ggn.costs import (
     MAX_DENSE_ORDER,
     choose_preconditioner,
@@ -19,9 +21,11 @@ from imu_fast.curvature.ggn.costs import (
 from imu_fast.curvature.ggn.direct import Direct
 from imu_fast.curvature.ggn.iterative import Iterative
 from imu_fast.errors import InputError, check_finite_rows, check_positive, one_of
+from imu_fast.factors.chunked import pack_chunks, unpack_chunks
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.probabilities import output_curvature
 from imu_fast.factors.source import Factors, Remembered
+from imu_fast.factors.statistics import ggn_diagonal, trace
 from imu_fast.losses.output_curvature import OutputCurvature, Softmax
 from imu_fast.ops.ggn_product import Form, ggn_product
 from imu_fast.options import option, options
@@ -37,14 +41,14 @@ _MANY = 32
 
 
 @options
-class GGN(Curvature):
+class GGN(Damped):
     """``1/n sum_t B_t (x) a~_t a~_t^T + lam I``, solved exactly, with a certificate.
 
     B_t is the second derivative of a sample's loss in the outputs, ``diag(p) - p p^T`` of
     cross-entropy: of a linear head M is the Hessian of the mean loss.
 
     Attributes:
-        damping: lam > 0, in units of squared gradients.
+        damping, damping_mode: of lam: see :class:`Damped`.
         solver: "primal" (damped Cholesky of size (C-1) D), "dual" (of size N C, all factors in
             memory; both in C blocks where outputs do not meet in the loss), "cg" (conjugate
             gradient), or "auto": the cheapest by :func:`solver_costs`.
@@ -55,7 +59,6 @@ class GGN(Curvature):
     """
 
     name = "ggn"
-    damping: float = option(default=1e-2, check=check_positive)
     solver: Solver = option(default="auto", check=one_of(*get_args(Solver)))
     tolerance: float = option(default=1e-6, check=check_positive)
     preconditioner: Preconditioner = option(default="auto", check=one_of(*get_args(Preconditioner)))
@@ -65,14 +68,12 @@ class GGN(Curvature):
 
         Raises:
             InputError: no curvature of the loss is known; a dense solver beyond MAX_DENSE_ORDER;
-                "dual" where samples are shared among processes.
+                "dual" where samples are shared among processes; lam relative to a mean that is
+                zero or not finite.
         """
         sizes = (factors.num_tokens, factors.num_classes, factors.width)
         outputs = Remembered(output_curvature)
-        form: Form = "softmax"
-        for chunk in factors.chunks():  # refused before any work
-            form = outputs(chunk).form
-            break
+        form = _form(factors, outputs)  # refused before any work
         if self.solver != "auto" and self.solver not in solver_costs(*sizes, form=form):
             blocks, order = dense_orders(*sizes, form)[self.solver]
             what = "a dense matrix" if blocks == 1 else f"{blocks} dense matrices"
@@ -85,8 +86,17 @@ class GGN(Curvature):
         chosen: str = self.preconditioner
         if chosen == "auto":
             chosen = choose_preconditioner(*sizes)
-        solve = (self.damping, self.solver, self.tolerance, chosen)
+        lam = self.absolute(factors, lambda: trace(factors))
+        solve = (lam, self.solver, self.tolerance, chosen)
         return FittedGGN(factors, outputs, form, *solve)
+
+
+def _form(factors: Factors, outputs: Remembered[OutputCurvature]) -> Form:
+    """Of the loss's curvature, which is that of every chunk."""
+    for chunk in factors.chunks():
+        form: Form = outputs(chunk).form
+        return form
+    return "softmax"
 
 
 def _by_class(p: Tensor) -> Tensor:
@@ -121,12 +131,12 @@ class FittedGGN(Fitted):
         tolerance: float,
         preconditioner: str,
     ) -> None:
-        super().__init__((factors.num_classes, factors.width), factors.device)
+        super().__init__(GGN.name, Layer.of(factors), damping)
         self._factors, self._outputs, self._form = factors, outputs, form
         self._narrow = Remembered(lambda chunk: _by_class(outputs(chunk).operand))
         self._factor = Remembered(lambda chunk: outputs(chunk).factor())
         self._top = Remembered(lambda chunk: _top(outputs(chunk)))
-        self.damping, self.solver, self.tolerance = damping, solver, tolerance
+        self.solver, self.tolerance = solver, tolerance
         self.iterations = 0
         self.direct = Direct(factors, outputs, form, damping)
         self.iterative = Iterative(self._product, factors, outputs, damping, preconditioner)
@@ -180,6 +190,27 @@ class FittedGGN(Fitted):
                 self.damping,
             )
         return solution.x if v.dim() == 3 else solution.x[0]
+
+    def _diagonal(self) -> Tensor:
+        return ggn_diagonal(self._factors).add_(self.damping)
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The way that is solved by depends on what was made for earlier solves."""
+        tensors, options = pack_chunks(self._factors, "curvature='ggn'")
+        options |= {"solver": self.solver, "tolerance": self.tolerance}
+        options["preconditioner"] = self.iterative.preconditioner
+        options["made"], options["pays"] = self.direct.made, self.iterative.pays
+        return tensors, options
+
+    @classmethod
+    def _restored(cls, saved: Saved) -> Self:
+        known, outputs = saved.options, Remembered(output_curvature)
+        factors = unpack_chunks(saved.tensors, known, saved.layer.device)
+        solve = {key: known[key] for key in ("solver", "tolerance", "preconditioner")}
+        GGN(**solve)  # refuses what it does not have
+        found = cls(factors, outputs, _form(factors, outputs), saved.damping, **solve)
+        found.direct.made, found.iterative.pays = known["made"], known["pays"]
+        return found
 
     def _self_influence(self, factors: Factors) -> Tensor:
         """``g_i^T M^-1 g_i``: [n]; all at once where M is dense, else by one solve each.

@@ -90,7 +90,7 @@ class Gradients:
     def inverse_fisher(self, mode: DampingMode) -> Tensor:
         """``1 / (mean_i g_i^2 + 0.01)``, or ``1 / max(mean_i g_i^2, 0.01)`` by "clamp": [P]."""
         spec = FisherDiag(damping=DAMPING, damping_mode=mode)
-        return self.chosen.flat([spec.fit(layer).diagonal for layer in self.layers]).reciprocal_()
+        return self.chosen.flat([spec.fit(layer).diagonal() for layer in self.layers]).reciprocal_()
 
     def products(self, vectors: Tensor) -> Tensor:
         """``<g_i, v>``: [n] for v [P], [n, m] for v [m, P]."""

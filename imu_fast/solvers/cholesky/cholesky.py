@@ -1,4 +1,4 @@
-"""Damped Cholesky solve ``(A + lam I)^-1 b``: the extensions on the CPU and on CUDA, else torch."""
+"""Damped Cholesky ``A + lam I = U^T U``: the extensions on the CPU and on CUDA, else torch."""
 
 from __future__ import annotations
 
@@ -57,14 +57,15 @@ class DampedCholesky:
         vector = _check_right_hand_side(self.factor, self.dtype, b)
         columns = b.unsqueeze(-1) if vector else b
         if self.dtype == self.factor.dtype:
-            out = self._solve_columns(columns)
+            out = self.solve_columns(columns)
         else:
             # A float64 A has a float32 factor, whose range may not hold b.
             size = _largest(columns, dim=-2)
-            out = self._solve_columns((columns / size).to(self.factor.dtype)).to(b) * size
+            out = self.solve_columns((columns / size).to(self.factor.dtype)).to(b) * size
         return out.squeeze(-1) if vector else out
 
-    def _solve_columns(self, columns: Tensor) -> Tensor:
+    def solve_columns(self, columns: Tensor) -> Tensor:
+        """:meth:`solve` of columns [..., P, m] in the factor's dtype, unchecked."""
         if self.backend == "torch":
             return torch.cholesky_solve(columns, self.factor, upper=True)
         # One right-hand side per row: LAPACK's and cuSOLVER's column-major b.
@@ -98,7 +99,7 @@ class DampedCholesky:
             raise InputError("overwrite=True did away with A, which refinement needs; keep it")
         check_positive("tolerance", tolerance)
         vector = _check_right_hand_side(self.factor, b.dtype, b)
-        _check_finite("b", b)
+        check_finite("b", b)
         columns = (b.unsqueeze(-1) if vector else b).double()
         how = refined.together if self.precision == "ieee" else refined.each
         solution = how(self, self.matrix, columns, tolerance)
@@ -123,7 +124,7 @@ class DampedCholesky:
         if self.matrix is None:
             raise InputError("overwrite=True did away with A, which a sweep needs; keep it")
         lam = check_positive("damping", damping)
-        return _factor(self.matrix, lam, overwrite=False, check=True, precision=self.precision)
+        return factor_of(self.matrix, lam, overwrite=False, check=True, precision=self.precision)
 
     def logdet(self) -> Tensor:
         """``log det(A + lam I)``: [...]."""
@@ -148,14 +149,14 @@ class DampedCholesky:
                 x = y / size
             return size.flatten(-2).squeeze(-1)
 
-        return largest(lambda x: upper.mT @ (upper @ x)) * largest(self._solve_columns)
+        return largest(lambda x: upper.mT @ (upper @ x)) * largest(self.solve_columns)
 
 
 # Where a factor and its solves are ours: its name, as in DampedCholesky.backend, and the module.
 _LIBRARIES = {"extension": lapack, "cuda": cusolver}
 
 
-def _backend(a: Tensor) -> str:
+def backend_of(a: Tensor) -> str:
     if a.device.type == "cpu" and lapack.extension() is not None:
         return "extension"
     if a.is_cuda and cusolver.can_factor(a):
@@ -163,8 +164,9 @@ def _backend(a: Tensor) -> str:
     return "torch"
 
 
-def _check_shape(a: Tensor) -> None:
-    if a.dim() < 2 or a.shape[-1] != a.shape[-2] or a.numel() == 0:
+def check_matrices(a: Tensor) -> None:
+    """Raise InputError unless a is [..., P, P], float32 or float64."""
+    if a.dim() < 2 or a.shape[-1] != a.shape[-2]:
         raise InputError(f"A has shape {tuple(a.shape)}; pass square matrices [..., P, P]")
     if a.dtype not in (torch.float32, torch.float64):
         raise InputError(f"A is {a.dtype}; pass float32 or float64")
@@ -191,7 +193,8 @@ def _check_right_hand_side(a: Tensor, dtype: torch.dtype, b: Tensor) -> bool:
     return vector
 
 
-def _check_finite(name: str, tensor: Tensor) -> None:
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise InputError unless all of it is finite."""
     if not bool(torch.isfinite(tensor).all()):
         raise InputError(f"{name} is not finite; remove the NaN or infinite entries")
 
@@ -205,26 +208,26 @@ def _torch_factor(a: Tensor, damping: float, overwrite: bool) -> tuple[Tensor, T
     return factor, lapack.settle(factor, status)
 
 
-def _factor_plain(a: Tensor, damping: float, overwrite: bool) -> tuple[Tensor, Tensor]:
+def factor_plain(a: Tensor, damping: float, overwrite: bool) -> tuple[Tensor, Tensor]:
     """As :func:`imu_fast.solvers.cholesky.lapack.factor`, wherever a is."""
-    backend = _backend(a)
+    backend = backend_of(a)
     run = _torch_factor if backend == "torch" else _LIBRARIES[backend].factor
     return run(a, damping, overwrite)
 
 
-def _factor(
+def factor_of(
     a: Tensor, damping: float, overwrite: bool, check: bool, precision: str = "ieee"
 ) -> DampedCholesky:
     """Factor, or (where that is checked) raise SingularMatrixError or InputError."""
     a, order = a.detach(), a.shape[-1]
     kept = None if overwrite else a
     if precision != "ieee" and order > low_precision.BLOCK:
-        factor, status = low_precision.factor(a, damping, overwrite, precision, _factor_plain)
+        factor, status = low_precision.factor(a, damping, overwrite, precision, factor_plain)
         if not check or not bool(status.any()):
-            return DampedCholesky(factor, damping, _backend(factor), a.dtype, kept, precision)
+            return DampedCholesky(factor, damping, backend_of(factor), a.dtype, kept, precision)
         if overwrite:
             _raise_overwritten(damping, status, order, f" in {precision}")
-        found = _factor(a, damping, overwrite, check)
+        found = factor_of(a, damping, overwrite, check)
         logger.warning(
             "A + %g I has no Cholesky factor in %s, so it is factored in %s; "
             "a damping of about %.2g would do for %s",
@@ -235,13 +238,13 @@ def _factor(
             precision,
         )
         return found
-    factor, status = _factor_plain(a, damping, overwrite)
+    factor, status = factor_plain(a, damping, overwrite)
     if check and bool(status.any()):
         if overwrite:
             _raise_overwritten(damping, status, order)
-        _check_finite("A", a)
-        _raise_singular(a, damping, status)
-    return DampedCholesky(factor, damping, _backend(a), a.dtype, kept)
+        check_finite("A", a)
+        raise_singular(a, damping, status)
+    return DampedCholesky(factor, damping, backend_of(a), a.dtype, kept)
 
 
 def _raise_overwritten(damping: float, status: Tensor, order: int, where: str = "") -> NoReturn:
@@ -297,7 +300,9 @@ def damped_cholesky(
         SingularMatrixError: a matrix is indefinite even after damping; names the matrix, the pivot
             and the smallest damping that works.
     """
-    _check_shape(a)
+    check_matrices(a)
+    if not a.numel():
+        raise InputError(f"A has shape {tuple(a.shape)}, in which there is nothing to factor")
     lam = check_positive("damping", damping)
     check_choice("precision", precision, ("ieee", *low_precision.ROUNDOFF))
     check_count("max_escalations", max_escalations, minimum=0)
@@ -307,7 +312,7 @@ def damped_cholesky(
         raise InputError("check=False does not learn of a failure; set max_escalations=0")
     for attempt in range(max_escalations + 1):
         try:
-            found = _factor(a, lam, overwrite, check, precision)
+            found = factor_of(a, lam, overwrite, check, precision)
         except SingularMatrixError:
             if attempt == max_escalations:
                 raise
@@ -321,11 +326,18 @@ def damped_cholesky(
     raise AssertionError("unreachable")
 
 
-def _raise_singular(a: Tensor, damping: float, status: Tensor) -> None:
+def raise_singular(a: Tensor, damping: float | Tensor, status: Tensor) -> NoReturn:
+    """Name the first matrix whose status is not 0.
+
+    Args:
+        a: [..., P, P]. damping: of all, or of each, [...]. status: [...].
+    """
     flat = status.flatten()
     index = int(torch.nonzero(flat)[0])
+    if isinstance(damping, Tensor):
+        damping = float(damping.flatten()[index])
     matrix = a.reshape(-1, *a.shape[-2:])[index].double()
-    eigenvalues = torch.linalg.eigvalsh(matrix)
+    eigenvalues = torch.linalg.eigvalsh(matrix, UPLO="U")
     # Rounding of the factorisation itself: P eps ||A||, the backward error bound.
     margin = len(matrix) * torch.finfo(a.dtype).eps * float(eigenvalues.abs().max())
     smallest = float(-eigenvalues[0]) + 2 * margin
@@ -337,24 +349,3 @@ def _raise_singular(a: Tensor, damping: float, status: Tensor) -> None:
         index=None if a.dim() == 2 else index,
         smallest_damping=smallest,
     )
-
-
-def damped_cholesky_solve(a: Tensor, b: Tensor, damping: float, *, check: bool = True) -> Tensor:
-    """``(A + lam I)^-1 b``, batched, on the CPU and on CUDA.
-
-    Args:
-        a: [..., P, P], symmetric positive semi-definite. b: [..., P] or [..., P, m].
-        damping: lam > 0. check: False reads nothing back from the device: the solution of a matrix
-            that is indefinite or not finite is NaN, and so is that for a b which is not finite.
-
-    Returns:
-        As b. Errors as in :func:`damped_cholesky` and :meth:`DampedCholesky.solve`.
-    """
-    _check_shape(a)
-    _check_right_hand_side(a, a.dtype, b)
-    # The one read: a failed factor, and what is not finite in b, show in the solution.
-    x = damped_cholesky(a, damping, check=False).solve(b)
-    if check and not (x.numel() and bool(torch.isfinite(x).all())):
-        _check_finite("b", b)
-        damped_cholesky(a, damping)
-    return x

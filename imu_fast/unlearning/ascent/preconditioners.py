@@ -19,7 +19,7 @@ from imu_fast.errors import InputError, check_positive
 from imu_fast.factors.source import Factors, in_memory
 from imu_fast.factors.statistics import second_moment, trace
 from imu_fast.options import Options, Table, option, options
-from imu_fast.solvers.cholesky.cholesky import damped_cholesky_solve
+from imu_fast.solvers.cholesky.solve import damped_cholesky_solve
 
 # About how many steps a run takes, for the choice of the GGN's solver.
 _SOLVES = 100

@@ -92,7 +92,6 @@ class Head(Scope):
 
     def steps(self, job: Job, rule: Rule) -> Steps:
         subject = HeadSubject(job.model, self.layer, job.sets, job.progress, job.reading)
-        _check_not_frozen(job.model, subject)
         if subject.tied:
             return self._through_the_network(job, rule, subject)
         job.keep([*subject.tensors(), *job.model.buffers()])
@@ -154,18 +153,6 @@ def _network(job: Job, rule: Rule, trained: set[int], *, batchnorm: str, dropout
     copies = {id(tensor): copy for tensor, copy in job.kept}
     original = {name: copies[id(p)] for name, p in subject.parameters.items()}
     return NetworkSteps(subject, rule, batchnorm=batchnorm, dropout=dropout, original=original)
-
-
-def _check_not_frozen(model: nn.Module, subject: HeadSubject) -> None:
-    """Raise InputError where the user trains other parameters and keeps the head's."""
-    own = [p for layer in subject.layers for p in layer.parameters()]
-    head, frozen = {id(p) for p in own}, not any(p.requires_grad for p in own)
-    if frozen and any(p.requires_grad for p in model.parameters() if id(p) not in head):
-        raise InputError(
-            f"the head {subject.name!r} has requires_grad=False while other parameters do not; ask "
-            f"for it by name, layers={subject.name!r} with scope='layers', or use scope='all' for "
-            "those that are not frozen"
-        )
 
 
 @options

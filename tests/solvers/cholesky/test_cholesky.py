@@ -142,9 +142,13 @@ def test_indefinite_matrices_say_what_would_work(path):
 def test_bad_input(path):
     a, b = spd(4), torch.randn(4, dtype=torch.float64)
     solve = imu.damped_cholesky_solve
-    for damping in (0, -1, float("nan")):
+    for damping in (-1, float("nan"), float("inf"), "1", True):
         with pytest.raises(InputError, match="damping="):
             solve(a, b, damping)
+        with pytest.raises(InputError, match="damping="):
+            damped_cholesky(a, damping)
+    with pytest.raises(InputError, match=r"damping=0 must be finite and > 0"):
+        damped_cholesky(a, 0)
     with pytest.raises(InputError, match=r"A has shape \(4, 3\)"):
         solve(a[:, :3], b, 1.0)
     with pytest.raises(InputError, match=r"b has shape \(3,\); expected \(4,\)"):

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import imu_fast as imu
 from imu_fast.errors import InputError, SingularMatrixError
 from imu_fast.solvers.cholesky import lapack, low_precision
-from imu_fast.solvers.cholesky.cholesky import _factor_plain, damped_cholesky
+from imu_fast.solvers.cholesky.cholesky import damped_cholesky, factor_plain
 
 BLOCK = 32
 # One block and a bit; no multiple of the block; a multiple.
@@ -295,7 +295,7 @@ def test_failures_are_those_of_every_factor(path, precision):
     factor = damped_cholesky(a, 0.5, precision=precision, max_escalations=2)
     assert factor.damping == 50.0 and factor.precision == precision
     damped_cholesky(a, info.value.smallest_damping, precision=precision)
-    status = low_precision.factor(a, 0.5, False, precision, _factor_plain)[1]
+    status = low_precision.factor(a, 0.5, False, precision, factor_plain)[1]
     assert status.tolist() == [0, 71, 0]
     for i, j in ((0, 99), (40, 41), (99, 99)):
         for value in (torch.nan, torch.inf, -torch.inf):

@@ -1,0 +1,80 @@
+"""``imu-fast score``: of images, and of text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from imu_fast.cli.arguments import Images, Texts, grouped, is_text, layer_names
+
+
+@grouped
+def score(
+    images: Images,
+    texts: Texts,
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="Forget set. Images: a folder with a sub-folder per class, or .npz (x, y). Text: "
+            ".jsonl, .json or .csv."
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Scores: .csv, .parquet or .npz; of text also .jsonl, the lines and their "
+            "scores. Default: scores.csv, scores.jsonl."
+        ),
+    ] = None,
+    curvature: Annotated[
+        str, typer.Option(help="identity, fisher_diag, fisher, ggn, ggn_block, kfac or ekfac.")
+    ] = "fisher_diag",
+    damping: Annotated[
+        float | None, typer.Option(help="> 0; default 0.01. identity has none.")
+    ] = None,
+    damping_mode: Annotated[
+        str | None,
+        typer.Option(help="add (default), relative (to the mean eigenvalue) or clamp."),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Linear layers: names or patterns, commas between; default: the head."),
+    ] = None,
+    self_influence: Annotated[
+        bool, typer.Option("--self-influence", help="A column more: each with itself.")
+    ] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Samples per batch; default 64 images, 8 texts.")
+    ] = None,
+) -> None:
+    """Score every sample of a forget set by its influence at the classifier."""
+    from imu_fast.cli.score_files import (
+        check_apart,
+        check_ending,
+        check_out,
+        save_scores,
+        write_or_rescue,
+    )
+    from imu_fast.curvature.named import CURVATURES
+
+    spec = CURVATURES.choose(curvature, damping=damping, damping_mode=damping_mode)
+    chosen = "head" if layers is None else layer_names(layers)
+    if is_text(images, texts):
+        from imu_fast.cli.text import score_lines
+
+        score_lines(texts, data, out, spec, chosen, self_influence, batch_size)
+        return
+    from imu_fast.cli.image_models import opened
+    from imu_fast.cli.influences import influences, said
+
+    out = Path("scores.csv") if out is None else out
+    check_ending(out)
+    check_apart("out", out, data=data, weights=images.weights)
+    check_out(out)
+    model, loader, names = opened(images, data, 64 if batch_size is None else batch_size)
+    columns, _ = influences(model, loader, spec, chosen, self_influence)
+    named = {"influence": columns.pop("score"), **columns}
+    write_or_rescue(out, lambda path: save_scores(path, names, named))
+    said(named["influence"], out)
