@@ -101,9 +101,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     A link stays, what it points to is replaced; a file that was there keeps its mode and owner.
 
     Raises:
+        InputError: no file can have this name.
         WriteError: the file system refuses; what was there is untouched.
     """
-    target = Path(os.path.realpath(path))
+    target = _real(path, f"path={os.fspath(path)!r}")
     temporary = target.with_name(f".{uuid.uuid4().hex[:12]}.tmp{target.suffix}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

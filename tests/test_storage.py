@@ -198,6 +198,8 @@ def test_targets_are_tried_before_the_work(tmp_path, monkeypatch):
             writable(bad, "out")
         with pytest.raises(InputError, match="^here: no file can have this name.*choose another"):
             writable_folder(bad, "here")
+        with pytest.raises(InputError, match="^path=.*no file can have this name.*choose another"):
+            save_tensors(bad, {}, {})
     (tmp_path / "circle").unlink()
     writable(tmp_path / "new" / "deep" / "f", "out")
     writable(tmp_path / "file", "out")

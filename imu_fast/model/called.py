@@ -69,11 +69,14 @@ def _is_own(error: Exception) -> bool:
     last: TracebackType | None = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next
-    if last is None or last.tb_frame.f_code.co_filename.startswith(_TORCH):
+    if last is None:
         return False
+    code = last.tb_frame.f_code
+    if code.co_filename.startswith(_TORCH):
+        return code.co_name == "__getattr__"  # a module that lacks what its own code asks for
     if last.tb_lasti < 0:  # thrown into a generator
         return True
-    return dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] in _RAISING
+    return dis.opname[code.co_code[last.tb_lasti]] in _RAISING
 
 
 def _message(

@@ -131,6 +131,22 @@ def test_what_the_model_raises_itself_passes(door, error):
     assert caught.value is error
 
 
+def test_what_the_models_code_lacks_passes():
+    class Incomplete(Net):
+        def forward(self, x):
+            return self.head(x)
+
+    class Strict(Net):
+        def forward(self, x):
+            assert x.shape[1] == D + 1, "mine"
+            return x
+
+    with pytest.raises(AttributeError, match="has no attribute 'head'"):
+        imu.evaluate(Incomplete(), (X, Y))
+    with pytest.raises(AssertionError, match="^mine"):
+        imu.evaluate(Strict(), (X, Y))
+
+
 def test_memory_that_ran_out_passes():
     def failing(z):
         return torch.empty(1 << 60)
