@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from imu_fast.ambient import no_autocast
 from imu_fast.curvature.parameters import scipy_operator
 from imu_fast.errors import InputError, check_flag
 from imu_fast.factors.gradient_factors import GradientFactors
@@ -98,6 +99,7 @@ class Fitted(ABC):
         self.shape, self.has_bias = (layer.num_classes, layer.width), layer.has_bias
         self.device, self.residual = layer.device, 0.0
 
+    @no_autocast
     @torch.no_grad()
     def product(self, v: Tensor) -> Tensor:
         """``M v``; v [C, D] or [m, C, D]; in v's dtype.
@@ -114,6 +116,7 @@ class Fitted(ABC):
     def __matmul__(self, v: Tensor) -> Tensor:
         return self.product(v)
 
+    @no_autocast
     @torch.no_grad()
     def solve(self, v: Tensor, out: Tensor | None = None) -> Tensor:
         """``X = M^-1 v``; v and X [C, D], or [m, C, D]; in v's dtype.
@@ -139,6 +142,7 @@ class Fitted(ABC):
             return _rounded("M^-1 v", x, v.dtype)
         return out if x is out else out.copy_(_rounded("M^-1 v", x, out.dtype, "out"))
 
+    @no_autocast
     @torch.no_grad()
     def diagonal(self) -> Tensor:
         """The diagonal of M, damping included: [C, D], in the dtype that M is held in; a copy."""
@@ -191,6 +195,7 @@ class Fitted(ABC):
         }
         save_tensors(path, tensors, {"operator": json.dumps(found)})
 
+    @no_autocast
     @torch.no_grad()
     def self_influence(self, factors: Factors) -> Tensor:
         """``g_i^T M^-1 g_i`` of every sample of ``factors``: [n].
@@ -201,6 +206,7 @@ class Fitted(ABC):
         self._check_layer("factors", factors)
         return self._self_influence(factors)
 
+    @no_autocast
     @torch.no_grad()
     def pairwise(self, factors: Factors, queries: Factors) -> Tensor:
         """``g_i^T M^-1 h_j`` of the samples of both sets: [n, m].

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import nn
 from typing_extensions import TypedDict, Unpack
 
+from imu_fast.ambient import no_autocast
 from imu_fast.curvature.base import Curvature, Fitted
 from imu_fast.curvature.fisher import Fisher
 from imu_fast.curvature.fisher_diag import DampingMode, FisherDiag
@@ -57,6 +58,7 @@ def curvatures() -> list[str]:
     return sorted(CURVATURES)
 
 
+@no_autocast
 def fit(
     curvature: CurvatureName | Curvature,
     factors: Factors,

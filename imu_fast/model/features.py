@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -175,7 +175,7 @@ class HeadCapture:
         self._computed = _coarser(self._computed, logits.dtype)
         targets, act = self._targets(batch, logits), seen.calls[0].act
         if not self._alone:
-            self._check_alone(lambda some: _unstored_inputs(run, some, layer), batch, act)
+            self._check_alone(run, lambda run, some: _unstored_inputs(run, some, layer), batch, act)
         return plain_piece(act.reshape(*targets.shape, -1), targets)
 
     def _piece(self, run: Run, batch: Batch) -> Piece:
@@ -196,7 +196,7 @@ class HeadCapture:
             self._computed = _coarser(self._computed, made.out.dtype)
         if not self._alone:
             choice = self._head.choice
-            self._check_alone(lambda some: chosen(run(some), choice), batch, logits)
+            self._check_alone(run, lambda run, some: chosen(run(some), choice), batch, logits)
             if call is None:
                 check_classes_last(seen.calls, logits)
         self.reading = settled(self.reading, self.model, run, batch, logits, self._head.choice)
@@ -209,10 +209,12 @@ class HeadCapture:
             )
         return self._between.piece(seen.calls, logits, targets)
 
-    def _check_alone(self, outputs: Run, batch: Batch, here: Tensor) -> None:
+    def _check_alone(
+        self, run: Run, outputs: Callable[[Run, Batch], Tensor], batch: Batch, here: Tensor
+    ) -> None:
         """Of the first batch that has several samples."""
         self._alone = len(batch[2]) > 1
-        check_alone(self.model, outputs, batch, here, self._computed)
+        check_alone(self.model, run, outputs, batch, here, self._computed)
 
     def _targets(self, batch: Batch, logits: Tensor) -> Targets:
         targets = targets_of(batch[2], logits, self.reading.loss)

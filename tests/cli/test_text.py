@@ -374,7 +374,7 @@ def test_dtypes_are_said_and_chosen(folders, data, tmp_path):
         (["--model", "."], "model='.' has neither config.json nor adapter_config.json"),
         (["--data", "none.jsonl"], "data='none.jsonl' is no file"),
         (["--out", "scores.txt"], "must end in one of .jsonl, .npz"),
-        (["--out", "qa.jsonl"], "out='qa.jsonl' is the data"),
+        (["--out", "qa.jsonl"], "out='qa.jsonl' is data='qa.jsonl' too"),
         (["--arch", "a:b"], "arch='a:b': goes with --arch, and --model is given"),
         (["--classes", "a"], "classes='a': goes with --arch"),
         (["--base", "b"], "base='b' is for a PEFT adapter"),
@@ -435,7 +435,7 @@ def test_errors_are_one_line_before_any_work(folders, data, tmp_path, monkeypatc
         (["--lora", "r=2", "--scope", "head"], "scope='head' trains the model's own"),
         (["--lora", "r=2", "--scope", "layers"], "--layers that say where it is put"),
         (["--stop-accuracy", "2"], "forget_accuracy=2.0 must lie in [0, 1]"),
-        (["--checkpoint", "qa.jsonl"], "is no checkpoint of unlearn"),
+        (["--checkpoint", "qa.jsonl"], "checkpoint='qa.jsonl' is data="),
     ],
 )
 def test_unlearn_refuses_before_any_work(folders, data, tmp_path, monkeypatch, change, message):
