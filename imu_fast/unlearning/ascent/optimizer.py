@@ -60,7 +60,8 @@ class Custom(Optimizer):
     Args:
         factory: called with a list of tensors, and by keyword with those of the options below
             that are given: an optimizer's class (``torch.optim.Adam``) or a function of the
-            tensors alone (``lambda tensors: Adam(tensors, lr=1e-3)``).
+            tensors alone (``lambda tensors: Adam(tensors, lr=1e-3)``). Before the work it is called
+            with stand-ins of the tensors, for a step on trial.
 
     Raises:
         InputError: an option is given that the factory does not take; or, when it is to train,
