@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from imu_fast.ambient import random_state_kept
 from imu_fast.errors import InputError, brief, check_positive
 from imu_fast.options import Options, Table, option, options
 
@@ -106,25 +105,24 @@ class Custom(Optimizer):
         Raises:
             InputError: the optimizer cannot be made, or cannot make a step.
         """
-        with random_state_kept({t.device for t in tensors}):
-            try:
-                return self._step([_stand_in(t, [min(s, 2) for s in t.shape]) for t in tensors])
-            except (InputError, MemoryError, torch.OutOfMemoryError):
-                raise
-            except Exception:
-                logger.debug("optimizer=%s fails on small tensors", self._called, exc_info=True)
-            try:  # it may want more than two rows
-                self._step([_stand_in(t, t.shape) for t in tensors])
-            except (InputError, MemoryError, torch.OutOfMemoryError):
-                raise
-            except Exception as error:
-                shapes = sorted({tuple(t.shape) for t in tensors}, key=len)
-                raise InputError(
-                    f"optimizer={self._called} cannot train what it is given, dense tensors of "
-                    f"shapes {', '.join(map(str, shapes[:4]))} ({type(error).__name__}: "
-                    f"{brief(error)}); use one that can, such as torch.optim.Adam, or a function "
-                    "of the tensors that makes one"
-                ) from error
+        try:
+            return self._step([_stand_in(t, [min(s, 2) for s in t.shape]) for t in tensors])
+        except (InputError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:
+            logger.debug("optimizer=%s fails on small tensors", self._called, exc_info=True)
+        try:  # it may want more than two rows
+            self._step([_stand_in(t, t.shape) for t in tensors])
+        except (InputError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            shapes = sorted({tuple(t.shape) for t in tensors}, key=len)
+            raise InputError(
+                f"optimizer={self._called} cannot train what it is given, dense tensors of "
+                f"shapes {', '.join(map(str, shapes[:4]))} ({type(error).__name__}: "
+                f"{brief(error)}); use one that can, such as torch.optim.Adam, or a function "
+                "of the tensors that makes one"
+            ) from error
 
     def _step(self, tensors: list[Tensor]) -> None:
         self._made(tensors).step()

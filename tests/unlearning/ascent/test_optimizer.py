@@ -67,7 +67,7 @@ def test_refused_by_name(case, monkeypatch):
 
 
 def test_trying_leaves_no_trace(monkeypatch):
-    """Neither in the random stream that an optimizer draws from, nor in its state."""
+    """Neither in the random numbers that an optimizer draws, nor in its state."""
 
     class Noisy(torch.optim.SGD):
         def step(self, closure=None):
