@@ -49,6 +49,7 @@ _EXPORTS = {
     "leave_one_out": "attribution.leave_one_out",
     "LeaveOneOut": "attribution.leave_one_out",
     "linear_layers_matching": "model.head",
+    "live_weights": "influence.live",
     "load_operator": "curvature.stored",
     "load_text": "data.text",
     "LossWeights": "unlearning.ascent.weights",
@@ -117,6 +118,7 @@ if TYPE_CHECKING:
     from imu_fast.importance.importance import parameter_importance as parameter_importance
     from imu_fast.influence.batch import InfluenceWeightedLoss as InfluenceWeightedLoss
     from imu_fast.influence.batch import batch_weights as batch_weights
+    from imu_fast.influence.live import live_weights as live_weights
     from imu_fast.influence.scores import influence_scores as influence_scores
     from imu_fast.influence.scores import pairwise_influence as pairwise_influence
     from imu_fast.influence.scores import self_influence as self_influence

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -14,10 +15,19 @@ from typing_extensions import Unpack
 
 from imu_fast.curvature.base import Curvature
 from imu_fast.curvature.named import CURVATURES, CurvatureName
-from imu_fast.errors import InputError, check_choice, check_flag, check_fraction
+from imu_fast.errors import (
+    InputError,
+    check_choice,
+    check_finite_rows,
+    check_flag,
+    check_fraction,
+)
 from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.factors.implicit_head import IMPLICIT_BYTES
+from imu_fast.factors.source import Factors
 from imu_fast.influence.scores import Layers, ScoreOptions, influence_scores
 from imu_fast.influence.weights import QUANTILE_OVER, influence_weights
+from imu_fast.losses.base import mean_scale
 from imu_fast.losses.cross_entropy import IGNORE_INDEX, CrossEntropy
 from imu_fast.model.batches import Reread, split_batch
 from imu_fast.model.guard import door
@@ -83,7 +93,7 @@ def batch_weights(
         scores = influence_scores(
             source, data, curvature=curvature, damping=damping, layers=layers, **options
         )
-    return _weights(scores, clip_quantile, quantile_over, on_empty)
+    return weights_of(scores, clip_quantile, quantile_over, on_empty)
 
 
 _said: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
@@ -110,7 +120,7 @@ def _said_once(source: Any) -> Iterator[None]:
         logger.removeFilter(is_new)
 
 
-def _weights(scores: Tensor, clip: float, over: str, on_empty: str) -> Tensor:
+def weights_of(scores: Tensor, clip: float, over: str, on_empty: str) -> Tensor:
     """Dense weights [B] of scores [B]."""
     if on_empty != "error" and not bool((scores < 0).any()):
         return torch.full_like(scores, float(on_empty == "uniform"))
@@ -192,19 +202,12 @@ class InfluenceWeightedLoss(nn.Module):
             logits, _ = loss.aligned(logits, labels)
         offsets = torch.arange(size + 1) * (targets.numel() // size)
         rows, of_rows = features.flatten(0, -2), targets.flatten()
-        with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
-            factors = GradientFactors.from_head(
-                rows,
-                head.weight,
-                head.bias,
-                of_rows,
-                offsets,
-                ignore_index=loss.ignore_index,
-            )
-            scores = influence_scores(factors, curvature=self._curvature)
-            self.weights = _weights(scores, self._clip, self._over, "zeros")
         valid = loss.valid(of_rows)
         z = head(rows[valid]) if logits is None else logits.flatten(0, -2)[valid]
+        with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
+            factors = self._factors(rows, of_rows, offsets, valid, z.detach())
+            scores = influence_scores(factors, curvature=self._curvature)
+            self.weights = weights_of(scores, self._clip, self._over, "zeros")
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         counts = valid.view(size, -1).sum(dim=1)
         ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).cpu()
@@ -212,6 +215,32 @@ class InfluenceWeightedLoss(nn.Module):
         f = f / counts.clamp_min(1)
         weights = self.weights.to(f)
         return -(weights * f).sum() / weights.sum().clamp_min(torch.finfo(f.dtype).tiny)
+
+    def _factors(
+        self, rows: Tensor, labels: Tensor, offsets: Tensor, valid: Tensor, logits: Tensor
+    ) -> Factors:
+        """Those of the head: of the logits that are there, or for half precision of their own.
+
+        Args:
+            rows [N, d], labels [N], offsets: of all positions. logits: [V, C], of the valid ones.
+        """
+        head: nn.Linear = self.head  # type: ignore[assignment]
+        own = rows.dtype == logits.dtype in (torch.float32, torch.float64)
+        if not own or logits.nbytes >= IMPLICIT_BYTES:
+            return GradientFactors.from_head(
+                rows, head.weight, head.bias, labels, offsets, ignore_index=self._loss.ignore_index
+            )
+        loss = replace(self._loss, shift=False)
+        labels = loss.prepared(labels, len(head.weight))[valid]
+        counts = valid.view(len(offsets) - 1, -1).sum(dim=1).cpu()
+        scale = mean_scale(counts).to(logits)
+        delta, losses, curvature = loss.residual(logits, labels, scale)
+        check_finite_rows("features", act := rows.detach()[valid])
+        check_finite_rows("logits", delta)
+        ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        losses = sum_over_tokens(losses, ends)
+        biased = head.bias is not None
+        return GradientFactors(delta, act, ends, biased, labels, losses, "head", loss, curvature)
 
 
 def _check_logits(head: nn.Linear, features: Tensor, logits: Tensor) -> None:

@@ -61,7 +61,8 @@ def door(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _devices(model: nn.Module) -> set[torch.device]:
-    return {p.device for p in model.parameters()} | {b.device for b in model.buffers()}
+    tensors = [t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values())]
+    return {t.device for t in tensors if t is not None}
 
 
 def _has_own_train(module: nn.Module) -> bool:

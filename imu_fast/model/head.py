@@ -152,19 +152,34 @@ def linear_layers_matching(model: nn.Module, substring: str) -> list[str]:
     return [name for name in linears(model) if substring in name]
 
 
-def shared_with(model: nn.Module, layer: LinearLayer) -> list[str]:
-    """Other parameters of the model that are the layer's weight or bias, under their names."""
+Uses = dict[int, list[tuple[str, nn.Module]]]
+
+
+def uses_of(model: nn.Module) -> Uses:
+    """Of each parameter, by its id, under which names it is there, and the modules."""
+    found: Uses = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                where = f"{name}.{key}" if name else key
+                found.setdefault(id(parameter), []).append((where, module))
+    return found
+
+
+def shared_with(model: nn.Module, layer: LinearLayer, uses: Uses | None = None) -> list[str]:
+    """Other parameters of the model that are the layer's weight or bias, under their names.
+
+    Args:
+        uses: of the model's parameters, for many layers at once.
+    """
     own = {id(p) for p in layer.module.parameters(recurse=False)}
+    places = uses_of(model) if uses is None else uses
     return [
-        f"{name}.{key}" if name else key
-        for name, module in model.named_modules()
-        if module is not layer.module
-        for key, parameter in module.named_parameters(recurse=False)
-        if id(parameter) in own
+        name for key in own for name, module in places.get(key, []) if module is not layer.module
     ]
 
 
-def say_of_weight(model: nn.Module, layer: LinearLayer) -> None:
+def say_of_weight(model: nn.Module, layer: LinearLayer, uses: Uses | None = None) -> None:
     """Log a warning where gradients are not those of parameters that the layer alone uses."""
     if layer.derived:
         logger.warning(
@@ -172,7 +187,7 @@ def say_of_weight(model: nn.Module, layer: LinearLayer) -> None:
             "that it computes with",
             layer.name,
         )
-    if others := shared_with(model, layer):
+    if others := shared_with(model, layer, uses):
         logger.warning(
             "layer %r shares its weight with %s: gradients are those of the layer's own use of it",
             layer.name,
@@ -195,11 +210,12 @@ def resolve(
         InputError: not of this model, or not linear; lists what is near.
     """
     layers = linear_layers(model) if among is None else among
-    every = dict(model.named_modules(remove_duplicate=False))
     if isinstance(wanted, nn.Module):
         for layer in layers.values():
             if layer.module is wanted:
                 return layer
+    every = dict(model.named_modules(remove_duplicate=False))
+    if isinstance(wanted, nn.Module):
         named = next((name for name, module in every.items() if module is wanted), None)
         if named is None:
             raise no_head(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,13 @@ from imu_fast.errors import InputError, check_finite_rows
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.unfolded import UnfoldedFactors
 from imu_fast.model.called import from_sample
-from imu_fast.model.calls import Call, watched
+from imu_fast.model.calls import Call, Seen, watched
 from imu_fast.model.causal import settled
 from imu_fast.model.convolution import Convolution
-from imu_fast.model.head import LinearLayer, say_of_weight, shared_with
+from imu_fast.model.head import LinearLayer, say_of_weight, shared_with, uses_of
 from imu_fast.model.logits import chosen
-from imu_fast.model.loss import check_labelled, on_logits, sample_losses, targets_of
+from imu_fast.model.loss import Targets, check_labelled, on_logits, sample_losses, targets_of
+from imu_fast.model.proofs import Proof, proof_of
 from imu_fast.model.reading import Reading
 from imu_fast.model.rows import (
     Backward,
@@ -30,7 +31,7 @@ from imu_fast.model.rows import (
 )
 from imu_fast.model.run import Batch, evaluated, full_precision, read
 from imu_fast.model.search import Run, locate
-from imu_fast.model.verify import LinearChecks
+from imu_fast.model.verify import LinearChecks, is_known
 
 logger = logging.getLogger("imu_fast")
 
@@ -41,7 +42,13 @@ LayerFactors = GradientFactors | UnfoldedFactors
 _VECTORS = 4
 
 
-class _LayersCapture:
+def check_readable(seen: Seen) -> None:
+    """Raise InputError where a call of a watched layer could not be read."""
+    for name, why in seen.odd.items():
+        raise InputError(f"layers={name!r}: {why}; it has no factors")
+
+
+class LayersCapture:
     """Rows of the layers, batch by batch."""
 
     def __init__(
@@ -63,29 +70,52 @@ class _LayersCapture:
     def add(self, run: Run, batch: Batch) -> None:
         with watched(self.layers, leaves=True, trained=True) as seen:
             output = run(batch)
-        for name, why in seen.odd.items():
-            raise InputError(f"layers={name!r}: {why}; it has no factors")
+        check_readable(seen)
         self.output = locate(self.model, run, batch, output, self.output)
         logits = chosen(output, self.output)
         self.reading = settled(self.reading, self.model, run, batch, logits, self.output)
         targets = targets_of(batch[2], logits, self.reading.loss)
+
+        def independent(name: str) -> None:
+            _check_independent(run, batch, logits, len(targets), name, self.output)
+
+        self.take(seen, logits, targets, independent)
+
+    def take(
+        self, seen: Seen, logits: Tensor, targets: Targets, independent: Callable[[str], None]
+    ) -> None:
+        """One batch, whose forward pass is done and whose graph is alive.
+
+        Args:
+            seen: the calls of the layers. logits: [*targets.shape, C].
+            independent: raises InputError unless its samples are; called where they share a row.
+        """
         delta = sample_losses(logits, targets).delta
         signal = on_logits(delta, logits.detach(), targets)
-        for call in seen.calls:
-            act, out = call.act, call.rows(call.out.detach())
-            if isinstance(call.layer, Convolution):
-                act, out = next(call.layer.pieces(act[:1], out[:1] if act.shape[0] > 1 else out))
-            self._checks.add(call.layer, act, out)
         self._ran |= {call.layer.name for call in seen.calls}
         labelled = targets.counts > 0
         self.samples.append(labelled)
         calls = seen.calls if logits.requires_grad else []
+        proof = None if self._ownership.always else proof_of(self.model, logits, calls, len(signal))
+        proved = proof is not None and proof.holds()
+        for call in seen.calls:
+            if proved and is_known(call.layer):
+                continue
+            act, out = call.act, call.rows(call.out.detach())
+            if isinstance(call.layer, Convolution):
+                act, out = next(call.layer.pieces(act[:1], out[:1] if act.shape[0] > 1 else out))
+            self._checks.add(call.layer, act, out)
 
         def backward(weights: Tensor) -> list[Tensor]:
             weighted = signal * weights.to(signal).view(-1, *[1] * (signal.dim() - 1))
             return self._gradients(calls, logits, weighted)[0]
 
-        rows = self._rows(run, batch, calls, logits, signal, backward) if calls else []
+        rows: list[Rows] = []
+        if calls and proof is not None and proved:
+            assert proof.owners is not None
+            rows = self._as_rows(calls, self._gradients(calls, logits, signal)[0], proof.owners)
+        elif calls:
+            rows = self._rows(calls, logits, signal, backward, independent, proof)
         for layer in self.layers:
             own = [r for r, call in zip(rows, calls, strict=True) if call.layer == layer]
             self.parts[layer.name].append(_joined(own, layer, labelled))
@@ -110,12 +140,12 @@ class _LayersCapture:
 
     def _rows(
         self,
-        run: Run,
-        batch: Batch,
         calls: Sequence[Call],
         logits: Tensor,
         signal: Tensor,
         backward: Backward,
+        independent: Callable[[str], None],
+        proof: Proof | None,
     ) -> list[Rows]:
         """``(delta [R, C], act [R, d], owner [R])`` of each call."""
         n = len(signal)
@@ -127,14 +157,24 @@ class _LayersCapture:
                 self._check_whole(calls, base, whole)
         del whole
         names = [call.layer.name for call in calls]
-        acts = [self._act(call, g.shape[:-1]) for call, g in zip(calls, base, strict=True)]
         try:
             owners = self._ownership.owners(names, base, backward, n)
         except Mixed as mixed:
             name = names[mixed.call]
-            _check_independent(run, batch, logits, n, name, self.output)
+            independent(name)
             logger.info("layer %r: samples share its rows; one backward pass each", name)
+            acts = [self._act(call, g.shape[:-1]) for call, g in zip(calls, base, strict=True)]
             return one_sample_at_a_time(backward, acts, n)
+        if proof is not None:
+            proof.whole |= first
+            if self._ownership.last is not None:
+                proof.passed(owners, *self._ownership.last)
+        return self._as_rows(calls, base, owners)
+
+    def _as_rows(
+        self, calls: Sequence[Call], base: Sequence[Tensor], owners: Sequence[Tensor]
+    ) -> list[Rows]:
+        acts = [self._act(call, g.shape[:-1]) for call, g in zip(calls, base, strict=True)]
         return [
             (g.reshape(-1, g.shape[-1]), act.reshape(-1, act.shape[-1]), owner.flatten())
             for g, act, owner in zip(base, acts, owners, strict=True)
@@ -150,12 +190,14 @@ class _LayersCapture:
 
     def _whole_weights(self, calls: Sequence[Call]) -> dict[str, Tensor]:
         """Parameters, by their layers' names, whose gradients the calls must be all of."""
-        ran = {call.layer.name for call in calls}
+        ran, uses = {call.layer.name for call in calls}, uses_of(self.model)
         return {
             layer.name: weight
             for layer in self.layers
-            if layer.name in ran and (weight := layer.module._parameters.get("weight")) is not None
-            if not shared_with(self.model, layer)  # of its other uses the log speaks
+            if layer.name in ran
+            and (weight := layer.module._parameters.get("weight")) is not None
+            and weight.requires_grad
+            and not shared_with(self.model, layer, uses)  # of its other uses the log speaks
         }
 
     def _check_whole(
@@ -298,7 +340,7 @@ def capture_layers(
     """Factors of the layers in their order, see :func:`imu_fast.model.capture.capture`."""
 
     def captured(always: bool) -> list[LayerFactors]:
-        seen = _LayersCapture(model, layers, reading, always)
+        seen = LayersCapture(model, layers, reading, always)
         with evaluated(model) as run:
             for layer in layers:
                 weight = layer.module._parameters.get("weight")
@@ -320,6 +362,7 @@ def capture_layers(
             ) from None
         logger.info("layer %r lays out its rows by the data: every batch is tested", changed.layer)
         out = captured(always=True)
+    uses = uses_of(model)
     for layer in layers:
-        say_of_weight(model, layer)
+        say_of_weight(model, layer, uses)
     return out

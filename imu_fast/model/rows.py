@@ -105,9 +105,12 @@ class Ownership:
 
     Attributes:
         always: test every batch.
+        last: of the last batch, where it was tested: the fewest bits that one of its calls has
+            shown, and whether layouts said it all; None where it was not.
     """
 
     always: bool = False
+    last: tuple[float, bool] | None = None
     _known: dict[tuple[str, int], list[Layout]] = field(default_factory=dict)
     _bits: dict[tuple[str, int], float] = field(default_factory=dict)
     _batches: int = 0
@@ -131,6 +134,7 @@ class Ownership:
             LayoutChanged: batches before this one, which were not tested, may be wrong.
         """
         number, self._batches = self._batches, self._batches + 1
+        self.last = None
         shapes = [g.shape[:-1] for g in base]
         if n == 1:
             return [torch.zeros(shape, dtype=torch.int64) for shape in shapes]
@@ -159,6 +163,7 @@ class Ownership:
             code = torch.randint(levels, (n,), generator=generator)
         weighted = backward(torch.exp2((code + low).double()))
         out: list[Tensor | None] = []
+        fewest, every = math.inf, True
         for i, (key, g, w) in enumerate(zip(keys, base, weighted, strict=True)):
             shape = g.shape[:-1]
             digit, clear, own = _digits(g, w, low)
@@ -179,10 +184,12 @@ class Ownership:
             self._known[key] = passed if regular else []
             bits = float(clear.sum()) * math.log2(n)
             self._bits[key] = self._bits.get(key, 0.0) + bits if regular else 0.0
+            fewest, every = min(fewest, bits), every and bool(regular)
             if owners is None and n <= levels:
                 named = torch.argsort(code)[digit.clamp(0, n - 1)]
                 owners = torch.where(clear, named, NOBODY).view(shape)
             out.append(owners)
+        self.last = fewest, every
         if any(owners is None for owners in out):
             decoded = self._decoded(base, backward, n, levels, low)
             out = [d if o is None else o for o, d in zip(out, decoded, strict=True)]

@@ -137,7 +137,7 @@ class LinearChecks:
         Raises:
             NoHeadFoundError: it, or one before it, is not ``act W^T + b``.
         """
-        if layer.name not in self._known or not _is_known(layer):
+        if layer.name not in self._known or not is_known(layer):
             _refuse(layer, deviation(layer, act, out))
             self._known[layer.name] = layer
             return
@@ -166,7 +166,7 @@ class LinearChecks:
         return slice(self._round % step, None, step)
 
 
-def _is_known(layer: LinearLayer) -> bool:
+def is_known(layer: LinearLayer) -> bool:
     """Whether the module's forward is torch's own, not a subclass's or set on the instance."""
     return getattr(layer.module.forward, "__func__", None) in _FORWARDS
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from imu_fast.backend import input_precision
 from imu_fast.ops.mean_gradient import add_gradients
 from imu_fast.ops.operation import kernel_dtypes, operation
-from imu_fast.ops.tokens import groups_of_equal_length, is_flat
+from imu_fast.ops.tokens import equal_length, groups_of_equal_length, is_flat
 
 # Squares live only for one chunk: large enough for a full-speed GEMM, small enough to stay in a
 # last-level cache and out of the memory budget (a few MB in float32 at C = 1,000, d = 2,048).
@@ -35,6 +35,15 @@ def gradient_tiles(
     width = act.shape[1] + has_bias
     classes = min(delta.shape[1], max(1, TILE_ELEMENTS // width))
     per_tile = max(1, TILE_ELEMENTS // (classes * width))
+    length = equal_length(offsets)
+    if length and not has_bias:  # samples as they lie, without a copy
+        signal, inputs = delta.unflatten(0, (-1, length)), act.unflatten(0, (-1, length))
+        for chunk in torch.arange(len(signal), device=delta.device).split(per_tile):
+            some = slice(int(chunk[0]), int(chunk[-1]) + 1)
+            for start in range(0, delta.shape[1], classes):
+                slab = slice(start, start + classes)
+                yield chunk, slab, signal[some, :, slab].transpose(1, 2) @ inputs[some]
+        return
     for samples, tokens in groups_of_equal_length(offsets, delta.device):
         for chunk, rows in zip(samples.split(per_tile), tokens.split(per_tile), strict=True):
             a = act[rows]

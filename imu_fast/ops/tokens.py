@@ -13,6 +13,14 @@ def is_flat(offsets: Tensor) -> bool:
     return bool((offsets.diff() == 1).all())
 
 
+def equal_length(offsets: Tensor) -> int:
+    """How many tokens each sample has, where all have as many; else 0."""
+    counts = offsets.diff()
+    if not len(counts) or not bool((counts == counts[0]).all()):
+        return 0
+    return int(counts[0])
+
+
 def sample_of_token(offsets: Tensor, device: torch.device) -> Tensor:
     """The sample index of each token: [N] int64."""
     counts = offsets.diff().to(device)
@@ -21,6 +29,8 @@ def sample_of_token(offsets: Tensor, device: torch.device) -> Tensor:
 
 def sum_over_tokens(values: Tensor, offsets: Tensor) -> Tensor:
     """Sum token rows [N, ...] into sample rows [n, ...]; a sample without tokens gets zero."""
+    if length := equal_length(offsets):
+        return values.unflatten(0, (-1, length)).sum(dim=1)
     out = values.new_zeros((len(offsets) - 1, *values.shape[1:]))
     return out.index_add_(0, sample_of_token(offsets, values.device), values)
 

@@ -15,8 +15,9 @@ from imu_fast.factors.source import Factors
 from imu_fast.model.batches import ForgetSet, Parts, as_batches, to_device
 from imu_fast.model.called import called, from_sample
 from imu_fast.model.capture import HeadFeatures, capture, capture_features
+from imu_fast.model.convolution import scored_layers
 from imu_fast.model.guard import modes
-from imu_fast.model.head import linear_layers, shared_with
+from imu_fast.model.head import LinearLayer, linear_layers, shared_with
 from imu_fast.model.labels import class_labels
 from imu_fast.model.loss import labelled
 from imu_fast.model.outputs import (
@@ -365,9 +366,7 @@ class NetworkSubject:
         data: Any = self.forget if rows is None else self.forget.subset(rows.tolist())
         chosen: Any = "head"
         if layers == "trained":
-            weights = {id(parameter) for parameter in self.parameters.values()}
-            every = linear_layers(self.model).items()
-            chosen = [k for k, layer in every if id(layer.module.weight) in weights]
+            chosen = [layer.name for layer in trained_layers(self)]
         captured = capture(self.model, data, layers=chosen, **self.reading.given())
         return captured if isinstance(captured, list) else [captured]
 
@@ -390,3 +389,10 @@ class NetworkSubject:
 
     def own(self, name: str) -> Measurement:
         return self.measure(name)
+
+
+def trained_layers(subject: NetworkSubject) -> list[LinearLayer]:
+    """The linear layers whose weights change, in module order."""
+    weights = {id(parameter) for parameter in subject.parameters.values()}
+    every, scored = linear_layers(subject.model), scored_layers(subject.model)
+    return [scored[k] for k, layer in every.items() if id(layer.module.weight) in weights]

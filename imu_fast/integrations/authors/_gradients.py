@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -63,8 +64,6 @@ class Gradients:
             states aside, so that a data set that draws random numbers goes on drawing.
         shift: logits at position t predict the label at t + 1.
 
-    Attributes:
-        mean: gbar, [P].
     """
 
     def __init__(
@@ -80,7 +79,11 @@ class Gradients:
             assert isinstance(found, list)
             parts.append([in_memory(layer, "the authors' procedure") for layer in found])
         self.layers = [joined([part[k] for part in parts]) for k in range(len(modules))]
-        self.mean = chosen.flat([layer.mean_gradient() for layer in self.layers])
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """gbar, [P]."""
+        return self.chosen.flat([layer.mean_gradient() for layer in self.layers])
 
     @property
     def n(self) -> int:
@@ -108,6 +111,18 @@ class Gradients:
         if first_row_is_mean:
             out[0] = -(x @ self.mean)
         return out
+
+    def own_influence(self, mode: DampingMode) -> Tensor:
+        """:meth:`influence` by the samples' own Fisher, layer by layer: nothing of size P."""
+        spec, out = FisherDiag(damping=DAMPING, damping_mode=mode), None
+        for k, layer in enumerate(self.layers):
+            mean = layer.mean_gradient()
+            x = spec.fit(layer).solve(mean, out=mean)
+            self.chosen.only(k, x)
+            part = scores(layer, x)
+            out = part if out is None else out.add_(part)
+        assert out is not None
+        return out.neg_()
 
     def rows(self, first: int, last: int) -> Tensor:
         """The gradients themselves, of samples first:last: [k, P]."""

@@ -132,6 +132,12 @@ class Chosen:
             out[part[0]][..., self._columns(part)] = block.view(*lead, *self._shape(part))
         return out
 
+    def only(self, layer: int, x: Tensor) -> None:
+        """Zero what is not of the chosen parameters in one layer's [C, D]."""
+        for is_bias in (False, True):
+            if (layer, is_bias) not in self.parts:
+                x[:, self._columns((layer, is_bias))] = 0
+
     def check(self, argument: str, flat: Tensor, device: torch.device) -> Tensor:
         """A vector of the caller's, on the device.
 

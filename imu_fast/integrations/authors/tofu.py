@@ -136,7 +136,7 @@ def compute_influence_for_batch(
         Others as of :func:`compute_fisher_diag_batch`.
     """
     found = _gradients(model, x, t, state_size, layers, shift, attention_mask)
-    influence = found.influence(found.inverse_fisher("add"), first_row_is_mean=False)
+    influence = found.own_influence("add")
     weights = influence.clamp(max=0).abs().float().sqrt()
     if clamp_quantile is not None and len(weights) > 1:
         check_fraction("clamp_quantile", clamp_quantile)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
+from imu_fast.errors import InputError
 from imu_fast.model.guard import modes
 from imu_fast.model.loss import counts_of
 from imu_fast.ops.objective import objective
 from imu_fast.ops.tokens import sum_over_tokens
 from imu_fast.unlearning.ascent.head_samples import drawn, shares
-from imu_fast.unlearning.ascent.live import Forward, LiveHead
+from imu_fast.unlearning.ascent.live import Forward, Live, LiveHead, LiveLayers
 from imu_fast.unlearning.ascent.retain import RETAIN, Retain
 from imu_fast.unlearning.ascent.step import Rule
 from imu_fast.unlearning.subject import NetworkSubject, Scored
+
+logger = logging.getLogger("imu_fast")
 
 
 class NetworkSteps:
@@ -42,23 +46,29 @@ class NetworkSteps:
         self._batchnorm, self._dropout = batchnorm, dropout
         # Scores are of evaluation mode, and of the forget set.
         self._may_live = batchnorm == dropout == "eval" and rule.samples == "forget"
-        self._live: LiveHead | None = None
+        self._live: Live | None = None
         self.optimizer = rule.optimizer.make(list(subject.trained.values()))
 
     def seen(self, rows: Tensor, layers: str) -> Scored:
         """What the weights of a step on samples of ``rows`` are made of.
 
-        At the head they come from the step's own forward pass, which then goes on from there.
+        They come from the step's own forward pass, which then goes on from there.
         """
-        if not self._may_live or layers != "head":
+        if not self._may_live:
             return self.subject
         if self._live is None:
-            self._live = LiveHead.find(self.subject, rows)
-            self._may_live = self._live is not None
+            head = layers == "head"
+            found = LiveHead.find(self.subject, rows) if head else LiveLayers.find(self.subject)
+            self._live, self._may_live = found, found is not None
         if self._live is None:
             return self.subject
-        with modes(self.subject.model, batchnorm="eval", dropout="eval"):
-            self._live.run(rows)
+        try:
+            with modes(self.subject.model, batchnorm="eval", dropout="eval"):
+                self._live.run(rows)
+        except InputError as error:  # a capture knows more ways, or says what is wrong
+            logger.info("scores come from a forward pass of their own: %s", error)
+            self._live, self._may_live = None, False
+            return self.subject
         return self._live
 
     def step(self, rows: Tensor, weights: Tensor) -> Tensor:
