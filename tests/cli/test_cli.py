@@ -423,7 +423,7 @@ def test_demo_out_is_a_file(tmp_path):
         ("def make(): return nn.Linear(12, 3)", "weights.pt' do not fit arch='own_arch:make'"),
         ("def make(): return Odd(lambda x: x @ x[0, 0, 0, :1])", "cannot take a sample"),
         ("def make(): return Odd(lambda x: 3)", "returned a int without logits"),
-        ("def make(): return Odd(lambda x: x.sum())", "returns shape () for one sample"),
+        ("def make(): return Odd(lambda x: x.sum())", "of shape (); it must be the logits"),
         ("def make(): return Odd(lambda x: x[:, :3, 0, 0].exp())", "no linear layer makes"),
     ],
 )
