@@ -8,14 +8,18 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import ParamSpec, TypeVar
 
 import numpy as np
 import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 _DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
 
 
@@ -33,14 +37,15 @@ def random_state_kept(devices: Iterable[torch.device] = ()) -> Iterator[None]:
 
 
 def no_autocast(function: Callable[P, R]) -> Callable[P, R]:
-    """For functions of tensors: the user's autocast is set aside, products keep their dtype."""
+    """For functions of tensors: the user's autocast and default device are set aside."""
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not any(map(_autocast, _DEVICE_TYPES)):
+        if not any(map(_autocast, _DEVICE_TYPES)) and _default_device() is None:
             return function(*args, **kwargs)
         with ExitStack() as stack:
             _leave_autocast(stack)
+            _leave_default_device(stack)
             return function(*args, **kwargs)
 
     return wrapped
@@ -55,12 +60,62 @@ def _leave_autocast(stack: ExitStack) -> None:
         stack.enter_context(torch.autocast(kind, enabled=False))
 
 
+# No forward and no loader runs with constants on such a device.
+_WITHOUT_VALUES = ("meta",)
+# The default device of the user's call, where it has one and it is set aside; of each thread.
+_called_under: ContextVar[torch.device | None] = ContextVar("called_under", default=None)
+
+
+def _default_device() -> torch.device | None:
+    """That of ``with torch.device(...)`` or ``torch.set_default_device``, but for the CPU."""
+    for mode in reversed(_get_current_function_mode_stack()):
+        if isinstance(mode, DeviceContext):
+            return None if mode.device.type == "cpu" else mode.device
+    return None
+
+
+@contextmanager
+def _default_device_as(device: torch.device, called_under: torch.device | None) -> Iterator[None]:
+    token = _called_under.set(called_under)
+    try:
+        with device:
+            yield
+    finally:
+        _called_under.reset(token)
+
+
+def _leave_default_device(stack: ExitStack) -> None:
+    if (device := _default_device()) is not None:
+        back = None if device.type in _WITHOUT_VALUES else device
+        stack.enter_context(_default_device_as(torch.device("cpu"), back))
+
+
+def default_device_back() -> AbstractContextManager[None]:
+    """For the user's own code, a forward or a dataset: the default device of the user's call."""
+    device = _called_under.get()
+    return nullcontext() if device is None else _default_device_as(device, None)
+
+
+def as_called(items: Iterable[T]) -> Iterator[T]:
+    """What the user's iterable gives, made under the default device of the user's call."""
+    with default_device_back():
+        iterator = iter(items)
+    while True:
+        with default_device_back():
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+        yield item
+
+
 @contextmanager
 def plain_torch(devices: Iterable[torch.device] = ()) -> Iterator[None]:
-    """Full precision, ordinary tensors and eager modules inside; all as it was afterwards.
+    """Full precision, ordinary tensors on the CPU and eager modules inside; as it was afterwards.
 
     Autocast would round our sums to half precision; what is made under ``torch.inference_mode()``
-    has no gradient; compiled modules do not run the hooks that are set after they were compiled.
+    has no gradient; compiled modules do not run the hooks that are set after they were compiled;
+    a default device, ``meta`` say, is not that of our constants (:func:`default_device_back`).
     Random numbers drawn inside leave the caller's streams where they were.
 
     Args:
@@ -74,6 +129,7 @@ def plain_torch(devices: Iterable[torch.device] = ()) -> Iterator[None]:
             stack.enter_context(torch.inference_mode(False))
             torch.set_grad_enabled(False)
         _leave_autocast(stack)
+        _leave_default_device(stack)
         stack.enter_context(random_state_kept(devices))
         stack.enter_context(_eager())
         inner_grad = torch.is_grad_enabled()

@@ -34,10 +34,10 @@ def writable(path: str | os.PathLike[str], name: str = "path", *, size: int = 0)
 
     Raises:
         InputError: it cannot: the path is a folder, a device, read-only, in no folder, or the
-            disk is full.
+            disk is full; or no file can have this name.
     """
-    target = Path(os.path.realpath(path))
     shown = f"{name}={os.fspath(path)!r}"
+    target = _real(path, shown)
     if target.is_dir():
         raise InputError(f"{shown} is a folder; add a file name")
     if target.exists():
@@ -56,7 +56,7 @@ def writable_folder(folder: Path, shown: str, *, size: int = 0) -> None:
     Args:
         shown: what the message begins with.
     """
-    folder = Path(os.path.realpath(folder))
+    folder = _real(folder, shown)
     there = next(p for p in (folder, *folder.parents) if os.path.exists(p))
     if not there.is_dir():
         raise InputError(f"{shown}: {str(there)!r} is no folder; choose another")
@@ -78,6 +78,22 @@ def writable_folder(folder: Path, shown: str, *, size: int = 0) -> None:
         )
 
 
+def _real(path: str | os.PathLike[str], shown: str) -> Path:
+    """Where a path leads.
+
+    Raises:
+        InputError: nowhere: a name too long, links in a circle, a zero byte.
+    """
+    try:
+        target = Path(os.path.realpath(path))
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            os.stat(target)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{shown}: no file can have this name ({why}); choose another") from error
+    return target
+
+
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary name beside ``path``; renamed onto it on success, removed on failure.
@@ -85,9 +101,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     A link stays, what it points to is replaced; a file that was there keeps its mode and owner.
 
     Raises:
+        InputError: no file can have this name.
         WriteError: the file system refuses; what was there is untouched.
     """
-    target = Path(os.path.realpath(path))
+    target = _real(path, f"path={os.fspath(path)!r}")
     temporary = target.with_name(f".{uuid.uuid4().hex[:12]}.tmp{target.suffix}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

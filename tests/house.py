@@ -17,7 +17,7 @@ from pathlib import Path
 PACKAGE = "imu_fast"
 # From the top of the house to its foundations: a file imports its own floor or lower ones.
 FLOORS = (
-    ("cli", "study", "integrations", "check"),
+    ("__main__", "cli", "study", "integrations", "check"),
     ("attribution", "evaluation", "unlearning"),
     ("importance", "influence"),
     ("curvature", "model"),

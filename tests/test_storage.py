@@ -192,6 +192,15 @@ def test_targets_are_tried_before_the_work(tmp_path, monkeypatch):
         (tmp_path / "file").write_text("")
         with pytest.raises(InputError, match=f"out='{bad}'.*{message}"):
             writable(bad, "out")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    for bad in (tmp_path / ("x" * 300), tmp_path / ("x" * 300) / "f", "a\0b", tmp_path / "circle"):
+        with pytest.raises(InputError, match="^out=.*no file can have this name.*choose another"):
+            writable(bad, "out")
+        with pytest.raises(InputError, match="^here: no file can have this name.*choose another"):
+            writable_folder(bad, "here")
+        with pytest.raises(InputError, match="^path=.*no file can have this name.*choose another"):
+            save_tensors(bad, {}, {})
+    (tmp_path / "circle").unlink()
     writable(tmp_path / "new" / "deep" / "f", "out")
     writable(tmp_path / "file", "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]

@@ -22,6 +22,7 @@ from imu_fast.errors import (
     check_positive,
 )
 from imu_fast.model.batches import ForgetSet, device_of, split_batch, to_device
+from imu_fast.model.called import called
 from imu_fast.model.capture import capture_features
 from imu_fast.model.guard import copied, door
 from imu_fast.model.labels import class_labels
@@ -85,7 +86,7 @@ def _network_accuracies(
         args, kwargs, labels = to_device(split_batch(samples.get(next(batches).tolist())), device)
         optimizer.zero_grad()
         with torch.enable_grad():
-            logits = logits_of(model(*args, **kwargs), labels, reading.output)
+            logits = logits_of(called(model, args, kwargs, labels), labels, reading.output)
             labels = reading.labels_of_all(labels, logits, "relearning_steps()")
             nn.functional.cross_entropy(logits.float(), labels).backward()
         optimizer.step()

@@ -15,10 +15,11 @@ from imu_fast.importance.batch import Layouts, Ledger, made_dtype
 from imu_fast.importance.recorder import Recorder
 from imu_fast.importance.rules import RULES
 from imu_fast.model.batches import empty_message
+from imu_fast.model.called import from_sample
 from imu_fast.model.causal import settled
 from imu_fast.model.guard import copies_of, door, put_back
 from imu_fast.model.logits import chosen
-from imu_fast.model.loss import on_logits, sample_losses, targets_of
+from imu_fast.model.loss import Targets, check_labelled, on_logits, sample_losses, targets_of
 from imu_fast.model.parts import Parts
 from imu_fast.model.reading import Reading, ReadingOptions
 from imu_fast.model.rows import LayoutChanged
@@ -45,12 +46,15 @@ class _Importance:
             key: torch.zeros_like(p, dtype=made_dtype(p), requires_grad=False).contiguous()
             for key, p in self.parameters.items()
         }
-        self.layouts, self.samples = Layouts(always), 0
+        self.layouts, self.samples, self.labelled = Layouts(always), 0, 0
         self.reached: set[int] = set()
         self._said: set[int] = set()
 
-    def _signal(self, logits: Tensor, labels: Tensor) -> Tensor:
-        targets = targets_of(labels, logits, self.reading.loss)
+    def _targets(self, logits: Tensor, labels: Tensor) -> Targets:
+        return targets_of(labels, logits, self.reading.loss)
+
+    @staticmethod
+    def _signal(logits: Tensor, targets: Targets) -> Tensor:
         return on_logits(sample_losses(logits, targets).delta, logits.detach(), targets)
 
     def add(self, run: Run, batch: Batch) -> None:
@@ -62,7 +66,9 @@ class _Importance:
         self.output = locate(self.model, run, batch, output, self.output)
         logits = chosen(output, self.output)
         self.reading = settled(self.reading, self.model, run, batch, logits, self.output)
-        signal = self._signal(logits, batch[2])
+        targets = self._targets(logits, batch[2])
+        signal = self._signal(logits, targets)
+        self.labelled += int((targets.counts > 0).sum())
         check_finite_rows("the loss's signal at the logits", signal.flatten(1))
         ledger = Ledger(recorder, self.parameters, self.totals, self.layouts, self.names)
         ledger.run(logits, signal)
@@ -94,7 +100,7 @@ class _Importance:
                 raise _mixed(chosen_names[0], "a sample's logits change with the rest of its batch")
             if not found.requires_grad:
                 continue
-            signal = self._signal(found, one.labels)
+            signal = self._signal(found, self._targets(found, one.labels))
             try:
                 gradients = torch.autograd.grad(found, wanted, signal, allow_unused=True)
             except RuntimeError as error:
@@ -196,11 +202,13 @@ def parameter_importance(
         try:
             with evaluated(model) as run:
                 for batch in read(model, loader, progress):
-                    seen.add(run, batch)
+                    with from_sample(seen.samples):
+                        seen.add(run, batch)
         finally:
             put_back(renormed)
         if not seen.samples:
             raise InputError(empty_message(loader))
+        check_labelled(seen.labelled, seen.samples, seen.reading.loss)
         return seen.means()
 
     try:

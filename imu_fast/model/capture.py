@@ -16,6 +16,7 @@ from imu_fast.model.features import HeadFeatures as HeadFeatures
 from imu_fast.model.guard import door
 from imu_fast.model.head import LinearLayer, resolve
 from imu_fast.model.layers import LayerFactors, capture_layers
+from imu_fast.model.loss import check_labelled
 from imu_fast.model.reading import Reading, ReadingOptions
 from imu_fast.model.run import evaluated, full_precision, read
 from imu_fast.model.selection import selected
@@ -39,6 +40,7 @@ def _capture_head(
             seen.add(run, batch)
     if not seen.samples:
         raise InputError(empty_message(loader))
+    check_labelled(int(seen.offsets[-1]), seen.samples, seen.loss)
     seen.finish()
     return seen
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader
 
-from imu_fast.ambient import random_state_kept
+from imu_fast.ambient import as_called, default_device_back, random_state_kept
 from imu_fast.errors import InputError
 from imu_fast.model.guard import preserved
 from imu_fast.model.order import index_batches, say_remarks, warn_of_order
@@ -113,9 +113,12 @@ class ForgetSet:
         inner = self._reader.loader
         indices = [self._indices[row] for row in rows]
         if isinstance(inner, DataLoader):
-            parts = self._reader.parts_of(inner.collate_fn(_fetched(inner.dataset, indices)))
+            with default_device_back():
+                item = inner.collate_fn(_fetched(inner.dataset, indices))
+            parts = self._reader.parts_of(item)
         else:
-            parts = [self._reader.sample(inner[index]) for index in indices]
+            items = (inner[index] for index in indices)
+            parts = list(map(self._reader.sample, as_called(items)))
         return _grouped(_placed(parts, len(rows)))
 
     def get(self, rows: Sequence[int]) -> Parts:
@@ -173,7 +176,7 @@ class ForgetSet:
             prefetch_factor=inner.prefetch_factor,
         )
         with random_state_kept():
-            for item, size in zip(same, self._sizes, strict=True):
+            for item, size in zip(as_called(same), self._sizes, strict=True):
                 placed = _placed(self._reader.parts_of(item), size)
                 for parts, _ in _in_order(_grouped(placed)):
                     yield parts

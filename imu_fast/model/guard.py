@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from imu_fast.ambient import finish, plain_torch
-from imu_fast.errors import InputError
+from imu_fast.errors import InputError, brief
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -49,6 +50,7 @@ def door(function: Callable[P, R]) -> Callable[P, R]:
         model = args[0] if args else kwargs.get("model", kwargs.get("source"))
         with ExitStack() as stack:
             if isinstance(model, nn.Module):
+                check_modes(model)
                 stack.enter_context(exclusive(model))
                 stack.enter_context(plain_torch(_devices(model)))
             else:
@@ -66,6 +68,36 @@ def _devices(model: nn.Module) -> set[torch.device]:
 def _has_own_train(module: nn.Module) -> bool:
     """Whether a module does more at ``train()`` and ``eval()`` than to note the mode."""
     return type(module).train is not nn.Module.train or "train" in vars(module)
+
+
+def check_modes(model: nn.Module) -> None:
+    """Raise InputError for a model that cannot be put into evaluation mode and back."""
+    for name, module in model.named_modules():
+        where = f"model: {name!r}" if name else "model"
+        if not hasattr(module, "training"):
+            raise InputError(
+                f"{where} is a frozen TorchScript module, which has no training mode any more; "
+                "pass the original nn.Module that it was scripted or traced from"
+            )
+        if not _has_own_train(module):
+            continue
+        if isinstance(module, torch.fx.GraphModule) and "train" in vars(module):
+            try:
+                module.train(module.training)
+            except NotImplementedError as error:
+                raise InputError(
+                    f"{where} was made by torch.export, and has no modes ({brief(error)}); pass "
+                    "the original nn.Module that it was exported from"
+                ) from error
+        try:
+            inspect.signature(module.train).bind(False)
+        except TypeError as error:
+            raise InputError(
+                f"{where}: {type(module).__name__}.train takes no mode ({error}); define "
+                "train(self, mode=True), as torch.nn.Module has it, and return self"
+            ) from error
+        except ValueError:  # no signature to be had
+            continue
 
 
 Modes = list[tuple[nn.Module, bool]]
@@ -139,6 +171,11 @@ def _equal(first: Tensor, second: Tensor) -> bool:
 def check_trainable(model: nn.Module, training: bool = True) -> None:
     """Raise InputError if parameters have no shape, or (``training``) cannot have gradients."""
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise InputError(
+                f"model: {name} is on the meta device, without values; load the model's weights "
+                "first (model.to_empty(device=...), then load_state_dict)"
+            )
         if is_lazy(parameter):
             raise InputError(
                 f"model: {name} has no shape yet (a lazy module); run the model on one batch first"
@@ -159,6 +196,7 @@ class _Snapshot:
     """
 
     def __init__(self, model: nn.Module, looked_at: bool) -> None:
+        check_modes(model)
         modules = list(model.modules())
         self.modes = _modes_of(model)
         parameters = list(model.parameters())
@@ -249,13 +287,25 @@ def copied(model: nn.Module) -> nn.Module:
 
     ``weight_norm`` and ``spectral_norm`` of ``torch.nn.utils`` leave such, which torch refuses to
     copy.
+
+    Raises:
+        InputError: the model refuses to be copied.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
         for tensor in _tensors_in(vars(module)).values():
             if tensor.grad_fn is not None:
                 memo[id(tensor)] = tensor.detach().clone()
-    return copy.deepcopy(model, memo)
+    try:
+        return copy.deepcopy(model, memo)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise InputError(
+            f"model: a {type(model).__name__} that copy.deepcopy does not copy "
+            f"({type(error).__name__}: {brief(error)}); pass a copy of your own with inplace=True, "
+            "or a model that can be copied"
+        ) from error
 
 
 @contextmanager

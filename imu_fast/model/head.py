@@ -141,7 +141,10 @@ def no_head(model: nn.Module, reason: str) -> NoHeadFoundError:
         k: (m.out_features, m.in_features) if isinstance(m, nn.Linear) else (m.nf, m.nx)
         for k, m in modules.items()
     }
-    return NoHeadFoundError(f"{reason}; the model's linear layers (C, d) are {shapes or 'none'}")
+    return NoHeadFoundError(
+        f"{reason}; the model's linear layers (C, d) are {shapes or 'none'}; logits whose classes "
+        "do not come last are brought into that layout by output=, a function"
+    )
 
 
 def linear_layers_matching(model: nn.Module, substring: str) -> list[str]:

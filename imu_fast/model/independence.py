@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from imu_fast.errors import InputError
+from imu_fast.model.called import called
 from imu_fast.model.calls import Call
 from imu_fast.model.nested import taken
 from imu_fast.model.run import Batch, innermost
@@ -59,7 +60,7 @@ def check_alone(
         try:
             alone = some_samples(batch, range(n - few, n))
             # Without the hooks of the model itself: the user's may count batches.
-            found = outputs(lambda part: inner.forward(*part[0], **part[1]), alone)
+            found = outputs(lambda part: called(inner, *part, inner.forward), alone)
             break
         except Exception:
             logger.debug("a sample cannot be compared with its batch", exc_info=True)

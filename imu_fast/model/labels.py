@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -87,11 +88,34 @@ def class_labels(labels: Tensor, logits_shape: torch.Size | tuple[int, ...]) -> 
     if tuple(labels.shape) == (*rows, 1):
         labels = labels[..., 0]
     if tuple(labels.shape) != rows:
+        way_out = _as_rows(tuple(labels.shape), tuple(logits_shape))
         raise InputError(
             f"labels have shape {tuple(labels.shape)}, logits {tuple(logits_shape)}; expected one "
-            "label per row of logits"
+            f"label per row of logits, classes last: {way_out}"
         )
     return labels.to(torch.int64)
+
+
+def _as_rows(labels: tuple[int, ...], logits: tuple[int, ...]) -> str:
+    """What makes rows that these labels fit of logits of another layout."""
+    n = labels[0] if labels else 0
+    single = labels[1:] in ((), (1,))
+    if single and logits[1:] == (n,):
+        return "output=lambda o: o.T"
+    if len(logits) == len(labels) + 1 and logits[:1] + logits[2:] == labels:
+        return "output=lambda o: o.movedim(1, -1)"
+    if len(logits) == 3 and (logits[1], logits[0]) == labels:
+        return "output=lambda o: o.transpose(0, 1)"
+    if not single or logits[0] != n or len(logits) < 3:
+        return "choose the rows of the labels by output=, a function of what the model returns"
+    if max(logits[1:]) == math.prod(logits[1:]):
+        return "output=lambda o: o.flatten(1)"
+    positions = ", ".join([":"] + ["0"] * (len(logits) - 2))
+    return (
+        "one label a sample is for one row: where classes come last output=lambda o: "
+        f"o[{positions}], or the mean, o.flatten(1, -2).mean(1); where they come second "
+        "output=lambda o: o.flatten(2).mean(2); or give labels of every position"
+    )
 
 
 def labels_fit(labels: Tensor, logits: Tensor) -> bool:

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from imu_fast.errors import InputError, check_finite_rows
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.unfolded import UnfoldedFactors
+from imu_fast.model.called import from_sample
 from imu_fast.model.calls import Call, Seen, watched
 from imu_fast.model.causal import settled
 from imu_fast.model.convolution import Convolution
 from imu_fast.model.head import LinearLayer, say_of_weight, shared_with, uses_of
 from imu_fast.model.logits import chosen
-from imu_fast.model.loss import Targets, on_logits, sample_losses, targets_of
+from imu_fast.model.loss import Targets, check_labelled, on_logits, sample_losses, targets_of
 from imu_fast.model.proofs import Proof, proof_of
 from imu_fast.model.reading import Reading
 from imu_fast.model.rows import (
@@ -231,6 +232,8 @@ class LayersCapture:
     def factors(self) -> list[LayerFactors]:
         if not self.samples:
             raise InputError("loader is empty; pass at least one batch of forget samples")
+        labelled = torch.cat(self.samples)
+        check_labelled(int(labelled.sum()), len(labelled), self.reading.loss)
         self._checks.finish()
         for layer in self.layers:
             if layer.name not in self._ran:
@@ -344,7 +347,8 @@ def capture_layers(
                 if weight is not None:  # keeps torch's fused encoder layers off, which hide theirs
                     weight.requires_grad_()
             for batch in read(model, loader, progress):
-                seen.add(run, batch)
+                with from_sample(sum(map(len, seen.samples))):
+                    seen.add(run, batch)
         return seen.factors()
 
     try:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from imu_fast.errors import InputError
+from imu_fast.errors import InputError, brief
 
 # Where a tensor is in a model's output: keys, attributes and indices, from the outside in.
 Path = tuple[str | int, ...]
@@ -78,11 +79,11 @@ def candidates(
         InputError: there is none.
     """
     if isinstance(output, Tensor):
-        return {(): output}
+        return {(): _checked(output, "the model's output is")}
     parts = _parts(output) or {}
     logits = parts.get("logits", getattr(output, "logits", None))
     if isinstance(logits, Tensor):
-        return {("logits",): logits}
+        return {("logits",): _checked(logits, "'logits' in the model's output is")}
     every = tensors_of(output)
     if labels is None:
         fitting = {path: t for path, t in every.items() if t.dim() >= 2}
@@ -122,14 +123,43 @@ def chosen(output: Any, choice: Any) -> Tensor:
     Raises:
         InputError: it is not there, or no tensor.
     """
-    if callable(choice):
+    if choice == ():
+        return _checked(output, "the model's output is")
+    if not callable(choice):
+        path = choice if isinstance(choice, tuple) else (choice,)
+        return _checked(follow(output, path), f"output={choice!r} gives")
+    name = f"output={getattr(choice, '__qualname__', choice)}"
+    try:
         found = choice(output)
-    else:
-        found = follow(output, choice if isinstance(choice, tuple) else (choice,))
-    if not isinstance(found, Tensor) or not found.is_floating_point():
-        what = f"{found.dtype} tensor" if isinstance(found, Tensor) else type(found).__name__
-        raise InputError(f"output={choice!r} gives a {what}; it must be the logits")
-    return found
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{name} raised {type(error).__name__}: {brief(error)}; it is called with what the "
+            f"model returns, {_shown(output)}, and must return the logits in it"
+        ) from error
+    return _checked(found, f"{name} gives")
+
+
+def _checked(found: Any, what: str) -> Tensor:
+    """What is to be the logits.
+
+    Raises:
+        InputError: it cannot be.
+    """
+    if isinstance(found, Tensor) and found.is_floating_point() and found.dim() >= 2:
+        return found
+    way_out = "say where the logits [n, C] are with output= (a key, an index, or a function)"
+    if isinstance(found, Tensor) and found.is_floating_point() and found.dim() == 1:
+        way_out = "one logit a sample is to be [n, 1], as output=lambda o: o[:, None] makes it"
+    raise InputError(f"{what} a {_shown(found)}; it must be the logits: {way_out}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} tensor of shape {tuple(value.shape)}"
+    inside = {named(path): tuple(t.shape) for path, t in tensors_of(value).items()}
+    return type(value).__name__ + (f" with {inside}" if inside else "")
 
 
 def logits_of(output: Any, labels: Tensor | None = None, choice: Any = None) -> Tensor:

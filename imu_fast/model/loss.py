@@ -50,6 +50,17 @@ class Targets:
         return self.valid.reshape(len(self), -1).sum(dim=1).cpu()
 
 
+def check_labelled(labelled: int, samples: int, loss: Loss) -> None:
+    """Raise InputError where no label of all these samples has a loss."""
+    if labelled == 0:
+        ignored = getattr(loss, "ignore_index", None)
+        which = "" if ignored is None else f" (labels of ignore_index={ignored} are left out)"
+        raise InputError(
+            f"none of {samples} samples has a label to be predicted{which}; pass their labels, or "
+            "another ignore_index="
+        )
+
+
 def of_rows(loss: Loss) -> Loss:
     """The loss of rows that are lined up with their labels already."""
     return replace(loss, shift=False) if isinstance(loss, CrossEntropy) else loss

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import data
 
-from imu_fast.ambient import random_state_kept
+from imu_fast.ambient import default_device_back, random_state_kept
 
 logger = logging.getLogger("imu_fast")
 
@@ -169,7 +169,7 @@ def index_batches(loader: Any) -> list[list[Any]] | None:
         return None
     if type(loader).__iter__ is not data.DataLoader.__iter__:  # it does more than read
         return None
-    with random_state_kept(), generators_kept(loader):
+    with random_state_kept(), generators_kept(loader), default_device_back():
         # The number that torch's own iteration draws before its sampler does: the same order.
         torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
         batches: Iterable[Any] = loader.batch_sampler

@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 from imu_fast.errors import InputError
 from imu_fast.losses.cross_entropy import check_labels
 from imu_fast.model.batches import as_batches, device_of, empty_message, split_batch, to_device
+from imu_fast.model.called import called, from_sample
 from imu_fast.model.causal import settled
 from imu_fast.model.guard import door, preserved
 from imu_fast.model.logits import candidates
@@ -190,20 +191,22 @@ def logits_in_batches(
     choice = reading.output
 
     def run(batch: Any) -> Any:
-        return model(*batch[0], **batch[1])
+        return called(model, *batch)
 
     with preserved(model), torch.no_grad():
         model.eval()
+        samples = 0
         for batch in as_batches(loader, model):
-            parts = to_device(split_batch(batch), device)
-            output = run(parts)
-            logits = logits_of(output, parts.labels, choice)
-            if logits.dim() > 2:
-                where = (
-                    choice if choice is not None else next(iter(candidates(output, parts.labels)))
-                )
-                reading = settled(reading, model, run, parts, logits, where)
-            yield logits, labelled(reading, parts.labels, logits, name)
+            with from_sample(samples):
+                parts = to_device(split_batch(batch), device)
+                output = run(parts)
+                logits = logits_of(output, parts.labels, choice)
+                if logits.dim() > 2:
+                    found = candidates(output, parts.labels) if choice is None else [choice]
+                    reading = settled(reading, model, run, parts, logits, next(iter(found)))
+                targets = labelled(reading, parts.labels, logits, name)
+            samples += parts.n
+            yield logits, targets
 
 
 @door

@@ -155,6 +155,11 @@ def to_device(parts: Parts, device: torch.device) -> Parts:
 
     def leaf(value: Any) -> Any:
         if isinstance(value, Tensor):
+            if value.is_meta and device.type != "meta":
+                raise InputError(
+                    f"a batch holds a {value.dtype} tensor of shape {tuple(value.shape)} on the "
+                    "meta device, which has no values; load the data outside torch.device('meta')"
+                )
             value = value.to(device)
             # A tensor made under torch.inference_mode() cannot be saved for a backward pass.
             return value.clone() if value.is_inference() else value

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from imu_fast.errors import InputError
+from imu_fast.ambient import as_called
+from imu_fast.errors import InputError, brief
 from imu_fast.model.forward import LABEL_NAMES
 from imu_fast.model.labels import is_integer
 from imu_fast.model.nested import (
@@ -57,6 +58,8 @@ class Reader:
             columns = self.loader = list(zip(*columns, strict=True))
         _check_form(columns)
         self.is_dataset = _is_dataset(columns)
+        if self.is_dataset:
+            _check_length(self.loader)
         self.whole: Parts | None = None
         self.is_whole = _is_whole(columns)
         if self.is_whole:
@@ -86,7 +89,7 @@ class Reader:
         if self.whole is not None:
             yield from self.cut()
         elif self.is_dataset:
-            samples = (self.sample(self.loader[i]) for i in range(len(self.loader)))
+            samples = map(self.sample, as_called(_by_index(self.loader)))
             yield from Parts.gathered(samples, self.size)
         elif not self.is_whole:
             with generators_kept(self.loader):
@@ -113,9 +116,9 @@ class Reader:
 
     def _items(self) -> Iterator[Any]:
         if isinstance(self.loader, Iterable) or not hasattr(self.loader, "__len__"):
-            yield from self.loader
+            yield from as_called(self.loader)
         else:
-            yield from (self.loader[i] for i in range(len(self.loader)))
+            yield from as_called(_by_index(self.loader))
 
     def _own(self, parts: Parts) -> Parts:
         if not self._reuses:
@@ -142,6 +145,10 @@ class Reader:
         return [self.split(item)] if samples is None else samples
 
 
+def _by_index(dataset: Any) -> Iterator[Any]:
+    return (dataset[i] for i in range(len(dataset)))
+
+
 def _check_form(loader: Any) -> None:
     if isinstance(loader, str | bytes) or callable(getattr(loader, "read", None)):
         raise InputError(f"loader={loader!r} is no data; read the file into tensors first")
@@ -158,6 +165,18 @@ def _check_form(loader: Any) -> None:
             f"loader is a {type(loader).__name__}; pass a DataLoader, batches, or tensors "
             f"(X, y){hint}"
         )
+
+
+def _check_length(dataset: Any) -> None:
+    """Raise InputError for a dataset that does not say how many samples it has."""
+    try:
+        len(dataset)
+    except (TypeError, NotImplementedError, AttributeError) as error:
+        raise InputError(
+            f"loader is a {type(dataset).__name__}, a dataset read by index, that does not say how "
+            f"many samples it has ({brief(error, 100)}); give it a __len__, or pass [dataset[i] "
+            "for i in range(n)] or a DataLoader with a sampler"
+        ) from error
 
 
 def _is_whole(loader: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from imu_fast.ambient import default_device_back
 from imu_fast.errors import brief
 from imu_fast.model.forward import Forward
 from imu_fast.model.guard import preserved
@@ -92,7 +93,8 @@ def several_in_a_row(parts: Parts) -> bool:
 def _outputs(model: nn.Module, parts: Parts, more: dict[str, Any]) -> dict[Any, Tensor]:
     """What a model makes of a batch; nothing where it refuses it."""
     try:
-        return tensors_of(model(*parts.args, **parts.kwargs, **more))
+        with default_device_back():
+            return tensors_of(model(*parts.args, **parts.kwargs, **more))
     except REFUSALS as error:
         logger.info("the model refuses its inputs and %s: %s", list(more), brief(error, 100))
         return {}

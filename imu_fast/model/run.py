@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from imu_fast.errors import InputError
 from imu_fast.model.batches import as_batches, device_of, split_batch, to_device
+from imu_fast.model.called import called
 from imu_fast.model.forward import innermost as innermost
 from imu_fast.model.guard import check_trainable, preserved
 
@@ -79,8 +80,7 @@ def evaluated(model: nn.Module) -> Iterator[Callable[[Batch], Any]]:
         def run(batch: Batch) -> Any:
             if model.training:  # a loader may have meddled
                 model.eval()
-            args, kwargs, _ = batch
-            return inner(*args, **kwargs)
+            return called(inner, *batch)
 
         yield run
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from imu_fast.ambient import default_device_back
 from imu_fast.errors import InputError, brief
 from imu_fast.model.forward import LABEL_NAMES, forward_of, innermost
 from imu_fast.model.guard import preserved
@@ -162,7 +163,7 @@ class Splitter:
         try:
             parts = self._parts(rule.read(batch))
             args, kwargs, labels = to_device(parts, device_of(self.model))
-            with preserved(self.model), torch.no_grad():
+            with preserved(self.model), torch.no_grad(), default_device_back():
                 self.model.eval()
                 outputs = tensors_in(self.model(*args, **kwargs))
         except REFUSALS as error:

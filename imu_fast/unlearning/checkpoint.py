@@ -20,6 +20,7 @@ from imu_fast.unlearning.subject import Subject
 # What a resumed run may have otherwise: its budget.
 _BUDGET = ("epochs", "max_steps")
 _FORMAT = 1
+_ANEW = "pass resume=False to overwrite it, or another name"
 
 
 @dataclass
@@ -130,7 +131,7 @@ class Checkpoint:
         if changed or shapes != stored:
             raise InputError(
                 f"checkpoint={str(self.path)!r} belongs to another run (differs in "
-                f"{changed or 'shapes'}); pass resume=False to overwrite it, or another name"
+                f"{changed or 'shapes'}); {_ANEW}"
             )
         with torch.no_grad():
             for key, tensor in state.items():
@@ -175,22 +176,22 @@ class Checkpoint:
         Raises:
             InputError: none of ours, of another format, or damaged.
         """
-        tensors, metadata = load_tensors(self.path)
         name = f"checkpoint={str(self.path)!r}"
+        try:
+            tensors, metadata = load_tensors(self.path)
+        except InputError as error:
+            raise InputError(f"{name} cannot be gone on from ({error}); {_ANEW}") from error
         if "imu_fast" not in metadata:
-            raise InputError(f"{name} was not written by unlearn; choose another name")
+            raise InputError(f"{name} was not written by unlearn; {_ANEW}")
         try:
             run = json.loads(metadata["imu_fast"])
             found = run.get("format")
         except (ValueError, AttributeError) as error:
-            raise InputError(f"{name} is damaged ({brief(error)}); delete it") from error
+            raise InputError(f"{name} is damaged ({brief(error)}); {_ANEW}") from error
         if found != _FORMAT:
-            raise InputError(
-                f"{name} has format {found!r}, this version writes {_FORMAT}; pass resume=False to "
-                "overwrite it"
-            )
+            raise InputError(f"{name} has format {found!r}, this version writes {_FORMAT}; {_ANEW}")
         wanted = {"epochs", "step", "trajectory", "batch_losses", "passed", "belongs", "optimizer"}
         wanted |= {"ended"}
         if missing := (wanted - run.keys()) | ({"indices", "weights"} - tensors.keys()):
-            raise InputError(f"{name} lacks {', '.join(sorted(missing))}: it is damaged; delete it")
+            raise InputError(f"{name} lacks {', '.join(sorted(missing))}: it is damaged; {_ANEW}")
         return tensors, run

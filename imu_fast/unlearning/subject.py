@@ -13,6 +13,7 @@ from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.source import Factors
 from imu_fast.model.batches import ForgetSet, Parts, as_batches, to_device
+from imu_fast.model.called import called, from_sample
 from imu_fast.model.capture import HeadFeatures, capture, capture_features
 from imu_fast.model.convolution import scored_layers
 from imu_fast.model.guard import modes
@@ -338,18 +339,25 @@ class NetworkSubject:
             parameters: in the place of the model's own, by name.
         """
         args, kwargs, labels = to_device(batch, self.device)
-        if parameters is None:
-            output = self.model(*args, **kwargs)
-        else:
-            output = torch.func.functional_call(self.model, parameters, tuple(args), kwargs)
+
+        def other(*args: Any, **kwargs: Any) -> Any:
+            return torch.func.functional_call(self.model, parameters or {}, args, kwargs)
+
+        run = None if parameters is None else other
+        output = called(self.model, args, kwargs, labels, run)
         logits = logits_of(output, labels, self.reading.output)
         return logits, labelled(self.reading, labels, logits, "unlearn()")
 
     def measure(self, name: str) -> Measurement:
         self.finish()
         with naming(name), torch.no_grad(), modes(self.model, batchnorm="eval", dropout="eval"):
-            batches = as_batches(self.sets[name], self.model)
-            return Measurement.of([row_sums(*self.forward(batch)) for batch in batches])
+            rows: list[tuple[Tensor, Tensor, Tensor]] = []
+            samples = 0
+            for batch in as_batches(self.sets[name], self.model):
+                with from_sample(samples):
+                    rows.append(row_sums(*self.forward(batch)))
+                samples += batch.n
+            return Measurement.of(rows)
 
     def factors(
         self, rows: Tensor | None = None, layers: Literal["head", "trained"] = "head"

@@ -423,7 +423,7 @@ def test_demo_out_is_a_file(tmp_path):
         ("def make(): return nn.Linear(12, 3)", "weights.pt' do not fit arch='own_arch:make'"),
         ("def make(): return Odd(lambda x: x @ x[0, 0, 0, :1])", "cannot take a sample"),
         ("def make(): return Odd(lambda x: 3)", "returned a int without logits"),
-        ("def make(): return Odd(lambda x: x.sum())", "returns shape () for one sample"),
+        ("def make(): return Odd(lambda x: x.sum())", "of shape (); it must be the logits"),
         ("def make(): return Odd(lambda x: x[:, :3, 0, 0].exp())", "no linear layer makes"),
     ],
 )
@@ -558,3 +558,13 @@ def test_real_photographs_from_an_image_folder(tmp_path, data_dir):
     where = ["--weights", weights, "--data", tmp_path / "images", "--image-size", 32]
     assert "12 scores" in run("score", "--arch", "torchvision:resnet18", *where, "--out", out)
     assert np.isfinite(np.load(out)["influence"]).all()
+
+
+@pytest.mark.parametrize("module", ["imu_fast", "imu_fast.cli"])
+def test_as_a_module(module):
+    command = [sys.executable, "-m", module]
+    done = subprocess.run([*command, "doctor"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "torch" in done.stdout
+    done = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=120)
+    assert "Usage: imu-fast" in done.stdout

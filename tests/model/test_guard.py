@@ -6,6 +6,7 @@ import copy
 import random
 import signal
 import threading
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -604,3 +605,146 @@ def test_surroundings_of_several_threads():
     with plain_torch():
         compiled(x)
     assert calls == [1]
+
+
+# Models that cannot be put into evaluation mode, or copied.
+
+
+class WithoutMode(nn.Linear):
+    def train(self):
+        return self
+
+
+class Uncopied(nn.Linear):
+    def __deepcopy__(self, memo):
+        raise TypeError("no copies")
+
+
+MODELESS = {
+    "frozen": (
+        lambda net: torch.jit.freeze(torch.jit.script(net.eval())),
+        "frozen TorchScript module.*pass the original nn.Module",
+    ),
+    "exported": (
+        lambda net: torch.export.export(net, (data()[0],)).module(),
+        "made by torch.export.*pass the original nn.Module",
+    ),
+    "no mode": (
+        lambda net: nn.Sequential(WithoutMode(6, 6), net),
+        r"'0': WithoutMode.train takes no mode.*define train\(self, mode=True\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MODELESS.values(), ids=MODELESS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_model_without_modes_is_refused_at_every_door(case):
+    make, said = case
+    model = make(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
+    for door in (
+        imu.influence_scores,
+        imu.evaluate,
+        imu.capture_features,
+        imu.parameter_importance,
+        lambda m, d: imu.influence_scores(m, d, layers=["0"]),
+        lambda m, d: imu.unlearn(m, d, epochs=1),
+        lambda m, d: imu.unlearn(m, d, epochs=1, inplace=False),
+        lambda m, d: imu.unlearn_in_turn(m, [d], epochs=1),
+        lambda m, d: preserved(m).__enter__(),
+    ):
+        with pytest.raises(InputError, match=said):
+            door(model, data())
+
+
+def test_a_model_that_refuses_to_be_copied():
+    model = nn.Sequential(nn.Linear(6, 8), Uncopied(8, 3))
+    for door in (
+        lambda: imu.unlearn(model, data(), epochs=1, inplace=False),
+        lambda: imu.unlearn_in_turn(model, [data()], epochs=1, inplace=False),
+    ):
+        with pytest.raises(InputError, match=r"deepcopy.*no copies.*inplace=True") as caught:
+            door()
+        assert isinstance(caught.value.__cause__, TypeError)
+    imu.unlearn(model, data(), epochs=1)
+
+
+# A default device.
+
+
+class OnDefault(nn.Linear):
+    """Whose forward makes a constant on the default device, and says which that was."""
+
+    seen: ClassVar[set[str]] = set()
+
+    def forward(self, x):
+        self.seen.add(torch.zeros(1).device.type)
+        return super().forward(x)
+
+
+class Drawn(torch.utils.data.Dataset):
+    """Which notes the default device that it is read under."""
+
+    def __init__(self):
+        self.seen, self.columns = set(), data()
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, i):
+        self.seen.add(torch.zeros(1).device.type)
+        return tuple(column[i] for column in self.columns)
+
+
+DOORS_OF_DATA = {
+    "scores": lambda m, d: imu.influence_scores(m, d),
+    "ggn": lambda m, d: imu.influence_scores(m, d, curvature="ggn"),
+    "layers": lambda m, d: imu.influence_scores(m, d, layers=["0"], curvature="fisher_diag"),
+    "factors": lambda m, d: imu.self_influence(imu.capture(m, d), curvature="fisher"),
+    "evaluate": lambda m, d: torch.tensor(imu.evaluate(m, d)["loss"], device="cpu"),
+    "importance": lambda m, d: imu.parameter_importance(m, d)["2.bias"],
+    "unlearn": lambda m, d: imu.unlearn(m, d, epochs=2, inplace=False).scores,
+    "unlearn all": lambda m, d: imu.unlearn(m, d, epochs=2, inplace=False, scope="all").scores,
+}
+
+
+@pytest.fixture
+def read_under():
+    OnDefault.seen.clear()
+    return OnDefault.seen
+
+
+@pytest.mark.parametrize("setting", ["context", "default"])
+@pytest.mark.parametrize("door", DOORS_OF_DATA.values(), ids=DOORS_OF_DATA)
+def test_a_default_device_without_values_changes_nothing(door, setting, read_under):
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), OnDefault(8, 3)).eval()
+    sets = [data(), Drawn(), torch.utils.data.DataLoader(Drawn(), batch_size=5)]
+    for d in sets:
+        want = door(model, d)
+        if setting == "context":
+            with torch.device("meta"):
+                found = door(model, d)
+                assert torch.zeros(1).is_meta
+        else:
+            torch.set_default_device("meta")
+            try:
+                found = door(model, d)
+                assert torch.zeros(1).is_meta
+            finally:
+                torch.set_default_device(None)
+        assert torch.equal(found, want)
+    assert read_under == sets[1].seen == sets[2].dataset.seen == {"cpu"}
+
+
+@pytest.mark.parametrize("door", DOORS_OF_DATA.values(), ids=DOORS_OF_DATA)
+def test_the_users_code_runs_under_its_default_device(door, monkeypatch, read_under):
+    """The meta device stands for an accelerator."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), OnDefault(8, 3)).eval()
+    dataset = Drawn()
+    want = door(model, dataset)
+    monkeypatch.setattr("imu_fast.ambient._WITHOUT_VALUES", ())
+    dataset.seen.clear()
+    read_under.clear()
+    with torch.device("meta"):
+        found = door(model, dataset)
+    assert torch.equal(found, want)
+    assert read_under == dataset.seen == {"meta"}

@@ -172,3 +172,37 @@ def test_the_target_is_tried_before_the_work(tmp_path):
     with pytest.raises(imu.InputError, match="checkpoint=.* is a folder"):
         run(tmp_path, callback=calls.append)
     assert not calls
+
+
+def test_no_name_of_a_file_is_refused_before_the_work(tmp_path):
+    calls = []
+    for bad in (str(tmp_path / ("x" * 300)), "a\0b"):
+        with pytest.raises(imu.InputError, match="^checkpoint=.*no file can have this name"):
+            run(bad, callback=calls.append)
+    assert not calls
+
+
+def test_what_cannot_be_gone_on_from_says_the_way_out(tmp_path):
+    path = tmp_path / "run.safetensors"
+    run(path)
+    tensors, metadata = load_tensors(path)
+    record = json.loads(metadata["imu_fast"])
+
+    def write(**changes):
+        save_tensors(path, tensors, {"imu_fast": json.dumps(record | changes)})
+
+    for spoil in (
+        lambda: path.write_bytes(b"hello"),
+        lambda: path.write_bytes(path.read_bytes()[:-3]),
+        lambda: save_tensors(path, tensors, {}),
+        lambda: save_tensors(path, tensors, {"imu_fast": "hello"}),
+        lambda: save_tensors(path, {}, {"imu_fast": json.dumps(record)}),
+        lambda: write(format=0),
+        lambda: write(belongs={}),
+    ):
+        write()
+        spoil()
+        way_out = "^checkpoint=.*pass resume=False to overwrite it, or another name$"
+        with pytest.raises(imu.InputError, match=way_out):
+            run(path)
+        run(path, resume=False)

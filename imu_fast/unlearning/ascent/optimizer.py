@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from imu_fast.errors import InputError, check_positive
+from imu_fast.errors import InputError, brief, check_positive
 from imu_fast.options import Options, Table, option, options
+
+logger = logging.getLogger("imu_fast")
 
 Make = Callable[..., torch.optim.Optimizer]
 
@@ -56,10 +59,12 @@ class Custom(Optimizer):
     Args:
         factory: called with a list of tensors, and by keyword with those of the options below
             that are given: an optimizer's class (``torch.optim.Adam``) or a function of the
-            tensors alone (``lambda tensors: Adam(tensors, lr=1e-3)``).
+            tensors alone (``lambda tensors: Adam(tensors, lr=1e-3)``). Before the work it is called
+            with stand-ins of the tensors, for a step on trial.
 
     Raises:
-        InputError: an option is given that the factory does not take.
+        InputError: an option is given that the factory does not take; or, when it is to train,
+            no optimizer of these tensors comes of it, or none that can make a step.
     """
 
     factory: Make = option()
@@ -91,6 +96,38 @@ class Custom(Optimizer):
         return getattr(self.factory, "__qualname__", repr(self.factory))
 
     def make(self, tensors: list[Tensor]) -> torch.optim.Optimizer:
+        self._try(tensors)
+        return self._made(tensors)
+
+    def _try(self, tensors: list[Tensor]) -> None:
+        """One step on stand-ins of the tensors.
+
+        Raises:
+            InputError: the optimizer cannot be made, or cannot make a step.
+        """
+        try:
+            return self._step([_stand_in(t, [min(s, 2) for s in t.shape]) for t in tensors])
+        except (InputError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:
+            logger.debug("optimizer=%s fails on small tensors", self._called, exc_info=True)
+        try:  # it may want more than two rows
+            self._step([_stand_in(t, t.shape) for t in tensors])
+        except (InputError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            shapes = sorted({tuple(t.shape) for t in tensors}, key=len)
+            raise InputError(
+                f"optimizer={self._called} cannot train what it is given, dense tensors of "
+                f"shapes {', '.join(map(str, shapes[:4]))} ({type(error).__name__}: "
+                f"{brief(error)}); use one that can, such as torch.optim.Adam, or a function "
+                "of the tensors that makes one"
+            ) from error
+
+    def _step(self, tensors: list[Tensor]) -> None:
+        self._made(tensors).step()
+
+    def _made(self, tensors: list[Tensor]) -> torch.optim.Optimizer:
         made = self.factory(tensors, **self._given)
         if not isinstance(made, torch.optim.Optimizer):
             raise InputError(
@@ -111,6 +148,16 @@ class Custom(Optimizer):
                 "train those that it is given, for example lambda tensors: Adam(tensors)"
             )
         return made
+
+
+def _stand_in(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """A tensor of this shape with a gradient, and otherwise like ``tensor``."""
+    made = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+    if isinstance(tensor, nn.Parameter):
+        made = nn.Parameter(made)
+    made.requires_grad_(tensor.requires_grad)
+    made.grad = torch.full_like(made, 1e-3)
+    return made
 
 
 def _custom(value: Any) -> Optimizer | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from imu_fast.errors import EmptySelectionError, InputError
+from imu_fast.model.loss import check_labelled
 from imu_fast.unlearning.ascent.step import Steps
 from imu_fast.unlearning.ascent.weights import Weights, by_index
 from imu_fast.unlearning.checkpoint import Checkpoint, Progress
@@ -39,7 +40,7 @@ def _labelled(job: Job) -> Tensor:
     labelled = torch.cat(found)
     rows = torch.nonzero(labelled).flatten()
     if not len(rows):
-        raise InputError(f"none of {len(labelled)} forget samples has a label to be predicted")
+        check_labelled(0, len(labelled), loss)
     if len(rows) < len(labelled):
         logger.warning(
             "%d of %d forget samples have no label at any position: they are neither forgotten nor "
