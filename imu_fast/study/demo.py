@@ -193,7 +193,7 @@ def run(out: Path, *, seed: int = 0, quick: bool = False, progress: bool = True)
             ]
     results = {
         "rows": [asdict(row) for row in rows],
-        "depth": {task.name: task.depth for task in tasks},
+        "depth": {task.name: task.depth.format(unseen=unseen) for task in tasks},
         "unseen_accuracy": unseen,
         "sizes": {task.name: len(task.forget[1]) for task in tasks},
         "rule": RULE,

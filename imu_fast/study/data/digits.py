@@ -33,7 +33,7 @@ class DigitsTask:
     Attributes:
         name: for tables. forget, retain: training images.
         test: test images of the classes that are kept.
-        stop: the depth at which every method stops. depth: that, in words.
+        stop: the depth at which every method stops. depth: that in words, ``{unseen}`` in it.
     """
 
     name: str
@@ -91,5 +91,5 @@ def random_task(digits: Digits, count: int, seed: int, *, flipped: bool = False)
         stop,
         "forget accuracy 0.5, a stress test"
         if flipped
-        else "the model's own accuracy on calibration images, which it never saw",
+        else "the model's own accuracy on calibration images, which it never saw ({unseen:.3f})",
     )

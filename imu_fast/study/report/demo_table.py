@@ -13,31 +13,29 @@ def _cell(value: Any, form: str) -> str:
 
 def demo_table(results: dict[str, Any]) -> Table:
     """The demo's one table, from what ``demo.run`` returned."""
-    depths = ", ".join(
-        f"{name} ({results['sizes'][name]} images) to {depth}"
+    depths = "; ".join(
+        f"{name} ({results['sizes'][name]} images): to {depth}"
         for name, depth in results["depth"].items()
     )
     table = Table(
         title="Unlearning digits, every method stopped at the same depth",
-        caption=f"{depths} ({results['unseen_accuracy']:.3f}); {results['rule']}. member: fraction "
+        caption=f"{depths}. {results['rule'].capitalize()}. member: fraction "
         "of the forget set that a membership attack calls training data. test: classes that are "
         "kept. gap: mean difference to the retrained model in these four, in points. KL: to it, on "
         "the forget set; random flips show that the gap alone can be gamed.",
     )
-    table.add_column("task", no_wrap=True)
     table.add_column("method", no_wrap=True)
     for name in ("forget", "retain", "test", "member", "gap", "KL", "lr", "steps", "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
     previous = None
     for row in results["rows"]:
-        if previous not in (None, row["task"]):
+        if row["task"] != previous:
             table.add_section()
-        first = "" if row["task"] == previous else row["task"]
-        previous = row["task"]
+            table.add_row(f"[bold]{row['task']}[/bold]")
+            previous = row["task"]
         accuracies = [_cell(row[k], ".3f") for k in ("forget", "retain", "test", "member")]
         table.add_row(
-            first,
-            row["method"],
+            f"  {row['method']}",
             *accuracies,
             f"{100 * row['gap']:.1f}",
             f"{row['kl']:.2f}",
