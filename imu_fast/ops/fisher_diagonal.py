@@ -21,8 +21,9 @@ TILE_ELEMENTS = 1 << 22
 # From this many entries on, a sample's gradient is worth a matrix product of its own, on views;
 # smaller ones are batched by length, which copies their tokens.
 _ALONE = 1 << 14
-# Elements of a sample's product that are squared before the next are computed.
-_SLAB_ELEMENTS = 1 << 17
+# Elements of a sample's product, for each thread, that are squared before the next are computed: so
+# many stay in its cache. A product of fewer rows than these is slow for its size.
+_SLAB_ELEMENTS, _SLAB_ROWS = 1 << 17, 64
 
 
 def gradient_tiles(
@@ -64,7 +65,7 @@ def add_squared_products(
     Args:
         total: [R, K]. left: n of [R, M_i]. right: n of [M_i, K].
     """
-    step = max(1, _SLAB_ELEMENTS // total.shape[1])
+    step = max(_SLAB_ROWS, _SLAB_ELEMENTS * torch.get_num_threads() // total.shape[1])
     made = total.new_empty(min(step, len(total)), total.shape[1])
     for start in range(0, len(total), step):
         slab = total[start : start + step]
