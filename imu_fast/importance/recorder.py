@@ -23,6 +23,7 @@ from imu_fast.errors import InputError
 from imu_fast.importance.gradients import Dense, Gradients, wide
 from imu_fast.importance.split import by_sample, part_of
 from imu_fast.model.rows import Layout
+from imu_fast.model.run import plain_strides
 
 # A site's gradient, how samples lie in it, and how many -> the source's gradients.
 Maker = Callable[[Tensor, Layout | None, int], Gradients]
@@ -237,9 +238,8 @@ class Recorder(TorchFunctionMode):
 
         def arrived(gradient: Tensor) -> Tensor | None:
             self.sink(site, gradient)
-            # torch's CPU batch_norm backward misreads strides of axes of one place (2.14).
             odd = site.kind == "batch_norm" and 1 in gradient.shape
-            return gradient.clone(memory_format=torch.contiguous_format) if odd else None
+            return plain_strides(gradient) if odd else None
 
         out.register_hook(arrived)
         return out

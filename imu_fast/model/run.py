@@ -76,6 +76,9 @@ def evaluated(model: nn.Module) -> Iterator[Callable[[Batch], Any]]:
         model.eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                stack.callback(module.register_forward_hook(_watch_strides).remove)
 
         def run(batch: Batch) -> Any:
             if model.training:  # a loader may have meddled
@@ -83,6 +86,17 @@ def evaluated(model: nn.Module) -> Iterator[Callable[[Batch], Any]]:
             return called(inner, *batch)
 
         yield run
+
+
+def _watch_strides(module: nn.Module, args: Any, out: Tensor) -> None:
+    """torch's CPU batch_norm backward misreads the strides of a gradient's axes of one place."""
+    if out.requires_grad and 1 in out.shape:
+        out.register_hook(plain_strides)
+
+
+def plain_strides(gradient: Tensor) -> Tensor:
+    """The same numbers, row after row in memory; ``contiguous()`` leaves odd strides of 1 alone."""
+    return gradient.clone(memory_format=torch.contiguous_format)
 
 
 def full_precision(device: torch.device) -> torch.autocast:

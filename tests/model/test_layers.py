@@ -409,3 +409,29 @@ def test_few_samples_are_little_evidence():
         return self.fc(F.gelu(self.a(h[order]))[order.argsort()])
 
     check(Net(expert), x, y, ("a",), list(zip(x.split(2), y.split(2), strict=True)))
+
+
+class Patches(nn.Module):
+    """The gradient that comes back to the norm is a slice, turned: its strides are odd."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.token, self.fc = nn.Parameter(torch.randn(1, 1, 8)), nn.Linear(8, C)
+
+    def forward(self, x):
+        h = self.norm(self.conv(x)).flatten(2).transpose(1, 2)
+        return self.fc(torch.cat([self.token.expand(len(x), -1, -1), h], 1).tanh().mean(1))
+
+
+def test_batch_norm_under_one_sample():
+    """torch's own backward is wrong for it alone on some versions: by twice the gradient."""
+    model = Patches().eval()
+    model.norm.running_mean.normal_()
+    model.norm.running_var.uniform_(0.5, 2)
+    x, y = torch.randn(6, 4, 5, 5), torch.randint(C, (6,))
+    singles = list(zip(x.split(1), y.split(1), strict=True))
+    whole, alone = (imu.capture(model, data, layers=["conv"])[0] for data in ((x, y), singles))
+    torch.testing.assert_close(alone.mean_gradient(), whole.mean_gradient())
+    torch.testing.assert_close(alone.fisher_diagonal(), whole.fisher_diagonal())
+    assert not model.norm._forward_hooks
