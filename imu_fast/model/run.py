@@ -76,9 +76,7 @@ def evaluated(model: nn.Module) -> Iterator[Callable[[Batch], Any]]:
         model.eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                stack.callback(module.register_forward_hook(_watch_strides).remove)
+        stack.enter_context(right_batch_norms(model))
 
         def run(batch: Batch) -> Any:
             if model.training:  # a loader may have meddled
@@ -86,6 +84,16 @@ def evaluated(model: nn.Module) -> Iterator[Callable[[Batch], Any]]:
             return called(inner, *batch)
 
         yield run
+
+
+@contextmanager
+def right_batch_norms(model: nn.Module) -> Iterator[None]:
+    """Backward passes through batch norms are right on the CPU also for one sample, see below."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                stack.callback(module.register_forward_hook(_watch_strides).remove)
+        yield
 
 
 def _watch_strides(module: nn.Module, args: Any, out: Tensor) -> None:

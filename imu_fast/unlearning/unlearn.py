@@ -21,6 +21,7 @@ from imu_fast.model.guard import copied, door, preserved, rolled_back
 from imu_fast.model.labels import is_integer
 from imu_fast.model.outputs import measured
 from imu_fast.model.reading import Reading, ReadingOptions, taken
+from imu_fast.model.run import right_batch_norms
 from imu_fast.storage import writable
 from imu_fast.unlearning.auto import Auto
 from imu_fast.unlearning.confirm import warn_unless_reached
@@ -193,6 +194,7 @@ def unlearn(
         record_backends() as used,
         rolled_back(target, []) as job.kept,
         preserved(target, buffers=False),
+        right_batch_norms(target),
     ):
         result = how.run(job)
     wanted = "; ".join(map(repr, depths.rules[-1:]))

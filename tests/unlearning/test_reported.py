@@ -326,3 +326,28 @@ def test_places_in_the_dataset_are_told():
         rtol=1e-4,
         atol=1e-6,
     )
+
+
+class Patches(nn.Module):
+    """The gradient that comes back to the norm is a slice, turned: its strides are odd."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.token, self.fc = nn.Parameter(torch.randn(1, 1, 8)), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.norm(self.conv(x)).flatten(2).transpose(1, 2)
+        return self.fc(torch.cat([self.token.expand(len(x), -1, -1), h], 1).tanh().mean(1))
+
+
+def test_a_step_of_one_sample_goes_where_its_gradient_points():
+    """torch's CPU backward of a batch norm is wrong for one sample alone on some versions."""
+    torch.manual_seed(0)
+    model = Patches().eval()
+    x, y = torch.randn(1, 2, 5, 5), torch.tensor([1])
+    options = dict(scope="all", epochs=1, lr=1.0, momentum=0.0, weight_decay=0.0, inplace=False)
+    found = imu.unlearn(model, (x, y), "uniform", **options).model
+    loss = F.cross_entropy(model(torch.cat([x, x])), y.repeat(2))
+    truth = torch.autograd.grad(loss, model.conv.weight)[0]
+    torch.testing.assert_close(found.conv.weight - model.conv.weight, truth, rtol=1e-4, atol=1e-6)
