@@ -335,7 +335,14 @@ def test_code_of_a_folder_runs_where_it_is_trusted(folders, data, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     run("score", "--model", folders / "llama", "--data", data, "--out", tmp_path / "l.jsonl")
-    assert read_lines(out) == read_lines(tmp_path / "l.jsonl")
+    # To rounding: another process may have another number of threads.
+    for line, same in zip(read_lines(out), read_lines(tmp_path / "l.jsonl"), strict=True):
+        words = {name for name, value in line.items() if isinstance(value, str)}
+        assert {n: line[n] for n in words} == {n: same[n] for n in words}
+        numbers = line.keys() - words
+        assert {n: line[n] for n in numbers} == pytest.approx(
+            {n: same[n] for n in numbers}, rel=1e-4
+        )
 
 
 def test_lora_on_some_layers(folders, data, tmp_path):
