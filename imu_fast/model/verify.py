@@ -103,10 +103,9 @@ def _off_in_groups(a: Tensor, w: Tensor, b: Tensor, out: Tensor) -> Tensor:
     whole = classes // _GROUP * _GROUP
 
     def summed(t: Tensor) -> Tensor:
-        """[C, k] to [groups, k], the last group a smaller one."""
-        t = t * s[:, None]
-        groups = t[:whole].unflatten(0, (-1, _GROUP)).sum(dim=1)
-        return torch.cat([groups, t[whole:].sum(dim=0, keepdim=True)])
+        """[C, k] to [groups, k], the last group a smaller one; without a copy of t."""
+        groups = s[:whole].view(-1, 1, _GROUP) @ t[:whole].unflatten(0, (-1, _GROUP))
+        return torch.cat([groups[:, 0], (s[whole:] @ t[whole:])[None]])
 
     weighted = out * s
     grouped = torch.cat(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from memory import peak
 from torch import nn
 
 from imu_fast.model.head import linear_layers
@@ -57,3 +58,9 @@ def test_what_adds_up_to_nothing_is_found(d, classes):
 def test_every_output_scaled_is_found():
     layer, act, out = made(64, 1000)
     assert "off by" in deviation(layer, act, out * 1.001)
+
+
+def test_a_weight_is_not_copied():
+    """That of a vocabulary is most of a language model."""
+    layer, act, out = made(256, 40_000, bias=False, rows=4)
+    assert peak(lambda: deviation(layer, act, out)) < layer.weight.nbytes / 4
