@@ -4,8 +4,8 @@
   kept class cannot get worse that way: only the forgotten class's own logit moves.
 * Samples drawn across classes: the margin edit, the smallest disturbance that flips them.
 
-Without a stop rule a class goes to forget accuracy zero. Samples must be given a depth: a model
-that never saw them predicts them as well as other unseen data, and flipping all ruins what is kept.
+Without a stop rule both go to forget accuracy zero, samples with a warning that asks for a depth:
+a model that never saw them predicts them as well as other unseen data, and flipping all ruins much.
 
 Both change the head alone: what the features
 know of the forgotten remains, as the probe and the relearning steps of a comparison show. Where
@@ -15,6 +15,7 @@ that matters, ``method="npo", scope="all"`` or retraining is what there is.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -49,7 +50,6 @@ _NAMES = (
     "such data; or another depth, such as stop=imu_fast.StopRule(forget_accuracy=0.5)"
 )
 
-_FEW = 20  # labels that say nothing yet: such samples may be drawn from a class, or be all of it
 Task = Literal["class", "samples"]
 _OWN = ("task", "unseen")
 
@@ -81,7 +81,7 @@ class Auto(Method):
     Args:
         task: ``"class"``: the forget set is all that there is of its classes; ``"samples"``: of its
             classes there are others, which are kept. None: samples if the labels are drawn across
-            all classes, a class if they are many of few classes; else it must be said.
+            all classes, else guessed to be a class, which is logged.
         unseen: the depth of samples where no stop rule is given: the model's accuracy on data that
             it never saw, or such data, as ``StopRule(unseen_accuracy=...)``. A class goes to 0.
         given: flat options for the method that is taken; those that it does not have are refused.
@@ -128,31 +128,26 @@ class Auto(Method):
         return task, name, self._candidates()[name].with_options(described, self.given or {})
 
     def depth(self, labels: Tensor, classes: int, task: Task) -> StopRule:
-        """Where a run of no stop rule ends.
-
-        Raises:
-            InputError: a depth must be named, or a task that is in doubt.
-        """
-        hit = len(labels.unique())
+        """Where a run of no stop rule ends; warns where that is too deep, or a guess."""
         if self.task is None and task == "class":
-            what = f"{len(labels)} forget samples are of {hit} of {classes} classes"
-            if len(labels) < _FEW * hit:
-                raise InputError(
-                    f"task=None: {what}, all of their samples or some; say task='class' (forget "
-                    f"accuracy goes to 0) or task='samples' ({_NAMES})"
-                )
             logger.warning(
-                "task='class' is guessed: %s, and go to forget accuracy 0; if these classes have "
-                "samples that are kept, pass task='samples'",
-                what,
+                "task='class' is guessed: %d forget samples are of %d of %d classes, and go to "
+                "forget accuracy 0; if these classes have samples that are kept, pass "
+                "task='samples'",
+                len(labels),
+                len(labels.unique()),
+                classes,
             )
         if task == "class":
             return StopRule(forget_accuracy=0.0)
         if self.unseen is None:
-            raise InputError(
-                "stop=None with method='auto' for samples of classes that are kept: accuracy 0 "
-                f"would ruin the model, so the depth must be named. {_NAMES[0].upper()}{_NAMES[1:]}"
+            warnings.warn(
+                "stop=None with method='auto' for samples of classes that are kept: they go to "
+                "forget accuracy 0, which ruins much of the model and which no retraining does. "
+                f"Name the depth: {_NAMES}",
+                stacklevel=5,
             )
+            return StopRule(forget_accuracy=0.0)
         return StopRule(unseen_accuracy=self.unseen)
 
     def for_task(
@@ -161,7 +156,7 @@ class Auto(Method):
         """As :meth:`choose`, by the forget set's labels and the model's logits; and how deep.
 
         Raises:
-            InputError: as :meth:`choose` and :meth:`depth`; ``unseen`` beside a stop rule.
+            InputError: as :meth:`choose`; ``unseen`` beside a stop rule.
         """
         labels = torch.cat([batch[2].flatten().cpu() for batch in forget])
         given = self.given or {}

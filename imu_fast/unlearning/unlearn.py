@@ -77,7 +77,7 @@ def unlearn(
             (``task="class"`` or ``"samples"`` says which, ``unseen`` how deep samples go).
         stop: a :class:`StopRule`, tested after every step; the last step is bisected. None: the
             method's budget; of ``"auto"`` forget accuracy 0 for a class, and for samples that on
-            ``unseen``, which must be given.
+            ``unseen``, without which they go to 0 and a warning asks for it.
         milestones: depths on the way, by name; without ``stop`` the last one ends the run.
         on_milestone: ``(name, record)``, called at each with the model there (bisected as a stop).
         watch: data to measure at every record, by name.
