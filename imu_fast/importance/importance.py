@@ -18,6 +18,7 @@ from imu_fast.model.batches import empty_message
 from imu_fast.model.called import from_sample
 from imu_fast.model.causal import settled
 from imu_fast.model.guard import copies_of, door, put_back
+from imu_fast.model.independence import SampleChecks, apart, coarsest_of
 from imu_fast.model.logits import chosen
 from imu_fast.model.loss import Targets, check_labelled, on_logits, sample_losses, targets_of
 from imu_fast.model.parts import Parts
@@ -47,6 +48,7 @@ class _Importance:
             for key, p in self.parameters.items()
         }
         self.layouts, self.samples, self.labelled = Layouts(always), 0, 0
+        self._places = SampleChecks(model)
         self.reached: set[int] = set()
         self._said: set[int] = set()
 
@@ -65,6 +67,7 @@ class _Importance:
             output = run(batch)
         self.output = locate(self.model, run, batch, output, self.output)
         logits = chosen(output, self.output)
+        self._places.look(run, batch, logits, self.output)
         self.reading = settled(self.reading, self.model, run, batch, logits, self.output)
         targets = self._targets(logits, batch[2])
         signal = self._signal(logits, targets)
@@ -93,10 +96,9 @@ class _Importance:
             except Exception as error:
                 why = f"a sample cannot be run alone ({error})"
                 raise _mixed(chosen_names[0], why) from error
-            here, there = logits[sample], found.detach()[0]
-            size = here.abs().max() + there.abs().max()
-            bound = 64 * torch.finfo(here.dtype).eps ** 0.75 * size
-            if here.shape != there.shape or not bool(((here - there).abs() <= bound).all()):
+            here, there = logits[sample], found[0]
+            same = here.shape == there.shape
+            if not same or apart(here, there, coarsest_of(self.model, here.dtype)) is not None:
                 raise _mixed(chosen_names[0], "a sample's logits change with the rest of its batch")
             if not found.requires_grad:
                 continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from imu_fast.model.between import Between, Piece, bias_columns, plain_piece, si
 from imu_fast.model.calls import Seen
 from imu_fast.model.causal import settled
 from imu_fast.model.head import LinearLayer, no_head, say_of_weight, shared_with
-from imu_fast.model.independence import check_alone, check_classes_last, some_samples
+from imu_fast.model.independence import SampleChecks, some_samples
 from imu_fast.model.logits import chosen
 from imu_fast.model.loss import Targets, targets_of
 from imu_fast.model.reading import Reading
@@ -105,7 +105,7 @@ class HeadCapture:
         self.loss = reading.loss  # that of the first batch, once there is one
         self.classes = 0  # of the logits
         self._computed = torch.float64  # the coarsest dtype of a head's output
-        self._alone = False  # whether a sample was compared with itself without its batch
+        self._samples = SampleChecks(model)
 
     @property
     def head(self) -> Head:
@@ -150,7 +150,7 @@ class HeadCapture:
             return
         if fresh._untouched:
             self._head, self._between, self._checks = fresh.head, fresh._between, fresh._checks
-            self._alone = fresh._alone
+            self._samples = fresh._samples
             self.reading = fresh.reading
 
     def _without_logits(self, run: Run, batch: Batch) -> Piece | None:
@@ -174,8 +174,9 @@ class HeadCapture:
             return None
         self._computed = _coarser(self._computed, logits.dtype)
         targets, act = self._targets(batch, logits), seen.calls[0].act
-        if not self._alone:
-            self._check_alone(run, lambda run, some: _unstored_inputs(run, some, layer), batch, act)
+        self._samples.look_at(
+            run, lambda run, some: _unstored_inputs(run, some, layer), batch, act, self._computed
+        )
         return plain_piece(act.reshape(*targets.shape, -1), targets)
 
     def _piece(self, run: Run, batch: Batch) -> Piece:
@@ -194,11 +195,7 @@ class HeadCapture:
             self._check(seen)
         for made in seen.calls:
             self._computed = _coarser(self._computed, made.out.dtype)
-        if not self._alone:
-            choice = self._head.choice
-            self._check_alone(run, lambda run, some: chosen(run(some), choice), batch, logits)
-            if call is None:
-                check_classes_last(seen.calls, logits)
+        self._samples.look(run, batch, logits, self._head.choice, self._computed)
         self.reading = settled(self.reading, self.model, run, batch, logits, self._head.choice)
         targets = self._targets(batch, logits)
         if call is not None:
@@ -208,13 +205,6 @@ class HeadCapture:
                 self.model, f"{self._head.name}: not the producer of the logits of this batch"
             )
         return self._between.piece(seen.calls, logits, targets)
-
-    def _check_alone(
-        self, run: Run, outputs: Callable[[Run, Batch], Tensor], batch: Batch, here: Tensor
-    ) -> None:
-        """Of the first batch that has several samples."""
-        self._alone = len(batch[2]) > 1
-        check_alone(self.model, run, outputs, batch, here, self._computed)
 
     def _targets(self, batch: Batch, logits: Tensor) -> Targets:
         targets = targets_of(batch[2], logits, self.reading.loss)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,11 +11,15 @@ from torch import Tensor, nn
 
 from imu_fast.errors import InputError
 from imu_fast.model.called import called
-from imu_fast.model.calls import Call
+from imu_fast.model.calls import watched
+from imu_fast.model.head import linear_layers
+from imu_fast.model.logits import chosen
 from imu_fast.model.nested import taken
 from imu_fast.model.run import Batch, innermost
 
 Run = Callable[[Batch], Any]
+Outputs = Callable[[Run, Batch], Tensor]
+Dtype = torch.dtype | None
 
 logger = logging.getLogger("imu_fast")
 
@@ -31,13 +35,45 @@ def some_samples(batch: Batch, rows: range) -> Batch:
     return args, kwargs, labels
 
 
+class SampleChecks:
+    """Looks at the batches of one pass for what the place of samples and classes rests on.
+
+    Args:
+        alone: whether samples must be independent; else only which axis is the classes' is seen.
+    """
+
+    def __init__(self, model: nn.Module, alone: bool = True) -> None:
+        self._model, self._alone, self._axes = model, alone, True
+
+    def look(
+        self, run: Run, batch: Batch, logits: Tensor, choice: Any, computed: Any = None
+    ) -> None:
+        """Of the first batch of several samples; and of the first that is as long as classes are.
+
+        Args:
+            choice: where the logits are in what the model returns. computed: the coarsest dtype
+                that was seen on the way to them, if any was.
+
+        Raises:
+            InputError: see :func:`check_alone` and :func:`check_classes_last`.
+        """
+        self.look_at(run, lambda run, some: chosen(run(some), choice), batch, logits, computed)
+        square = logits.dim() > 2 and logits.shape[1] == logits.shape[-1] > 1
+        if square and self._axes:
+            self._axes = False
+            check_classes_last(self._model, run, batch, logits.shape[-1], choice)
+
+    def look_at(
+        self, run: Run, outputs: Outputs, batch: Batch, here: Tensor, computed: Dtype = None
+    ) -> None:
+        """Of other outputs than the logits, whether samples are independent."""
+        if self._alone and len(batch[2]) > 1:
+            self._alone = False
+            check_alone(self._model, run, outputs, batch, here, computed or here.dtype)
+
+
 def check_alone(
-    model: nn.Module,
-    run: Run,
-    outputs: Callable[[Run, Batch], Tensor],
-    batch: Batch,
-    here: Tensor,
-    computed: torch.dtype,
+    model: nn.Module, run: Run, outputs: Outputs, batch: Batch, here: Tensor, computed: torch.dtype
 ) -> None:
     """Run the last sample alone, and compare with what it was in its batch.
 
@@ -45,7 +81,8 @@ def check_alone(
     that takes neither one sample nor two, show nothing.
 
     Args:
-        run: calls the model. outputs: what is compared, of a batch that is run: [n, ...].
+        run: calls the model. outputs: what is compared, of a batch that is run: [n, ...], or the
+            rows of all samples one after another.
         here: of this batch. computed: the coarsest dtype that was seen on the way.
 
     Raises:
@@ -58,32 +95,31 @@ def check_alone(
         if few >= n:
             return
         try:
-            alone = some_samples(batch, range(n - few, n))
+            some = some_samples(batch, range(n - few, n))
             # Without the hooks of the model itself: the user's may count batches.
-            found = outputs(lambda part: called(inner, *part, inner.forward), alone)
+            found = outputs(lambda part: called(inner, *part, inner.forward), some)
             break
         except Exception:
             logger.debug("a sample cannot be compared with its batch", exc_info=True)
     else:
         return
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    coarsest = max((*dtypes, computed, here.dtype), key=lambda dtype: torch.finfo(dtype).eps)
-    if _same(found, here, coarsest):
+    coarsest = coarsest_of(model, computed, here.dtype)
+    rows = len(here) // n  # of each sample
+    if _comparable(found, here, few, n) and apart(found[-rows:], here[-rows:], coarsest) is None:
         return
-    found = outputs(run, alone)
+    found = outputs(run, some)
     if len(here) == n and len(found) != few:
         raise InputError(
             f"the model's outputs have shape {tuple(here.shape)} for {n} samples and "
             f"{tuple(found.shape)} for {few}: their first axis is not the samples'; say where they "
             "are, output=lambda out: out.transpose(0, 1)"
         )
-    if len(here) != n or found.shape[1:] != here.shape[1:]:
+    if not _comparable(found, here, few, n):
         return
-    off = _apart(found[-1], here[-1], coarsest)
+    off = apart(found[-rows:], here[-rows:], coarsest)
     if off is None:
         return
-    again = outputs(run, alone)
-    if _apart(again[-1], found[-1], coarsest) is not None:
+    if apart(outputs(run, some)[-rows:], found[-rows:], coarsest) is not None:
         raise InputError(
             f"the model's outputs for a sample differ from one pass to the next (by {off:.2g}) in "
             "evaluation mode: it draws random numbers, as F.dropout(x) does without "
@@ -97,35 +133,47 @@ def check_alone(
     )
 
 
-def _same(found: Tensor, here: Tensor, coarsest: torch.dtype) -> bool:
-    same_shape = found.dim() == here.dim() and found.shape[1:] == here.shape[1:]
-    return same_shape and _apart(found[-1], here[-1], coarsest) is None
+def coarsest_of(model: nn.Module, *dtypes: torch.dtype) -> torch.dtype:
+    """Of these and the parameters' dtypes, the one that rounds most."""
+    own = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return max((*own, *dtypes), key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def check_classes_last(calls: Sequence[Call], logits: Tensor) -> None:
+def _comparable(found: Tensor, here: Tensor, few: int, n: int) -> bool:
+    """Whether both have as many rows of each sample, of the same shape."""
+    return found.shape[1:] == here.shape[1:] and 0 < len(found) * n == len(here) * few
+
+
+def check_classes_last(model: nn.Module, run: Run, batch: Batch, classes: int, choice: Any) -> None:
     """Raise InputError where logits [n, T, C] with T = C turn out to be [n, C, T].
 
-    A row of logits comes from one row of the head's output, all of it; a column from one output of
-    every row, which a gradient shows.
+    Whatever is done to them, logits that differ in their class come from the same rows of the
+    head's output, and those of other positions from others, which gradients show.
     """
-    if logits.dim() != 3 or logits.shape[1] != logits.shape[2] or not logits.requires_grad:
+    layers = [layer for layer in linear_layers(model).values() if layer.width == classes]
+    if not layers:
         return
-    targets = [call.leaf for call in calls if call.leaf is not None]
-    found = torch.autograd.grad(logits[0, 0].sum(), targets, retain_graph=True, allow_unused=True)
-    rows = [call.rows(g) for call, g in zip(calls, found, strict=True) if g is not None]
-    if any(int((g != 0).any(dim=-1).sum()) > 1 and not _all_of_a_row(g) for g in rows):
+    with torch.enable_grad(), watched(layers, leaves=True) as seen:
+        logits = chosen(run(batch), choice)
+        # Of one place, if the last axis is the classes'.
+        first = logits[(0,) * (logits.dim() - 1)][:4].unbind()
+    calls = [call for call in seen.calls if call.leaf is not None]
+    if not calls or not logits.requires_grad:
+        return
+    targets = [call.target for call in calls]
+    reached = []
+    for logit in first:
+        found = torch.autograd.grad(logit, targets, retain_graph=True, allow_unused=True)
+        rows = [call.rows(g).any(dim=-1).flatten() for call, g in zip(calls, found, strict=True)]
+        reached.append(torch.cat(rows))
+    if any(bool(rows.any()) and not bool((rows & reached[0]).any()) for rows in reached[1:]):
         raise InputError(
             f"logits have shape {tuple(logits.shape)}, and their last axis is not the classes; say "
-            "so, output=lambda out: out.transpose(1, 2)"
+            "so, output=lambda out: out.movedim(1, -1)"
         )
 
 
-def _all_of_a_row(gradient: Tensor) -> bool:
-    """Whether several outputs of some row are reached, as by a mean over rows."""
-    return bool(((gradient != 0).sum(dim=-1) > 1).any())
-
-
-def _apart(a: Tensor, b: Tensor, coarsest: torch.dtype) -> float | None:
+def apart(a: Tensor, b: Tensor, coarsest: torch.dtype) -> float | None:
     """The largest difference, where it is more than rounding; what is not finite is left out."""
     wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     a, b = a.detach().to(wide), b.detach().to(wide)

@@ -17,6 +17,7 @@ from imu_fast.model.calls import Call, Seen, watched
 from imu_fast.model.causal import settled
 from imu_fast.model.convolution import Convolution
 from imu_fast.model.head import LinearLayer, say_of_weight, shared_with, uses_of
+from imu_fast.model.independence import SampleChecks, apart, coarsest_of, some_samples
 from imu_fast.model.logits import chosen
 from imu_fast.model.loss import Targets, check_labelled, on_logits, sample_losses, targets_of
 from imu_fast.model.proofs import Proof, proof_of
@@ -64,6 +65,7 @@ class LayersCapture:
         self.images: dict[str, list[Tensor]] = {}  # of convolutions, call by call
         self.samples: list[Tensor] = []  # how many labels each sample of each batch has
         self._ownership, self._checks = Ownership(always), LinearChecks()
+        self._places = SampleChecks(model)
         self._ran: set[str] = set()
         self._reached: set[str] = set()
 
@@ -73,11 +75,12 @@ class LayersCapture:
         check_readable(seen)
         self.output = locate(self.model, run, batch, output, self.output)
         logits = chosen(output, self.output)
+        self._places.look(run, batch, logits, self.output)
         self.reading = settled(self.reading, self.model, run, batch, logits, self.output)
         targets = targets_of(batch[2], logits, self.reading.loss)
 
         def independent(name: str) -> None:
-            _check_independent(run, batch, logits, len(targets), name, self.output)
+            _check_independent(self.model, run, batch, logits, name, self.output)
 
         self.take(seen, logits, targets, independent)
 
@@ -292,34 +295,23 @@ def _joined(rows: Sequence[Rows], layer: LinearLayer, labelled: Tensor) -> Rows:
     return packed(delta.detach(), act.detach(), owner, labelled)
 
 
-def _sample_of(value: Any, sample: int, n: int) -> Any:
-    if isinstance(value, Tensor) and value.dim() and len(value) == n:
-        return value[sample : sample + 1]
-    if isinstance(value, dict):
-        return {key: _sample_of(item, sample, n) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_sample_of(item, sample, n) for item in value)
-    return value
-
-
 def _check_independent(
-    run: Run, batch: Batch, logits: Tensor, n: int, name: str, output: Any
+    model: nn.Module, run: Run, batch: Batch, logits: Tensor, name: str, output: Any
 ) -> None:
     """Raise InputError unless a sample's logits are the same without the rest of its batch.
 
     Then its gradient is its own too, even at rows that all samples share.
     """
-    args, kwargs, labels = batch
+    n = len(batch[2])
     for sample in {0, n - 1}:
-        alone = _sample_of(list(args), sample, n), _sample_of(kwargs, sample, n)
-        one = (alone[0], alone[1], labels[sample : sample + 1])
         try:
-            found = chosen(run(one), output).detach()[0]
+            one = some_samples(batch, range(sample, sample + 1))
+            found = chosen(run(one), output)[0]
         except Exception as error:
             raise _mixes(name, f"and a sample cannot be run alone ({error})") from error
-        here = logits.detach()[sample]
-        bound = 64 * torch.finfo(here.dtype).eps ** 0.75 * (here.abs().max() + found.abs().max())
-        if found.shape != here.shape or not bool(((found - here).abs() <= bound).all()):
+        here = logits[sample]
+        same = found.shape == here.shape
+        if not same or apart(found, here, coarsest_of(model, here.dtype)) is not None:
             raise _mixes(name, "and a sample's logits change with the rest of its batch")
 
 

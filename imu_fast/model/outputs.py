@@ -17,6 +17,7 @@ from imu_fast.model.batches import as_batches, device_of, empty_message, split_b
 from imu_fast.model.called import called, from_sample
 from imu_fast.model.causal import settled
 from imu_fast.model.guard import door, preserved
+from imu_fast.model.independence import SampleChecks
 from imu_fast.model.logits import candidates
 from imu_fast.model.logits import logits_of as logits_of
 from imu_fast.model.loss import labelled
@@ -195,7 +196,7 @@ def logits_in_batches(
 
     with preserved(model), torch.no_grad():
         model.eval()
-        samples = 0
+        samples, places = 0, SampleChecks(model, alone=False)
         for batch in as_batches(loader, model):
             with from_sample(samples):
                 parts = to_device(split_batch(batch), device)
@@ -203,7 +204,9 @@ def logits_in_batches(
                 logits = logits_of(output, parts.labels, choice)
                 if logits.dim() > 2:
                     found = candidates(output, parts.labels) if choice is None else [choice]
-                    reading = settled(reading, model, run, parts, logits, next(iter(found)))
+                    where = next(iter(found))
+                    places.look(run, parts, logits, where)
+                    reading = settled(reading, model, run, parts, logits, where)
                 targets = labelled(reading, parts.labels, logits, name)
             samples += parts.n
             yield logits, targets

@@ -185,8 +185,15 @@ def test_samples_mixed_in_a_batch_are_refused():
         h = self.a(self.emb(x))
         return self.fc(self.b(h - h.mean(0)).mean(1))
 
+    x, y = torch.randn(N, T, D), torch.randint(C, (N,))
+    with pytest.raises(InputError, match="change with the rest of its batch"):
+        imu.capture(Net(centred), (x, y), layers=["a"])
+
+    def uncut(self, x):
+        return centred(self, x.reshape(N, T, D))  # takes no other number of samples
+
     with pytest.raises(InputError, match="'a': the gradient at a row comes from several samples"):
-        imu.capture(Net(centred), (torch.randn(N, T, D), torch.randint(C, (N,))), layers=["a"])
+        imu.capture(Net(uncut), (x, y), layers=["a"])
 
 
 def test_batch_statistics_in_evaluation_mode_are_refused():
