@@ -12,6 +12,14 @@ import typer
 
 from imu_fast.errors import InputError
 
+ForgetData = Annotated[
+    Path,
+    typer.Option(
+        help="Forget set. Images: a folder with a sub-folder per class, or .npz (x, y). Text: "
+        ".jsonl, .json or .csv."
+    ),
+]
+
 
 @dataclass(frozen=True)
 class Images:

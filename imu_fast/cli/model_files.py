@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from imu_fast.errors import InputError, brief, check_installed
 from imu_fast.model.outputs import logits_of
-from imu_fast.model.weights import load_weights
+from imu_fast.model.weights import load_weights, unwrapped
 
 # What libraries call their classifier; the first part of the names of its weights.
 _HEADS = ("fc", "classifier", "head", "heads", "score")
@@ -44,7 +44,7 @@ def build_model(arch: str, weights: Path) -> nn.Module:
     if not matrices:
         raise InputError(f"weights={str(weights)!r} has no linear layer, so no classifier head")
     # A .safetensors file has its own order, so the last matrix need not be the head.
-    heads = [v for k, v in matrices.items() if k.split(".")[0] in _HEADS]
+    heads = [v for k, v in unwrapped(matrices).items() if k.split(".")[0] in _HEADS]
     classes = (heads or list(matrices.values()))[-1].shape[0]
     if source == "torchvision":
         model = _torchvision_model(arch, name, classes)
@@ -55,7 +55,7 @@ def build_model(arch: str, weights: Path) -> nn.Module:
     else:
         model = _own_model(arch, source, name)
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(unwrapped(state, model))
     except RuntimeError as error:
         raise InputError(
             f"weights={str(weights)!r} do not fit arch={arch!r}: {brief(error)}"
@@ -181,9 +181,11 @@ def count_classes(model: nn.Module, x: Tensor) -> int:
             logits = logits_of(model(x))
     # What modules raise on shapes and dtypes that they cannot take.
     except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
+        own = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)
+        wanted = f"; store x as {str(own).removeprefix('torch.')}" if own != x.dtype else ""
         raise InputError(
             f"data: the model cannot take a sample of shape {tuple(x.shape[1:])} and "
-            f"{x.dtype}: {brief(error)}"
+            f"{x.dtype}: {brief(error)}{wanted}"
         ) from error
     if logits.dim() != 2 or len(logits) != 1:
         raise InputError(

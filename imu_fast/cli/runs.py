@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from imu_fast.cli.arguments import layer_names
+from imu_fast.cli.arguments import ForgetData, layer_names
 from imu_fast.errors import InputError
 
 
@@ -90,13 +90,7 @@ def _optimizer(name: str) -> Any:
 class Run:
     """One run, whatever it is of."""
 
-    data: Annotated[
-        Path,
-        typer.Option(
-            help="Forget set. Images: a folder with a sub-folder per class, or .npz (x, y). Text: "
-            ".jsonl, .json or .csv."
-        ),
-    ]
+    data: ForgetData
     out: Annotated[
         Path | None,
         typer.Option(

@@ -7,20 +7,14 @@ from typing import Annotated
 
 import typer
 
-from imu_fast.cli.arguments import Images, Texts, grouped, is_text, layer_names
+from imu_fast.cli.arguments import ForgetData, Images, Texts, grouped, is_text, layer_names
 
 
 @grouped
 def score(
     images: Images,
     texts: Texts,
-    data: Annotated[
-        Path,
-        typer.Option(
-            help="Forget set. Images: a folder with a sub-folder per class, or .npz (x, y). Text: "
-            ".jsonl, .json or .csv."
-        ),
-    ],
+    data: ForgetData,
     out: Annotated[
         Path | None,
         typer.Option(

@@ -34,6 +34,8 @@ def load_weights(path: Path, argument: str = "weights") -> dict[str, Tensor]:
     Raises:
         InputError: missing, unreadable, or a pickled whole model.
     """
+    if path.is_dir():
+        raise InputError(f"{argument}={str(path)!r} is a folder; name the file in it")
     if not path.is_file():
         raise InputError(f"{argument}={str(path)!r} does not exist; check the name")
     if path.suffix == ".safetensors":
@@ -119,7 +121,7 @@ class Checkpoints:
                 raise InputError(f"{shown}: {name} is not finite; leave this checkpoint out")
         try:
             with torch.no_grad():
-                self._model.load_state_dict(self._unwrapped(state))
+                self._model.load_state_dict(unwrapped(state, self._model))
         # What modules raise that load what is not theirs.
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise InputError(
@@ -127,14 +129,15 @@ class Checkpoints:
                 "very architecture"
             ) from error
 
-    def _unwrapped(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Without a wrapper's prefix, where all names have one that the model's have not."""
-        out = dict(state)
-        for prefix in _WRAPPERS:
-            own = any(name.startswith(prefix) for name in self._model.state_dict())
-            if out and not own and all(name.startswith(prefix) for name in out):
-                out = {name.removeprefix(prefix): tensor for name, tensor in out.items()}
-        return out
+
+def unwrapped(state: Mapping[str, Any], model: nn.Module | None = None) -> dict[str, Any]:
+    """Without a wrapper's prefix, where all names have one that the model's, if any, have not."""
+    out = dict(state)
+    for prefix in (*_WRAPPERS, *_WRAPPERS):  # one around the other, in either order
+        own = model is not None and any(name.startswith(prefix) for name in model.state_dict())
+        if out and not own and all(name.startswith(prefix) for name in out):
+            out = {name.removeprefix(prefix): tensor for name, tensor in out.items()}
+    return out
 
 
 def _memory(tensor: Tensor) -> tuple[str, int]:

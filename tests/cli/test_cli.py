@@ -140,6 +140,22 @@ def test_own_architecture_beside_the_user(toy, monkeypatch):
     assert "20 scores" in done.stdout
 
 
+def test_weights_as_wrappers_save_them(toy):
+    folder, options, _ = toy
+    state = toy_model().state_dict()
+    for prefix in ("module.", "_orig_mod.", "_orig_mod.module."):
+        torch.save({prefix + k: v for k, v in state.items()}, folder / "weights.pt")
+        assert "20 scores" in run("score", *options, "--out", folder / "scores.csv")
+
+
+def test_data_of_another_dtype_and_a_folder_of_weights_are_told_the_way_out(toy):
+    folder, options, (x, y) = toy
+    np.savez(folder / "forget.npz", x=x.double().numpy(), y=y.numpy())
+    assert "store x as float32" in run("score", *options, code=2)
+    options[3] = folder
+    assert "is a folder; name the file" in run("score", *options, code=2)
+
+
 def test_weights_of_a_head_that_is_not_the_last_tensor(tmp_path):
     """safetensors sorts its tensors, so the head's name counts and not its place."""
     timm = pytest.importorskip("timm")
