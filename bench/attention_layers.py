@@ -31,32 +31,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from language_peers import LAYERS, VOCABULARY, llama
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 WIDTHS, LENGTHS, BATCH = (64, 256, 512), (16, 128), 16
-LAYERS, CHOSEN, VOCABULARY = 4, 3, 1_000
+CHOSEN = 3
 GOAL = 0.8
 
 
-def llama(width: int) -> nn.Module:
-    """In evaluation mode; of its parameters only the chosen ask for a gradient."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=width // 32,
-        num_key_value_heads=width // 32,
-        max_position_embeddings=256,
-        use_cache=False,
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
+def attended(width: int) -> nn.Module:
+    """The peers' model; of its parameters only the chosen ask for a gradient."""
+    model = llama(width)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("self_attn" in name and _layer(name) >= LAYERS - CHOSEN)
     return model
@@ -137,7 +125,7 @@ def flops(work: Callable[[], object]) -> float:
 
 def row(width: int, length: int, repeats: int) -> tuple[str, float]:
     """One line of the table, and the share of the bound."""
-    model = llama(width)
+    model = attended(width)
     x, y = torch.randint(VOCABULARY, (2, BATCH, length))
     procedures = {
         "theirs": lambda: theirs(model, x, y),
