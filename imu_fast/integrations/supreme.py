@@ -66,7 +66,7 @@ def imu_fast(
     own = {name: value for name, value in options.items() if name not in _HANDLES}
     if method == "auto":
         own.setdefault("task", _TASKS.get(str(options.get("type_of_unlearning_strategy"))))
-        if not {"stop", "milestones", "unseen"} & own.keys():
+        if own["task"] != "class" and not {"stop", "milestones", "unseen"} & own.keys():
             own["unseen"] = options.get("test_dataloader")
     inner = getattr(model, "module", model)
     result = unlearn(inner, forget_train_dataloader, method, **own)

@@ -81,9 +81,9 @@ class Auto(Method):
     Args:
         task: ``"class"``: the forget set is all that there is of its classes; ``"samples"``: of its
             classes there are others, which are kept. None: samples if the labels are drawn across
-            all classes, else guessed to be a class, which is logged.
+            all classes or ``unseen`` is given, else guessed to be a class, which is logged.
         unseen: the depth of samples where no stop rule is given: the model's accuracy on data that
-            it never saw, or such data, as ``StopRule(unseen_accuracy=...)``. A class goes to 0.
+            it never saw, or such data, as ``StopRule(unseen_accuracy=...)``.
         given: flat options for the method that is taken; those that it does not have are refused.
     """
 
@@ -122,7 +122,8 @@ class Auto(Method):
         Raises:
             InputError: an option that the method does not have.
         """
-        task: Task = self.task or ("class" if is_class(labels, classes) else "samples")
+        whole = self.unseen is None and is_class(labels, classes)
+        task: Task = self.task or ("class" if whole else "samples")
         name = "single_row" if task == "class" else "margin_edit"
         described = f"method='auto' takes {name!r} for these samples, which"
         return task, name, self._candidates()[name].with_options(described, self.given or {})
@@ -156,8 +157,13 @@ class Auto(Method):
         """As :meth:`choose`, by the forget set's labels and the model's logits; and how deep.
 
         Raises:
-            InputError: as :meth:`choose`; ``unseen`` beside a stop rule.
+            InputError: as :meth:`choose`; ``unseen`` beside a stop rule, or for a class.
         """
+        if self.task == "class" and self.unseen is not None:
+            raise InputError(
+                "unseen= with task='class': it is the depth of samples, and a class goes to forget "
+                "accuracy 0; leave one of the two out"
+            )
         labels = torch.cat([batch[2].flatten().cpu() for batch in forget])
         given = self.given or {}
         layer = given.get("layers", given.get("layer"))

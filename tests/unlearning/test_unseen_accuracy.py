@@ -111,8 +111,10 @@ def test_unseen_is_the_depth_of_auto(problem):
         assert line - 2 / len(forget[1]) <= accuracy(result.model, forget) <= line
     one = forget[1] == 2
     data = (forget[0][one], forget[1][one])
-    result = imu.unlearn(model, data, "auto", task="class", unseen=unseen, inplace=False)
-    assert accuracy(result.model, data) == 0.0
+    with pytest.raises(imu.InputError, match="unseen= with task='class'"):
+        imu.unlearn(model, data, "auto", task="class", unseen=unseen)
+    result = imu.unlearn(model, data, "auto", unseen=unseen, inplace=False)  # samples of one class
+    assert result.settings["method"] == "margin_edit" and result.stopped_by == "unseen_accuracy"
 
 
 def test_auto_takes_a_class_to_zero(problem, caplog):
