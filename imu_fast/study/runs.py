@@ -40,6 +40,8 @@ DEPTHS = {
 # measured for the figures alone.
 KINDS = {"class": ("zero",), "random": ("unseen", "half")}
 _ON_THE_WAY = "way"
+# The depth that retraining does not reach: what is nearest to retraining there says nothing.
+STRESS = "half"
 _SETS = ("forget", "retain", "test")
 _DISTANCES = tuple(f"{name}_{on}" for name in ("kl", "w1", "agreement") for on in _SETS)
 METRICS = (

@@ -14,10 +14,9 @@ from typing import Any
 
 from imu_fast.errors import InputError
 from imu_fast.study.entries import AUTO, ORIGINAL, REFERENCES, RETRAINED
+from imu_fast.study.runs import STRESS
 
 SIGNIFICANT = 0.05
-# The depth that retraining does not reach: what is nearest to retraining there says nothing.
-STRESS = "half"
 
 
 @dataclass(frozen=True)
