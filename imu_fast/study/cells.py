@@ -19,8 +19,8 @@ from imu_fast.errors import InputError, brief
 from imu_fast.storage import replacing
 
 Json = dict[str, Any]
-# Figures that are kept of a number: more than two runs on other machines share.
-_FIGURES = 6
+# Significant figures that are kept of a number: more than another machine would share.
+_FIGURES = 4
 
 
 def digest(value: Any) -> str:
@@ -33,7 +33,7 @@ def _short(value: Any) -> str:
 
 
 def rounded(value: Any) -> Any:
-    """The value for JSON, numbers to six significant figures, None for NaN and infinity."""
+    """The value for JSON, numbers to four significant figures, None for NaN and infinity."""
     if isinstance(value, dict):
         return {str(k): rounded(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

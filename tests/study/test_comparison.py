@@ -251,7 +251,7 @@ def test_another_training_or_data_is_another_model_and_cell():
 def test_what_an_entry_depends_on(tmp_path):
     cell = Cell(tmp_path / "cell.json", "abc")
     assert cell.made("m", [1, 60], lambda: {"x": 1 / 3, "none": math.nan}) == {
-        "x": 0.333333,
+        "x": 0.3333,
         "none": None,
     }
     assert cell.made("m", [1, 60], None) == cell.get("m", [1, 60])

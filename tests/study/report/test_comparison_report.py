@@ -82,7 +82,7 @@ def test_report_is_one_page_with_everything(results, written):
     assert "http:" not in text and "https:" not in text
     page = Page(text)
     titles = [about["title"] for about in results["tasks"].values()]
-    for part in (*results["methods"], *titles, "on a model of its own", "not significant"):
+    for part in (*results["methods"], *titles, "on a model of its own", "(95 %: "):
         assert part in page.text
     assert f"{len(METHODS)} methods" in page.text, "the original and retrained are no methods"
     assert "prefers-color-scheme: dark" in text and not any(t == "table" for t, _ in page.tags)
@@ -151,8 +151,8 @@ def test_figures_and_tables_have_one_source(results):
                 if line is None:
                     assert (forget, retain) == pytest.approx((0.6, 0.8))
                 else:
-                    assert forget == pytest.approx(line.values["forget_accuracy"].mean, rel=1e-4)
-                    assert retain == pytest.approx(line.retain.mean, rel=1e-4)
+                    assert forget == pytest.approx(line.values["forget_accuracy"].mean, rel=1e-3)
+                    assert retain == pytest.approx(line.retain.mean, rel=1e-3)
 
 
 def test_a_depth_that_some_runs_missed_is_not_drawn(results):
