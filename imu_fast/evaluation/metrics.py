@@ -68,19 +68,30 @@ def _finite_confidence(name: str, outputs: Outputs) -> np.ndarray:
 
 
 def membership(
-    forget: Outputs, retain: Outputs, unseen: Outputs, *, seed: int = 0
+    forget: Outputs,
+    retain: Outputs,
+    unseen: Outputs,
+    *,
+    heldout: Outputs | None = None,
+    seed: int = 0,
 ) -> dict[str, float]:
     """What an observer of one model's confidences learns about who was in its training set.
 
     Args:
-        forget, retain, unseen: outputs of one model; ``unseen`` of samples it never saw.
+        forget, retain, unseen: outputs of one model; ``unseen`` of samples like the forget set
+            that it never saw (of a forgotten class: held-out samples of that class).
+        heldout: of samples like the retain set that it never saw, which the attack ``svc`` learns
+            from beside the retain set; None: ``unseen``, which is right where the forget set is of
+            the same kind as the retain set. Of a forgotten class it is not: held-out samples of a
+            class that is not predicted any more differ from any member, whatever was trained on.
         seed: of the SVC attack's balanced subsample, at most 1,000 of each side.
 
     Returns:
         ``auc``: how well confidence tells forget (positive) from unseen samples, 0.5 if not at
         all; below it forgetting has gone past the unseen, and betrays as much. ``ks``: the
         Kolmogorov-Smirnov distance of the same two samples, 0 to 1, which sees any difference of
-        distribution. ``svc``: fraction of forget called members, see :func:`membership_accuracy`.
+        distribution. ``svc``: fraction of forget called members, see :func:`membership_accuracy`;
+        the attack learns from ``retain`` and ``heldout``.
 
     Raises:
         InputError: logits are not finite (the model has diverged).
@@ -90,13 +101,16 @@ def membership(
 
     forgotten, other = _finite_confidence("forget", forget), _finite_confidence("unseen", unseen)
     check_finite_rows("retain.logits", retain.logits)
+    if heldout is None:
+        heldout = unseen
+    check_finite_rows("heldout.logits", heldout.logits)
     return {
         "auc": roc_auc(torch.from_numpy(forgotten), torch.from_numpy(other)),
         # The p-value is not used: "asymp" spares the exact one's cost.
         "ks": float(ks_2samp(forgotten, other, method="asymp").statistic),
         "svc": membership_accuracy(
             retain.confidence,
-            unseen.confidence,
+            heldout.confidence,
             forget.confidence,
             seed=seed,
             max_samples=_ATTACK_SAMPLES,

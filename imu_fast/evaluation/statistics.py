@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from imu_fast.errors import InputError, check_choice, check_installed
+from imu_fast.errors import InputError, check_choice, check_installed, check_positive
 
 Row = Mapping[str, Any]
 _KEYS = ("arch", "seed", "task", "depth", "method")
 _ALTERNATIVES = ("two-sided", "greater", "less")
+# What runs may share, and where in (arch, seed) it stands.
+_CLUSTERS = {"arch": 0, "seed": 1}
+# Sign flips that are tried; fewer than this many are all tried.
+_FLIPS = 9999
 
 
 def _check_rows(rows: Sequence[Row], metrics: Iterable[str]) -> None:
@@ -73,57 +78,44 @@ def summary(rows: Sequence[Row], metrics: Sequence[str]) -> list[dict[str, Any]]
     return table
 
 
-def _p_values(ours: list[float], baseline: list[float], alternative: str) -> tuple[float, float]:
-    """p of the paired t-test and of Wilcoxon's signed-rank test; NaN for fewer than two pairs."""
-    check_installed("paired_tests()", "scipy")
-    from scipy.stats import ttest_rel, wilcoxon
+@dataclass(frozen=True)
+class _Pairs:
+    """A method and a baseline on the same runs, [k] each: a number a cluster of them."""
 
-    if len(ours) < 2:
-        return math.nan, math.nan
-    if ours == baseline:  # 0/0 in both statistics; nothing speaks against equality
-        return 1.0, 1.0
-    t = ttest_rel(ours, baseline, alternative=alternative).pvalue
-    return float(t), float(wilcoxon(ours, baseline, alternative=alternative).pvalue)
+    task: str
+    depth: Any
+    method: str
+    ours: np.ndarray
+    theirs: np.ndarray
+    runs: int
+
+    @property
+    def differences(self) -> np.ndarray:
+        return self.ours - self.theirs
+
+    def described(self) -> dict[str, Any]:
+        """What every test says of them."""
+        k = len(self.ours)
+        mean, base = (float(x.mean()) if k else math.nan for x in (self.ours, self.theirs))
+        return {
+            "task": self.task,
+            "depth": self.depth,
+            "method": self.method,
+            "n_pairs": self.runs,
+            "n_clusters": k,
+            "mean": mean,
+            "baseline_mean": base,
+            "difference": mean - base,
+        }
 
 
-def _holm(p_values: list[float]) -> list[float]:
-    """Holm-adjusted p-values; NaN stays NaN and is no test."""
-    check_installed("paired_tests()", "statsmodels")
-    from statsmodels.stats.multitest import multipletests
-
-    p = np.array(p_values)
-    tested = ~np.isnan(p)
-    if tested.any():
-        p[tested] = multipletests(p[tested], method="holm")[1]
-    return p.tolist()
-
-
-def paired_tests(
-    rows: Sequence[Row], metric: str, baseline: str, *, alternative: str = "two-sided"
-) -> list[dict[str, Any]]:
-    """Each method against a baseline method, paired by (arch, seed).
-
-    Pairs are the runs in which both have the metric, and the means are over these alone. With few
-    pairs Wilcoxon's test cannot be significant: n pairs give p >= 2^(1-n), two-sided.
-
-    Args:
-        baseline: name of the method that the others are compared with.
-        alternative: ``"two-sided"``, ``"greater"`` (the method's metric is) or ``"less"``.
-
-    Returns:
-        For each (task, depth) and each other method: ``n_pairs``, ``mean``, ``baseline_mean``,
-        ``difference``, ``ratio`` (NaN for a baseline mean of 0), ``t_p``, ``wilcoxon_p`` (NaN for
-        fewer than two pairs), and ``t_p_holm``, ``wilcoxon_p_holm``, each corrected over all
-        tests returned.
-
-    Raises:
-        InputError: a row lacks a key or repeats a run, no row has the metric, or none is of the
-            baseline.
-    """
-    check_choice("alternative", alternative, _ALTERNATIVES)
+def _pairs(rows: Sequence[Row], metric: str, baseline: str, cluster: str | None) -> list[_Pairs]:
+    """Runs that both a method and the baseline have, averaged within each cluster."""
     _check_rows(rows, [metric])
     check_choice("baseline", baseline, dict.fromkeys(row["method"] for row in rows))
-    table: list[dict[str, Any]] = []
+    if cluster is not None:
+        check_choice("cluster", cluster, _CLUSTERS)
+    found = []
     for (task, depth), group in _groups(rows, "task", "depth").items():
         runs = {
             method: {
@@ -133,26 +125,217 @@ def paired_tests(
         }
         base = runs.pop(baseline, {})
         for method, values in runs.items():
-            pairs = [(values[run], base[run]) for run in values if run in base]
-            ours, theirs = [a for a, _ in pairs], [b for _, b in pairs]
-            mean = float(np.mean(ours)) if pairs else math.nan
-            base_mean = float(np.mean(theirs)) if pairs else math.nan
-            t_p, wilcoxon_p = _p_values(ours, theirs, alternative)
-            table.append(
-                {
-                    "task": task,
-                    "depth": depth,
-                    "method": method,
-                    "n_pairs": len(pairs),
-                    "mean": mean,
-                    "baseline_mean": base_mean,
-                    "difference": mean - base_mean,
-                    "ratio": mean / base_mean if base_mean else math.nan,
-                    "t_p": t_p,
-                    "wilcoxon_p": wilcoxon_p,
-                }
+            both = [run for run in values if run in base]
+            clusters: dict[Any, list[tuple[str, Any]]] = {}
+            for run in both:
+                clusters.setdefault(run if cluster is None else run[_CLUSTERS[cluster]], []).append(
+                    run
+                )
+            ours, theirs = (
+                np.array([np.mean([of[run] for run in those]) for those in clusters.values()])
+                for of in (values, base)
             )
-    for name in ("t_p", "wilcoxon_p"):
+            found.append(_Pairs(task, depth, method, ours, theirs, len(both)))
+    return found
+
+
+def t_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """Student's interval of the mean of [k] values; NaN for fewer than two."""
+    check_installed("t_interval()", "scipy")
+    from scipy.stats import t
+
+    k = len(values)
+    if k < 2:
+        return math.nan, math.nan
+    half = float(t.ppf((1 + level) / 2, k - 1)) * float(np.std(values, ddof=1)) / math.sqrt(k)
+    return float(values.mean()) - half, float(values.mean()) + half
+
+
+def intervals(
+    rows: Sequence[Row], metric: str, *, cluster: str | None = None, level: float = 0.95
+) -> list[dict[str, Any]]:
+    """Mean of each method and Student's interval of it.
+
+    Args:
+        cluster: ``"seed"`` or ``"arch"``: runs that share it are averaged first, and the interval
+            is over these means. None: every run is independent.
+
+    Returns:
+        For each (task, depth, method): ``n`` runs, ``n_clusters``, ``mean``, ``low``, ``high`` (NaN
+        for fewer than two clusters).
+
+    Raises:
+        InputError: as :func:`summary`.
+    """
+    _check_rows(rows, [metric])
+    if cluster is not None:
+        check_choice("cluster", cluster, _CLUSTERS)
+    table = []
+    for (task, depth, method), group in _groups(rows, "task", "depth", "method").items():
+        by_cluster = _groups(group, *((cluster,) if cluster else ("arch", "seed"))).values()
+        values = [
+            [v for r in those if (v := _value(r, metric)) is not None] for those in by_cluster
+        ]
+        means = np.array([np.mean(those) for those in values if those])
+        low, high = t_interval(means, level)
+        table.append(
+            {
+                "task": task,
+                "depth": depth,
+                "method": method,
+                "n": sum(map(len, values)),
+                "n_clusters": len(means),
+                "mean": float(means.mean()) if len(means) else math.nan,
+                "low": low,
+                "high": high,
+            }
+        )
+    return table
+
+
+def _p_values(pairs: _Pairs, alternative: str) -> dict[str, float]:
+    """p of the paired t-test, of Wilcoxon's signed-rank test and of exact sign flips.
+
+    NaN for fewer than two pairs.
+    """
+    check_installed("paired_tests()", "scipy")
+    from scipy.stats import permutation_test, ttest_rel, wilcoxon
+
+    ours, theirs = pairs.ours, pairs.theirs
+    k = len(ours)
+    if k < 2:
+        return {"t_p": math.nan, "wilcoxon_p": math.nan, "sign_flip_p": math.nan}
+    if np.array_equal(ours, theirs):  # 0/0 in the statistics; nothing speaks against equality
+        return {"t_p": 1.0, "wilcoxon_p": 1.0, "sign_flip_p": 1.0}
+    flips = permutation_test(
+        (ours, theirs),
+        lambda x, y, axis: (x - y).mean(axis=axis),
+        permutation_type="samples",
+        alternative=alternative,
+        n_resamples=_FLIPS,  # all of them up to 13 pairs
+        vectorized=True,
+        rng=np.random.default_rng(0),
+    )
+    return {
+        "t_p": float(ttest_rel(ours, theirs, alternative=alternative).pvalue),
+        "wilcoxon_p": float(wilcoxon(ours, theirs, alternative=alternative).pvalue),
+        "sign_flip_p": float(flips.pvalue),
+    }
+
+
+def least_p(k: int, alternative: str = "two-sided") -> float:
+    """The least p that Wilcoxon's test or sign flips can give for k pairs."""
+    return min(1.0, 2.0 ** -(k - (alternative == "two-sided")))
+
+
+def _holm(p_values: list[float]) -> list[float]:
+    """Holm-adjusted p-values; NaN stays NaN and is no test."""
+    p = np.array(p_values, dtype=np.float64)
+    tested = np.flatnonzero(~np.isnan(p))
+    order = tested[np.argsort(p[tested])]
+    # The k-th smallest of m times m - k, never less than a smaller one's.
+    adjusted = p[order] * np.arange(len(order), 0, -1)
+    p[order] = np.minimum(np.maximum.accumulate(adjusted), 1)
+    return p.tolist()
+
+
+def paired_tests(
+    rows: Sequence[Row],
+    metric: str,
+    baseline: str,
+    *,
+    alternative: str = "two-sided",
+    cluster: str | None = None,
+) -> list[dict[str, Any]]:
+    """Each method against a baseline method, paired by (arch, seed).
+
+    Pairs are the runs in which both have the metric, and the means are over these alone. With few
+    pairs a rank or sign-flip test cannot be significant: ``least_p`` says how small its p can be.
+
+    Args:
+        baseline: name of the method that the others are compared with.
+        alternative: ``"two-sided"``, ``"greater"`` (the method's metric is) or ``"less"``.
+        cluster: ``"seed"`` or ``"arch"``: runs that share it (and with it, say, the training data)
+            are not independent; they are averaged first, and the tests are over these means. None:
+            every run is independent.
+
+    Returns:
+        For each (task, depth) and each other method: ``n_pairs``, ``n_clusters``, ``mean``,
+        ``baseline_mean``, ``difference``, its 95 % interval ``low`` to ``high``, ``ratio`` (NaN for
+        a baseline mean of 0), ``least_p``, and p of Student's test ``t_p``, ``wilcoxon_p`` and
+        ``sign_flip_p`` (exact up to 13 clusters), NaN for fewer than two; each again as
+        ``..._holm``, corrected over all tests returned.
+
+    Raises:
+        InputError: a row lacks a key or repeats a run, no row has the metric, or none is of the
+            baseline; unknown cluster.
+    """
+    check_choice("alternative", alternative, _ALTERNATIVES)
+    table: list[dict[str, Any]] = []
+    for pairs in _pairs(rows, metric, baseline, cluster):
+        line = pairs.described()
+        low, high = t_interval(pairs.differences)
+        base = line["baseline_mean"]
+        table.append(
+            line
+            | {"low": low, "high": high, "ratio": line["mean"] / base if base else math.nan}
+            | {"least_p": least_p(len(pairs.ours), alternative)}
+            | _p_values(pairs, alternative)
+        )
+    for name in ("t_p", "wilcoxon_p", "sign_flip_p"):
         for line, p in zip(table, _holm([line[name] for line in table]), strict=True):
             line[f"{name}_holm"] = p
+    return table
+
+
+def equivalence_tests(
+    rows: Sequence[Row],
+    metric: str,
+    baseline: str,
+    margin: float,
+    *,
+    cluster: str | None = None,
+    level: float = 0.05,
+) -> list[dict[str, Any]]:
+    """Whether each method equals a baseline method within a margin: two one-sided t-tests.
+
+    That a difference is not significant does not say that there is none. This asks the other way
+    round (Schuirmann 1987): the difference is below ``margin`` and above ``-margin``, both at
+    ``level``; that is so where its ``1 - 2 level`` interval lies within the margin.
+
+    Args:
+        margin: what is too small to matter, in the metric's unit, > 0.
+        cluster: as of :func:`paired_tests`.
+
+    Returns:
+        As :func:`paired_tests` up to ``difference``; ``equivalence_low`` and ``equivalence_high``,
+        the ``1 - 2 level`` interval; ``equivalence_p``, the larger of the two p, NaN for fewer than
+        two clusters; ``equivalent``.
+
+    Raises:
+        InputError: as :func:`paired_tests`; a margin that is not positive, a level outside
+            (0, 0.5).
+    """
+    check_installed("equivalence_tests()", "scipy")
+    from scipy.stats import ttest_1samp
+
+    check_positive("margin", margin)
+    if not 0 < check_positive("level", level) < 0.5:
+        raise InputError(f"level={level!r} must lie in (0, 0.5)")
+    table = []
+    for pairs in _pairs(rows, metric, baseline, cluster):
+        d = pairs.differences
+        low, high = t_interval(d, 1 - 2 * level)
+        if len(d) < 2:
+            p = math.nan
+        elif np.ptp(d) == 0:  # no spread: 0/0 or certain
+            p = 0.0 if abs(d[0]) < margin else 1.0
+        else:
+            above = ttest_1samp(d, -margin, alternative="greater").pvalue
+            p = float(max(above, ttest_1samp(d, margin, alternative="less").pvalue))
+        table.append(
+            pairs.described()
+            | {"equivalence_low": low, "equivalence_high": high, "equivalence_p": p}
+            | {"equivalent": bool(p < level)}
+        )
     return table
