@@ -181,9 +181,8 @@ void squared_products(const Factor<T>& left, const Factor<T>& right, const int64
   for (int64_t i = 0; i < samples; ++i) p.first.push_back(p.first.back() + lengths[i]);
   const int64_t all = p.first.back();
   if (all == 0 || rows == 0 || columns == 0) return;
-  const int64_t block =
-      std::min(quotient_up(rows, run.rows), std::max<int64_t>(1, LEFT_ELEMENTS / (all * run.rows))) *
-      run.rows;
+  const int64_t held = std::max<int64_t>(1, LEFT_ELEMENTS / (all * run.rows));
+  const int64_t block = std::min(quotient_up(rows, run.rows), held) * run.rows;
   const std::unique_ptr<T[]> packed(new T[block * all]);
   // Strips enough for threads to end together, yet wide.
   const int64_t panels = quotient_up(columns, run.columns);
