@@ -56,7 +56,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def _triton():
     device = torch.device("cpu" if interpreted() else "cuda")
     with device, use_backend("triton"), record_backends() as used:
-        yield
+        yield used
         for other in ("mean_gradient", "damped_cholesky_solve"):  # torch's, and a library's
             used.pop(other, None)
         assert set(used.values()) <= {"triton"}, used
@@ -385,7 +385,7 @@ def test_linear_softmax_scores(case):
     torch.testing.assert_close(factors.known.loss.double(), true_loss, rtol=1e-4, atol=1e-6)
 
 
-def test_what_a_kernel_cannot_take_is_in_pytorch_and_recorded():
+def test_what_a_kernel_cannot_take_is_in_pytorch_and_recorded(_triton):
     with record_backends() as ran:
         f = factors_of(MEDIUM, torch.float64)
         assert_close(fisher_diagonal(*f), reference.fisher_diagonal(*f), len(f[0]))
@@ -394,3 +394,4 @@ def test_what_a_kernel_cannot_take_is_in_pytorch_and_recorded():
     assert ran == {"fisher_diagonal": "torch", "quadratic_scores": "torch"}
     assert "torch.float64" in ran.reasons["fisher_diagonal"]
     assert "square of a sum" in ran.reasons["quadratic_scores"]
+    _triton.clear()
