@@ -117,4 +117,5 @@ def sum_of_outputs(source: Source[C], term: Callable[[Source[C], slice], Tensor]
 
 def for_inputs(source: Source[C]) -> Source[C]:
     """Factors with the same tokens and inputs, for what does not read the signal."""
-    return at_outputs(source, slice(0, 1)) if is_wide(source) else source
+    wide = is_wide(source)
+    return at_outputs(source, slice(0, 1)) if wide else source
