@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO_OUT ?= imu-fast-demo
 # As the extra [docs] of pyproject.toml, without the package and its torch.
-DOCS = 'mkdocs-material>=9.6' 'mkdocstrings[python]>=1.0'
+DOCS = 'mkdocs-material>=9.6' 'mkdocstrings[python]>=1.0' 'ruff'
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test lint docs integration options zoo bench bench-report studies sanitize roofline clean

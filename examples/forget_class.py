@@ -21,7 +21,7 @@ def main() -> None:
     x = centres[y] + torch.randn(160, 3, 32, 32)
     model = torchvision.models.resnet18(num_classes=4)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    for _ in range(3):
+    for _ in range(6):
         for inputs, labels in DataLoader(TensorDataset(x, y), batch_size=32, shuffle=True):
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(model(inputs), labels).backward()

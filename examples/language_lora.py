@@ -39,8 +39,8 @@ def main() -> None:
     own = {name: p.detach().clone() for name, p in adapted.named_parameters() if "lora" not in name}
     before = imu.evaluate(adapted, retain)["accuracy"]
     stop = imu.StopRule(forget_loss=2.0)
-    options = {"scope": "all", "lr": 0.05, "epochs": 200, "retain": retain}
-    result = imu.unlearn(adapted, forget, "npo", stop=stop, **options)
+    options = {"scope": "all", "optimizer": torch.optim.Adam, "lr": 1e-2, "retain": retain}
+    result = imu.unlearn(adapted, forget, "npo", stop=stop, epochs=100, **options)
     after = imu.evaluate(adapted, retain)["accuracy"]
     print(result)
     print(f"retained sentences: accuracy {before:.2f} -> {after:.2f}")

@@ -27,7 +27,7 @@ def main() -> None:
     for curvature in ("fisher_diag", "kfac", "ggn"):
         scores = imu.influence_scores(shared, curvature=curvature)
         alone = imu.influence_scores(model, (x, y), curvature=curvature)[mine]
-        torch.testing.assert_close(scores, alone, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(scores, alone, rtol=1e-4, atol=1e-6)
         print(f"process {rank}: {curvature}, {len(scores)} scores of {shared.n}: as in one process")
     dist.destroy_process_group()
 

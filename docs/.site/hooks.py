@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = {"CHANGELOG.md": "changelog.md", "bench/FINDINGS.md": "findings.md"}
 LINK = re.compile(r"(?<!\\)(!?\[(?:[^\[\]]|\[[^\[\]]*\]|!\[[^\]]*\]\([^)]*\))*\])\(([^)\s]+)\)")
 PICTURES = (".png", ".svg", ".jpg")
+# Docstrings name things as Sphinx has it; a name in code is enough here.
+ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):(?=<)")
 
 
 def _source(uri: str) -> str:
@@ -70,3 +72,8 @@ def on_page_markdown(markdown, page, config, files):
         return f"{text}({here}{mark}{anchor})"
 
     return LINK.sub(moved, markdown)
+
+
+def on_page_content(html, page, config, files):
+    """Leave the roles of docstrings out."""
+    return ROLE.sub("", html)
