@@ -20,7 +20,6 @@ OPTIONAL = {
     "pyarrow",
     "scipy",
     "sklearn",
-    "statsmodels",
     "timm",
     "torchvision",
     "transformers",
@@ -88,7 +87,7 @@ def test_the_message_names_what_to_install():
 
 WITHOUT = """
 import sys
-for name in ("sklearn", "scipy", "matplotlib", "pyarrow", "statsmodels", "torchvision", "PIL"):
+for name in ("sklearn", "scipy", "matplotlib", "pyarrow", "torchvision", "PIL"):
     sys.modules[name] = None
 import torch, imu_fast as imu
 from torch import nn

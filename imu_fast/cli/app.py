@@ -1,4 +1,4 @@
-"""The command line: ``imu-fast demo | score | unlearn | compare | doctor``."""
+"""The command line: ``imu-fast demo | score | unlearn | compare | validate | doctor``."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def compare(
         "imu-fast-compare"
     ),
     archs: Annotated[str | None, typer.Option(help="resnet,vgg")] = None,
-    tasks: Annotated[str | None, typer.Option(help="class,random-1,random-5,...")] = None,
+    tasks: Annotated[str | None, typer.Option(help="class-3,random-1,random-5,...")] = None,
     methods: Annotated[
         str | None,
         typer.Option(help="Names with semicolons between, or all; digits: a few."),
@@ -89,9 +89,13 @@ def compare(
     epochs: Annotated[int | None, typer.Option(help="Of training.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Budget of a run.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes side by side.")] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Begin nothing more after that long; the same command goes on.", min=0),
+    ] = None,
 ) -> None:
-    """Compare methods at matched depth, over seeds and architectures; table, plots, HTML."""
-    check_installed("compare", "jinja2", "matplotlib", "scipy", "sklearn", "statsmodels")
+    """Compare methods at matched depth with retraining: table, plots, HTML."""
+    check_installed("compare", "jinja2", "matplotlib", "scipy", "sklearn")
     from imu_fast.cli.score_files import check_folder, writing
     from imu_fast.study.comparison import run
     from imu_fast.study.configuration import Configuration
@@ -113,10 +117,43 @@ def compare(
     settings = Configuration.of(given) if config is None else Configuration.read(config, given)
     check_folder(out, out)
     with writing(out):
-        results, trajectories = run(settings, out)
-        files = write_report(results, trajectories, out)
+        results = run(settings, out, minutes=minutes)
+        files = write_report(results, out)
     console().print(comparison_table(results))
     typer.echo(f"results.json, {', '.join(files)} are in {out}/")
+
+
+@app.command()
+@clean_errors
+def validate(
+    data: Annotated[str, typer.Option(help="digits or cifar10.")] = "digits",
+    data_path: Annotated[Path | None, typer.Option(help="CIFAR-10 files.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of results, table, figure and cache.")] = Path(
+        "imu-fast-validate"
+    ),
+    subsets: Annotated[int, typer.Option(help="Random halves that are retrained.")] = 50,
+    repeats: Annotated[int, typer.Option(help="Models per half, averaged.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of data, halves and training.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Small, for a first look.")] = False,
+) -> None:
+    """Are the scores right? Compare them with models retrained on random halves; resumable."""
+    check_installed("validate", "matplotlib", "scipy", "sklearn")
+    from imu_fast.cli.score_files import check_folder, writing
+    from imu_fast.study.validation import run, validation_table
+
+    check_folder(out, out)
+    with writing(out):
+        results = run(
+            data,
+            out,
+            data_path=data_path,
+            subsets=subsets,
+            repeats=repeats,
+            seed=seed,
+            quick=quick,
+        )
+    console().print(validation_table(results))
+    typer.echo(f"results.json, table.md and lds.png are in {out}/")
 
 
 @app.command()

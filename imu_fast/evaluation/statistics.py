@@ -230,13 +230,12 @@ def least_p(k: int, alternative: str = "two-sided") -> float:
 
 def _holm(p_values: list[float]) -> list[float]:
     """Holm-adjusted p-values; NaN stays NaN and is no test."""
-    check_installed("paired_tests()", "statsmodels")
-    from statsmodels.stats.multitest import multipletests
-
-    p = np.array(p_values)
-    tested = ~np.isnan(p)
-    if tested.any():
-        p[tested] = multipletests(p[tested], method="holm")[1]
+    p = np.array(p_values, dtype=np.float64)
+    tested = np.flatnonzero(~np.isnan(p))
+    order = tested[np.argsort(p[tested])]
+    # The k-th smallest of m times m - k, never less than a smaller one's.
+    adjusted = p[order] * np.arange(len(order), 0, -1)
+    p[order] = np.minimum(np.maximum.accumulate(adjusted), 1)
     return p.tolist()
 
 

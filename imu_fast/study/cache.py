@@ -1,33 +1,35 @@
-"""What a comparison has made, kept on disk: an interrupted one makes nothing twice.
+"""Models that a comparison has trained, kept on disk: an interrupted one trains none twice.
 
-An entry is named by all that it depends on: settings, architecture, seed, task, the images
-themselves. Inside it says its own name and a checksum, so one that was damaged, or put in the place
-of another, is refused.
+A model's file is named by all that it depends on: settings, architecture, seed, task, the images
+themselves. Inside it says its own name, so one that was put in the place of another is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from imu_fast.errors import InputError, brief
-from imu_fast.storage import load_tensors, replacing, save_tensors
+from imu_fast.errors import InputError
+from imu_fast.storage import load_tensors, save_tensors
+from imu_fast.study.cells import Cell, digest
 from imu_fast.study.configuration import Configuration
 from imu_fast.study.data.tasks import Dataset, Samples
 from imu_fast.study.networks import NETWORKS, train
 
 # Raised whenever what an older version made must not be taken over.
-_VERSION = 2
+_VERSION = 3
 # A retrained model starts from other weights than the original: the reference is any model that
-# never saw the forget set.
-_RETRAINED_SEED = 10_000
+# never saw the forget set. Another retrained model (the second) starts from others again.
+_RETRAINED_SEEDS = (10_000, 20_000)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def fingerprint(data: Dataset) -> str:
@@ -36,12 +38,26 @@ def fingerprint(data: Dataset) -> str:
     for part in (data.train, data.validation, data.test):
         for tensor in part:
             found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-            found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+            found.update(_bytes(tensor))
     return found.hexdigest()[:16]
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def known_images(x: Tensor) -> Tensor:
+    """A number int64 [n] for each image [n, ...], of its content alone."""
+    first = (hashlib.sha256(_bytes(image)).digest()[:8] for image in x)
+    return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in first])
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a seed's data are: their :func:`fingerprint`, and which images are trained on."""
+
+    fingerprint: str
+    trained_on: Tensor
+
+    @classmethod
+    def of(cls, data: Dataset) -> Contents:
+        return cls(fingerprint(data), known_images(data.train[0]))
 
 
 @dataclass(frozen=True)
@@ -49,30 +65,40 @@ class Cache:
     """The folder of one comparison's entries.
 
     Attributes:
-        contents: the data of each seed, by :func:`fingerprint`.
+        contents: the data of each seed.
     """
 
     folder: Path
     config: Configuration
-    contents: Mapping[int, str]
+    contents: Mapping[int, Contents]
 
-    def _name(self, arch: str, seed: int, task: str, *further: Any) -> str:
-        depends = [_VERSION, self.config.training(), self.contents[seed], arch, seed, task]
-        return _digest([*depends, *further])[:12]
+    def _name(self, arch: str, seed: int, task: str) -> str:
+        data = self.contents[seed].fingerprint
+        depends = [_VERSION, self.config.training(), data, arch, seed, task]
+        return digest(depends)[:12]
 
     def model(
-        self, data: Dataset, arch: str, seed: int, *, without: str = "", rest: Samples | None = None
+        self,
+        data: Dataset,
+        arch: str,
+        seed: int,
+        *,
+        without: str = "",
+        rest: Samples | None = None,
+        twin: bool = False,
     ) -> nn.Module:
         """The network of this architecture and seed, read or trained now.
 
         Args:
             without: the task whose forget set is left out, and ``rest`` what remains of it.
+            twin: another such model, from other weights and in another order.
 
         Raises:
             InputError: the entry is damaged, or another's.
         """
-        key = self._name(arch, seed, without)
-        path = self.folder / f"{arch}-{seed}-{without or 'original'}-{key}.safetensors"
+        name = f"{without or 'original'}{'-twin' * twin}"
+        key = self._name(arch, seed, name)
+        path = self.folder / f"{arch}-{seed}-{name}-{key}.safetensors"
         x, y = data.train if rest is None else rest
         if path.is_file():
             state, metadata = load_tensors(path)
@@ -86,7 +112,7 @@ class Cache:
             arch,
             (x, y),
             data.classes,
-            seed=seed + (_RETRAINED_SEED if without else 0),
+            seed=seed + (_RETRAINED_SEEDS[twin] if without else 0),
             epochs=self.config.epochs,
             lr=self.config.lr,
             mirror=data.mirror,
@@ -94,40 +120,13 @@ class Cache:
         save_tensors(path, model.state_dict(), {"key": key})
         return model
 
-    def run(
-        self, arch: str, seed: int, task: str, name: str, extra: Any, make: Callable[[], Any]
-    ) -> Any:
-        """What ``make`` returns (for JSON) for one method on one model and task, or has returned.
-
-        Raises:
-            InputError: the entry is damaged, or another's.
-        """
-        key = self._name(arch, seed, task, self.config.max_steps, name, extra)
-        slug = "".join(c if c.isalnum() else "-" for c in name)
-        path = self.folder / "runs" / f"{arch}-{seed}-{task}-{slug}-{key}.json"
-        if not path.is_file():
-            value = make()
-            entry = {"key": key, "checksum": _digest(value), "value": value}
-            with replacing(path) as temporary:
-                temporary.write_text(json.dumps(entry, indent=1) + "\n")
-        try:
-            entry = json.loads(path.read_text())
-            found, value = entry["key"], entry["value"]
-            whole = entry["checksum"] == _digest(value)
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise _damaged(path, brief(error)) from error
-        if not whole:
-            raise _damaged(path, "by its checksum")
-        if found != key:
-            raise _another(path, found)
-        return value
+    def cell(self, arch: str, seed: int, task: str) -> Cell:
+        """Where what is measured of one model on one task is kept."""
+        key = self._name(arch, seed, task)
+        return Cell(self.folder.parent / "cells" / f"{arch}-{seed}-{task}-{key[:6]}.json", key)
 
 
-def _damaged(path: Path, why: str) -> InputError:
-    return InputError(f"path={str(path)!r} is damaged ({why}); delete it")
-
-
-def _another(path: Path, found: Any) -> InputError:
+def _another(path: Path, found: object) -> InputError:
     return InputError(
         f"path={str(path)!r} is the entry of another model or run ({found!r}); delete it"
     )

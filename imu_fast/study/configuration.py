@@ -23,17 +23,17 @@ TUNING_SEED = 100
 # Data sets' own defaults; digits fit into three minutes.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": {
-        "tasks": ("class", "random-5"),
+        "tasks": ("class-3", "random-5"),
         "seeds": 5,
         "epochs": 12,
         "train": None,
         "methods": QUICK,
     },
     "cifar10": {
-        "tasks": ("class", "random-1", "random-5", "random-10"),
+        "tasks": ("class-1", "class-4", "class-8", "random-1", "random-5", "random-10"),
         "seeds": 5,
         "epochs": 12,
-        "train": 10_000,
+        "train": 5_000,
     },
 }
 
@@ -46,7 +46,7 @@ class Configuration:
         data, data_path: a data set of ``DATASETS``, and where its files are.
         train: training images, drawn by seed; None: all.
         archs: of ``NETWORKS``. seeds: models per architecture, from seed 0.
-        tasks: ``class``, ``random-P``.
+        tasks: ``class-K``, ``random-P``.
         methods: names of ``entries.ENTRIES``, or "all"; digits have a quick choice of their own.
         epochs, lr: of training.
         max_steps: budget of each unlearning run.
@@ -58,7 +58,7 @@ class Configuration:
     train: int | None = None
     archs: tuple[str, ...] = tuple(NETWORKS)
     seeds: int = 5
-    tasks: tuple[str, ...] = ("class", "random-5")
+    tasks: tuple[str, ...] = ("class-3", "random-5")
     methods: tuple[str, ...] = (ALL,)
     epochs: int = 12
     lr: float = 0.1

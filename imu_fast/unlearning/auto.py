@@ -50,6 +50,16 @@ _NAMES = (
     "such data; or another depth, such as stop=imu_fast.StopRule(forget_accuracy=0.5)"
 )
 
+
+def _warn_of_ruin(what: str, stacklevel: int) -> None:
+    warnings.warn(
+        f"{what} with method='auto' for samples of classes that are kept: they go to forget "
+        "accuracy 0, which ruins much of the model and which no retraining does. Name the depth: "
+        f"{_NAMES}",
+        stacklevel=stacklevel,
+    )
+
+
 Task = Literal["class", "samples"]
 _OWN = ("task", "unseen")
 
@@ -142,12 +152,7 @@ class Auto(Method):
         if task == "class":
             return StopRule(forget_accuracy=0.0)
         if self.unseen is None:
-            warnings.warn(
-                "stop=None with method='auto' for samples of classes that are kept: they go to "
-                "forget accuracy 0, which ruins much of the model and which no retraining does. "
-                f"Name the depth: {_NAMES}",
-                stacklevel=5,
-            )
+            _warn_of_ruin("stop=None", stacklevel=6)
             return StopRule(forget_accuracy=0.0)
         return StopRule(unseen_accuracy=self.unseen)
 
@@ -175,6 +180,8 @@ class Auto(Method):
             )
         classes = head_of(model, forget, reading, layer or "head")[1]
         task, name, method = self.choose(labels, classes)
+        if task == "samples" and any(rule.forget_accuracy == 0 for rule in depths.rules):
+            _warn_of_ruin("forget_accuracy=0", stacklevel=5)
         if not depths.rules:
             depths = Depths(self.depth(labels, classes, task))
         return name, method, depths

@@ -65,19 +65,26 @@ def test_paired_by_hand():
     rows = rows_of({"uniform": [1.0, 1.0, 1.0], "ours": [2.0, 3.0, 4.0]})
     upper = (1 - 2 * math.sqrt(3 / 14)) / 2
     line = only(paired_tests(rows, "retain", "uniform"))
+    half = 4.302652729911275 / math.sqrt(3)  # Student's 97.5 % quantile at 2 degrees of freedom
     assert line == {
         "task": "class",
         "depth": 0.0,
         "method": "ours",
         "n_pairs": 3,
+        "n_clusters": 3,
         "mean": 3,
         "baseline_mean": 1,
         "difference": 2,
+        "low": pytest.approx(2 - half),
+        "high": pytest.approx(2 + half),
         "ratio": 3,
+        "least_p": 0.25,
         "t_p": pytest.approx(2 * upper),
         "wilcoxon_p": pytest.approx(0.25),
+        "sign_flip_p": pytest.approx(0.25),
         "t_p_holm": pytest.approx(2 * upper),
         "wilcoxon_p_holm": pytest.approx(0.25),
+        "sign_flip_p_holm": pytest.approx(0.25),
     }
     greater = only(paired_tests(rows, "retain", "uniform", alternative="greater"))
     assert greater["t_p"] == pytest.approx(upper) and greater["wilcoxon_p"] == 0.125

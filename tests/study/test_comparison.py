@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -11,15 +12,30 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import imu_fast as imu
 from imu_fast.cli.app import app
 from imu_fast.errors import InputError
 from imu_fast.study import comparison
-from imu_fast.study.cache import Cache, fingerprint
+from imu_fast.study.cache import Cache, Contents, fingerprint
+from imu_fast.study.cells import Cell
 from imu_fast.study.configuration import Configuration
 from imu_fast.study.data.tasks import load_dataset, make_task
-from imu_fast.study.entries import AUTO, BASELINE, ENTRIES, HEAD_BASELINE, HIGHLIGHT, entries_named
+from imu_fast.study.entries import (
+    AUTO,
+    BASELINE,
+    ENTRIES,
+    FLIPS,
+    HEAD_BASELINE,
+    HIGHLIGHT,
+    ORIGINAL,
+    REFERENCES,
+    RETRAINED,
+    TWIN,
+    entries_named,
+)
 from imu_fast.study.networks import NETWORKS, train
-from imu_fast.study.runs import METRICS, Setting
+from imu_fast.study.results import at_every_depth, read_results
+from imu_fast.study.runs import METRICS, Setting, Shadow
 
 TINY = {
     "archs": "resnet",
@@ -70,85 +86,181 @@ def test_every_entry_runs(setting, name):
         pytest.skip("for classes")
     found, way = setting.run(entry, entry.rates[len(entry.rates) // 2], max_steps=12)
     forget = setting.original.outputs["forget"].accuracy
-    assert way[0][0] == pytest.approx(forget)
+    lines = {"unseen": setting.unseen_accuracy, "half": forget / 2}
+    assert set(found) <= set(lines) == set(setting.milestones())
     for depth, reached in found.items():
-        outputs = reached.seen.outputs
         assert 0 <= reached.steps <= 12
-        if depth == "accuracy":
-            assert outputs["forget"].accuracy <= forget / 2
+        assert reached.seen.outputs["forget"].accuracy <= lines[depth]
+    for passed, retain in way:
+        assert passed <= (forget + min(forget, setting.unseen_accuracy)) / 2 and 0 <= retain <= 1
     assert entry.describe()["scope"] == entry.scope
 
 
 def test_measures(setting):
     rows = [setting.measure(seen) for seen in (setting.original, setting.retrained)]
+    unbounded = {"forget_loss", "relearn", *(m for m in METRICS if m.startswith("kl"))}
     for row in rows:
-        assert set(row) == set(METRICS)
-        assert all(0 <= row[k] <= 1 for k in METRICS if k not in ("forget_loss", "kl", "relearn"))
+        assert set(row) == set(METRICS) - {"lira"}, "there are no shadow models"
+        assert all(0 <= row[k] <= 1 for k in row if k not in unbounded)
     assert rows[0]["relearn"] == 0, "what is not forgotten needs no step"
-    assert rows[1]["kl"] == 0 and rows[1]["agreement"] == 1, "the reference is itself"
+    for on in ("forget", "retain", "test"):
+        assert rows[1][f"kl_{on}"] == 0 and rows[1][f"agreement_{on}"] == 1
+    assert rows[1]["gap"] == 0 < rows[0]["gap"]
+    names = ("forget_accuracy", "retain_accuracy", "test_accuracy", "membership")
+    gaps = [abs(rows[0][name] - rows[1][name]) for name in names]
+    assert rows[0]["gap"] == pytest.approx(sum(gaps) / 4)
     correlations = setting.correlations()
     assert correlations["ggn_block"] > 0.5 and "ggn" not in correlations
     assert all(-1 <= value <= 1 for value in correlations.values())
 
 
+def test_random_flips_have_the_depth_and_nothing_else(setting):
+    for depth, rule in setting.milestones().items():
+        row = setting.measure(setting.flipped(depth))
+        assert row["forget_accuracy"] <= rule.accuracy < row["forget_accuracy"] + 0.06
+        assert row["retain_accuracy"] == setting.original.outputs["retain"].accuracy
+        assert "relearn" not in row and "probe" not in row, "there is no such model"
+
+
+def test_the_depth_is_measured_on_images_apart_from_the_report(setting):
+    assert (
+        setting.unseen_accuracy == imu.evaluate(setting.model, setting.task.validation)["accuracy"]
+    )
+    mine = {image.numpy().tobytes() for image in setting.task.unseen_validation[0]}
+    for name, (x, _) in setting.sets.items():
+        assert not mine & {image.numpy().tobytes() for image in x}, name
+
+
+def test_the_likelihood_ratio_attack_leaves_out_models_that_saw_an_image(setting):
+    n = len(setting.task.forget[1])
+    models = [train("vgg", setting.task.retain, 10, seed=s, epochs=2) for s in range(3)]
+    saw = torch.zeros(n, dtype=torch.bool)
+    saw[0] = True
+    shadows = [Shadow(m, ~saw if i == 0 else ~torch.zeros_like(saw)) for i, m in enumerate(models)]
+    found = Setting(setting.model, setting.task, setting.model, 0, shadows=shadows)
+    row = found.measure(found.original)
+    assert 0 <= row["lira"] <= 1
+    assert found._shadow_confidences["forget"].isnan().sum() == 1
+    assert not found._shadow_confidences["unseen"].isnan().any()
+
+
 def test_rates_are_chosen_on_validation_images():
     data = load_dataset("digits", None, 400, 7)
-    task = make_task("class", data, 7)
+    task = make_task("class-7", data, 7)
     tuned = Setting(train("vgg", data.train, 10, seed=7, epochs=4), task, None, 7)
-    assert "test" not in tuned.sets and "unseen" not in tuned.sets
+    assert set(tuned.sets) == {"forget", "validation"}
     entry = ENTRIES[HEAD_BASELINE]
     rate = tuned.choose_rate(entry, 60)
     assert rate in entry.rates
-    found, _ = tuned.run(entry, rate, 60)
-    assert found["accuracy"].steps <= 20, "a third of the budget"
+    found, _ = tuned.run(entry, rate, 60, depths=1)
+    assert found["zero"].steps <= 20, "a third of the budget"
 
 
 def test_what_a_comparison_holds(compared):
-    _, out, (results, trajectories) = compared
-    methods = {BASELINE, HEAD_BASELINE, AUTO, "imu/head/eval", "original", "retrained"}
-    assert {row["method"] for row in results["rows"]} == methods == set(results["methods"])
-    assert json.loads((out / "results.json").read_text()) == results
-    assert results["config"]["seeds"] == [0, 1] and "data_path" not in results["config"]
-    for task, runs in trajectories.items():
-        assert {len(ways) for ways in runs.values()} == {2}, task
-    reached = [row for row in results["rows"] if row.get("reached")]
+    _, out, results = compared
+    methods = {BASELINE, HEAD_BASELINE, AUTO, "imu/head/eval"}
+    assert {row["method"] for row in results["rows"]} == methods | set(REFERENCES)
+    assert set(results["methods"]) == methods | set(REFERENCES)
+    read = read_results(out)
+    read.pop("seconds", None)
+    assert read == results
+    assert results["config"]["seeds"] == 2 and "data_path" not in results["config"]
+    reached = [row for row in results["rows"] if row.get("reached") and row["method"] in methods]
     assert reached
     for row in reached:
-        assert all(row[metric] is not None for metric in METRICS)
-    # A class at depth "accuracy" is gone; head-only ascent of it loses less than all's.
-    gone = [r for r in reached if r["task"] == "class"]
+        assert all(row[metric] is not None for metric in METRICS if metric != "lira")
+    gone = [r for r in reached if r["task"] == "class-3"]
     assert {row["forget_accuracy"] for row in gone} == {0.0}
-    planned = [t for t in results["planned"] if t["n_pairs"] == 2]
-    assert {t["method"] for t in planned} == {AUTO}
-    assert {c["weights"] for c in results["factorial"]} == {"imu", "uniform"}
+    assert {test["question"] for test in results["tests"]} == {"weights", "freezing", "recipe"}
+    assert all(test["n_clusters"] <= 2 for test in results["tests"]), "seeds, not runs"
     assert {c["curvature"] for c in results["correlations"]} >= {"fisher_diag", "kfac", "-loss"}
 
 
-def test_a_second_run_takes_everything_from_the_cache(compared, monkeypatch):
-    config, out, (results, trajectories) = compared
+def test_references_stand_at_every_depth(compared):
+    rows = at_every_depth(compared[2]["rows"])
+    for method in (ORIGINAL, RETRAINED, TWIN, FLIPS):
+        where = [
+            (r["arch"], r["seed"], r["task"], r["depth"]) for r in rows if r["method"] == method
+        ]
+        assert len(where) == len(set(where)) == 2 * 3, "one architecture, two seeds, three depths"
+
+
+def test_a_second_run_takes_everything_from_the_files(compared, monkeypatch):
+    config, out, results = compared
 
     def never(*args, **kwargs):
         raise AssertionError("this was there already")
 
     monkeypatch.setattr(comparison, "Setting", never)
     monkeypatch.setattr("imu_fast.study.cache.train", never)
-    again, same = comparison.run(config, out, progress=False)
-    assert same == trajectories
-    assert {**again, "seconds": 0} == {**results, "seconds": 0}
+    assert comparison.run(config, out, progress=False) == results
+
+
+def test_the_cells_go_on_without_the_models(compared, tmp_path, monkeypatch):
+    """What is kept with the code is enough: no model is trained for what was measured."""
+    config, out, results = compared
+    shutil.copytree(out / "cells", tmp_path / "cells")
+    monkeypatch.setattr(comparison, "Setting", None)
+    assert comparison.run(config, tmp_path, progress=False) == results
+
+
+def test_a_sitting_that_is_over_begins_nothing(compared, tmp_path, monkeypatch):
+    config, out, results = compared
+    with pytest.raises(InputError, match="more minutes"):
+        comparison.run(config, tmp_path, minutes=0, progress=False)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    # Cut off in the middle: what is there is reported, and another call goes on.
+    calls = []
+    made = Cell.made
+
+    def until_the_third(self, name, depends, make):
+        calls.append(name)
+        if len(calls) > 8:
+            monkeypatch.setattr(comparison.Sitting, "over", True)
+        return made(self, name, depends, make)
+
+    shutil.copytree(out / "cache", tmp_path / "cache")
+    with monkeypatch.context() as patched:
+        patched.setattr(Cell, "made", until_the_third)
+        part = comparison.run(config, tmp_path, progress=False)
+        monkeypatch.undo()
+    assert 0 < len(part["rows"]) < len(results["rows"])
+    assert drop_times(comparison.run(config, tmp_path, progress=False)) == drop_times(results)
+
+
+def drop_times(results):
+    """Without what a clock said."""
+    text = json.dumps(results)
+    return re.sub(r'"seconds(_mean|_std|_n)?": [^,}]+', "", text)
 
 
 def _names(config, contents="abc"):
-    """What the entries of a model and of a run are called."""
-    cache = Cache(Path(), Configuration.of(config), {0: contents})
-    return cache._name("vgg", 0, ""), cache._name("vgg", 0, "class", cache.config.max_steps, "m", 1)
+    """What a model and what a cell are called."""
+    none = Contents(contents, torch.tensor([]))
+    cache = Cache(Path(), Configuration.of(config), {0: none})
+    return cache._name("vgg", 0, ""), cache.cell("vgg", 0, "class-3").path
 
 
-def test_another_budget_training_or_data_is_another_entry():
-    model, run = _names(TINY)
-    longer_model, longer_run = _names(TINY | {"max_steps": 5})
-    assert model == longer_model and run != longer_run
+def test_another_training_or_data_is_another_model_and_cell():
+    model, cell = _names(TINY)
+    assert (model, cell) == _names(TINY | {"max_steps": 5}), "of entries, not of models"
     for other in (_names(TINY | {"epochs": 5}), _names(TINY, contents="abd")):
-        assert other[0] != model and other[1] != run
+        assert other[0] != model and other[1] != cell
+
+
+def test_what_an_entry_depends_on(tmp_path):
+    cell = Cell(tmp_path / "cell.json", "abc")
+    assert cell.made("m", [1, 60], lambda: {"x": 1 / 3, "none": math.nan}) == {
+        "x": 0.3333,
+        "none": None,
+    }
+    assert cell.made("m", [1, 60], None) == cell.get("m", [1, 60])
+    assert cell.get("m", [1, 61]) is None and cell.get("n", [1, 60]) is None
+    assert cell.made("m", [1, 61], lambda: {"x": 2}) == {"x": 2}
+    assert cell.made("n", None, lambda: []) == []
+    assert len((tmp_path / "cell.json").read_text().splitlines()) == 4, "a line an entry"
+    with pytest.raises(InputError, match="of another model or run"):
+        Cell(tmp_path / "cell.json", "abd").get("m", None)
 
 
 def test_the_data_are_known_by_every_image_and_label():
@@ -161,11 +273,11 @@ def test_the_data_are_known_by_every_image_and_label():
     assert len(found) == 8
 
 
-@pytest.mark.parametrize("pattern", ["runs/*-0-class-*.json", "*-original-*.safetensors"])
+@pytest.mark.parametrize("pattern", ["cells/*-class-*.json", "cache/*-original-*.safetensors"])
 def test_damaged_and_exchanged_entries_are_refused_by_name(compared, tmp_path, pattern):
     config, out, _ = compared
     shutil.copytree(out, tmp_path / "here")
-    path, other, *_ = sorted((tmp_path / "here" / "cache").glob(pattern))
+    path, other, *_ = sorted((tmp_path / "here").glob(pattern))
     whole = path.read_bytes()
     for broken in (other.read_bytes(), whole[: len(whole) // 2], b"", _with_a_digit_off(whole)):
         path.write_bytes(broken)
@@ -186,7 +298,7 @@ def test_configuration_from_yaml_and_flags(tmp_path):
     path.write_text("data: digits\nseeds: 3\narchs: [vgg]\nmethods: [margin edit]\n")
     config = Configuration.read(path, {"seeds": 4})
     assert (config.seeds, config.archs, config.methods) == (4, ("vgg",), ("margin edit",))
-    assert Configuration.of({"data": "cifar10"}).train == 10_000
+    assert Configuration.of({"data": "cifar10"}).train == 5_000
     for text, match in (
         ("seeds: many", "seeds='many'"),
         ("seeds: 101", "at most 100"),

@@ -95,6 +95,9 @@ def test_auto_asks_for_the_depth_of_samples(problem):
         with pytest.warns(UserWarning, match=r"ruins much.*Name the depth: pass unseen=X.*loader"):
             result = imu.unlearn(model, forget, "auto", task=task, inplace=False)
         assert accuracy(result.model, forget) == 0.0
+    zero = imu.StopRule(forget_accuracy=0)
+    with pytest.warns(UserWarning, match=r"forget_accuracy=0 .*ruins much"):
+        imu.unlearn(model, forget, "auto", stop=zero, inplace=False)
     with pytest.raises(imu.InputError, match="unseen= of method='auto' is the depth where there"):
         imu.unlearn(model, forget, "auto", unseen=0.5, stop=imu.StopRule(forget_loss=1.0))
     with pytest.raises(imu.InputError, match=r"unseen_accuracy=7 must lie in \[0, 1\]"):

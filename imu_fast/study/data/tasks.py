@@ -129,41 +129,52 @@ def load_dataset(name: str, path: Path | None, count: int | None, seed: int) -> 
     return DATASETS[name](path, count, seed)
 
 
+def kind_of(task: str) -> str:
+    """``"class"`` or ``"random"``."""
+    return task.partition("-")[0]
+
+
 def check_task(name: str) -> str:
-    """Return ``name``, or raise InputError unless it is ``class`` or ``random-P`` (P percent)."""
+    """Return ``name``, or raise InputError unless it is ``class-K`` or ``random-P`` (P percent)."""
     percent = re.fullmatch(r"random-(\d+(?:\.\d+)?)", name)
-    if name != "class" and (percent is None or not 0 < float(percent[1]) < 100):
-        raise InputError(f"task={name!r} is unknown; use 'class', or 'random-5' for five percent")
+    good = 0 < float(percent[1]) < 100 if percent else re.fullmatch(r"class-\d+", name)
+    if not good:
+        raise InputError(
+            f"task={name!r} is unknown; use 'class-3' for the fourth class, or 'random-5' for five "
+            "percent"
+        )
     return name
 
 
 def make_task(name: str, data: Dataset, seed: int) -> ForgetTask:
-    """``class``: every training image of class ``seed mod C``. ``random-P``: P percent, drawn.
+    """``class-K``: every training image of class K. ``random-P``: P percent, drawn by the seed.
 
     Raises:
-        InputError: unknown name, or nothing would be forgotten.
+        InputError: unknown name, a class that there is not, or nothing would be forgotten.
     """
     check_task(name)
     _, labels = data.train
     parts = {"validation": data.validation, "test": data.test}
-    if name == "class":
-        digit = seed % data.classes
-        title, forget = "one class", labels == digit
-        kept = {k: take(part, part[1] != digit) for k, part in parts.items()}
-        alike = {k: take(part, part[1] == digit) for k, part in parts.items()}
+    kind, _, which = name.partition("-")
+    if kind == "class":
+        label = int(which)
+        if label >= data.classes:
+            raise InputError(f"task={name!r}: there are classes 0 to {data.classes - 1}")
+        title, forget = f"class {label}", labels == label
+        kept = {k: take(part, part[1] != label) for k, part in parts.items()}
+        alike = {k: take(part, part[1] == label) for k, part in parts.items()}
     else:
-        percent = name.removeprefix("random-")
         generator = torch.Generator().manual_seed(1000 + seed)
         forget = torch.zeros(len(labels), dtype=torch.bool)
-        count = round(float(percent) / 100 * len(labels))
+        count = round(float(which) / 100 * len(labels))
         forget[torch.randperm(len(labels), generator=generator)[:count]] = True
-        title, kept, alike = f"{percent} % at random", parts, parts
+        title, kept, alike = f"{which} % at random", parts, parts
     if not bool(forget.any()):
         raise InputError(f"task={name!r} forgets none of {len(labels)} training images; use more")
     return ForgetTask(
         name,
         title,
-        "class" if name == "class" else "random",
+        kind,
         take(data.train, forget),
         take(data.train, ~forget),
         kept["validation"],

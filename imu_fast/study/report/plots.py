@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from imu_fast.study.report.blocks import Block, Line, number, spread
+from imu_fast.study.report.blocks import Block, Cell, Line, number, spread
 from imu_fast.study.report.demo_plots import new_figure, save
 
 Run = Sequence[tuple[float, float]]
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _DASHES = ("-", "--", "-.", ":")
+_MARKERS = "os^vDP*"
 _GREY = "#666666"
-_MOST_LINES = 6
 
 
 def slug(text: str) -> str:
@@ -26,72 +26,44 @@ def slug(text: str) -> str:
     return re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def highlighted(results: dict[str, Any], runs: dict[str, list[Run]]) -> list[str]:
-    """Methods whose trajectories are drawn: ``config["highlight"]``, else the first six."""
-    wanted = results["config"].get("highlight") or list(runs)[:_MOST_LINES]
-    return [name for name in wanted if runs.get(name)]
-
-
-def on_grid(run: Run, grid: np.ndarray) -> np.ndarray:
-    """Retain accuracy when a run first gets to each forget accuracy of the grid.
-
-    Forget accuracy need not fall in every step, so only a run's successive minima count, with
-    straight lines between them.
+def stages(runs: Sequence[Run]) -> np.ndarray:
+    """Means over runs, and 10 and 90 % quantiles of what is kept, at each bisected depth.
 
     Args:
-        run: (forget accuracy, retain accuracy) per step.
-        grid: ascending [m].
+        runs: (forget accuracy, retain accuracy) at the same depths each.
 
     Returns:
-        [m], NaN above the run's first and below its lowest forget accuracy.
+        [depths, 4]: mean forget accuracy, mean retain accuracy, low and high of it.
     """
-    path = np.asarray(run, dtype=np.float64).reshape(-1, 2)
-    path = path[np.isfinite(path).all(axis=1)]
-    if len(path) == 0:
-        return np.full(len(grid), np.nan)
-    lowest = np.minimum.accumulate(path[:, 0])
-    new = np.concatenate([[True], lowest[1:] < lowest[:-1]])
-    forget, retain = path[new].T[:, ::-1]
-    return np.interp(grid, forget, retain, left=np.nan, right=np.nan)
-
-
-def band(runs: list[Run], grid: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """10 % quantile, median and 90 % quantile over runs, where at least half of them have come.
-
-    Returns:
-        Three arrays [m], NaN where fewer have.
-    """
-    values = np.stack([on_grid(run, grid) for run in runs])
-    enough = 2 * np.isfinite(values).sum(axis=0) >= len(runs)
-    result = np.full((3, len(grid)), np.nan)
-    result[:, enough] = np.nanquantile(values[:, enough], (0.1, 0.5, 0.9), axis=0)
-    return result[0], result[1], result[2]
+    values = np.asarray(runs, dtype=np.float64)  # [runs, depths, 2]
+    retain = values[..., 1]
+    low, high = np.quantile(retain, (0.1, 0.9), axis=0)
+    return np.stack([values[..., 0].mean(axis=0), retain.mean(axis=0), low, high], axis=1)
 
 
 def trade_off(
-    path: Path, title: str, runs: dict[str, list[Run]], names: list[str], references: list[Line]
+    path: Path, title: str, runs: Mapping[str, Sequence[Run]], references: Sequence[Line]
 ) -> str:
-    """Retain against forget accuracy: median and 10-90 % band over runs, read left to right.
+    """Retain against forget accuracy through bisected depths, the means of the tables.
 
     Args:
-        runs: per method, its runs.
-        names: the methods to draw.
-        references: drawn as points.
+        runs: per method, its runs, see :func:`imu_fast.study.report.blocks.points`.
+        references: drawn as points, with standard deviations.
     """
-    figure = new_figure(figsize=(8, 5.4))
+    figure = new_figure(figsize=(7, 5.6))
     axes = figure.subplots()
-    grid = np.linspace(0, 1, 1001)
-    for i, name in enumerate(names):
-        colour, dash = _COLOURS[i % len(_COLOURS)], _DASHES[i % len(_DASHES)]
-        low, middle, high = band(runs[name], grid)
-        axes.plot(grid, middle, dash, color=colour, linewidth=1.8, label=name)
-        axes.fill_between(grid, low, high, color=colour, alpha=0.13, linewidth=0)
+    for i, (name, those) in enumerate(runs.items()):
+        colour = _COLOURS[i % len(_COLOURS)]
+        forget, retain, low, high = stages(those).T
+        style = f"{_MARKERS[i % len(_MARKERS)]}{_DASHES[i % len(_DASHES)]}"
+        axes.plot(forget, retain, style, color=colour, linewidth=1.8, markersize=5, label=name)
+        axes.fill_between(forget, low, high, color=colour, alpha=0.13, linewidth=0)
     for line, marker in zip(references, "*X", strict=False):
-        forget = line.values["forget_accuracy"]
+        forget_accuracy = line.values["forget_accuracy"]
         axes.errorbar(
-            forget.mean,
+            forget_accuracy.mean,
             line.retain.mean,
-            xerr=_whisker(forget.std),
+            xerr=_whisker(forget_accuracy.std),
             yerr=_whisker(line.retain.std),
             fmt=marker,
             color="black",
@@ -101,100 +73,100 @@ def trade_off(
             zorder=5,
         )
     axes.invert_xaxis()
-    axes.set_xlabel("forget accuracy (runs go to the right)")
-    axes.set_ylabel("retain accuracy")
-    count = max((len(runs[name]) for name in names), default=0)
-    over = f"median and 10-90 % of {count} runs" if count > 1 else "one run"
-    axes.set_title(f"Forgetting {title}: what is kept ({over})")
+    axes.set_xlabel("forget accuracy (runs go to the right)", fontsize=12)
+    axes.set_ylabel("retain accuracy", fontsize=12)
+    count = max((len(those) for those in runs.values()), default=0)
+    over = f"mean and 10-90 % of {count} runs" if count > 1 else "one run"
+    axes.set_title(f"Forgetting {title}: what is kept\n({over})", fontsize=13)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=10, frameon=False)
     return save(figure, path)
 
 
-def retain_at_depth(path: Path, block: Block, rows: list[dict[str, Any]]) -> str:
-    """Mean and standard deviation of retain accuracy per method, sorted; runs as faint dots."""
-    methods = block.methods
-    figure = new_figure(figsize=(8, 1.7 + 0.27 * len(methods)))
+def at_depth(path: Path, block: Block, rows: list[dict[str, Any]], most: int = 14) -> str:
+    """What a block is ranked by, per method, best first: mean and deviation; runs as faint dots.
+
+    Args:
+        most: methods that are drawn; ``auto`` is, wherever it stands.
+    """
+    metric = block.ranked_by
+    methods = [line for i, line in enumerate(block.methods) if i < most or line.method == "auto"]
+    figure = new_figure(figsize=(7, 2.0 + 0.33 * len(methods)))
     axes = figure.subplots()
-    for line, style in zip(block.references, ("--", "-"), strict=False):
-        axes.axvline(line.retain.mean, color="black", linestyle=style, linewidth=1)
+    styles = ("-", "--", "-.", ":")
+    for line, style in zip(block.references, styles, strict=False):
+        value = line.values[metric.name].mean
+        if math.isnan(value):
+            continue
+        axes.axvline(value, color="black", linestyle=style, linewidth=1)
         axes.plot([], [], style, color="black", linewidth=1, label=line.method)
-    kinds = {
-        True: ("o", _COLOURS[0], "forget set only"),
-        False: ("s", _COLOURS[1], "retain data too"),
-    }
-    seen = set()
     for y, line in enumerate(methods):
         values = [
-            number(r["retain_accuracy"])
+            number(r[metric.name])
             for r in rows
             if (r["task"], r["depth"], r["method"]) == (block.task, block.depth, line.method)
             and r["reached"]
         ]
-        marker, colour, label = kinds[line.forget_only]
+        colour = _COLOURS[1] if line.method == "auto" else _COLOURS[0]
         axes.plot(values, [y + 0.3] * len(values), ".", color=colour, alpha=0.4, markersize=3.5)
-        if line.reached == 0 or math.isnan(line.retain.mean):
+        spread_of = line.values[metric.name]
+        if line.reached == 0 or math.isnan(spread_of.mean):
             # In axes' own units across: the text must not stretch the scale.
             across = axes.get_yaxis_transform()
             axes.text(
-                0.01, y, "depth not reached", transform=across, va="center", fontsize=8, color=_GREY
+                0.01, y, "depth not reached", transform=across, va="center", fontsize=9, color=_GREY
             )
             continue
         axes.errorbar(
-            line.retain.mean,
+            spread_of.mean,
             y,
-            xerr=_whisker(line.retain.std),
-            fmt=marker,
+            xerr=_whisker(spread_of.std),
+            fmt="o",
             color=colour,
             markersize=6,
             capsize=2.5,
             markerfacecolor=colour if line.reached == line.runs else "white",
-            label=None if label in seen else label,
         )
-        seen.add(label)
     if any(0 < line.reached < line.runs for line in methods):
         label = "depth reached in some runs only"
         axes.plot([], [], "o", color=_GREY, markerfacecolor="white", label=label)
-    axes.set_yticks(range(len(methods)), [line.name for line in methods], fontsize=8)
+    axes.set_yticks(range(len(methods)), [line.name for line in methods], fontsize=10)
     for label, line in zip(axes.get_yticklabels(), methods, strict=True):
-        label.set_fontweight("bold" if line.best else "normal")
+        label.set_fontweight("bold" if line.best or line.method == "auto" else "normal")
     axes.set_ylim(len(methods) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("retain accuracy: mean ± standard deviation over runs")
-    axes.set_title(block.title, fontsize=10)
-    figure.legend(loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    axes.set_xlabel(f"{metric.meaning.split(':')[0]}: mean ± standard deviation", fontsize=11)
+    axes.set_title(block.title, fontsize=12)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=10, frameon=False)
     return save(figure, path)
 
 
-def factorial(path: Path, title: str, cells: list[dict[str, Any]]) -> str:
-    """Retain accuracy by what is trained, BatchNorm's mode and the weights; a panel per depth."""
-    rows = _unique((c["trained"], c["batchnorm"]) for c in cells)
-    columns = _unique(c["weights"] for c in cells)
-    depths = _unique(c["depth"] for c in cells)
+def factorial(path: Path, title: str, panels: Sequence[tuple[Block, list[Cell]]]) -> str:
+    """What each depth is ranked by, by what is trained, BatchNorm's mode and the weights."""
+    every = [cell for _, cells in panels for cell in cells]
+    rows = _unique((c.trained, c.batchnorm) for c in every)
+    columns = _unique(c.weights for c in every)
     figure = new_figure(
-        figsize=(2.3 + 1.25 * len(columns) * len(depths), 1.9 + 0.6 * len(rows)),
+        figsize=(2.3 + 1.35 * len(columns) * len(panels), 1.9 + 0.65 * len(rows)),
     )
-    panels = figure.subplots(1, len(depths), squeeze=False, sharey=True)[0]
-    grids = np.full((len(depths), len(rows), len(columns)), np.nan)
-    texts: dict[tuple[int, int, int], str] = {}
-    for c in cells:
-        at = (
-            depths.index(c["depth"]),
-            rows.index((c["trained"], c["batchnorm"])),
-            columns.index(c["weights"]),
-        )
-        grids[at] = number(c["retain_mean"])
-        texts[at] = spread(c, "retain").text(3).replace(" ± ", "\n± ")
-    limits = _limits(grids)
-    for d, axes in enumerate(panels):
-        image = _heat_map(axes, grids[d], {k[1:]: t for k, t in texts.items() if k[0] == d}, limits)
-        axes.set_title(f"depth: {depths[d]}", fontsize=9)
-        axes.set_xticks(range(len(columns)), columns, fontsize=8)
-        axes.set_xlabel("weights", fontsize=9)
+    all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (block, cells) in zip(all_axes, panels, strict=True):
+        metric = block.ranked_by
+        grid = np.full((len(rows), len(columns)), np.nan)
+        texts: dict[tuple[int, ...], str] = {}
+        for c in cells:
+            at = rows.index((c.trained, c.batchnorm)), columns.index(c.weights)
+            value = c.line.values[metric.name]
+            grid[at] = value.mean
+            texts[at] = value.text(3).replace(" ± ", "\n± ")
+        better_low = metric.name == "gap"
+        _heat_map(axes, grid, texts, _limits(grid), "cividis_r" if better_low else "cividis")
+        axes.set_title(f"depth {block.depth}: {metric.label}", fontsize=10)
+        axes.set_xticks(range(len(columns)), columns, fontsize=9)
+        axes.set_xlabel("weights", fontsize=10)
     names = [f"{trained}, BatchNorm {mode}" for trained, mode in rows]
-    panels[0].set_yticks(range(len(rows)), names, fontsize=8)
-    figure.colorbar(image, ax=list(panels), label="retain accuracy")
-    figure.suptitle(f"Forgetting {title}: parameters by BatchNorm by weights", fontsize=10)
+    all_axes[0].set_yticks(range(len(rows)), names, fontsize=9)
+    figure.suptitle(f"Forgetting {title}: parameters by BatchNorm by weights", fontsize=11)
     return save(figure, path)
 
 

@@ -12,43 +12,52 @@ from rich.text import Text
 
 from imu_fast.errors import check_installed
 from imu_fast.storage import replacing
+from imu_fast.study.entries import AUTO, ORIGINAL, RETRAINED
 from imu_fast.study.report import plots as plots
 from imu_fast.study.report.blocks import (
     METRICS,
     Block,
     Line,
     Spread,
-    baseline_of,
     blocks,
     check_results,
-    number,
+    drawn,
+    factorial,
+    points,
     spread,
+    verdicts,
 )
 
 # What fits 118 columns beside the methods' names: key, heading, decimals.
 _TERMINAL = (
+    ("gap", "gap", 3),
+    ("kl_forget", "KL", 2),
     ("forget_accuracy", "forget", 3),
     ("retain_accuracy", "retain", 3),
     ("test_accuracy", "test", 3),
-    ("auc", "AUC", 2),
-    ("svc", "SVC", 2),
-    ("kl", "KL", 2),
+    ("membership", "memb.", 2),
     ("relearn", "relearn", 0),
 )
+# What a card shows at once; the other metrics are behind it.
+_CARD = ("gap", "kl_forget", "forget_accuracy", "retain_accuracy", "test_accuracy", "membership")
+# Methods with a card of their own, best first; the others are behind "all methods".
+_CARDS = 8
 
 
 def comparison_table(results: dict[str, Any]) -> Table:
-    """The comparison in 118 columns: a section per task and depth, best method first.
+    """The comparison in 118 columns: a section per task and depth, nearest to retraining first.
 
     Args:
-        results: as the comparison writes them to JSON.
+        results: as the comparison returns them.
     """
     table = Table(
-        title="Unlearning compared at matched depth",
-        caption="mean±standard deviation over runs. '>': the most retain accuracy of the methods "
-        "that use the forget set only and got to the depth in every run; (k/m): k of m runs did. "
-        "AUC, SVC: membership attacks; KL: to the retrained model; relearn: steps until the "
-        "forgotten data is back.",
+        title="Unlearning compared with retraining, at matched depth",
+        caption="mean±standard deviation over runs. gap: mean difference to the retrained model in "
+        "forget, retain and test accuracy and members; KL: to it, on the forget set (random flips "
+        "show that the gap alone can be gamed). '>': the nearest that uses the forget set only and "
+        "got to the depth in every run; at 'half', which retraining does not reach, the one that "
+        "keeps most; (k/m): k of m runs did. memb.: fraction that an attack calls training data; "
+        "relearn: steps until the forgotten is back.",
         box=None,
         padding=(0, 1),
         collapse_padding=True,
@@ -79,12 +88,11 @@ def _compact(value: Spread, digits: int) -> str:
     return "±".join(p.removeprefix("0") or "0" for p in value.text(digits).split(" ± "))
 
 
-def write_report(results: dict[str, Any], trajectories: dict[str, Any], out: Path) -> list[str]:
+def write_report(results: dict[str, Any], out: Path) -> list[str]:
     """Write plots, ``table.md`` and ``report.html``, which needs no other file.
 
     Args:
-        results: as the comparison writes them to JSON.
-        trajectories: task -> method -> runs, each a list of (forget, retain) accuracies.
+        results: as the comparison returns them.
         out: the folder, made if it is missing.
 
     Returns:
@@ -95,7 +103,7 @@ def write_report(results: dict[str, Any], trajectories: dict[str, Any], out: Pat
     """
     check_results(results)
     arranged = blocks(results)
-    figures = _draw(results, trajectories, arranged, out)
+    figures = _draw(results, arranged, out)
     for figure in figures:
         encoded = base64.b64encode((out / figure["file"]).read_bytes()).decode("ascii")
         figure["source"] = f"data:image/png;base64,{encoded}"
@@ -106,9 +114,7 @@ def write_report(results: dict[str, Any], trajectories: dict[str, Any], out: Pat
     return [*(figure["file"] for figure in figures), "table.md", "report.html"]
 
 
-def _draw(
-    results: dict[str, Any], trajectories: dict[str, Any], arranged: list[Block], out: Path
-) -> list[dict[str, str]]:
+def _draw(results: dict[str, Any], arranged: list[Block], out: Path) -> list[dict[str, str]]:
     """Write every plot; returns per plot its file, its section in the report and its alt text."""
     figures = []
     titles = {task: about["title"] for task, about in results["tasks"].items()}
@@ -117,34 +123,35 @@ def _draw(
         figures.append({"section": section, "file": file, "alt": alt})
 
     for task, title in titles.items():
-        runs = trajectories.get(task, {})
-        names = plots.highlighted(results, runs)
-        references = next((b.references for b in arranged if b.task == task), [])
-        if names:
+        mine = [b for b in arranged if b.task == task]
+        runs = {name: points(results, task, name) for name in drawn(results, arranged, task)}
+        runs = {name: those for name, those in runs.items() if those}
+        if runs:
+            ends = [line for name in (ORIGINAL, RETRAINED) if (line := mine[0].line(name))]
             file = out / f"tradeoff-{plots.slug(task)}.png"
             add(
                 f"tradeoff {task}",
-                plots.trade_off(file, title, runs, names, references),
+                plots.trade_off(file, title, runs, ends),
                 f"Line plot: retain accuracy against forget accuracy while forgetting {title}, "
-                f"median and band over runs, for {', '.join(names)}.",
+                f"mean and band over runs, for {', '.join(runs)}.",
             )
-        cells = [c for c in results.get("factorial", []) if c["task"] == task]
-        if cells:
+        panels = [(block, cells) for block in mine if (cells := factorial(block))]
+        if panels:
             file = out / f"factorial-{plots.slug(task)}.png"
             add(
                 f"factorial {task}",
-                plots.factorial(file, title, cells),
-                f"Heat map: retain accuracy after forgetting {title}, by trained parameters, "
-                "BatchNorm mode and weights; the same numbers are in the table.",
+                plots.factorial(file, title, panels),
+                f"Heat map: after forgetting {title}, by trained parameters, BatchNorm mode and "
+                "weights; the same numbers are in the table.",
             )
     for block in arranged:
-        file = out / f"retain-{plots.slug(block.task)}-{plots.slug(block.depth)}.png"
+        file = out / f"ranked-{plots.slug(block.task)}-{plots.slug(block.depth)}.png"
         best = f" Best with the forget set only: {block.best.method}." if block.best else ""
         add(
-            f"retain {block.task} {block.depth}",
-            plots.retain_at_depth(file, block, results["rows"]),
-            f"Dot plot: retain accuracy per method, {block.title}, sorted, with the original and "
-            f"the retrained model as lines; the same numbers are in the table.{best}",
+            f"ranked {block.task} {block.depth}",
+            plots.at_depth(file, block, results["rows"]),
+            f"Dot plot: {block.ranked_by.label} per method, {block.title}, best first, with the "
+            f"original and the retrained models as lines; the same numbers are in the table.{best}",
         )
     if results.get("correlations"):
         add(
@@ -157,13 +164,10 @@ def _draw(
 
 
 def _cells(line: Line) -> list[str]:
-    """A line of the full table: reached, every metric with its mark, lr, steps, seconds."""
+    """A line of the full table: reached, every metric, lr, steps, seconds."""
     return [
         "" if line.reference else f"{line.reached}/{line.runs}",
-        *(
-            f"{line.values[m.name].text(m.digits)} {line.marks.get(m.name, '')}".rstrip()
-            for m in METRICS
-        ),
+        *(line.values[m.name].text(m.digits) for m in METRICS),
         line.lr,
         "" if line.reference else line.steps.text(0),
         line.seconds.text(1),
@@ -177,7 +181,7 @@ def _markdown(results: dict[str, Any], arranged: list[Block]) -> str:
     def row(cells: list[str]) -> str:
         return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
 
-    parts = [_marks_explained(results)]
+    parts = [_explained(results)]
     for block in arranged:
         lines = [f"## {block.title}", "", results["depths"][block.depth], ""]
         lines.append(row(["method", *HEADINGS]))
@@ -189,43 +193,36 @@ def _markdown(results: dict[str, Any], arranged: list[Block]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _marks_explained(results: dict[str, Any]) -> str:
+def _explained(results: dict[str, Any]) -> str:
+    planned = results["planned"]["cells"]
+    cells = {(r["arch"], r["seed"], r["task"]) for r in results["rows"]}
     text = (
-        "Mean ± standard deviation over runs (architectures and seeds). In bold: the highest mean "
-        "retain accuracy of the methods that use the forget set only and got to the depth in "
-        "every run."
+        "Mean ± standard deviation over runs (architectures and seeds). Methods are ordered by the "
+        "average gap to the retrained model, at the stress test by retain accuracy. In bold: the "
+        "first that uses the forget set only and got to the depth in every run."
     )
-    baseline = baseline_of(results)
-    if baseline is None:
-        return text
-    return (
-        f"{text} *: differs from {baseline} by a paired t-test, p < 0.01 after Holm's correction; "
-        "**: by Wilcoxon's signed-rank test too, which needs 8 pairs or more to get there."
-    )
+    if len(cells) < planned:
+        text += f" Not finished: {len(cells)} of {planned} models and tasks are measured."
+    return text
 
 
-def _overview(results: dict[str, Any], arranged: list[Block]) -> list[dict[str, str]]:
-    """Per block: its best method, and how that does against the baseline."""
-    name = baseline_of(results)
-    tests = {
-        (t["task"], t["depth"], t["method"]): t
-        for t in results.get("tests", [])
-        if t["baseline"] == name and t["metric"] == "retain_accuracy"
-    }
+def _overview(results: dict[str, Any], arranged: list[Block]) -> list[dict[str, Any]]:
+    """Per block: who is nearest, and whether the recipe is nearer than doing nothing, in words."""
     rows = []
     for block in arranged:
-        best = block.best
-        test = tests.get((block.task, block.depth, best.method), {}) if best else {}
-        baseline = next((line for line in block.lines if line.method == name), None)
+        best, recipe = block.best, block.line(AUTO)
+        metric = block.ranked_by
+        said = [text for question, method, text in verdicts(results, block) if method == AUTO]
         rows.append(
             {
                 "title": results["tasks"][block.task]["title"],
                 "depth": block.depth,
-                "method": best.method if best else "none",
-                "retain": best.retain.text(3) if best else "-",
-                "baseline": baseline.retain.text(3) if baseline else "-",
-                "ratio": _decimals(test.get("ratio")),
-                "p": _p_value(test.get("t_p_holm")),
+                "metric": metric.label,
+                "best": best,
+                "best_value": best.values[metric.name].text(metric.digits) if best else "-",
+                "recipe": recipe.gap.text(3) if recipe else None,
+                "floors": [(line.method, line) for line in block.references],
+                "verdict": said[0] if said else None,
             }
         )
     return rows
@@ -242,18 +239,19 @@ def _html(results: dict[str, Any], arranged: list[Block], figures: list[dict[str
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(value=_value, decimals=_decimals, p_value=_p_value, slug=plots.slug)
+    environment.filters.update(value=_value, slug=plots.slug)
     return environment.get_template("report.html.j2").render(
         results=results,
         blocks=arranged,
+        count=sum(about["forget_only"] for about in results["methods"].values()),
         overview=_overview(results, arranged),
         spread=spread,
-        headings=HEADINGS,
         metrics=METRICS,
-        cells=_cells,
+        card=[m for m in METRICS if m.name in _CARD],
+        cards=_CARDS,
         figures={figure["section"]: figure for figure in figures},
-        baseline=baseline_of(results),
-        marks_explained=_marks_explained(results),
+        verdicts=lambda block: list(verdicts(results, block)),
+        explained=_explained(results),
     )
 
 
@@ -262,12 +260,3 @@ def _value(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(_value(item) for item in value)
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _decimals(value: Any) -> str:
-    return Spread(number(value)).text(3)
-
-
-def _p_value(value: Any) -> str:
-    p = number(value)
-    return "< 0.0001" if p < 1e-4 else Spread(p).text(4)

@@ -34,7 +34,7 @@ def test_parts_are_disjoint_and_drawn_by_seed(digits):
 
 @pytest.mark.parametrize("seed", [0, 3])
 def test_a_class(digits, seed):
-    task = make_task("class", digits, seed)
+    task = make_task(f"class-{seed}", digits, 0)
     assert task.kind == "class" and set(task.forget[1].tolist()) == {seed}
     for kept in (task.retain, task.validation, task.test):
         assert seed not in kept[1].tolist()
@@ -54,9 +54,11 @@ def test_random_samples(digits, name, count):
 
 
 def test_unknown_names_and_missing_files(digits, tmp_path):
-    for name in ("classes", "random-0", "random-100", "random-x", "random"):
-        with pytest.raises(InputError, match="use 'class', or 'random-5'"):
+    for name in ("class", "class--1", "random-0", "random-100", "random-x", "random"):
+        with pytest.raises(InputError, match="use 'class-3' for .* or 'random-5'"):
             check_task(name)
+    with pytest.raises(InputError, match="task='class-10': there are classes 0 to 9"):
+        make_task("class-10", digits, 0)
     with pytest.raises(InputError, match="forgets none"):
         make_task("random-0.01", digits, 0)
     with pytest.raises(InputError, match="data='mnist' is unknown"):
