@@ -26,8 +26,8 @@ def main() -> None:
         nn.functional.cross_entropy(model(train[0]), train[1]).backward()
         optimizer.step()
 
-    # Captured once; "ggn" is the exact Hessian of the head's loss. A small damping trusts directions
-    # that the data hardly has: compare some.
+    # Captured once; "ggn" is the exact Hessian of the head's loss. A small damping trusts
+    # directions that the data hardly has: compare some.
     factors, queries = imu.capture(model, train), imu.capture(model, test)
     exact = {"curvature": "ggn", "damping": 0.1}
     helpful = imu.top_influences(factors, queries, k=3, **exact)[1]

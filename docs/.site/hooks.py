@@ -21,7 +21,7 @@ PAGES = {"CHANGELOG.md": "changelog.md", "bench/FINDINGS.md": "findings.md"}
 LINK = re.compile(r"(?<!\\)(!?\[(?:[^\[\]]|\[[^\[\]]*\]|!\[[^\]]*\]\([^)]*\))*\])\(([^)\s]+)\)")
 PICTURES = (".png", ".svg", ".jpg")
 # Docstrings name things as Sphinx has it; a name in code is enough here.
-ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):(?=<)")
+ROLE = re.compile(r":?\b(?:attr|class|data|func|meth|mod):(?=<)")
 
 
 def _source(uri: str) -> str:
