@@ -278,7 +278,8 @@ def verdict(test: dict[str, Any]) -> str:
     if number(test["t_p_holm"]) < SIGNIFICANT:
         found = f"significant, p = {p_value(test['t_p_holm'])}"
     elif test["equivalent"]:
-        found = f"not significant, and equal within {test['margin'] * scale:g} {unit}"
+        margin = test["margin"] * scale
+        found = f"not significant, and equal within {margin:g} {unit[:-1] if margin == 1 else unit}"
     else:
         found = "not significant, and not shown to be equal either"
     return f"{said}: {found}"

@@ -172,7 +172,7 @@ def test_what_a_test_says_in_words():
     test |= {"equivalent": False, "margin": 0.01}
     assert verdict(test) == "-3.10 points (95 %: -5.00 to -1.20): significant, p = 0.011"
     assert "not shown to be equal" in verdict(test | {"t_p_holm": 0.2})
-    assert verdict(test | {"t_p_holm": 0.2, "equivalent": True}).endswith("equal within 1 points")
+    assert verdict(test | {"t_p_holm": 0.2, "equivalent": True}).endswith("equal within 1 point")
     assert "nats" in verdict(test | {"metric": "kl_forget"})
     assert "too few seeds" in verdict(test | {"low": None, "high": None, "t_p_holm": None})
 
