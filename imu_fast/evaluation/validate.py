@@ -254,7 +254,7 @@ def validate(
     of_queries, of_data = retraining.losses(progress)
     model = train(data, seed)
     halves = [
-        train((data[0][half], data[1][half]), seed - 1 - i)
+        train((data[0][half], data[1][half]), seed + 10_000 + i)
         for i, half in enumerate(random_subsets(len(data[1]), _HALVES, seed=seed + 1))
     ]
     every = candidates(layers) | dict(extra or {})

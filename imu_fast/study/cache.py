@@ -29,7 +29,7 @@ _RETRAINED_SEEDS = (10_000, 20_000)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def fingerprint(data: Dataset) -> str:
@@ -46,6 +46,15 @@ def known_images(x: Tensor) -> Tensor:
     """A number int64 [n] for each image [n, ...], of its content alone."""
     first = (hashlib.sha256(_bytes(image)).digest()[:8] for image in x)
     return torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in first])
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of every parameter and buffer, shortened."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(name.encode())
+        found.update(_bytes(tensor))
+    return found.hexdigest()[:12]
 
 
 @dataclass(frozen=True)

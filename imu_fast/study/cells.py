@@ -1,7 +1,7 @@
 """What was measured, in files small enough to be kept with the code: one per model and task.
 
-A comparison goes on from them, on another machine too: a method that is in its cell is not run
-again, and its models need not be trained again. A cell's name says which models it is of; each
+A comparison goes on from them, without its models where a cell is whole: a method that is in its
+cell is not run again. A cell's name says which models it is of; each
 entry in it says by a digest what it depends on, and a checksum whether it is whole.
 """
 

@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
-from imu_fast.study.cache import Cache, Contents, known_images
-from imu_fast.study.cells import Json, pack
+from imu_fast.errors import InputError
+from imu_fast.study.cache import Cache, Contents, known_images, weights_digest
+from imu_fast.study.cells import Json, digest, pack
 from imu_fast.study.configuration import TUNING_SEED, Configuration
 from imu_fast.study.data.tasks import Dataset, ForgetTask, kind_of, load_dataset, make_task
 from imu_fast.study.entries import FLIPS, ORIGINAL, RETRAINED, TWIN, Entry, entries_named
@@ -153,9 +155,26 @@ class _Prepared:
                 for which in (False, True)
             )
             model = cache.model(data, arch, seed)
+            self._check_same({"original": model, "retrained": retrained, "twin": twin})
             shadows = [*self._shadows(data, forget)]
             self._setting = Setting(model, forget, retrained, seed, twin=twin, shadows=shadows)
         return self._setting
+
+    def _check_same(self, models: dict[str, nn.Module]) -> None:
+        """What is in the cell already was measured on these very models.
+
+        Raises:
+            InputError: on others: another machine trains other weights from the same seed.
+        """
+        weights = {name: weights_digest(model) for name, model in models.items()}
+        self.identity = {"weights": weights}
+        cell = self.cache.cell(self.arch, self.seed, self.task)
+        references = cell.get("references", None)
+        if references is not None and references["weights"] != weights:
+            raise InputError(
+                f"path={str(cell.path)!r} was measured on other models than this machine trains; "
+                "delete it, and it is measured anew, or bring the cache of its models"
+            )
 
     def _shadows(self, data: Dataset, forget: ForgetTask) -> Iterable[Shadow]:
         """The other seeds' originals: each was trained on images of its own."""
@@ -173,7 +192,7 @@ def run_cell(sitting: Sitting, arch: str, seed: int, task: str, tier: str) -> No
     config, cell = cache.config, cache.cell(arch, seed, task)
     prepared = _Prepared(cache, arch, seed, task)
     if not sitting.over:
-        cell.made("references", None, lambda: _references(prepared()))
+        cell.made("references", None, lambda: _references(prepared()) | prepared.identity)
     if not sitting.over:
         cell.made("correlations", None, lambda: prepared().correlations())
     for name, entry in _entries(config, kind_of(task), tier).items():
@@ -273,7 +292,11 @@ def run(
         for task in config.tasks
         for arch in config.archs
     ]
-    stages: list[list[tuple[Any, ...]]] = [[(train_original, *model) for model in models]]
+    # Of an architecture whose cells are whole no model is needed.
+    open_archs = {arch for arch, seed, task in cells if not _whole(cache, arch, seed, task)}
+    stages: list[list[tuple[Any, ...]]] = [
+        [(train_original, *model) for model in models if model[0] in open_archs]
+    ]
     for tier in _TIERS:
         stages.append([(choose_rates, arch, k, tier) for k in kinds for arch in config.archs])
         stages.append([(run_cell, *cell, tier) for cell in cells])
@@ -291,11 +314,18 @@ def run(
         if entries := _finished(cache, arch, seed, task):
             where: Json = {"arch": arch, "seed": seed, "task": task}
             cell = cache.cell(arch, seed, task)
-            files[cell.path.name] = {"key": cell.key, **where}
+            files[cell.path.name] = {"key": cell.key, **where, "entries": digest(entries)[:12]}
             found.append((where, entries))
     results = collect(config, found)
     write_results(results, files, out)
     return results
+
+
+def _whole(cache: Cache, arch: str, seed: int, task: str) -> bool:
+    """Whether every entry of a cell is there."""
+    kind = kind_of(task)
+    wanted = {name for tier in _TIERS for name in _entries(cache.config, kind, tier)}
+    return wanted | {"references", "correlations"} <= set(_finished(cache, arch, seed, task))
 
 
 def _finished(cache: Cache, arch: str, seed: int, task: str) -> Json:

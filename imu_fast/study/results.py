@@ -21,7 +21,7 @@ import imu_fast
 from imu_fast.errors import InputError, brief
 from imu_fast.evaluation.statistics import equivalence_tests, intervals, paired_tests, summary
 from imu_fast.storage import replacing
-from imu_fast.study.cells import Cell, Json, pack, rounded, unpack
+from imu_fast.study.cells import Cell, Json, digest, pack, rounded, unpack
 from imu_fast.study.configuration import Configuration
 from imu_fast.study.data.tasks import kind_of
 from imu_fast.study.entries import (
@@ -239,7 +239,7 @@ def write_results(results: Json, files: Mapping[str, Json], out: Path) -> None:
     """Write ``results.json``: all but what the cells hold.
 
     Args:
-        files: of the cells, by name: ``key``, arch, seed and task.
+        files: of the cells, by name: ``key``, arch, seed, task, and a digest of their entries.
     """
     kept = {k: v for k, v in results.items() if k not in ("rows", "ways")} | {"cells": files}
     lines = [
@@ -272,8 +272,15 @@ def read_results(out: Path) -> Json:
         cells = []
         for file, about in results.pop("cells").items():
             where = dict(about)
-            found = Cell(out / "cells" / file, where.pop("key")).read()
-            cells.append((where, {n: e["value"] for n, e in found.items() if n in known}))
+            key, expected = where.pop("key"), where.pop("entries")
+            found = Cell(out / "cells" / file, key).read()
+            entries = {n: e["value"] for n, e in found.items() if n in known}
+            if digest(entries)[:12] != expected:
+                raise InputError(
+                    f"path={str(path)!r} is older than its cell {file}; run the comparison again "
+                    "(--minutes 0 measures nothing)"
+                )
+            cells.append((where, entries))
         measured = _Measured.of(cells)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"path={str(path)!r} holds no comparison: {brief(error)}") from error

@@ -201,7 +201,38 @@ def test_the_cells_go_on_without_the_models(compared, tmp_path, monkeypatch):
     config, out, results = compared
     shutil.copytree(out / "cells", tmp_path / "cells")
     monkeypatch.setattr(comparison, "Setting", None)
+    monkeypatch.setattr("imu_fast.study.cache.train", None)
     assert comparison.run(config, tmp_path, progress=False) == results
+
+
+def test_a_cell_of_other_models_is_refused(compared, tmp_path):
+    """Another machine may train other weights from the same seed; one cell is of one model."""
+    _, out, _ = compared
+    shutil.copytree(out, tmp_path / "here")
+    path = next(iter((tmp_path / "here" / "cells").glob("resnet-0-class-3-*")))
+    cell = json.loads(path.read_text())
+    key = Cell(path, cell["cell"])
+    value = key.get("references", None)
+    entries = {n: e for n, e in key.read().items() if n != "references"}
+    path.write_text(json.dumps({"cell": cell["cell"], "entries": entries}))
+    value["weights"]["retrained"] = "0" * 12
+    key.made("references", None, lambda: value)
+    longer = Configuration.of(TINY | {"max_steps": 31})
+    with pytest.raises(InputError, match=f"{path.name}.*other models than this machine trains"):
+        comparison.run(longer, tmp_path / "here", progress=False)
+
+
+def test_results_older_than_their_cells_are_refused(compared, tmp_path):
+    _, out, _ = compared
+    shutil.copytree(out, tmp_path / "here")
+    path = next(iter((tmp_path / "here" / "cells").glob("resnet-1-class-3-*")))
+    cell = Cell(path, json.loads(path.read_text())["cell"])
+    value = cell.get("correlations", None)
+    entries = {n: e for n, e in cell.read().items() if n != "correlations"}
+    path.write_text(json.dumps({"cell": cell.key, "entries": entries}))
+    cell.made("correlations", None, lambda: value | {"kfac": 0.5})
+    with pytest.raises(InputError, match="older than its cell"):
+        read_results(tmp_path / "here")
 
 
 def test_a_sitting_that_is_over_begins_nothing(compared, tmp_path, monkeypatch):
