@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as to_json
 from pathlib import Path
 from typing import Annotated
 
@@ -57,9 +58,8 @@ def demo(
     check_folder(out, out)
     with writing(out):
         results = run(out, seed=seed, quick=quick)
-    screen = console()
-    screen.print(demo_table(results))
-    screen.print(f"{len(results['files'])} plots and results.json are in {out}/")
+    console().print(demo_table(results))
+    typer.echo(f"{len(results['files'])} plots and results.json are in {out}/")
 
 
 app.command()(clean_errors(score))
@@ -159,11 +159,16 @@ def validate(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="JSON instead of the table.")] = False,
+) -> None:
     """Say what is available here, and how to get what is not."""
-    from imu_fast.cli.doctor import diagnose
+    from imu_fast.cli.doctor import diagnose, report
     from imu_fast.study.report.demo_table import key_value_table
 
-    rows: list[tuple[str, ...]] = list(diagnose())
+    if json:
+        typer.echo(to_json.dumps(report(), indent=1))
+        return
+    rows: list[tuple[str, ...]] = [one.row for one in diagnose()]
     table = key_value_table("imu-fast doctor", rows, ("component", "here", "for"))
     console().print(table)

@@ -178,6 +178,31 @@ def test_doctor_and_version_and_help():
         run(command, "--help")
 
 
+def test_doctor_prints_remedies_whole_and_as_json(monkeypatch):
+    from imu_fast.cli import doctor
+
+    def absent(name):
+        raise ModuleNotFoundError(name) if name != "timm" else OSError("[a] broken\nlibrary")
+
+    there = {one["component"]: one for one in json.loads(run("doctor", "--json"))["components"]}
+    assert there["torch"] == {
+        "component": "torch",
+        "here": torch.__version__,
+        "available": True,
+        "purpose": "the vectorised path; always there",
+        "remedy": None,
+    }
+    monkeypatch.setattr(doctor, "import_module", absent)
+    found = json.loads(run("doctor", "--json"))
+    assert found["imu_fast"] == imu.__version__ and found["python"] in sys.version
+    rows = {one["component"]: one for one in found["components"]}
+    assert rows["matplotlib"]["remedy"] == "pip install 'imu_fast[demo]'"
+    assert not rows["matplotlib"]["available"] and rows["matplotlib"]["here"] == "missing"
+    assert rows["timm"]["here"] == "broken: [a] broken library"
+    text = run("doctor")
+    assert "'imu_fast[demo]'" in text and "'imu_fast[text]'" in text and "[a] broken" in text
+
+
 def test_quick_demo(tmp_path):
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
