@@ -1,4 +1,4 @@
-"""The command line: ``imu-fast demo | score | unlearn | compare | validate | check | doctor``."""
+"""The command line: ``imu-fast``, a command per line of its ``--help``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 from imu_fast.cli.check import check
 from imu_fast.cli.console import clean_errors, console
 from imu_fast.cli.score import score
+from imu_fast.cli.split import split
 from imu_fast.cli.unlearn import unlearn
 from imu_fast.errors import check_count, check_installed
 
@@ -62,6 +63,7 @@ def demo(
     typer.echo(f"{len(results['files'])} plots and results.json are in {out}/")
 
 
+app.command()(clean_errors(split))
 app.command()(clean_errors(score))
 app.command()(clean_errors(unlearn))
 app.command()(clean_errors(check))

@@ -47,6 +47,13 @@ def check_folder(folder: Path, path: Path, name: str = "out", size: int = 0) -> 
     writable_folder(folder, f"{name}={str(path)!r}", size=size)
 
 
+def check_new_folder(out: Path, size: int = 0) -> None:
+    """Raise InputError unless ``out`` can be made, or is an empty folder: none is replaced."""
+    if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise InputError(f"out={str(out)!r} is there already; choose another name, or remove it")
+    check_folder(out.parent, out, size=size)
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn what the file system refuses (no space, no rights) into an InputError."""

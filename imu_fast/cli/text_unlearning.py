@@ -15,7 +15,7 @@ from imu_fast.cli.adapters import Lora
 from imu_fast.cli.arguments import Texts
 from imu_fast.cli.language_models import LanguageModel, is_adapter, load, save
 from imu_fast.cli.runs import How, Run, TextRun, with_batch_size
-from imu_fast.cli.score_files import check_folder, write_or_rescue
+from imu_fast.cli.score_files import check_folder, check_new_folder, write_or_rescue
 from imu_fast.cli.text import BATCH_SIZE, opened, source_of
 from imu_fast.data.text_files import read_records
 from imu_fast.errors import InputError
@@ -35,7 +35,7 @@ _NEAR = 1e-2
 def unlearn_lines(texts: Texts, run: Run, how: How, more: TextRun) -> None:
     """Load, measure, unlearn, write, load what is written, and measure that."""
     out = Path("unlearned") if run.out is None else run.out
-    _check_new(out)
+    check_new_folder(out)
     run.check_apart(out, retain=more.retain)
     run.check_checkpoint()
     given, lora = how.options(), None if more.lora is None else Lora.of(more.lora)
@@ -96,12 +96,6 @@ def unlearn_lines(texts: Texts, run: Run, how: How, more: TextRun) -> None:
     with replacing(out / REPORT) as temporary:
         temporary.write_text(json.dumps(report, indent=2, default=repr) + "\n", "utf-8")
     _say(report, out, adapter)
-
-
-def _check_new(out: Path) -> None:
-    if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise InputError(f"out={str(out)!r} is there already; choose another name, or remove it")
-    check_folder(out.parent, out)
 
 
 def _choose(how: How, options: dict[str, Any], more: TextRun, adapted: bool) -> None:
