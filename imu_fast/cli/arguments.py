@@ -71,7 +71,6 @@ class Texts:
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16, float64; default: as stored.")
     ] = None
-    device: Annotated[str | None, typer.Option(help="Default: cpu.")] = None
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that the model's folder brings.")
     ] = False

@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import typer
 
 from imu_fast.cli.adapters import Lora
 from imu_fast.cli.arguments import Texts
+from imu_fast.cli.devices import device_named
 from imu_fast.cli.language_models import LanguageModel, is_adapter, load, save
 from imu_fast.cli.runs import How, Run, TextRun, with_batch_size
 from imu_fast.cli.score_files import check_folder, check_new_folder, write_or_rescue
@@ -38,6 +40,7 @@ def unlearn_lines(texts: Texts, run: Run, how: How, more: TextRun) -> None:
     check_new_folder(out)
     run.check_apart(out, retain=more.retain)
     run.check_checkpoint()
+    device = device_named(run.device)
     given, lora = how.options(), None if more.lora is None else Lora.of(more.lora)
     batch_size = BATCH_SIZE if run.batch_size is None else run.batch_size
     reading, options = taken(with_batch_size(how, given, batch_size))
@@ -47,7 +50,7 @@ def unlearn_lines(texts: Texts, run: Run, how: How, more: TextRun) -> None:
     for path, argument in ((run.data, "data"), (more.retain, "retain")):
         if path is not None:
             read_records(path, argument)
-    reader = opened(texts, batch_size, trained=True)
+    reader = opened(texts, batch_size, device, trained=True)
     made = reader.made
     if made.task != "classifier" and not METHODS.choose(how.method).sequences:
         named = ", ".join(name for name in METHODS if METHODS[name].sequences)
@@ -89,7 +92,7 @@ def unlearn_lines(texts: Texts, run: Run, how: How, more: TextRun) -> None:
     made.model = result.model = None  # type: ignore[assignment]
     del result
     gc.collect()
-    again = _written_model(texts, out, adapter)
+    again = _written_model(texts, out, adapter, device)
     report["after"] = {
         name: measured(again.model, data.loader, reading) for name, data in sets.items()
     }
@@ -159,9 +162,9 @@ def _write(made: LanguageModel, path: Path) -> None:
         save(made.model, made.tokenizer, temporary)
 
 
-def _written_model(texts: Texts, out: Path, adapter: bool) -> LanguageModel:
+def _written_model(texts: Texts, out: Path, adapter: bool, device: torch.device) -> LanguageModel:
     """What is on the disk, as anyone will load it."""
-    source = source_of(texts)
+    source = source_of(texts, device)
     source = replace(source, model=out, tokenizer=None, merge=False, dtype=None)
     return load(source if adapter else replace(source, base=None))
 
