@@ -21,6 +21,9 @@ ForgetData = Annotated[
 ]
 
 
+Force = Annotated[bool, typer.Option("--force", help="Replace --out where it is there already.")]
+
+
 @dataclass(frozen=True)
 class Images:
     """A model of images, and how an image folder is read."""

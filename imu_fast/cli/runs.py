@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from imu_fast.cli.arguments import ForgetData, layer_names
+from imu_fast.cli.arguments import Force, ForgetData, layer_names
 from imu_fast.cli.devices import DeviceName
 from imu_fast.errors import InputError
 
@@ -118,6 +118,7 @@ class Run:
         int | None, typer.Option(help="Samples per batch and step; default 64 images, 8 texts.")
     ] = None
     device: DeviceName = None
+    force: Force = False
 
     def stop(self, read: Callable[[Path], Any] | None = None) -> Any:
         """The stop rule, or None.

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from imu_fast.cli.arguments import ForgetData, Images, Texts, grouped, is_text, layer_names
+from imu_fast.cli.arguments import Force, ForgetData, Images, Texts, grouped, is_text, layer_names
 from imu_fast.cli.devices import DeviceName, device_named
 
 
@@ -44,11 +44,13 @@ def score(
         int | None, typer.Option(help="Samples per batch; default 64 images, 8 texts.")
     ] = None,
     device: DeviceName = None,
+    force: Force = False,
 ) -> None:
     """Score every sample of a forget set by its influence at the classifier."""
     from imu_fast.cli.score_files import (
         check_apart,
         check_ending,
+        check_free,
         check_out,
         save_scores,
         write_or_rescue,
@@ -61,7 +63,7 @@ def score(
     if text:
         from imu_fast.cli.text import score_lines
 
-        score_lines(texts, data, out, spec, chosen, self_influence, batch_size, place)
+        score_lines(texts, data, out, spec, chosen, self_influence, batch_size, place, force)
         return
     from imu_fast.cli.image_models import opened
     from imu_fast.cli.influences import influences, said
@@ -70,6 +72,7 @@ def score(
     check_ending(out)
     check_apart("out", out, data=data, weights=images.weights)
     check_out(out)
+    check_free(out, force)
     size = 64 if batch_size is None else batch_size
     model, loader, names = opened(images, data, size, place)
     columns, _ = influences(model, loader, spec, chosen, self_influence)

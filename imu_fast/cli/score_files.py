@@ -28,6 +28,14 @@ def check_out(path: Path, name: str = "out", size: int = 0) -> None:
     writable(path, name, size=size)
 
 
+def check_free(path: Path, force: bool) -> None:
+    """Raise InputError where something is there already and may not be replaced."""
+    if path.exists() and not force:
+        raise InputError(
+            f"out={str(path)!r} is there already; choose another name, or replace it with --force"
+        )
+
+
 def check_apart(name: str, path: Path, **others: Path | None) -> None:
     """Raise InputError where ``path``, which is to be written, is one of the others."""
     for other, given in others.items():

@@ -15,6 +15,7 @@ from imu_fast.cli.language_models import LanguageModel, Source, check_vocabulary
 from imu_fast.cli.score_files import (
     check_apart,
     check_ending,
+    check_free,
     check_out,
     save_lines,
     save_scores,
@@ -157,6 +158,7 @@ def score_lines(
     self_influence: bool,
     batch_size: int | None,
     device: torch.device,
+    force: bool,
 ) -> None:
     """``imu-fast score --model``: scores beside each line, in the file's order."""
     out = Path("scores.jsonl") if out is None else out
@@ -165,6 +167,7 @@ def score_lines(
     names = ["score", "weight", *(["self_influence"] if self_influence else []), "loss", "tokens"]
     records = read_records(data)
     check_apart("out", out, data=data)
+    check_free(out, force)
     if out.suffix == ".jsonl":
         for number, line in zip(records.numbers, records.objects, strict=True):
             if taken := [name for name in names if name in line]:

@@ -37,6 +37,11 @@ _NEAR = 1e-2
 def unlearn_lines(texts: Texts, run: Run, how: How, more: TextRun) -> None:
     """Load, measure, unlearn, write, load what is written, and measure that."""
     out = Path("unlearned") if run.out is None else run.out
+    if run.force:
+        raise InputError(
+            f"force: out={str(out)!r} is a folder, which is never replaced; remove it, or choose "
+            "another name"
+        )
     check_new_folder(out)
     run.check_apart(out, retain=more.retain)
     run.check_checkpoint()

@@ -29,7 +29,7 @@ def unlearn(images: Images, texts: Texts, run: Run, how: How, more: TextRun) -> 
 
 def _unlearn_images(images: Images, run: Run, how: How) -> None:
     from imu_fast.cli.image_models import opened
-    from imu_fast.cli.score_files import check_out, write_or_rescue
+    from imu_fast.cli.score_files import check_free, check_out, write_or_rescue
     from imu_fast.model.reading import taken
     from imu_fast.storage import save_tensors
     from imu_fast.unlearning.named import METHODS
@@ -40,6 +40,7 @@ def _unlearn_images(images: Images, run: Run, how: How) -> None:
         raise InputError(f"out={str(out)!r} must end in .safetensors")
     run.check_apart(out, weights=images.weights)
     check_out(out)
+    check_free(out, run.force)
     run.check_checkpoint()
     place = device_named(run.device)
     batch_size = 64 if run.batch_size is None else run.batch_size

@@ -112,10 +112,10 @@ def test_one_class_folder_is_scored_under_its_own_class(toy):
     run("score", *options, "--classes", folder / "classes.txt", "--out", out)
     found = np.load(out)["influence"]
     (folder / "forget" / "dog").rename(folder / "forget" / "2")
-    run("score", *options, "--out", out)
+    run("score", *options, "--out", out, "--force")
     np.testing.assert_array_equal(found, np.load(out)["influence"])
     (folder / "forget" / "2").rename(folder / "forget" / "0")
-    run("score", *options, "--out", out)
+    run("score", *options, "--out", out, "--force")
     assert not np.allclose(found, np.load(out)["influence"])
 
 
@@ -145,7 +145,7 @@ def test_weights_as_wrappers_save_them(toy):
     state = toy_model().state_dict()
     for prefix in ("module.", "_orig_mod.", "_orig_mod.module."):
         torch.save({prefix + k: v for k, v in state.items()}, folder / "weights.pt")
-        assert "20 scores" in run("score", *options, "--out", folder / "scores.csv")
+        assert "20 scores" in run("score", *options, "--out", folder / "scores.csv", "--force")
 
 
 def test_data_of_another_dtype_and_a_folder_of_weights_are_told_the_way_out(toy):
