@@ -70,6 +70,7 @@ _EXPORTS = {
     "ShardedFactors": "factors.sharded",
     "similarity_scores": "attribution.similarity",
     "SimNPO": "unlearning.ascent.objectives",
+    "split": "unlearning.split",
     "SquaredError": "losses.squared_error",
     "StopRule": "unlearning.depth",
     "top_influences": "influence.top",
@@ -157,6 +158,7 @@ if TYPE_CHECKING:
     from imu_fast.unlearning.named import methods as methods
     from imu_fast.unlearning.result import DivergedError as DivergedError
     from imu_fast.unlearning.result import UnlearnResult as UnlearnResult
+    from imu_fast.unlearning.split import split as split
     from imu_fast.unlearning.unlearn import unlearn as unlearn
 
 

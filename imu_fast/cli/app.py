@@ -1,7 +1,8 @@
-"""The command line: ``imu-fast demo | score | unlearn | compare | validate | check | doctor``."""
+"""The command line: ``imu-fast``, a command per line of its ``--help``."""
 
 from __future__ import annotations
 
+import json as to_json
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,9 @@ import typer
 
 from imu_fast.cli.check import check
 from imu_fast.cli.console import clean_errors, console
+from imu_fast.cli.evaluate import evaluate
 from imu_fast.cli.score import score
+from imu_fast.cli.split import split
 from imu_fast.cli.unlearn import unlearn
 from imu_fast.errors import check_count, check_installed
 
@@ -57,13 +60,14 @@ def demo(
     check_folder(out, out)
     with writing(out):
         results = run(out, seed=seed, quick=quick)
-    screen = console()
-    screen.print(demo_table(results))
-    screen.print(f"{len(results['files'])} plots and results.json are in {out}/")
+    console().print(demo_table(results))
+    typer.echo(f"{len(results['files'])} plots and results.json are in {out}/")
 
 
+app.command()(clean_errors(split))
 app.command()(clean_errors(score))
 app.command()(clean_errors(unlearn))
+app.command()(clean_errors(evaluate))
 app.command()(clean_errors(check))
 
 
@@ -159,11 +163,16 @@ def validate(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="JSON instead of the table.")] = False,
+) -> None:
     """Say what is available here, and how to get what is not."""
-    from imu_fast.cli.doctor import diagnose
+    from imu_fast.cli.doctor import diagnose, report
     from imu_fast.study.report.demo_table import key_value_table
 
-    rows: list[tuple[str, ...]] = list(diagnose())
+    if json:
+        typer.echo(to_json.dumps(report(), indent=1))
+        return
+    rows: list[tuple[str, ...]] = [one.row for one in diagnose()]
     table = key_value_table("imu-fast doctor", rows, ("component", "here", "for"))
     console().print(table)

@@ -21,6 +21,9 @@ ForgetData = Annotated[
 ]
 
 
+Force = Annotated[bool, typer.Option("--force", help="Replace --out where it is there already.")]
+
+
 @dataclass(frozen=True)
 class Images:
     """A model of images, and how an image folder is read."""
@@ -71,7 +74,6 @@ class Texts:
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16, float64; default: as stored.")
     ] = None
-    device: Annotated[str | None, typer.Option(help="Default: cpu.")] = None
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that the model's folder brings.")
     ] = False

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import platform
 from importlib import import_module, metadata
+from typing import Any, NamedTuple
 
 import torch
 
 from imu_fast.backend import backends
+from imu_fast.errors import brief
 
 _PURPOSES = {
     "triton": ("GPU kernels", "pip install triton"),
@@ -22,44 +25,100 @@ _PURPOSES = {
 _MODULES = {"scikit-learn": "sklearn"}
 
 
-def diagnose() -> list[tuple[str, str, str]]:
-    """One row per component: name, what is there, what it is for or how to get it."""
+class Component(NamedTuple):
+    """One line of what there is.
+
+    Attributes:
+        component: its name. here: its version, where it is from, or why it is not there.
+        available: whether it can be used. purpose: what it is for.
+        remedy: how to get it, whole, to be typed; None: it is there, or cannot be had so.
+    """
+
+    component: str
+    here: str
+    available: bool
+    purpose: str
+    remedy: str | None = None
+
+    @property
+    def row(self) -> tuple[str, str, str]:
+        """As the table has it: the remedy where it is needed."""
+        last = self.purpose if self.remedy is None else f"{self.purpose}: {self.remedy}"
+        return self.component, self.here, last
+
+
+def report() -> dict[str, Any]:
+    """All of it as JSON has it: versions, the machine, and one object per component."""
+    from imu_fast import __version__
+
+    return {
+        "imu_fast": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "components": [one._asdict() for one in diagnose()],
+    }
+
+
+def diagnose() -> list[Component]:
+    """Every component: what is there, and what it is for or how to get it."""
     from imu_fast.solvers.cholesky.cusolver import find_cusolver
     from imu_fast.solvers.cholesky.lapack import find_lapack
 
-    rows = [("torch", str(torch.__version__), "the vectorised path; always there")]
+    found = [Component("torch", str(torch.__version__), True, "the vectorised path; always there")]
     if torch.cuda.is_available():
-        rows.append(("CUDA", torch.cuda.get_device_name(), "GPU"))
+        found.append(Component("CUDA", torch.cuda.get_device_name(), True, "GPU"))
     else:
-        rows.append(("CUDA", "none", "no NVIDIA GPU, or a CPU build of torch; all runs on the CPU"))
-    extension = backends()["extension"]
-    remedy = "damped Cholesky on the CPU"
-    if not extension.available:
-        remedy = "install a C++ compiler, then IMU_FAST_BUILD_EXT=1 pip install --no-cache-dir ."
-    rows.append(("imu_fast._C", extension.reason if extension.available else "missing", remedy))
-    lapack = find_lapack()
-    rows.append(
-        (
-            "LAPACK",
-            "missing" if lapack is None else f"from {lapack.name}",
-            "for imu_fast._C" if lapack else "pip install scipy",
+        why = "no NVIDIA GPU, or a CPU build of torch; all runs on the CPU"
+        found.append(Component("CUDA", "none", False, why))
+    extension, compiled = backends()["extension"], backends()["cuda"]
+    found.append(
+        _built(
+            "imu_fast._C",
+            extension.available,
+            extension.reason,
+            "damped Cholesky on the CPU",
+            "install a C++ compiler, then IMU_FAST_BUILD_EXT=1 pip install --no-cache-dir .",
         )
     )
-    compiled = backends()["cuda"]
-    built = compiled.reason.startswith("compiled")
-    remedy = "damped Cholesky on CUDA"
-    if not built:
-        remedy = "install nvcc, then IMU_FAST_BUILD_CUDA=1 pip install --no-cache-dir ."
-    rows.append(("imu_fast._C_cuda", compiled.reason if built else "missing", remedy))
-    library, found = find_cusolver()
-    rows.append(
-        ("cuSOLVER", "missing" if library is None else found, "large matrices of imu_fast._C_cuda")
+    lapack = find_lapack()
+    found.append(
+        _built(
+            "LAPACK",
+            lapack is not None,
+            "" if lapack is None else f"from {lapack.name}",
+            "for imu_fast._C",
+            "pip install scipy",
+        )
+    )
+    found.append(
+        _built(
+            "imu_fast._C_cuda",
+            compiled.reason.startswith("compiled"),
+            compiled.reason,
+            "damped Cholesky on CUDA",
+            "install nvcc, then IMU_FAST_BUILD_CUDA=1 pip install --no-cache-dir .",
+        )
+    )
+    library, where = find_cusolver()
+    there = library is not None
+    found.append(
+        Component(
+            "cuSOLVER", where if there else "missing", there, "large matrices of imu_fast._C_cuda"
+        )
     )
     for name, (purpose, remedy) in _PURPOSES.items():
         try:
             import_module(_MODULES.get(name, name))
-            rows.append((name, metadata.version(name), purpose))
+            found.append(Component(name, metadata.version(name), True, purpose))
         except Exception as error:  # a broken binary package raises anything at all
-            reason = "missing" if isinstance(error, ModuleNotFoundError) else f"broken: {error}"
-            rows.append((name, reason, f"{purpose}: {remedy}"))
-    return rows
+            missing = isinstance(error, ModuleNotFoundError)
+            reason = "missing" if missing else f"broken: {brief(error)}"
+            found.append(Component(name, reason, False, purpose, remedy))
+    return found
+
+
+def _built(name: str, there: bool, here: str, purpose: str, remedy: str) -> Component:
+    if there:
+        return Component(name, here, True, purpose)
+    return Component(name, "missing", False, purpose, remedy)

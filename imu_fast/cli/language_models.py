@@ -56,7 +56,7 @@ class Source:
     merge: bool = False
     dtype: str | None = None
     trust_remote_code: bool = False
-    device: str = "cpu"
+    device: str | torch.device = "cpu"
 
 
 @dataclass
@@ -139,7 +139,6 @@ def load(source: Source, *, trained: bool = False) -> LanguageModel:
     check_installed(f"model={str(source.model)!r}", "transformers", install="'imu_fast[text]'")
     if source.dtype is not None:
         check_choice("dtype", source.dtype, DTYPES)
-    device = _device(source.device)
     folder, shown = source.model, f"model={str(source.model)!r}"
     _check_folder(folder, shown)
     adapter = is_adapter(folder)
@@ -155,7 +154,7 @@ def load(source: Source, *, trained: bool = False) -> LanguageModel:
         if adapter:
             model = _with_adapter(model, source, trained)
         tokenizer = _tokenizer(source, base)
-    model = model.to(device).eval()
+    model = model.to(source.device).eval()
     held = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
     stored = "as stored" if source.dtype is None else "as asked"
     name = type(getattr(model, "get_base_model", lambda: model)()).__name__
@@ -166,15 +165,6 @@ def load(source: Source, *, trained: bool = False) -> LanguageModel:
         f"by transformers.{_AUTO[task][0]}"
     )
     return LanguageModel(model, tokenizer, task, adapter and not source.merge, described)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise InputError(f"device={name!r} is not to be had ({brief(error, 100)})") from error
-    return device
 
 
 def _check_folder(folder: Path, shown: str) -> None:

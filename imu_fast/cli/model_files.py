@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from imu_fast.errors import InputError, brief, check_installed
 from imu_fast.model.outputs import logits_of
+from imu_fast.model.parts import device_of
 from imu_fast.model.weights import load_weights, unwrapped
 
 # What libraries call their classifier; the first part of the names of its weights.
@@ -178,7 +179,7 @@ def count_classes(model: nn.Module, x: Tensor) -> int:
     """
     try:
         with torch.no_grad():
-            logits = logits_of(model(x))
+            logits = logits_of(model(x.to(device_of(model))))
     # What modules raise on shapes and dtypes that they cannot take.
     except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
         own = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)

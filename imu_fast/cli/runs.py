@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from imu_fast.cli.arguments import ForgetData, layer_names
+from imu_fast.cli.arguments import Force, ForgetData, layer_names
+from imu_fast.cli.devices import DeviceName
 from imu_fast.errors import InputError
 
 
@@ -116,6 +117,8 @@ class Run:
     batch_size: Annotated[
         int | None, typer.Option(help="Samples per batch and step; default 64 images, 8 texts.")
     ] = None
+    device: DeviceName = None
+    force: Force = False
 
     def stop(self, read: Callable[[Path], Any] | None = None) -> Any:
         """The stop rule, or None.

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from imu_fast.cli.arguments import ForgetData, Images, Texts, grouped, is_text, layer_names
+from imu_fast.cli.arguments import Force, ForgetData, Images, Texts, grouped, is_text, layer_names
+from imu_fast.cli.devices import DeviceName, device_named
 
 
 @grouped
@@ -42,11 +43,14 @@ def score(
     batch_size: Annotated[
         int | None, typer.Option(help="Samples per batch; default 64 images, 8 texts.")
     ] = None,
+    device: DeviceName = None,
+    force: Force = False,
 ) -> None:
     """Score every sample of a forget set by its influence at the classifier."""
     from imu_fast.cli.score_files import (
         check_apart,
         check_ending,
+        check_free,
         check_out,
         save_scores,
         write_or_rescue,
@@ -55,10 +59,11 @@ def score(
 
     spec = CURVATURES.choose(curvature, damping=damping, damping_mode=damping_mode)
     chosen = "head" if layers is None else layer_names(layers)
-    if is_text(images, texts):
+    text, place = is_text(images, texts), device_named(device)
+    if text:
         from imu_fast.cli.text import score_lines
 
-        score_lines(texts, data, out, spec, chosen, self_influence, batch_size)
+        score_lines(texts, data, out, spec, chosen, self_influence, batch_size, place, force)
         return
     from imu_fast.cli.image_models import opened
     from imu_fast.cli.influences import influences, said
@@ -67,7 +72,9 @@ def score(
     check_ending(out)
     check_apart("out", out, data=data, weights=images.weights)
     check_out(out)
-    model, loader, names = opened(images, data, 64 if batch_size is None else batch_size)
+    check_free(out, force)
+    size = 64 if batch_size is None else batch_size
+    model, loader, names = opened(images, data, size, place)
     columns, _ = influences(model, loader, spec, chosen, self_influence)
     named = {"influence": columns.pop("score"), **columns}
     write_or_rescue(out, lambda path: save_scores(path, names, named))

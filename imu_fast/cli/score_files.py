@@ -28,6 +28,14 @@ def check_out(path: Path, name: str = "out", size: int = 0) -> None:
     writable(path, name, size=size)
 
 
+def check_free(path: Path, force: bool) -> None:
+    """Raise InputError where something is there already and may not be replaced."""
+    if path.exists() and not force:
+        raise InputError(
+            f"out={str(path)!r} is there already; choose another name, or replace it with --force"
+        )
+
+
 def check_apart(name: str, path: Path, **others: Path | None) -> None:
     """Raise InputError where ``path``, which is to be written, is one of the others."""
     for other, given in others.items():
@@ -45,6 +53,13 @@ def check_folder(folder: Path, path: Path, name: str = "out", size: int = 0) -> 
         size: bytes that will be needed.
     """
     writable_folder(folder, f"{name}={str(path)!r}", size=size)
+
+
+def check_new_folder(out: Path, size: int = 0) -> None:
+    """Raise InputError unless ``out`` can be made, or is an empty folder: none is replaced."""
+    if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise InputError(f"out={str(out)!r} is there already; choose another name, or remove it")
+    check_folder(out.parent, out, size=size)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from imu_fast.cli.language_models import LanguageModel, Source, check_vocabulary
 from imu_fast.cli.score_files import (
     check_apart,
     check_ending,
+    check_free,
     check_out,
     save_lines,
     save_scores,
@@ -29,7 +30,7 @@ from imu_fast.errors import InputError
 BATCH_SIZE = 8
 
 
-def source_of(texts: Texts) -> Source:
+def source_of(texts: Texts, device: torch.device) -> Source:
     """What the flags name as the model."""
     assert texts.model is not None  # is_text has asked
     return Source(
@@ -39,7 +40,7 @@ def source_of(texts: Texts) -> Source:
         texts.merge,
         texts.dtype,
         texts.trust_remote_code,
-        texts.device or "cpu",
+        device,
     )
 
 
@@ -135,13 +136,15 @@ def _pad_of_classifier(made: LanguageModel, data: TextData, encoded: list[Encode
     typer.echo(f"config.pad_token_id is set to {data.pad}, which tells where a text ends")
 
 
-def opened(texts: Texts, batch_size: int | None, *, trained: bool = False) -> Reader:
+def opened(
+    texts: Texts, batch_size: int | None, device: torch.device, *, trained: bool = False
+) -> Reader:
     """The model, and what reads its data; says what it is.
 
     Raises:
         InputError: it cannot be loaded.
     """
-    made = load(source_of(texts), trained=trained)
+    made = load(source_of(texts, device), trained=trained)
     typer.echo(made.described)
     return Reader(texts, made, BATCH_SIZE if batch_size is None else batch_size)
 
@@ -154,6 +157,8 @@ def score_lines(
     layers: Any,
     self_influence: bool,
     batch_size: int | None,
+    device: torch.device,
+    force: bool,
 ) -> None:
     """``imu-fast score --model``: scores beside each line, in the file's order."""
     out = Path("scores.jsonl") if out is None else out
@@ -162,6 +167,7 @@ def score_lines(
     names = ["score", "weight", *(["self_influence"] if self_influence else []), "loss", "tokens"]
     records = read_records(data)
     check_apart("out", out, data=data)
+    check_free(out, force)
     if out.suffix == ".jsonl":
         for number, line in zip(records.numbers, records.objects, strict=True):
             if taken := [name for name in names if name in line]:
@@ -169,7 +175,7 @@ def score_lines(
                     f"{records.at(number)} has {', '.join(map(repr, taken))} already, which the "
                     "scores are written as; rename it, or write a .csv"
                 )
-    reader = opened(texts, batch_size)
+    reader = opened(texts, batch_size, device)
     found = reader.read(data)
     columns, factors = influences(reader.made.model, found.loader, spec, layers, self_influence)
     losses = getattr(factors, "losses", None)

@@ -9,13 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import typer
 
 from imu_fast.cli.adapters import Lora
 from imu_fast.cli.arguments import Texts
+from imu_fast.cli.devices import device_named
 from imu_fast.cli.language_models import LanguageModel, is_adapter, load, save
 from imu_fast.cli.runs import How, Run, TextRun, with_batch_size
-from imu_fast.cli.score_files import check_folder, write_or_rescue
+from imu_fast.cli.score_files import check_folder, check_new_folder, write_or_rescue
 from imu_fast.cli.text import BATCH_SIZE, opened, source_of
 from imu_fast.data.text_files import read_records
 from imu_fast.errors import InputError
@@ -35,9 +37,15 @@ _NEAR = 1e-2
 def unlearn_lines(texts: Texts, run: Run, how: How, more: TextRun) -> None:
     """Load, measure, unlearn, write, load what is written, and measure that."""
     out = Path("unlearned") if run.out is None else run.out
-    _check_new(out)
+    if run.force:
+        raise InputError(
+            f"force: out={str(out)!r} is a folder, which is never replaced; remove it, or choose "
+            "another name"
+        )
+    check_new_folder(out)
     run.check_apart(out, retain=more.retain)
     run.check_checkpoint()
+    device = device_named(run.device)
     given, lora = how.options(), None if more.lora is None else Lora.of(more.lora)
     batch_size = BATCH_SIZE if run.batch_size is None else run.batch_size
     reading, options = taken(with_batch_size(how, given, batch_size))
@@ -47,7 +55,7 @@ def unlearn_lines(texts: Texts, run: Run, how: How, more: TextRun) -> None:
     for path, argument in ((run.data, "data"), (more.retain, "retain")):
         if path is not None:
             read_records(path, argument)
-    reader = opened(texts, batch_size, trained=True)
+    reader = opened(texts, batch_size, device, trained=True)
     made = reader.made
     if made.task != "classifier" and not METHODS.choose(how.method).sequences:
         named = ", ".join(name for name in METHODS if METHODS[name].sequences)
@@ -89,19 +97,13 @@ def unlearn_lines(texts: Texts, run: Run, how: How, more: TextRun) -> None:
     made.model = result.model = None  # type: ignore[assignment]
     del result
     gc.collect()
-    again = _written_model(texts, out, adapter)
+    again = _written_model(texts, out, adapter, device)
     report["after"] = {
         name: measured(again.model, data.loader, reading) for name, data in sets.items()
     }
     with replacing(out / REPORT) as temporary:
         temporary.write_text(json.dumps(report, indent=2, default=repr) + "\n", "utf-8")
     _say(report, out, adapter)
-
-
-def _check_new(out: Path) -> None:
-    if out.is_symlink() or out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise InputError(f"out={str(out)!r} is there already; choose another name, or remove it")
-    check_folder(out.parent, out)
 
 
 def _choose(how: How, options: dict[str, Any], more: TextRun, adapted: bool) -> None:
@@ -165,9 +167,9 @@ def _write(made: LanguageModel, path: Path) -> None:
         save(made.model, made.tokenizer, temporary)
 
 
-def _written_model(texts: Texts, out: Path, adapter: bool) -> LanguageModel:
+def _written_model(texts: Texts, out: Path, adapter: bool, device: torch.device) -> LanguageModel:
     """What is on the disk, as anyone will load it."""
-    source = source_of(texts)
+    source = source_of(texts, device)
     source = replace(source, model=out, tokenizer=None, merge=False, dtype=None)
     return load(source if adapter else replace(source, base=None))
 

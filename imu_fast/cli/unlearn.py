@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 
 from imu_fast.cli.arguments import Images, Texts, given, grouped, is_text
+from imu_fast.cli.devices import device_named
 from imu_fast.cli.runs import How, Run, TextRun, with_batch_size
 from imu_fast.errors import InputError
 
@@ -28,7 +29,7 @@ def unlearn(images: Images, texts: Texts, run: Run, how: How, more: TextRun) -> 
 
 def _unlearn_images(images: Images, run: Run, how: How) -> None:
     from imu_fast.cli.image_models import opened
-    from imu_fast.cli.score_files import check_out, write_or_rescue
+    from imu_fast.cli.score_files import check_free, check_out, write_or_rescue
     from imu_fast.model.reading import taken
     from imu_fast.storage import save_tensors
     from imu_fast.unlearning.named import METHODS
@@ -39,17 +40,19 @@ def _unlearn_images(images: Images, run: Run, how: How) -> None:
         raise InputError(f"out={str(out)!r} must end in .safetensors")
     run.check_apart(out, weights=images.weights)
     check_out(out)
+    check_free(out, run.force)
     run.check_checkpoint()
+    place = device_named(run.device)
     batch_size = 64 if run.batch_size is None else run.batch_size
     reading, options = taken(with_batch_size(how, how.options(), batch_size))
     method = METHODS.choose(how.method, **options)
-    model, loader, _ = opened(images, run.data, batch_size)
+    model, loader, _ = opened(images, run.data, batch_size, place)
     check_out(out, size=sum(tensor.nbytes for tensor in model.state_dict().values()))
     result = library(
         model,
         loader,
         method,
-        stop=run.stop(lambda path: opened(images, path, batch_size)[1]),
+        stop=run.stop(lambda path: opened(images, path, batch_size, place)[1]),
         seed=run.seed,
         checkpoint=run.checkpoint,
         progress=sys.stderr.isatty(),

@@ -249,12 +249,7 @@ def _image_folder(
 def _arrays(
     path: Path, count_classes: Callable[[Tensor], int], batch_size: int
 ) -> tuple[DataLoader, list[str]]:
-    x, y = _read_arrays(path)
-    if x.ndim == 0 or y.ndim != 1 or len(x) != len(y) or len(x) == 0:
-        raise InputError(
-            f"data={str(path)!r}: x has shape {x.shape} and y {y.shape}; "
-            "store x [n, ...] and y [n], n >= 1"
-        )
+    x, y = read_arrays(path)
     if x.dtype.kind != "f" or x.dtype.itemsize > 8:
         raise InputError(
             f"data={str(path)!r}: x is {x.dtype}; store what the model takes (float32)"
@@ -275,7 +270,41 @@ def _arrays(
     return DataLoader(dataset, batch_size=batch_size), [str(i) for i in range(len(x))]
 
 
-def _read_arrays(path: Path) -> tuple[Any, Any]:
+def read_arrays(path: Path) -> tuple[Any, Any]:
+    """The arrays ``x`` [n, ...] and ``y`` [n] of an ``.npz``, n >= 1, as they are stored.
+
+    Raises:
+        InputError: missing, broken or not of these shapes.
+    """
+    if path.suffix != ".npz" or not path.is_file():
+        raise InputError(
+            f"data={str(path)!r} is neither a folder with a sub-folder per class nor an .npz file"
+        )
+    x, y = _named_arrays(path)
+    if x.ndim == 0 or y.ndim != 1 or len(x) != len(y) or len(x) == 0:
+        raise InputError(
+            f"data={str(path)!r}: x has shape {x.shape} and y {y.shape}; "
+            "store x [n, ...] and y [n], n >= 1"
+        )
+    return x, y
+
+
+def list_images(path: Path) -> tuple[list[str], list[int], list[str]]:
+    """The images of a folder with a sub-folder per class, none of them opened.
+
+    Returns:
+        Their names within the folder and their sub-folders' places, in the order of
+        :func:`load_data`; and the sub-folders, sorted.
+
+    Raises:
+        InputError: no sub-folder, or one without images.
+    """
+    dataset = _open_folder(path, _open_image)
+    names = [str(Path(name).relative_to(path)) for name, _ in dataset.samples]
+    return names, dataset.targets, dataset.classes
+
+
+def _named_arrays(path: Path) -> tuple[Any, Any]:
     import numpy as np
 
     try:

@@ -112,10 +112,10 @@ def test_one_class_folder_is_scored_under_its_own_class(toy):
     run("score", *options, "--classes", folder / "classes.txt", "--out", out)
     found = np.load(out)["influence"]
     (folder / "forget" / "dog").rename(folder / "forget" / "2")
-    run("score", *options, "--out", out)
+    run("score", *options, "--out", out, "--force")
     np.testing.assert_array_equal(found, np.load(out)["influence"])
     (folder / "forget" / "2").rename(folder / "forget" / "0")
-    run("score", *options, "--out", out)
+    run("score", *options, "--out", out, "--force")
     assert not np.allclose(found, np.load(out)["influence"])
 
 
@@ -145,7 +145,7 @@ def test_weights_as_wrappers_save_them(toy):
     state = toy_model().state_dict()
     for prefix in ("module.", "_orig_mod.", "_orig_mod.module."):
         torch.save({prefix + k: v for k, v in state.items()}, folder / "weights.pt")
-        assert "20 scores" in run("score", *options, "--out", folder / "scores.csv")
+        assert "20 scores" in run("score", *options, "--out", folder / "scores.csv", "--force")
 
 
 def test_data_of_another_dtype_and_a_folder_of_weights_are_told_the_way_out(toy):
@@ -176,6 +176,31 @@ def test_doctor_and_version_and_help():
     for command in ("demo", "score", "unlearn", "check", "doctor"):
         assert command in run("--help")
         run(command, "--help")
+
+
+def test_doctor_prints_remedies_whole_and_as_json(monkeypatch):
+    from imu_fast.cli import doctor
+
+    def absent(name):
+        raise ModuleNotFoundError(name) if name != "timm" else OSError("[a] broken\nlibrary")
+
+    there = {one["component"]: one for one in json.loads(run("doctor", "--json"))["components"]}
+    assert there["torch"] == {
+        "component": "torch",
+        "here": torch.__version__,
+        "available": True,
+        "purpose": "the vectorised path; always there",
+        "remedy": None,
+    }
+    monkeypatch.setattr(doctor, "import_module", absent)
+    found = json.loads(run("doctor", "--json"))
+    assert found["imu_fast"] == imu.__version__ and found["python"] in sys.version
+    rows = {one["component"]: one for one in found["components"]}
+    assert rows["matplotlib"]["remedy"] == "pip install 'imu_fast[demo]'"
+    assert not rows["matplotlib"]["available"] and rows["matplotlib"]["here"] == "missing"
+    assert rows["timm"]["here"] == "broken: [a] broken library"
+    text = run("doctor")
+    assert "'imu_fast[demo]'" in text and "'imu_fast[text]'" in text and "[a] broken" in text
 
 
 def test_quick_demo(tmp_path):

@@ -42,7 +42,19 @@ def check(arch, weights, photos, transform, *more):
     """The scores are those of images prepared by ``transform``; returns what was said."""
     folder, opened = photos
     out = folder.parent / "scores.npz"
-    text = run("score", "--arch", arch, "--weights", weights, "--data", folder, "--out", out, *more)
+    text = run(
+        "score",
+        "--arch",
+        arch,
+        "--weights",
+        weights,
+        "--data",
+        folder,
+        "--out",
+        out,
+        "--force",
+        *more,
+    )
     want = expected(build_model(arch, weights), transform, opened)
     np.testing.assert_allclose(np.load(out)["influence"], want, rtol=1e-4, atol=1e-6)
     return text
@@ -205,7 +217,9 @@ def test_ones_own(photos, tmp_path, monkeypatch):
     options = ["--weights", weights, "--data", photos[0]]
     text = run("score", "--arch", "own_images:make", *options, code=2)
     assert "does not say how its images are prepared; pass --image-size" in text
-    text = run("score", "--arch", "own_images:make", *options, "--image-size", 2)
+    text = run(
+        "score", "--arch", "own_images:make", *options, "--image-size", 2, "--out", "once.csv"
+    )
     assert "centre 2" in text and "ImageNet's, for want of others" in text
     import own_images
 

@@ -266,9 +266,20 @@ def test_adapters_in(folders, data, tmp_path):
     (adapter / "adapter_config.json").write_text(
         json.dumps(config | {"base_model_name_or_path": "some/hub-name"})
     )
-    text = run("score", "--model", adapter, "--data", data, "--out", out[0], code=2)
+    text = run("score", "--model", adapter, "--data", data, "--out", out[0], "--force", code=2)
     assert "adapter of 'some/hub-name', which is no folder here; pass --base" in text
-    run("score", "--model", adapter, "--base", folders / "llama", "--data", data, "--out", out[2])
+    run(
+        "score",
+        "--model",
+        adapter,
+        "--base",
+        folders / "llama",
+        "--data",
+        data,
+        "--out",
+        out[2],
+        "--force",
+    )
     np.testing.assert_allclose(of(read_lines(out[2]), "score"), found[0], rtol=1e-6)
     for change, message in [
         (["--lora", "r=2"], "is an adapter already"),

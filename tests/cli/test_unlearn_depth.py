@@ -21,8 +21,8 @@ def test_unseen_is_an_accuracy_or_data(toy):
     folder, options, _ = toy
     path, data = of(folder)
     line = imu.evaluate(toy_model(), data)["accuracy"]
-    for given in (str(line), path):
-        out = folder / "deep.safetensors"
+    for name, given in (("accuracy", str(line)), ("data", path)):
+        out = folder / f"{name}.safetensors"
         text = run("unlearn", *options, "--method", "margin_edit", "--unseen", given, "--out", out)
         assert "unseen_accuracy" in text
     assert "unseen_accuracy=1.5 must lie" in run("unlearn", *options, "--unseen", "1.5", code=2)

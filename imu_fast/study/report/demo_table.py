@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 
 def _cell(value: Any, form: str) -> str:
@@ -47,10 +48,10 @@ def demo_table(results: dict[str, Any]) -> Table:
 
 
 def key_value_table(title: str, rows: list[tuple[str, ...]], columns: tuple[str, ...]) -> Table:
-    """A plain table of strings."""
+    """A plain table of strings, as they are: what is in brackets is no markup."""
     table = Table(title=title)
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table

@@ -1,0 +1,36 @@
+"""Where a command runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import typer
+
+from imu_fast.errors import InputError, brief
+
+DeviceName = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda, cuda:1, ...; default: a CUDA GPU where there is one, else cpu."),
+]
+
+
+def device_named(name: str | None) -> torch.device:
+    """The device of ``--device``; without a name a CUDA GPU where there is one, else the CPU.
+
+    Raises:
+        InputError: there is no such device here, or it holds no numbers (``meta``).
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()
+    # What torch raises: unknown, not compiled in (both kinds), no driver, no numbers.
+    except (RuntimeError, AssertionError, ValueError, ImportError) as error:
+        here = ["cpu", *(f"cuda:{place}" for place in range(torch.cuda.device_count()))]
+        raise InputError(
+            f"device={name!r} is not to be had ({brief(error, 100)}); here there is "
+            f"{', '.join(here)}"
+        ) from error
+    return device
