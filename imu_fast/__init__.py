@@ -62,6 +62,7 @@ _EXPORTS = {
     "parameter_importance": "importance.importance",
     "pairwise_similarity": "attribution.similarity",
     "Permuted": "unlearning.ascent.weights",
+    "record_backends": "backend",
     "Refusal": "unlearning.ascent.objectives",
     "Retain": "unlearning.ascent.retain",
     "self_influence": "influence.scores",
@@ -80,6 +81,7 @@ _EXPORTS = {
     "unlearn_in_turn": "unlearning.in_turn",
     "UnlearnResult": "unlearning.result",
     "use_backend": "backend",
+    "validate": "evaluation.validate",
     "vector_to_matrix": "curvature.parameters",
 }
 __all__ = ["__version__", *sorted(_EXPORTS)]
@@ -92,6 +94,7 @@ if TYPE_CHECKING:
     from imu_fast.attribution.tracin import tracin as tracin
     from imu_fast.attribution.tracin import tracin_self_influence as tracin_self_influence
     from imu_fast.backend import backends as backends
+    from imu_fast.backend import record_backends as record_backends
     from imu_fast.backend import use_backend as use_backend
     from imu_fast.curvature.base import Curvature as Curvature
     from imu_fast.curvature.base import Fitted as Fitted
@@ -111,6 +114,7 @@ if TYPE_CHECKING:
     from imu_fast.errors import ImuFastError as ImuFastError
     from imu_fast.errors import InputError as InputError
     from imu_fast.evaluation.evaluate import evaluate as evaluate
+    from imu_fast.evaluation.validate import validate as validate
     from imu_fast.factors.gradient_factors import GradientFactors as GradientFactors
     from imu_fast.factors.implicit_head import ImplicitHead as ImplicitHead
     from imu_fast.factors.sharded import ShardedFactors as ShardedFactors
