@@ -41,7 +41,7 @@ def no_autocast(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not any(map(_autocast, _DEVICE_TYPES)) and _default_device() is None:
+        if not any(map(torch.is_autocast_enabled, _available())) and _default_device() is None:
             return function(*args, **kwargs)
         with ExitStack() as stack:
             _leave_autocast(stack)
@@ -51,12 +51,14 @@ def no_autocast(function: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
-def _autocast(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+@functools.cache
+def _available() -> tuple[str, ...]:
+    """Device types that this build of torch has an autocast of."""
+    return tuple(filter(torch.amp.is_autocast_available, _DEVICE_TYPES))
 
 
 def _leave_autocast(stack: ExitStack) -> None:
-    for kind in filter(_autocast, _DEVICE_TYPES):
+    for kind in filter(torch.is_autocast_enabled, _available()):
         stack.enter_context(torch.autocast(kind, enabled=False))
 
 

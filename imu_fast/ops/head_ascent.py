@@ -12,6 +12,7 @@ from imu_fast.backend import input_precision
 from imu_fast.ops.mean_gradient import add_gradients
 from imu_fast.ops.objective import objective, objective_residual
 from imu_fast.ops.operation import kernel_dtypes, operation
+from imu_fast.ops.softmax_residual import softmax_residual
 
 
 def head_logits(features: Tensor, theta: Tensor, has_bias: bool) -> Tensor:
@@ -54,10 +55,14 @@ def head_ascent_gradient(
     Returns:
         gradient [C, D], and the loss as a scalar tensor (no host synchronisation).
     """
-    features, share = features.to(theta.dtype), weights / weights.sum()
+    features, share = features.to(theta.dtype), weights / -weights.sum()
     logits = head_logits(features, theta, has_bias)
-    loss = -(share * objective(logits, labels, name, auxiliary)).sum()
-    residual = objective_residual(logits, labels, name, auxiliary).mul_(-share[:, None])
+    if name == "ce":  # the residual comes with its loss
+        residual, losses = softmax_residual(logits, labels, share)
+        loss = losses.sum()
+    else:
+        loss = (share * objective(logits, labels, name, auxiliary)).sum()
+        residual = objective_residual(logits, labels, name, auxiliary).mul_(share[:, None])
     gradient = torch.empty_like(theta)
     return add_gradients(gradient, residual, features, has_bias, beta=0.0, alpha=1.0), loss
 
@@ -136,7 +141,8 @@ def head_ascent(
     Returns:
         the loss before the step, as a scalar tensor (no host synchronisation).
     """
-    step, loss = head_ascent_gradient(features, labels, weights, theta, has_bias, name)
+    # Without the dispatch and the checks of an operation within an operation.
+    step, loss = head_ascent_gradient.body(features, labels, weights, theta, has_bias, name)
     if alpha:
         step.add_(theta.sign(), alpha=alpha)
         loss = loss + alpha * theta.abs().sum()

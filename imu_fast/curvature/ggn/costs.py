@@ -6,6 +6,9 @@ from __future__ import annotations
 MAX_DENSE_ORDER = 8192
 # What conjugate gradient is assumed to take: measured 10 to 330 on heads of 51,300 parameters.
 ASSUMED_ITERATIONS = 60
+# Products that the eigendecompositions of K-FAC may take the time of: an ill-conditioned system
+# takes hundreds, and for several right-hand sides each as many.
+_AFFORDABLE = 300
 # FLOPs that the dozens of small operations of an iteration take the time of; measured by what small
 # problems take (130 samples, C=10, D=33: 3.0 ms, by the dense matrix 1.4 ms).
 _ITERATION = 1_000_000
@@ -69,13 +72,19 @@ def choose_solver(
 def choose_preconditioner(tokens: int, classes: int, width: int) -> str:
     """``"kfac"`` where it costs little beside the products it saves, else ``"none"``.
 
-    Applying it takes ``4 (C + D) C D`` FLOPs against a product's ``4 N C D``; its two
-    eigendecompositions about ``10 (C^3 + D^3)``, which must not exceed
-    ``ASSUMED_ITERATIONS`` products. What it saves is measured in bench/preconditioners.py.
+    Its two eigendecompositions take about ``10 (C^3 + D^3)`` FLOPs, which must not exceed
+    ``_AFFORDABLE`` products of ``4 N C D``. This only allows it: conjugate gradient begins without,
+    and the rate of its first iterations says whether K-FAC is made (:func:`kfac_applied`). What it
+    saves is measured in bench/preconditioners.py.
     """
     product = 4 * tokens * classes * width
-    affordable = 10 * (classes**3 + width**3) <= ASSUMED_ITERATIONS * product
-    return "kfac" if classes + width <= tokens and affordable else "none"
+    affordable = 10 * (classes**3 + width**3) <= _AFFORDABLE * product
+    return "kfac" if affordable else "none"
+
+
+def kfac_applied(tokens: int, classes: int, width: int) -> float:
+    """What an iteration with K-FAC costs, in GGN products: ``4 (C + D) C D`` FLOPs beside it."""
+    return 1 + (classes + width) / tokens
 
 
 def kfac_cost(tokens: int, classes: int, width: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from imu_fast.curvature.ggn.costs import kfac_cost
+from imu_fast.curvature.ggn.costs import kfac_applied, kfac_cost
 from imu_fast.curvature.ggn.nystrom import NystromPreconditioner
 from imu_fast.curvature.kfac import KroneckerEigenbasis, Outputs, fit_kfac
 from imu_fast.factors.source import Factors
@@ -90,7 +90,8 @@ class Iterative:
         """
         plain = not self.pays
         source = self._source
-        cost = kfac_cost(source.num_tokens, source.num_classes, source.width)
+        sizes = (source.num_tokens, source.num_classes, source.width)
+        cost, applied = kfac_cost(*sizes), kfac_applied(*sizes)
 
         def solve(r: Tensor, goal: float) -> tuple[Tensor, int]:
             r, depth = r.float(), -math.log(_depth(goal, torch.float32))
@@ -101,7 +102,7 @@ class Iterative:
                     return False
                 left, gained = math.log(ahead), max(depth - math.log(ahead), 1e-3)
                 # Twice the cost: the rate usually rises as the iteration goes on.
-                most = _KFAC_ITERATIONS + 2 * cost / len(r)
+                most = _KFAC_ITERATIONS * applied + 2 * cost / len(r)
                 plain = iterations * left / gained <= most
                 return not plain
 

@@ -62,7 +62,7 @@ class HeadSteps:
         theta, has_bias, rule = self.subject.theta, self.subject.has_bias, self._rule
         rows = rows.to(theta.device)
         if (rates := self._rates()) is not None:
-            features, labels = self.subject.sets["forget"]
+            features, labels, weights = self._batch(rows, weights)
             lr, momentum, weight_decay = rates
             # The buffer lives where torch keeps it, so that a checkpoint finds it.
             slots = self.optimizer.state[theta]
@@ -70,8 +70,8 @@ class HeadSteps:
                 slots["momentum_buffer"] = torch.zeros_like(theta)
             buffer = slots["momentum_buffer"] if momentum else None
             return head_ascent(
-                features[rows],
-                labels[rows],
+                features,
+                labels,
                 weights,
                 theta,
                 buffer,
@@ -100,6 +100,13 @@ class HeadSteps:
             theta[self._frozen] = kept
         return loss
 
+    def _batch(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features [B, d], labels [B] and weights [B] of different samples ``rows``."""
+        features, labels = self.subject.sets["forget"]
+        if len(rows) == len(features):  # all of them: sums in their own order, without a copy
+            return features, labels, torch.empty_like(weights).scatter_(0, rows, weights)
+        return features.index_select(0, rows), labels.index_select(0, rows), weights
+
     def _gradient(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Of ``- sum_i w_i f_i / sum_i w_i``: [C, D], and that loss."""
         theta, has_bias, rule = self.subject.theta, self.subject.has_bias, self._rule
@@ -107,5 +114,11 @@ class HeadSteps:
             return of_samples(self.subject, rule, rows, weights)
         features, labels = self.subject.sets["forget"]
         auxiliary = None if rule.auxiliary is None else rule.auxiliary.of(rows).to(theta.device)
-        batch = features[rows], labels[rows], weights, theta, has_bias
+        batch = (
+            features.index_select(0, rows),
+            labels.index_select(0, rows),
+            weights,
+            theta,
+            has_bias,
+        )
         return head_ascent_gradient(*batch, rule.objective.name, auxiliary)

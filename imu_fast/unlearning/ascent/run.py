@@ -51,6 +51,14 @@ def _labelled(job: Job) -> Tensor:
     return rows
 
 
+def _seed(seed: int, device: torch.device) -> None:
+    """As torch.manual_seed, which formats a stack for every backend that has not been used."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+
+
 class Plan(Protocol):
     """What a run does how often; of :class:`imu_fast.Ascent`."""
 
@@ -149,7 +157,7 @@ class Run:
         )
         with bar, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             for epoch in range(first_epoch, method.epochs):
-                torch.manual_seed(seed + epoch)
+                _seed(seed + epoch, device)
                 if method.weights.reweight == "epoch" and epoch > 0:
                     indices, weights = self._weigh(self._scores(None), epoch, device)
                 outcome = self._epoch(epoch, indices, weights, bar)
