@@ -93,8 +93,14 @@ def extensions():
 
     cpu = Pybind11Extension(
         "imu_fast._C",
-        ["csrc/bindings.cpp", "csrc/cholesky_cpu.cpp", "csrc/cholesky_small.cpp"],
-        depends=["csrc/cholesky_cpu.h", "csrc/cholesky_small.h", "csrc/parallel.h"],
+        [
+            *("csrc/bindings.cpp", "csrc/cholesky_cpu.cpp", "csrc/cholesky_small.cpp"),
+            "csrc/squared_products.cpp",
+        ],
+        depends=[
+            *("csrc/cholesky_cpu.h", "csrc/cholesky_small.h", "csrc/squared_products.h"),
+            *("csrc/parallel.h", "csrc/versions.h"),
+        ],
         cxx_std=17,
         extra_compile_args=["-O3", "-pthread", "-Wall", "-Wextra"],
         extra_link_args=["-pthread", "-ldl"],

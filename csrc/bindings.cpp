@@ -1,8 +1,11 @@
-// imu_fast._C: raw pointers and shapes in, checked by imu_fast/solvers/cholesky.py beforehand.
+// imu_fast._C: raw pointers and shapes in, checked by who calls: imu_fast/solvers/cholesky/,
+// imu_fast/ops/squared_products.py.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "cholesky_cpu.h"
 #include "cholesky_small.h"
+#include "squared_products.h"
 
 namespace py = pybind11;
 using Address = std::uintptr_t;
@@ -46,10 +49,27 @@ void small_solve(Address u, int64_t batch, int n, Address b, int m, int threads)
   imu_fast::small_solve<T>(as<const T>(u), batch, n, as<T>(b), m, threads);
 }
 
+// A factor is its data, then the tables of its starts, tokens and places.
+template <typename T>
+imu_fast::Factor<T> factor_at(const std::array<Address, 4>& at) {
+  return {as<const T>(at[0]), as<const int64_t>(at[1]), as<const int64_t>(at[2]),
+          as<const int64_t>(at[3])};
+}
+
+template <typename T>
+void squared_products(std::array<Address, 4> left, std::array<Address, 4> right, Address lengths,
+                      int64_t samples, Address total, int64_t rows, int64_t columns,
+                      int64_t stride, int threads) {
+  py::gil_scoped_release release;
+  imu_fast::squared_products<T>(factor_at<T>(left), factor_at<T>(right),
+                                as<const int64_t>(lengths), samples, as<T>(total), rows, columns,
+                                stride, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Damped Cholesky on raw pointers; use imu_fast.solvers.cholesky.";
+  m.doc() = "Damped Cholesky and squared products on raw pointers; use imu_fast.";
   m.attr("__compiler__") = __VERSION__;
   m.def("factor_f32", &factor<float>);
   m.def("factor_f64", &factor<double>);
@@ -59,4 +79,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("small_factor_f64", &small_factor<double>);
   m.def("small_solve_f32", &small_solve<float>);
   m.def("small_solve_f64", &small_solve<double>);
+  m.def("squared_products_f32", &squared_products<float>);
+  m.def("squared_products_f64", &squared_products<double>);
 }

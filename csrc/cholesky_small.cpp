@@ -6,15 +6,7 @@
 
 #include "cholesky_small.h"
 #include "parallel.h"
-
-// One build for every machine: x86 gets a version for each width of its vectors, chosen at run
-// time; elsewhere the plain version serves.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define IMU_FAST_X86
-#endif
-#define IMU_FAST_INLINE inline __attribute__((always_inline))
-// Loops over a tile disappear, so that the tile is in registers.
-#define IMU_FAST_UNROLL _Pragma("GCC unroll 8")
+#include "versions.h"
 
 namespace imu_fast {
 namespace {
@@ -197,8 +189,8 @@ struct Routines {
 
 IMU_FAST_VERSION(plain, , 32, 4, 1)
 #ifdef IMU_FAST_X86
-IMU_FAST_VERSION(avx2, __attribute__((target("arch=x86-64-v3"))), 32, 4, 2)
-IMU_FAST_VERSION(avx512, __attribute__((target("arch=x86-64-v4"))), 64, 8, 2)
+IMU_FAST_VERSION(avx2, IMU_FAST_AVX2, 32, 4, 2)
+IMU_FAST_VERSION(avx512, IMU_FAST_AVX512, 64, 8, 2)
 #endif
 
 template <typename T>

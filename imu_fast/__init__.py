@@ -80,6 +80,7 @@ _EXPORTS = {
     "unlearn_in_turn": "unlearning.in_turn",
     "UnlearnResult": "unlearning.result",
     "use_backend": "backend",
+    "validate": "evaluation.validate",
     "vector_to_matrix": "curvature.parameters",
 }
 __all__ = ["__version__", *sorted(_EXPORTS)]
@@ -111,6 +112,7 @@ if TYPE_CHECKING:
     from imu_fast.errors import ImuFastError as ImuFastError
     from imu_fast.errors import InputError as InputError
     from imu_fast.evaluation.evaluate import evaluate as evaluate
+    from imu_fast.evaluation.validate import validate as validate
     from imu_fast.factors.gradient_factors import GradientFactors as GradientFactors
     from imu_fast.factors.implicit_head import ImplicitHead as ImplicitHead
     from imu_fast.factors.sharded import ShardedFactors as ShardedFactors

@@ -9,7 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from imu_fast.importance.gradients import Dense, Gradients, Product, matrix_shape
+from imu_fast.importance.gradients import (
+    Dense,
+    Gradients,
+    Product,
+    joined_squares,
+    matrix_shape,
+)
 from imu_fast.importance.recorder import Recorder, Site, Use
 from imu_fast.importance.split import Codes, digest, possible
 from imu_fast.model.calls import leaves_of
@@ -173,6 +179,8 @@ class Ledger:
         made_of = [(use.source, made) for use, made in held if use.source is not source]
         if not made_of and len(direct) == 1:
             direct[0].add_squares(total)
+            return
+        if not made_of and joined_squares(direct, total):
             return
         rows = shape[0] if made_of else max(1, _SLAB_ELEMENTS // max(1, shape[1]))
         for start in range(0, shape[0], rows):

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from imu_fast.ops.fisher_diagonal import add_squared_products, fisher_diagonal
+from imu_fast.ops.fisher_diagonal import fisher_diagonal
+from imu_fast.ops.squared_products import add_squared_products
 
-# Elements of what is unfolded, or gathered, at once.
-_CHUNK_ELEMENTS = 1 << 22
+# Elements of a product's factor that are copied at once.
+_COPIED_ELEMENTS = 1 << 22
 
 
 def matrix_shape(tensor: Tensor) -> tuple[int, int]:
@@ -70,6 +71,9 @@ class Product(Gradients):
 
     def add_squares(self, total: Tensor) -> None:
         n, m, _ = self.left.shape
+        if m > 1 and self.left.device.type == "cpu":
+            add_squared_products(total, self.left, self.right)
+            return
         left, right = self.left.flatten(0, 1), self.right.flatten(0, 1)
         total += fisher_diagonal(left, right, torch.arange(n + 1) * m, False).mul_(n)
 
@@ -129,14 +133,63 @@ class Rows(Gradients):
             out.index_add_(0, ids[inside] - start, self.delta[sample, inside])
 
     def add_squares(self, total: Tensor) -> None:
-        """Over the distinct ``(sample, id)``, which are no more than the positions."""
+        _, ids, sums = self.distinct(len(total))
+        total.index_add_(0, ids, sums.square_())
+
+    def distinct(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Samples and ids that go together, each pair once, and the sums of delta there.
+
+        They are no more than the positions.
+        """
         owner = torch.arange(self.n, device=self.ids.device)[:, None].expand_as(self.ids)
         valid = self.ids >= 0
-        keys = owner[valid] * len(total) + self.ids[valid]
+        keys = owner[valid] * rows + self.ids[valid]
         distinct, place = keys.unique(return_inverse=True)
         sums = self.delta.new_zeros(len(distinct), self.delta.shape[-1])
         sums.index_add_(0, place, self.delta[valid])
-        total.index_add_(0, distinct % len(total), sums.square_())
+        return distinct // rows, distinct % rows, sums
+
+
+def joined_squares(parts: list[Gradients], total: Tensor) -> bool:
+    """``total += sum_i (sum of the parts' g_i)^2`` of products and looked up rows, as one of each.
+
+    Returns:
+        Whether they were such; otherwise nothing is done.
+    """
+    products = [part for part in parts if isinstance(part, Product)]
+    rows = [part for part in parts if isinstance(part, Rows)]
+    if len(products) + len(rows) < len(parts):
+        return False
+    product = looked = None
+    if products:
+        lefts, rights = [part.left for part in products], [part.right for part in products]
+        product = Product(_joined(lefts), _joined(rights))
+    if rows:
+        looked = Rows(_joined([part.ids for part in rows]), _joined([part.delta for part in rows]))
+    if looked is None or product is None:
+        for one in (looked, product):
+            if one is not None:
+                one.add_squares(total)
+        return True
+    # Few rows of a sample have both parts: they are summed before they are squared, and the product
+    # goes without them.
+    step = max(1, _COPIED_ELEMENTS // max(1, product.left[0].numel()))
+    for first in range(0, looked.n, step):
+        some = slice(first, first + step)
+        owner, ids, sums = Rows(looked.ids[some], looked.delta[some]).distinct(len(total))
+        left, right = product.left[some].clone(), product.right[some]
+        both = left[owner, :, ids]  # [distinct, M]
+        left[owner, :, ids] = 0
+        Product(left, right).add_squares(total)
+        counts = owner.bincount(minlength=len(left)).tolist()  # owners are in order
+        cut = (value.split(counts) for value in (ids, sums, both))
+        for mine, met, one, other in zip(*cut, right, strict=True):
+            total.index_add_(0, mine, met.addmm(one, other).square_())
+    return True
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1)
 
 
 @dataclass
@@ -159,30 +212,22 @@ class Convolved(Gradients):
 
     def __post_init__(self) -> None:
         self.n = len(self.input)
-        self._unfolds = not self.transposed and self.weight.dim() <= 4
 
     def add(self, sample: int, rows: slice, out: Tensor) -> None:
         out += self._whole(sample).flatten(1)[rows]
 
     def add_squares(self, total: Tensor) -> None:
-        if not self._unfolds:
-            for i in range(self.n):
-                g = self._whole(i).view_as(total)
-                total.addcmul_(g, g)
-            return
-        groups, delta = self.groups, self.delta.flatten(2)
-        sizes = total.numel() // len(total) * groups * delta.shape[-1]
-        step = max(1, _CHUNK_ELEMENTS // max(1, sizes))
-        for first in range(0, self.n, step):
-            chosen = slice(first, first + step)
-            unfolded = self.unfolded(self.input[chosen]).unflatten(1, (groups, -1))
-            signal = delta[chosen].unflatten(1, (groups, -1))
-            for group, share in enumerate(total.unflatten(0, (groups, -1))):
-                add_squared_products(share, signal[:, group], unfolded[:, group].transpose(1, 2))
-
-    def unfolded(self, x: Tensor) -> Tensor:
-        """Patches [k, c * groups * kernel, positions] of inputs [k, c * groups, ...]."""
-        return unfold(x, self.weight.shape[2:], self.stride, self.padding, self.dilation)
+        # What goes in is spread over the outputs; of a transposed convolution it is the outputs.
+        inner, outer = (self.delta, self.input) if self.transposed else (self.input, self.delta)
+        kernel = self.weight.shape[2:]
+        found = patches(inner, kernel, self.stride, self.padding, self.dilation, outer.shape[2:])
+        spatial = range(2, outer.dim())
+        left = outer.unflatten(1, (self.groups, -1)).permute(1, 0, *(k + 1 for k in spatial), 2)
+        right = found.unflatten(-len(kernel) - 1, (self.groups, -1)).movedim(-len(kernel) - 2, 0)
+        for share, one, other in zip(
+            total.unflatten(0, (self.groups, -1)), left, right, strict=True
+        ):
+            add_squared_products(share, one, other, len(kernel))
 
     def _whole(self, sample: int) -> Tensor:
         one = slice(sample, sample + 1)
@@ -203,16 +248,22 @@ class Convolved(Gradients):
         return found[1]
 
 
-def unfold(
+def patches(
     x: Tensor,
-    kernel: tuple[int, ...],
+    kernel: torch.Size,
     stride: tuple[int, ...],
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
+    places: torch.Size,
 ) -> Tensor:
-    """Patches of [k, c, length] or [k, c, height, width]: [k, c * kernel, positions]."""
-    if len(kernel) == 1:
-        x = x.unsqueeze(2)
-        kernel, stride, dilation = (1, *kernel), (1, *stride), (1, *dilation)
-        padding = (0, *padding)
-    return F.unfold(x, kernel, dilation, padding, stride)
+    """What a kernel meets at each of its places, a view of x [n, c, ...] with its padding.
+
+    Returns:
+        [n, *places, c, *kernel].
+    """
+    x = F.pad(x, [side for p in reversed(padding) for side in (p, p)])
+    first, channel, *steps = x.stride()
+    moved = [step * s for step, s in zip(steps, stride, strict=True)]
+    within = [step * d for step, d in zip(steps, dilation, strict=True)]
+    shape = (len(x), *places, x.shape[1], *kernel)
+    return x.as_strided(shape, (first, *moved, channel, *within))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from imu_fast.backend import input_precision
 from imu_fast.ops.mean_gradient import add_gradients
 from imu_fast.ops.operation import kernel_dtypes, operation
+from imu_fast.ops.squared_products import add_squared_products, extension
 from imu_fast.ops.tokens import equal_length, groups_of_equal_length, is_flat
 
 # Squares live only for one chunk: large enough for a full-speed GEMM, small enough to stay in a
@@ -21,9 +22,6 @@ TILE_ELEMENTS = 1 << 22
 # From this many entries on, a sample's gradient is worth a matrix product of its own, on views;
 # smaller ones are batched by length, which copies their tokens.
 _ALONE = 1 << 14
-# Elements of a sample's product, for each thread, that are squared before the next are computed: so
-# many stay in its cache. A product of fewer rows than these is slow for its size.
-_SLAB_ELEMENTS, _SLAB_ROWS = 1 << 17, 64
 
 
 def gradient_tiles(
@@ -53,26 +51,6 @@ def gradient_tiles(
             for start in range(0, delta.shape[1], classes):
                 slab = slice(start, start + classes)
                 yield chunk, slab, delta[rows][..., slab].transpose(1, 2) @ a
-
-
-def add_squared_products(
-    total: Tensor, left: Tensor | Sequence[Tensor], right: Tensor | Sequence[Tensor]
-) -> None:
-    """``total += sum_i (left_i right_i)^2``, elementwise, with no product kept.
-
-    Some rows at a time, of all samples one after the other: product and sum stay in the cache.
-
-    Args:
-        total: [R, K]. left: n of [R, M_i]. right: n of [M_i, K].
-    """
-    step = max(_SLAB_ROWS, _SLAB_ELEMENTS * torch.get_num_threads() // total.shape[1])
-    made = total.new_empty(min(step, len(total)), total.shape[1])
-    for start in range(0, len(total), step):
-        slab = total[start : start + step]
-        product = made[: len(slab)]
-        for one, other in zip(left, right, strict=True):
-            torch.mm(one[start : start + step], other, out=product)
-            slab.addcmul_(product, product)
 
 
 def _kernel_limits(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> str:
@@ -109,15 +87,12 @@ def fisher_diagonal(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool)
             add_gradients(total, d2, a2, has_bias, beta=float(start > 0), alpha=1 / n)
         return total
     total = delta.new_zeros(shape)
-    if total.numel() >= _ALONE:
+    if total.numel() >= _ALONE or extension(total) is not None:
         d = act.shape[1]
-        for first, last in pairwise(offsets.tolist()):
-            tokens = slice(first, last)
-            if has_bias:
-                total[:, d] += delta[tokens].sum(dim=0).square_()
-        cuts = list(pairwise(offsets.tolist()))
-        left = [delta[first:last].t() for first, last in cuts]
-        add_squared_products(total[:, :d], left, [act[first:last] for first, last in cuts])
+        if has_bias:
+            for first, last in pairwise(offsets.tolist()):
+                total[:, d] += delta[first:last].sum(dim=0).square_()
+        add_squared_products(total[:, :d], delta, act, offsets=offsets)
         return total.div_(n)
     for _, slab, g in gradient_tiles(delta, act, offsets, has_bias):
         total[slab] += g.square_().sum(dim=0)

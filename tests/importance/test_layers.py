@@ -129,12 +129,38 @@ def test_tokens_tied_weights_and_padding(tied, said):
     assert not said()
 
 
-def test_slabs_of_a_tied_weight(monkeypatch):
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_tied_weight_of_several_uses_and_chunks(monkeypatch, compiled):
+    from imu_fast.importance import gradients
+    from imu_fast.ops import squared_products
+
+    class Twice(Language):
+        def forward(self, ids):
+            more = self.wte(ids.flip(1)).cumsum(1)
+            z = super().forward(ids)
+            return z + self.head(torch.sin(more)) * torch.tanh(z)
+
+    if not compiled:
+        monkeypatch.setattr(squared_products, "extension", lambda tensor: None)
+    monkeypatch.setattr(gradients, "_COPIED_ELEMENTS", 2 * 2 * T * 11)  # two samples, two uses
+    ids = torch.randint(11, (N, T))
+    check(Twice(True), ids, ids.roll(1, 1))
+
+
+def test_slabs_of_a_weight_that_is_multiplied_and_looked_into(monkeypatch):
     from imu_fast.importance import batch
 
-    monkeypatch.setattr(batch, "_SLAB_ELEMENTS", 3 * H)
-    ids = torch.randint(11, (N, T))
-    check(Language(True), ids, ids.roll(1, 1))
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.fc = nn.Parameter(torch.randn(H, D)), nn.Linear(H, C)
+
+        def forward(self, x):
+            h = torch.tanh(F.linear(x, self.w)).mean(1)
+            return self.fc(h + (x.mean(1)[:, None] + self.w).tanh().sum(2))
+
+    monkeypatch.setattr(batch, "_SLAB_ELEMENTS", 3 * D)
+    check(Both(), *tokens())
 
 
 def test_recurrent_networks():

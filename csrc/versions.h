@@ -1,0 +1,12 @@
+// One build for every machine: x86 gets a version for each width of its vectors, chosen at run
+// time; elsewhere the plain version serves.
+#pragma once
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define IMU_FAST_X86
+#define IMU_FAST_AVX2 __attribute__((target("arch=x86-64-v3")))
+#define IMU_FAST_AVX512 __attribute__((target("arch=x86-64-v4")))
+#endif
+#define IMU_FAST_INLINE inline __attribute__((always_inline))
+// Loops over a tile disappear, so that the tile is in registers.
+#define IMU_FAST_UNROLL _Pragma("GCC unroll 16")

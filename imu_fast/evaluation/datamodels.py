@@ -1,0 +1,100 @@
+"""Do scores predict what retraining does? Measures over models retrained on random subsets."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imu_fast.errors import InputError, check_count, check_installed, check_positive
+
+
+def random_subsets(n: int, count: int, *, fraction: float = 0.5, seed: int = 0) -> Tensor:
+    """``count`` subsets of n training samples, each of ``round(fraction n)``: bool [count, n].
+
+    Raises:
+        InputError: a count below 1, a fraction outside (0, 1), an empty subset.
+    """
+    check_count("n", n)
+    check_count("count", count)
+    if check_positive("fraction", fraction) >= 1:
+        raise InputError(f"fraction={fraction!r} must lie in (0, 1)")
+    size = round(fraction * n)
+    if not 0 < size < n:
+        raise InputError(f"fraction={fraction!r} of n={n} samples is none, or all; use more")
+    generator = torch.Generator().manual_seed(seed)
+    subsets = torch.zeros(count, n, dtype=torch.bool)
+    for subset in subsets:
+        subset[torch.randperm(n, generator=generator)[:size]] = True
+    return subsets
+
+
+def _check(name: str, value: Tensor, shape: tuple[int, ...]) -> np.ndarray:
+    if tuple(value.shape) != shape or not bool(torch.isfinite(value).all()):
+        raise InputError(
+            f"{name} has shape {tuple(value.shape)} or is not finite; it must be {list(shape)}"
+        )
+    return value.detach().double().cpu().numpy()
+
+
+def _subsets(subsets: Tensor) -> np.ndarray:
+    if subsets.dim() != 2 or subsets.dtype != torch.bool or len(subsets) < 2:
+        raise InputError(
+            f"subsets is {subsets.dtype} of shape {tuple(subsets.shape)}; pass bool [s, n] of two "
+            "subsets or more"
+        )
+    return subsets.cpu().numpy()
+
+
+def linear_datamodeling_score(attributions: Tensor, subsets: Tensor, outputs: Tensor) -> Tensor:
+    """How well sums of attributions order what models retrained on subsets do (Park et al. 2023).
+
+    For each query, Spearman's correlation over the subsets S between ``sum of attributions over S``
+    and the output of the model trained on S: 1 if the sums order the retrained models right.
+
+    Args:
+        attributions: [n, m] of n training samples to m queries: what having the sample does to the
+            output (:func:`imu_fast.pairwise_influence` where the output is the loss).
+        subsets: bool [s, n], as :func:`random_subsets`. outputs: [s, m].
+
+    Returns:
+        float64 [m]; NaN for a query that all models, or all sums, answer alike.
+
+    Raises:
+        InputError: shapes do not match, or values are not finite.
+    """
+    check_installed("linear_datamodeling_score()", "scipy")
+    from scipy.stats import rankdata
+
+    chosen = _subsets(subsets)
+    if attributions.dim() != 2:
+        raise InputError(f"attributions has shape {tuple(attributions.shape)}; pass [n, m]")
+    tau = _check("attributions", attributions, (chosen.shape[1], attributions.shape[1]))
+    observed = _check("outputs", outputs, (len(chosen), tau.shape[1]))
+    predicted = chosen.astype(np.float64) @ tau
+    ranks = [rankdata(values, axis=0) for values in (predicted, observed)]
+    a, b = (r - r.mean(axis=0) for r in ranks)
+    norms = np.sqrt((a * a).sum(axis=0) * (b * b).sum(axis=0))
+    with np.errstate(invalid="ignore"):
+        return torch.from_numpy((a * b).sum(axis=0) / norms)
+
+
+def memorisation(subsets: Tensor, losses: Tensor) -> Tensor:
+    """How much a sample's own loss rises when it is left out (Feldman & Zhang 2020): [n].
+
+    Args:
+        subsets: bool [s, n]. losses: of each training sample under each model, [s, n].
+
+    Returns:
+        float64 [n]: mean loss of the models without the sample less that of those with it; NaN
+        where all, or none, have it.
+
+    Raises:
+        InputError: shapes do not match, or values are not finite.
+    """
+    chosen = _subsets(subsets)
+    loss = _check("losses", losses, chosen.shape)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        inside = (loss * chosen).sum(axis=0) / chosen.sum(axis=0)
+        outside = (loss * ~chosen).sum(axis=0) / (~chosen).sum(axis=0)
+    return torch.from_numpy(outside - inside)

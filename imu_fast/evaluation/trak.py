@@ -1,0 +1,71 @@
+"""TRAK (Park et al. 2023), as a rival that scores are compared with; small models alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+Samples = tuple[Tensor, Tensor]
+
+
+def _margin(logits: Tensor, label: Tensor) -> Tensor:
+    """``log(p_y / (1 - p_y))`` of one sample, from logits [C]; no index depends on data."""
+    own = (torch.arange(logits.shape[-1], device=logits.device) == label).to(logits.dtype)
+    return (logits * own).sum() - (logits - 1e9 * own).logsumexp(0)
+
+
+def _projected(
+    model: nn.Module, samples: Samples, projection: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the margin by all parameters, projected [n, k]; and ``1 - p_y`` [n]."""
+    parameters = {k: p.detach() for k, p in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+
+    def margin(theta: dict[str, Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        logits = functional_call(model, {**theta, **buffers}, (x[None],))[0]
+        found = _margin(logits, y)
+        return found, found.detach()
+
+    per_sample = vmap(grad(margin, has_aux=True), in_dims=(None, 0, 0))
+    rows, margins = [], []
+    for x, y in zip(*(part.split(chunk) for part in samples), strict=True):
+        gradients, found = per_sample(parameters, x, y)
+        flat = torch.cat([g.flatten(1) for g in gradients.values()], dim=1)
+        rows.append(flat @ projection)
+        margins.append(found)
+    return torch.cat(rows), torch.sigmoid(-torch.cat(margins))
+
+
+def trak(
+    models: Sequence[nn.Module],
+    data: Samples,
+    queries: Samples,
+    *,
+    width: int = 512,
+    seed: int = 0,
+    chunk: int = 64,
+) -> Tensor:
+    """Attributions to the loss of each query, the mean over models: [n, m].
+
+    Of each model ``phi_q^T (Phi^T Phi)^-1 phi_i (1 - p_i)`` with ``phi`` the gradient of the margin
+    ``log(p_y / (1 - p_y))`` by all parameters, projected to ``width`` numbers at random. That
+    predicts the margin; its negative is returned, which predicts the loss.
+
+    Args:
+        models: trained on random subsets of the data, as the paper does; in evaluation mode.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros(len(data[1]), len(queries[1]), dtype=torch.float64)
+    for model in models:
+        size = sum(p.numel() for p in model.parameters())
+        projection = torch.randn(size, width, generator=generator) / width**0.5
+        phi, rest = _projected(model, data, projection, chunk)
+        theirs, _ = _projected(model, queries, projection, chunk)
+        phi, theirs = phi.double(), theirs.double()
+        gram = phi.T @ phi
+        ridge = 1e-6 * gram.diagonal().mean() * torch.eye(width, dtype=torch.float64)
+        total -= rest[:, None].double() * (phi @ torch.linalg.solve(gram + ridge, theirs.T))
+    return total / len(models)

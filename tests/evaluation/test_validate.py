@@ -1,0 +1,165 @@
+"""Linear datamodeling score and memorisation: where the truth is known, and as a whole run."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from scipy.stats import spearmanr
+from torch import nn
+from typer.testing import CliRunner
+
+import imu_fast as imu
+from imu_fast.cli.app import app
+from imu_fast.evaluation.datamodels import (
+    linear_datamodeling_score,
+    memorisation,
+    random_subsets,
+)
+from imu_fast.evaluation.trak import trak
+from imu_fast.evaluation.validate import Candidate, candidates
+
+nan = math.nan
+
+
+def problem(n=40, m=10, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n + m, 5, generator=g)
+    y = (x[:, 0] + 0.5 * torch.randn(n + m, generator=g) > 0).long()
+    return (x[:n], y[:n]), (x[n:], y[n:])
+
+
+def fitted(samples, seed):
+    """Ridge-penalised logistic regression, to its optimum; the seed changes nothing."""
+    torch.manual_seed(0)
+    model = nn.Linear(5, 2)
+    x, y = samples
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=60, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        penalty = sum((p**2).sum() for p in model.parameters())
+        loss = nn.functional.cross_entropy(model(x), y) + 0.05 * penalty
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return model.eval()
+
+
+def test_score_is_spearmans_correlation_of_sums():
+    g = torch.Generator().manual_seed(0)
+    tau, outputs = torch.randn(12, 3, generator=g), torch.randn(7, 3, generator=g)
+    tau[:, 2] = 1.0  # sums of equal numbers over subsets of equal size order nothing
+    subsets = random_subsets(12, 7, seed=1)
+    found = linear_datamodeling_score(tau, subsets, outputs)
+    for j in range(2):
+        sums = [float(tau[subset, j].sum()) for subset in subsets]
+        assert float(found[j]) == pytest.approx(spearmanr(sums, outputs[:, j]).statistic)
+    assert math.isnan(found[2])
+    additive = subsets.double() @ tau[:, :2].double()
+    perfect = linear_datamodeling_score(tau[:, :2], subsets, additive**3)
+    assert perfect.tolist() == pytest.approx([1, 1]), "any monotone output"
+
+
+def test_memorisation_by_hand():
+    subsets = torch.tensor([[True, False, True], [False, True, True]])
+    losses = torch.tensor([[1.0, 5.0, 2.0], [4.0, 3.0, 2.0]])
+    found = memorisation(subsets, losses)
+    assert found[:2].tolist() == [3.0, 2.0] and math.isnan(found[2]), "no model lacks the third"
+
+
+def test_subsets():
+    subsets = random_subsets(10, 5, fraction=0.3, seed=3)
+    assert subsets.shape == (5, 10) and subsets.sum(1).tolist() == [3] * 5
+    assert torch.equal(subsets, random_subsets(10, 5, fraction=0.3, seed=3))
+    assert len({tuple(s.tolist()) for s in subsets}) > 1
+    for bad in (dict(fraction=1.0), dict(fraction=0.01), dict(fraction=nan)):
+        with pytest.raises(imu.InputError, match="fraction"):
+            random_subsets(10, 5, **bad)
+
+
+def test_trak_is_the_formula_of_its_paper():
+    data, queries = problem()
+    model = fitted(data, 0)
+
+    def gradients(samples):
+        rows = []
+        for x, y in zip(*samples, strict=True):
+            model.zero_grad()
+            z = model(x)
+            p = z.softmax(0)[y]
+            torch.log(p / (1 - p)).backward()
+            rows.append(torch.cat([q.grad.flatten() for q in model.parameters()]))
+        return torch.stack(rows).double()
+
+    g = torch.Generator().manual_seed(0)
+    projection = (torch.randn(12, 8, generator=g) / 8**0.5).double()
+    phi, theirs = gradients(data) @ projection, gradients(queries) @ projection
+    rest = 1 - model(data[0]).softmax(1)[range(40), data[1]].double()
+    # Of two classes the margin's gradients span six dimensions, so the ridge decides the rest.
+    gram = phi.T @ phi
+    gram += 1e-6 * gram.diagonal().mean() * torch.eye(8)
+    expected = -rest[:, None] * (phi @ torch.linalg.solve(gram, theirs.T))
+    found = trak([model], data, queries, width=8)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_exact_influence_predicts_retraining_and_chance_does_not(tmp_path):
+    data, test = problem()
+    given = dict(subsets=60, repeats=1, progress=False, folder=tmp_path, layers=None)
+    found = imu.validate(fitted, data, test, **given)
+    scores = {row["candidate"]: row for row in found.lds}
+    assert set(scores) == set(candidates()) and set(imu.curvatures()) < set(scores)
+    assert scores["ggn"]["lds"] > 0.6 > 0.4 > abs(scores["random"]["lds"])
+    assert all(row["low"] <= row["lds"] <= row["high"] for row in found.lds)
+    assert {row["setting"] for row in found.grid if row["candidate"] == "identity"} == {""}
+    memorised = {row["candidate"]: row["spearman"] for row in found.memorisation}
+    assert memorised["ggn"] > 0.6 and "TRAK" not in memorised
+    # What is kept is not trained again; another seed is.
+    fresh = []
+    again = imu.validate(lambda s, seed: fresh.append(seed) or fitted(s, seed), data, test, **given)
+    assert again == found and len(fresh) == 1 + 5, "the whole, and TRAK's halves"
+    imu.validate(lambda s, seed: fresh.append(seed) or fitted(s, seed), data, test, **given, seed=9)
+    assert len(fresh) == 6 + 60 + 6
+    path = next(iter(tmp_path.glob("subset-000-*")))
+    path.write_bytes(path.read_bytes()[:-3] + b"abc")
+    with pytest.raises(imu.InputError, match=path.name):
+        for seed in (0, 9):
+            imu.validate(fitted, data, test, **given, seed=seed)
+
+
+def test_a_candidate_of_ones_own_and_bad_input():
+    data, test = problem()
+    mine = {"mine": Candidate({"": lambda model, halves, d, q: torch.ones(len(d[1]), len(q[1]))})}
+    found = imu.validate(fitted, data, test, subsets=2, repeats=1, progress=False, extra=mine)
+    assert math.isnan({row["candidate"]: row["lds"] for row in found.lds}["mine"])
+    for name, bad in (("data", (data[0][:3], data[1][:3])), ("test", (test[0], test[1][:4]))):
+        with pytest.raises(imu.InputError, match=f"{name} has"):
+            imu.validate(fitted, **{"data": data, "test": test, name: bad})
+    with pytest.raises(imu.InputError, match="subsets"):
+        imu.validate(fitted, data, test, subsets=0)
+
+    def diverged(samples, seed):
+        model = fitted(samples, seed)
+        with torch.no_grad():
+            model.weight.fill_(nan)
+        return model
+
+    with pytest.raises(imu.InputError, match="finite"):
+        imu.validate(diverged, data, test, subsets=2, progress=False)
+
+
+def test_command(tmp_path):
+    out = tmp_path / "out"
+    done = CliRunner().invoke(app, ["validate", "--quick", "--subsets", "4", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    results = json.loads((out / "results.json").read_text())
+    assert results["subsets"] == 4 and results["quick"] is True
+    table = (out / "table.md").read_text()
+    assert all(name in table for name in candidates()) and "nan" not in table
+    assert (out / "lds.png").read_bytes()[:4] == b"\x89PNG"
+    failed = CliRunner().invoke(app, ["validate", "--data", "mnist", "--out", str(tmp_path / "b")])
+    assert failed.exit_code == 2 and "data='mnist' is unknown" in failed.output
