@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO_OUT ?= imu-fast-demo
+# As the extra [docs] of pyproject.toml, without the package and its torch.
+DOCS = 'mkdocs-material>=9.6' 'mkdocstrings[python]>=1.0' 'ruff'
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint integration options zoo fuzz bench bench-report studies sanitize roofline clean
+.PHONY: demo test lint docs integration options zoo fuzz bench bench-report studies sanitize roofline clean
 
 demo: $(VENV)/.demo
 	$(BIN)/imu-fast demo --out $(DEMO_OUT)
@@ -17,6 +19,10 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site of docs/, in build/site, in an environment of its own: the package is read, not imported.
+docs: $(VENV)-docs/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build
 
 # The trainers in open-unlearning itself: OPEN_UNLEARNING names a checkout of it, and PYTHON_OF an
 # interpreter that has what it needs (without: this one).
@@ -83,5 +89,10 @@ $(VENV)/.test: $(BIN)/python pyproject.toml setup.py constraints.txt $(wildcard 
 	$(PIP) -e '.[test]'
 	touch $@ $(VENV)/.demo
 
+$(VENV)-docs/.docs: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check $(DOCS)
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info imu_fast/*.so
+	rm -rf $(VENV) $(VENV)-docs build dist *.egg-info imu_fast/*.so

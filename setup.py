@@ -6,9 +6,11 @@ say so if it is not), ``0`` (skip it), ``1`` (a failure is fatal). ``IMU_FAST_BU
 """
 
 import os
+import re
 import shutil
 import sys
 import sysconfig
+from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 
@@ -27,6 +29,24 @@ CHOICES = {
 }
 # A100, H100 and H200; what comes after them compiles the last one's PTX when it is first used.
 GPUS = ["arch=compute_80,code=sm_80", "arch=compute_90,code=[sm_90,compute_90]"]
+
+
+def readme():
+    """README for a package index, where what leads into the repository needs a whole address."""
+    here = Path(__file__).parent
+    project = (here / "pyproject.toml").read_text(encoding="utf-8")
+    home = re.search(r'^Repository = "(.+)"$', project, re.MULTILINE)[1]
+    raw = home.replace("github.com", "raw.githubusercontent.com")
+
+    def whole(link):
+        target = link[1]
+        if re.match(r"\w+:|#", target):
+            return link[0]
+        base = f"{raw}/main" if target.endswith(".png") else f"{home}/blob/main"
+        return f"]({base}/{target})"
+
+    text = (here / "README.md").read_text(encoding="utf-8")
+    return re.sub(r"\]\(([^)]+)\)", whole, text)
 
 
 def find_nvcc():
@@ -127,5 +147,7 @@ setup(
         "imu_fast.study.report": ["report.html.j2"],
         "imu_fast.integrations": ["configs/*.yaml"],
     },
+    long_description=readme(),
+    long_description_content_type="text/markdown",
     **({} if set(CHOICES.values()) == {"0"} else extensions()),
 )

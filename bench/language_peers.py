@@ -1,13 +1,13 @@
 """Inner products of per-sample gradients of a language model, by public libraries:
-``python bench/language_peers.py [--width 256] [--length 64]``.
+``python bench/language_peers.py [--width 256] [--length 64] [--layers four inner all]``.
 
 The same layers of the same small random Llama; 48 training sequences against 16 queries (GradDot:
 minus the influence under the identity), each sample's loss the mean over its tokens. bergson
 (collectors in memory, whose gradients are multiplied), dattri_llm (TracInAttributor, live) and ours
-(``capture`` and ``pairwise_influence``), each in a process of its own: time is the fastest of the
-repeats after a first run, memory the rise of the peak resident memory over what it was with model
-and data at hand, "differ" relative to one backward pass per sample in float64. Then the gradients
-themselves [48, P]. What is not installed is skipped, and said.
+(``capture`` and ``pairwise_influence``), each in a process of its own: time is the CPU's, the
+fastest of the repeats after a first run, memory the rise of the peak resident memory over what it
+was with model and data at hand, "differ" relative to one backward pass per sample in float64. Then
+the gradients themselves [48, P]. What is not installed is skipped, and said.
 """
 
 from __future__ import annotations
@@ -30,10 +30,16 @@ import torch
 from torch import Tensor, nn
 
 LAYERS, VOCABULARY, TRAIN, QUERIES, BATCH = 4, 1_000, 48, 16, 16
+ATTENTION = [f"self_attn.{k}_proj" for k in "qkvo"]
+MLP = [f"mlp.{k}_proj" for k in ("gate", "up", "down")]
 CHOSEN = {
     "head": ["lm_head"],
-    "attention": [f"model.layers.{i}.self_attn.{k}_proj" for i in (1, 2, 3) for k in "qkvo"],
+    "four": [f"model.layers.3.{name}" for name in ATTENTION],
+    "attention": [f"model.layers.{i}.{name}" for i in (1, 2, 3) for name in ATTENTION],
+    "inner": [f"model.layers.{i}.{name}" for i in range(LAYERS) for name in (*ATTENTION, *MLP)],
 }
+CHOSEN["all"] = [*CHOSEN["inner"], "lm_head"]
+WHAT = ("products", "gradients")
 Work = Callable[[], Tensor]
 
 
@@ -177,9 +183,9 @@ def one(tool: str, what: str, kind: str, width: int, length: int, repeats: int, 
     found = work()
     memory = peak() - before
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         found = work()
-        seconds = min(seconds, time.perf_counter() - start)
+        seconds = min(seconds, time.process_time() - start)
     exact = truth(model, ids, CHOSEN[kind])
     exact = exact[:TRAIN] @ exact[TRAIN:].T if what == "products" else exact[:TRAIN]
     differ = float((found.double() - exact).norm() / exact.norm())
@@ -191,6 +197,8 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--layers", nargs="+", choices=CHOSEN, default=list(CHOSEN))
+    parser.add_argument("--what", nargs="+", choices=WHAT, default=list(WHAT))
     parser.add_argument("--one", nargs=4, metavar=("TOOL", "WHAT", "LAYERS", "FILE"))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -204,8 +212,8 @@ def main() -> int:
         print(f"{tool} is not installed: skipped")
     print(f"width {sizes[0]}, length {sizes[1]}, float32, CPU, 1 thread, torch {torch.__version__}")
     print(f"{'layers':10} {'quantity':10} {'':11} {'ms':>8} {'of ours':>8} {'MB':>7} {'differ':>8}")
-    for kind in CHOSEN:
-        for what in ("products", "gradients"):
+    for kind in options.layers:
+        for what in options.what:
             least = 0.0
             for tool in (t for t, is_there in there.items() if is_there):
                 with tempfile.TemporaryDirectory() as folder:

@@ -62,6 +62,7 @@ _EXPORTS = {
     "parameter_importance": "importance.importance",
     "pairwise_similarity": "attribution.similarity",
     "Permuted": "unlearning.ascent.weights",
+    "record_backends": "backend",
     "Refusal": "unlearning.ascent.objectives",
     "Retain": "unlearning.ascent.retain",
     "self_influence": "influence.scores",
@@ -93,6 +94,7 @@ if TYPE_CHECKING:
     from imu_fast.attribution.tracin import tracin as tracin
     from imu_fast.attribution.tracin import tracin_self_influence as tracin_self_influence
     from imu_fast.backend import backends as backends
+    from imu_fast.backend import record_backends as record_backends
     from imu_fast.backend import use_backend as use_backend
     from imu_fast.curvature.base import Curvature as Curvature
     from imu_fast.curvature.base import Fitted as Fitted

@@ -1,8 +1,9 @@
 """Which implementation of an operation runs: what is available here, and what was chosen.
 
 The order of authority is argument (``use_backend``) over environment (``IMU_FAST_BACKEND``) over
-automatic. A choice made by name that cannot run raises; the automatic one falls back and logs why,
-once. ``record_backends`` collects which backend ran each operation.
+automatic. A choice made by name that cannot run here raises; the automatic one falls back. What a
+kernel has no form for (float64, say) is in PyTorch under both, and why is logged, once.
+``record_backends`` collects which backend ran each operation.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ CHOICES = ("auto", "reference", "torch", "triton")
 _ENVIRONMENT = "IMU_FAST_BACKEND"
 _choice: ContextVar[str | None] = ContextVar("imu_fast_backend", default=None)
 _products: ContextVar[str | None] = ContextVar("imu_fast_products", default=None)
-_record: ContextVar[dict[str, str] | None] = ContextVar("imu_fast_backend_record", default=None)
+_record: ContextVar[BackendRecord | None] = ContextVar("imu_fast_backend_record", default=None)
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,28 @@ class BackendInfo:
     name: str
     available: bool
     reason: str
+
+
+class BackendRecord(dict[str, str]):
+    """Operation -> the backend that ran it, or all that did: ``"torch, triton"``.
+
+    Attributes:
+        reasons: operation -> why it was not in its kernel, the last time that it was to be.
+    """
+
+    def __init__(self, outer: BackendRecord | None = None) -> None:
+        super().__init__()
+        self.reasons: dict[str, str] = {}
+        self._outer = outer
+
+    def note(self, operation: str, chosen: str, reason: str) -> None:
+        """Of one call."""
+        known = self.get(operation, "").split(", ") if operation in self else []
+        self[operation] = ", ".join(sorted({*known, chosen}))
+        if reason:
+            self.reasons[operation] = reason
+        if self._outer is not None:
+            self._outer.note(operation, chosen, reason)
 
 
 @lru_cache(maxsize=1)
@@ -140,6 +163,10 @@ def current_backend() -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Run the body with one backend: ``with imu_fast.use_backend("reference"): ...``.
 
+    ``triton``: kernels wherever an operation has one for its operands. Where it has none at all, or
+    none for these (float64, in which ``fisher`` and ``ggn`` are solved), PyTorch runs, which is
+    logged once and recorded; tensors that are not on a device of kernels are refused.
+
     Raises:
         InputError: the name is unknown.
         BackendUnavailableError: the backend cannot run here; the message says why.
@@ -157,19 +184,29 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def record_backends() -> Iterator[dict[str, str]]:
-    """Collect ``{operation: backend}`` for every operation run in the body."""
-    token = _record.set({})
+def record_backends() -> Iterator[BackendRecord]:
+    """Collect which backend ran each operation in the body, and why not its kernel.
+
+    ::
+
+        with imu_fast.record_backends() as ran:
+            imu_fast.self_influence(model, data)
+        ran          # {"softmax_residual": "triton", "fisher_diagonal": "triton", ...}
+        ran.reasons  # {"quadratic_scores": "the square of a sum over tokens has no kernel yet"}
+
+    The names are those of ``docs/ops.md``; what a nested body collects, the outer has too. A factor
+    of ``damped_cholesky_solve`` is in "extension" (the CPU's), "cuda" or "torch".
+    """
+    noted = BackendRecord(_record.get())
+    token = _record.set(noted)
     try:
-        noted = _record.get()
-        assert noted is not None
         yield noted
     finally:
         _record.reset(token)
 
 
-def record(operation: str, chosen: str) -> None:
-    """Note for :func:`record_backends` that an operation runs by this backend."""
+def record(operation: str, chosen: str, reason: str = "") -> None:
+    """Note for :func:`record_backends` that a call runs so, and why not by a kernel."""
     noted = _record.get()
     if noted is not None:
-        noted[operation] = chosen
+        noted.note(operation, chosen, reason)

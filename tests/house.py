@@ -43,6 +43,7 @@ ORACLE = {
 ASKS = {
     "imu_fast": "the public names backends and use_backend",
     "imu_fast.ops": "picks what runs",
+    "imu_fast.check": "runs each backend in turn, by name",
     "imu_fast.cli.doctor": "says what there is",
     "imu_fast.unlearning.unlearn": "reports what ran",
     "imu_fast.solvers.cholesky": "whether its extension loads, and products of torch's own",

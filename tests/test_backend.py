@@ -81,7 +81,7 @@ def test_a_backend_that_cannot_run_is_refused_with_the_remedy(monkeypatch):
     assert backend.why_no_triton() == ""
 
 
-def test_records_are_of_their_own_body():
+def test_records_are_of_their_body_and_of_those_within():
     backend.record("before", "torch")
     with backend.record_backends() as outer:
         backend.record("a", "torch")
@@ -89,7 +89,7 @@ def test_records_are_of_their_own_body():
             backend.record("b", "reference")
         backend.record("a", "triton")
     backend.record("after", "torch")
-    assert outer == {"a": "triton"} and inner == {"b": "reference"}
+    assert outer == {"a": "torch, triton", "b": "reference"} and inner == {"b": "reference"}
 
 
 def test_a_choice_is_of_its_context():

@@ -50,7 +50,7 @@ def tracin(
             :func:`imu_fast.capture_features`.
 
     Returns:
-        [n, m], in the factors' dtype. No gradient of a single sample is formed.
+        [n, m], in the factors' dtype.
 
     Raises:
         InputError: before any work, checkpoints that do not fit the model, are not finite or

@@ -1,4 +1,4 @@
-"""The command line: ``imu-fast demo | score | unlearn | compare | validate | doctor``."""
+"""The command line: ``imu-fast demo | score | unlearn | compare | validate | check | doctor``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from imu_fast.cli.check import check
 from imu_fast.cli.console import clean_errors, console
 from imu_fast.cli.score import score
 from imu_fast.cli.unlearn import unlearn
@@ -63,6 +64,7 @@ def demo(
 
 app.command()(clean_errors(score))
 app.command()(clean_errors(unlearn))
+app.command()(clean_errors(check))
 
 
 @app.command()

@@ -66,7 +66,7 @@ class FittedIdentity(Fitted):
         return sum_of_outputs(factors, term)
 
     def _pairwise(self, factors: Factors, queries: Factors) -> Tensor:
-        """``<g_i, h_j>``: [n, m]; no gradient is formed."""
+        """``<g_i, h_j>``: [n, m]."""
         columns = [factors.each(_products_with(query)) for query in queries.chunks()]
         return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
 

@@ -50,7 +50,7 @@ def lira(
         float64 [n], larger: likelier a member. Online the log-likelihood ratio
         ``log N(t; mu_in, s_in) - log N(t; mu_out, s_out)``; offline ``(t - mu_out) / s_out``, of
         which the paper's score is the normal distribution function. NaN for a sample without
-        enough models.
+        two models of a kind.
 
     Raises:
         InputError: shapes do not match, infinite values, no spread to be had.
@@ -80,7 +80,7 @@ def _normal(name: str, values: Tensor, n: int, variance: str) -> tuple[Tensor, T
         )
     x = values.double()
     count = (~x.isnan()).sum(dim=0)
-    mean = x.nanmean(dim=0)
+    mean = x.nanmean(dim=0).where(count > 1, math.nan)
     squares = ((x - mean) ** 2).nansum(dim=0)
     if variance == "auto":
         variance = "global" if len(x) < _FEW else "sample"

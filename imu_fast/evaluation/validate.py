@@ -35,7 +35,7 @@ Samples = tuple[Tensor, Tensor]
 Train = Callable[[Samples, int], nn.Module]
 # What attributes: (the model of all samples, models of random halves, data, queries) to [n, m].
 Attribute = Callable[[nn.Module, "list[nn.Module]", Samples, Samples], Tensor]
-DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1)
+DAMPINGS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 # Models of random halves for TRAK, as its paper uses an ensemble.
 _HALVES = 5
 

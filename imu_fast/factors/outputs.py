@@ -7,8 +7,9 @@ may be fitted, solved with and scored so many of them at a time.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, Protocol, runtime_checkable
+from typing import Any, Generic, Protocol, TypeGuard
 
 from torch import Tensor
 
@@ -16,7 +17,6 @@ from imu_fast.factors.protocol import C, Source
 from imu_fast.factors.sums import S, summed
 
 
-@runtime_checkable
 class Wide(Protocol):
     """Factors of more outputs than should be dealt with at once."""
 
@@ -26,6 +26,16 @@ class Wide(Protocol):
     def outputs(self, classes: slice) -> Any:
         """Factors of ``num_classes = stop - start`` outputs."""
         ...
+
+
+def is_wide(source: Source[Any]) -> TypeGuard[Wide]:
+    """Asked several times per layer and batch, which a protocol's isinstance is slow for."""
+    return _has_outputs(type(source))
+
+
+@functools.cache
+def _has_outputs(kind: type) -> bool:
+    return hasattr(kind, "outputs_at_once") and hasattr(kind, "outputs")
 
 
 class SomeOutputs(Generic[C]):
@@ -63,7 +73,7 @@ class SomeOutputs(Generic[C]):
 def cuts_of_outputs(*sources: Source[Any]) -> list[slice]:
     """Which outputs to deal with at a time: all, unless a source says fewer."""
     classes = sources[0].num_classes
-    step = min(s.outputs_at_once if isinstance(s, Wide) else classes for s in sources)
+    step = min(s.outputs_at_once if is_wide(s) else classes for s in sources)
     return [slice(c, min(c + step, classes)) for c in range(0, classes, step)]
 
 
@@ -71,7 +81,7 @@ def at_outputs(source: Source[C], classes: slice) -> Source[C]:
     """The same samples at these outputs alone; of all outputs, the source itself."""
     if classes == slice(0, source.num_classes):
         return source
-    if isinstance(source, Wide):
+    if is_wide(source):
         found: Source[C] = source.outputs(classes)
         return found
     return SomeOutputs(source, classes)
@@ -107,4 +117,5 @@ def sum_of_outputs(source: Source[C], term: Callable[[Source[C], slice], Tensor]
 
 def for_inputs(source: Source[C]) -> Source[C]:
     """Factors with the same tokens and inputs, for what does not read the signal."""
-    return at_outputs(source, slice(0, 1)) if isinstance(source, Wide) else source
+    wide = is_wide(source)
+    return at_outputs(source, slice(0, 1)) if wide else source

@@ -11,7 +11,7 @@ from torch import Tensor
 from imu_fast import distributed
 from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
-from imu_fast.factors.outputs import Wide, at_outputs
+from imu_fast.factors.outputs import at_outputs, is_wide
 from imu_fast.factors.samples import Means
 from imu_fast.factors.source import Factors
 from imu_fast.factors.sums import S
@@ -36,7 +36,7 @@ class ShardedFactors(Means):
         distributed.check_group(group)
         self.local, self.group = local, group
         layer = (local.num_classes, local.feature_dim, local.has_bias, str(local.dtype))
-        at_once = local.outputs_at_once if isinstance(local, Wide) else local.num_classes
+        at_once = local.outputs_at_once if is_wide(local) else local.num_classes
         found = distributed.gather((local.n, local.num_tokens, layer, at_once), group)
         for rank, (_, _, other, _) in enumerate(found):
             if other != found[0][2]:

@@ -260,11 +260,14 @@ def packed(
     n = len(labelled)
     if len(owner) == n and bool(labelled.all()) and torch.equal(owner, torch.arange(n)):
         return delta, act, torch.ones(n, dtype=torch.int64)
-    kept = torch.nonzero((owner != NOBODY) & delta.any(dim=1).cpu()).flatten()
+    # The largest of a row tells as much as any() does, and is vectorised; NaN is not zero either.
+    alive = delta.abs().amax(dim=1) != 0 if delta.numel() else delta.any(dim=1)
+    kept = torch.nonzero((owner != NOBODY) & alive.cpu()).flatten()
     counts = torch.bincount(owner[kept], minlength=n)
     missing = torch.nonzero(labelled & (counts == 0)).flatten()
     if len(kept) < len(owner):
-        delta, act, owner = delta[kept.to(delta.device)], act[kept.to(act.device)], owner[kept]
+        rows = kept.to(delta.device)
+        delta, act, owner = delta.index_select(0, rows), act.index_select(0, rows), owner[kept]
     if len(missing):
         delta = torch.cat([delta, delta.new_zeros(len(missing), delta.shape[1])])
         act = torch.cat([act, act.new_zeros(len(missing), act.shape[1])])

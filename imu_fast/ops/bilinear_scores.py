@@ -8,11 +8,14 @@ from torch import Tensor
 from imu_fast.backend import input_precision
 from imu_fast.ops.fisher_diagonal import CHUNK_TOKENS, TILE_ELEMENTS, gradient_tiles
 from imu_fast.ops.operation import kernel_dtypes, operation
-from imu_fast.ops.tokens import is_flat, sum_over_tokens
+from imu_fast.ops.routes import forms_for_norms
+from imu_fast.ops.tokens import groups_of_equal_length, is_flat, sum_over_tokens
 
 # Elements of the per-token gradients that exist at once where they are formed: 1 MB in float32.
 _GRADIENT_ELEMENTS = 1 << 18
 _FEWEST_TOKENS = 64
+# Pairs of one sample's tokens that exist at once.
+_PAIRS = 1 << 18
 
 
 def _token_scores(delta: Tensor, act: Tensor, x: Tensor, has_bias: bool) -> Tensor:
@@ -139,5 +142,18 @@ def gradient_norms(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) 
     if is_flat(offsets):
         signal, features = (torch.linalg.vector_norm(x, dim=1).square_() for x in (delta, act))
         return signal.mul_(features.add_(float(has_bias)))
-    ones = delta.new_ones(1, 1).expand(delta.shape[1], act.shape[1] + has_bias)
-    return quadratic_scores(delta, act, ones, offsets, has_bias)
+    longest = int(offsets.diff().max())
+    if forms_for_norms(longest, delta.shape[1], act.shape[1] + has_bias):
+        ones = delta.new_ones(1, 1).expand(delta.shape[1], act.shape[1] + has_bias)
+        return quadratic_scores(delta, act, ones, offsets, has_bias)
+    out = delta.new_zeros(len(offsets) - 1)
+    for samples, tokens in groups_of_equal_length(offsets, delta.device):
+        step = max(1, _PAIRS // tokens.shape[1] ** 2)
+        for chunk, rows in zip(samples.split(step), tokens.split(step), strict=True):
+            signal, inputs = delta[rows], act[rows]
+            pairs = torch.bmm(signal, signal.transpose(1, 2))
+            features = torch.bmm(inputs, inputs.transpose(1, 2))
+            if has_bias:
+                features.add_(1)
+            out[chunk] = pairs.mul_(features).sum(dim=(1, 2))
+    return out.clamp_min_(0)  # which rounding may undo where tokens cancel

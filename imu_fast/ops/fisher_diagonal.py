@@ -37,8 +37,10 @@ def gradient_tiles(
     length = equal_length(offsets)
     if length and not has_bias:  # samples as they lie, without a copy
         signal, inputs = delta.unflatten(0, (-1, length)), act.unflatten(0, (-1, length))
-        for chunk in torch.arange(len(signal), device=delta.device).split(per_tile):
-            some = slice(int(chunk[0]), int(chunk[-1]) + 1)
+        every = torch.arange(len(signal), device=delta.device)
+        for first in range(0, len(signal), per_tile):
+            some = slice(first, first + per_tile)
+            chunk = every[some]
             for start in range(0, delta.shape[1], classes):
                 slab = slice(start, start + classes)
                 yield chunk, slab, signal[some, :, slab].transpose(1, 2) @ inputs[some]

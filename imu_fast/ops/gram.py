@@ -1,16 +1,24 @@
-"""Inner products of per-sample gradients, ``K = G G^T``, without G (curvature ``fisher``)."""
+"""Inner products of per-sample gradients, ``K = G G^T``, and G never stored whole."""
 
 from __future__ import annotations
+
+import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from imu_fast.backend import input_precision
 from imu_fast.ops.operation import kernel_dtypes, operation
-from imu_fast.ops.tokens import is_flat, sum_over_tokens
+from imu_fast.ops.routes import forms_for_products
+from imu_fast.ops.tokens import equal_length, is_flat, sum_over_tokens
 
-# Elements of the two [rows, N] products that exist at once.
-_TILE_ELEMENTS = 1 << 22
+# Elements of each of the two [rows, N] products that exist at once, and as many as a cache holds
+# until they are summed: so many where that leaves rows enough for a product at full speed.
+_TILE_ELEMENTS, _CACHED_ELEMENTS, _TILE_ROWS = 1 << 22, 1 << 18, 128
+# Where gradients are formed: elements of the right set's that exist at once, of the left set's, and
+# the fewest outputs of a layer among them, as products of fewer rows are slow for their size.
+_HELD_ELEMENTS, _FORMED_ELEMENTS, _FORMED_ROWS = 1 << 22, 1 << 20, 64
 # Samples in a strip of rows of the symmetric K, of which only what is right of it is computed.
 _STRIP = 256
 # The kernel's grid has one program per pair of ragged samples, and CUDA's limit is 2^31 - 1.
@@ -79,10 +87,72 @@ def cross_gram(left: Operands, right: Operands, has_bias: bool) -> Tensor:
 
 
 def _cross_products(left: Operands, right: Operands, has_bias: bool) -> Tensor:
+    """By the route that :mod:`imu_fast.ops.routes` finds cheaper."""
+    n, m, classes, width = _sizes(left, right, has_bias)
+    passes = math.ceil(m / _held(m, classes, width)[1])
+    tokens = len(left[0]), len(right[0])
+    if forms_for_products(tokens, (n, m), classes, width, passes):
+        return _of_gradients(left, right, has_bias)
+    return _of_tokens(left, right, has_bias)
+
+
+def _sizes(left: Operands, right: Operands, has_bias: bool) -> tuple[int, int, int, int]:
+    """n, m, C and D."""
+    delta, act, offsets = left
+    return len(offsets) - 1, len(right[2]) - 1, delta.shape[1], act.shape[1] + has_bias
+
+
+def _held(m: int, classes: int, width: int) -> tuple[int, int]:
+    """Of the right set: outputs at a time, and samples."""
+    rows = min(classes, max(_FORMED_ROWS, _HELD_ELEMENTS // (m * width)))
+    return rows, min(m, max(1, _HELD_ELEMENTS // (rows * width)))
+
+
+def _of_gradients(left: Operands, right: Operands, has_bias: bool) -> Tensor:
+    """Of gradients that are formed, some outputs of some samples at a time: [n, m]."""
+    n, m, classes, width = _sizes(left, right, has_bias)
+    if has_bias:
+        left, right = _with_ones(left), _with_ones(right)
+    out = left[0].new_zeros(n, m)
+    rows, held = _held(m, classes, width)
+    step = max(1, _FORMED_ELEMENTS // (rows * width))
+    for first in range(0, m, held):
+        some = _samples(*right, first, min(first + held, m))
+        for start in range(0, classes, rows):
+            slab = slice(start, start + rows)
+            others = _formed(some, slab).t()
+            for begin in range(0, n, step):
+                own = _formed(_samples(*left, begin, min(begin + step, n)), slab)
+                out[begin : begin + step, first : first + held].addmm_(own, others)
+    return out
+
+
+def _with_ones(one: Operands) -> Operands:
+    delta, act, offsets = one
+    return delta, torch.cat([act, act.new_ones(len(act), 1)], dim=1), offsets
+
+
+def _formed(one: Operands, slab: slice) -> Tensor:
+    """Gradients of some outputs: [k, slab D]."""
+    delta, act, offsets = one
+    if length := equal_length(offsets):
+        signal, inputs = delta[:, slab].unflatten(0, (-1, length)), act.unflatten(0, (-1, length))
+        return torch.bmm(signal.transpose(1, 2), inputs).flatten(1)
+    signal = delta[:, slab].t()
+    out = delta.new_empty(len(offsets) - 1, len(signal), act.shape[1])
+    for gradient, (first, last) in zip(out, pairwise(offsets.tolist()), strict=True):
+        torch.mm(signal[:, first:last], act[first:last], out=gradient)
+    return out.flatten(1)
+
+
+def _of_tokens(left: Operands, right: Operands, has_bias: bool) -> Tensor:
+    """Of every pair of tokens, in tiles: [n, m]."""
     (delta, act, offsets), (other_delta, other_act, other_offsets) = left, right
     flat, other_flat = is_flat(offsets), is_flat(other_offsets)
     per_token = delta.new_empty(len(delta), len(other_offsets) - 1)
-    step = max(1, _TILE_ELEMENTS // max(len(other_delta), 1))
+    others = max(len(other_delta), 1)
+    step = max(_TILE_ROWS, _CACHED_ELEMENTS // others)
+    step = max(1, min(step, _TILE_ELEMENTS // others))
     for start in range(0, len(delta), step):
         rows = slice(start, start + step)
         if other_flat:

@@ -38,11 +38,11 @@ class Operation(Generic[P, R]):
     """A function of tensors that runs as ``IMU_FAST_BACKEND`` or ``use_backend`` says.
 
     ``auto``: the kernel, for tensors on a CUDA device that it can take, or else PyTorch, and why is
-    logged once. ``triton``: the kernel, or an error that says why it cannot; an operation without
-    one is in PyTorch. What ran is what ``record_backends`` finds under the operation's name.
+    logged once. ``triton``: the same, but for tensors elsewhere, and without Triton, an error. What
+    ran, and why not the kernel, is what ``record_backends`` finds under the operation's name.
 
     Raises:
-        BackendUnavailableError: ``triton`` was chosen and cannot take these operands.
+        BackendUnavailableError: ``triton`` was chosen, and no kernel runs where these operands are.
         InputError: an operand requires a gradient, of an operation that has none.
     """
 
@@ -68,10 +68,10 @@ class Operation(Generic[P, R]):
                     f"{self.name} has no derivative, and an operand requires a gradient; detach "
                     "it, or call under torch.no_grad()"
                 )
-        chosen = backend.current_backend()
+        chosen, reason = backend.current_backend(), ""
         if chosen in ("auto", "triton"):
-            chosen = "torch" if self.kernel is None else self._kernel_or_torch(chosen, args, kwargs)
-        backend.record(self.name, chosen)
+            chosen, reason = self._kernel_or_torch(chosen, args, kwargs)
+        backend.record(self.name, chosen, reason)
         if chosen == "torch":
             return self.body(*args, **kwargs)
         if chosen == "triton" and self.kernel is not None:
@@ -84,23 +84,26 @@ class Operation(Generic[P, R]):
         """Pickled by name, as the function that it is."""
         return self.body.__name__
 
-    def _kernel_or_torch(self, chosen: str, args: Any, kwargs: Any) -> str:
+    def _kernel_or_torch(self, chosen: str, args: Any, kwargs: Any) -> tuple[str, str]:
+        """Which of the two runs, and why it is not the kernel: "" where there is none to run."""
+        if self.kernel is None:
+            return "torch", ""
         tensor = first_tensor(args) if args else first_tensor(kwargs.values())
         if chosen == "auto" and not tensor.is_cuda:
-            return "torch"
+            return "torch", ""
+        missing = backend.why_no_triton()
+        if chosen == "triton":
+            if not (tensor.is_cuda or backend.interpreted()):
+                missing = f"its input is on {tensor.device}, not on a CUDA device"
+            if missing:
+                raise BackendUnavailableError(
+                    f"backend='triton' cannot run {self.name}: {missing}; use 'torch' or 'auto'"
+                )
         reason = self.limits(*args, **kwargs) if self.limits is not None else ""
-        reason = reason or backend.why_no_triton()
-        if chosen == "auto":
-            if reason:
-                _log_once(self.name, reason)
-            return "torch" if reason else "triton"
-        if not (tensor.is_cuda or backend.interpreted()):
-            reason = f"its input is on {tensor.device}, not on a CUDA device"
+        reason = reason or missing
         if reason:
-            raise BackendUnavailableError(
-                f"backend='triton' cannot run {self.name}: {reason}; use 'torch' or 'auto'"
-            )
-        return "triton"
+            _log_once(self.name, reason)
+        return "torch" if reason else "triton", reason
 
 
 def operation(

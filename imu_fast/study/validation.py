@@ -169,6 +169,6 @@ def _figure(path: Path, results: dict[str, Any]) -> str:
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.axvline(0, color="black", linewidth=1)
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("linear datamodeling score: mean and 95 % interval over queries")
+    axes.set_xlabel("LDS: mean and 95 % interval over queries")
     axes.set_title(f"{results['data']}: do scores predict retraining?")
     return save(figure, path)

@@ -40,7 +40,7 @@ class UnlearnResult:
         step_fraction: how much of the last step was kept by the bisection, in (0, 1].
         seconds: wall-clock time of the whole call.
         settings: the method and every option of it, as used.
-        backends: which backend ran each operation.
+        backends: which backend, or backends, ran each operation: see ``imu.record_backends``.
     """
 
     model: nn.Module

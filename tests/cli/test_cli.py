@@ -173,7 +173,7 @@ def test_doctor_and_version_and_help():
     assert "torch" in text and "imu_fast._C" in text and "LAPACK" in text
     assert "imu_fast._C_cuda" in text and "cuSOLVER" in text
     assert run("--version") == imu.__version__
-    for command in ("demo", "score", "unlearn", "doctor"):
+    for command in ("demo", "score", "unlearn", "check", "doctor"):
         assert command in run("--help")
         run(command, "--help")
 

@@ -205,3 +205,27 @@ def test_evaluate_by_hand():
     expected = float(torch.nn.functional.cross_entropy(logits, y))
     assert abs(found["loss"] - expected) < 1e-6
     torch.testing.assert_close(found["confidence"], logits.softmax(1)[torch.arange(20), y])
+
+
+def test_the_attack_learns_on_what_is_held_out_of_kept_classes():
+    g = torch.Generator().manual_seed(0)
+
+    def between(n, low, high):
+        return with_confidence(*(low + (high - low) * torch.rand(n, generator=g)).tolist())
+
+    retain, heldout = between(200, 0.8, 0.99), between(150, 0.5, 0.9)
+    forget, unseen = between(50, 0.01, 0.2), between(40, 0.01, 0.2)
+    default = membership(forget, retain, unseen)
+    found = membership(forget, retain, unseen, heldout=heldout)
+    assert (default["auc"], default["ks"]) == (found["auc"], found["ks"])
+    confidences = (retain.confidence, heldout.confidence, forget.confidence)
+    assert found["svc"] == membership_accuracy(*confidences, max_samples=1000)
+    assert default == membership(forget, retain, unseen, heldout=unseen)
+
+
+@pytest.mark.parametrize("size", [1e4, 1e38, 1.7e308])
+def test_distance_of_extreme_logits_is_a_number(size):
+    z = torch.tensor([[size, -size, 0.0], [-size, size, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    labels = torch.tensor([0, 1, 2])
+    assert not math.isnan(distance(Outputs(-z, labels), Outputs(z, labels))["kl"])
+    assert distance(Outputs(z, labels), Outputs(z, labels))["kl"] == 0

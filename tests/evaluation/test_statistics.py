@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from imu_fast.errors import InputError
-from imu_fast.evaluation.statistics import paired_tests, summary
+from imu_fast.evaluation.statistics import (
+    equivalence_tests,
+    intervals,
+    least_p,
+    paired_tests,
+    summary,
+)
 
 nan = math.nan
 
@@ -151,3 +160,107 @@ def test_arguments():
     with pytest.raises(InputError, match=r"rows\[0\] has no arch, seed, depth; a row needs"):
         paired_tests([{"task": "a", "method": "b"}], "retain", "b")
     assert summary([], []) == []
+
+
+def shared(seeds, shift=0.0):
+    """Two architectures a seed, so that runs of a seed are alike."""
+    rng = np.random.default_rng(0)
+    base = [rng.normal(0.5, 0.1) for _ in range(2 * seeds)]
+    ours = [b + shift + 0.01 * rng.normal() for b in base]
+    return rows_of({"uniform": base, "ours": ours}, archs=("a", "b"))
+
+
+def clusters(rows, cluster):
+    """Differences by loops, averaged within each cluster."""
+    values = {(r["arch"], r["seed"], r["method"]): r["retain"] for r in rows}
+    found = {}
+    for (arch, seed, method), value in values.items():
+        if method == "ours":
+            key = {None: (arch, seed), "seed": seed, "arch": arch}[cluster]
+            found.setdefault(key, []).append(value - values[arch, seed, "uniform"])
+    return np.array([np.mean(those) for those in found.values()])
+
+
+@pytest.mark.parametrize("cluster", [None, "seed", "arch"])
+@pytest.mark.parametrize("alternative", ["two-sided", "greater", "less"])
+def test_paired_over_clusters(cluster, alternative):
+    rows = shared(4, shift=0.004)
+    d = clusters(rows, cluster)
+    k = len(d)
+    line = only(paired_tests(rows, "retain", "uniform", alternative=alternative, cluster=cluster))
+    assert (line["n_clusters"], line["n_pairs"]) == (k, 8)
+    assert line["t_p"] == pytest.approx(stats.ttest_1samp(d, 0, alternative=alternative).pvalue)
+    assert line["wilcoxon_p"] == pytest.approx(stats.wilcoxon(d, alternative=alternative).pvalue)
+    flips = np.array(list(itertools.product([1, -1], repeat=k))) @ d / k
+    up, down = np.mean(flips >= d.mean() - 1e-14), np.mean(flips <= d.mean() + 1e-14)
+    expected = {"greater": up, "less": down, "two-sided": min(1, 2 * min(up, down))}
+    assert line["sign_flip_p"] == pytest.approx(expected[alternative])
+    bounds = stats.t.interval(0.95, k - 1, d.mean(), stats.sem(d))
+    assert (line["low"], line["high"]) == pytest.approx(bounds)
+
+
+@pytest.mark.parametrize("cluster", [None, "seed"])
+@pytest.mark.parametrize("shift", [0, 0.015, -0.03])
+def test_equivalence_is_two_one_sided_tests(cluster, shift):
+    margin, rows = 0.02, shared(5, shift=shift)
+    d = clusters(rows, cluster)
+    line = only(equivalence_tests(rows, "retain", "uniform", margin, cluster=cluster))
+    error, free = stats.sem(d), len(d) - 1
+    below, above = (d.mean() - margin) / error, (d.mean() + margin) / error
+    p = max(stats.t.sf(above, free), stats.t.cdf(below, free))
+    assert line["equivalence_p"] == pytest.approx(p) and line["equivalent"] == (p < 0.05)
+    low, high = line["equivalence_low"], line["equivalence_high"]
+    assert (low, high) == pytest.approx(stats.t.interval(0.9, free, d.mean(), error))
+    assert line["equivalent"] == (-margin < low and high < margin)
+
+
+def test_equivalence_of_what_does_not_vary_or_is_alone():
+    rows = rows_of({"uniform": [0.5] * 3, "ours": [0.51] * 3, "far": [0.6] * 3})
+    ours, far = equivalence_tests(rows, "retain", "uniform", 0.02)
+    assert ours["equivalent"] and not far["equivalent"]
+    one = only(
+        equivalence_tests(rows_of({"uniform": [1.0], "ours": [1.0]}), "retain", "uniform", 1)
+    )
+    assert not one["equivalent"] and math.isnan(one["equivalence_p"])
+    for bad in (dict(margin=0.0), dict(margin=nan), dict(margin=0.1, level=0.5)):
+        with pytest.raises(InputError, match="margin|level"):
+            equivalence_tests(rows, "retain", "uniform", **bad)
+    with pytest.raises(InputError, match="cluster='task' is unknown"):
+        paired_tests(rows, "retain", "uniform", cluster="task")
+
+
+def test_the_least_p_is_reached():
+    for k in range(2, 8):
+        rows = rows_of({"uniform": [0.0] * k, "ours": [1 + i / 7 for i in range(k)]})
+        line = only(paired_tests(rows, "retain", "uniform"))
+        assert line["least_p"] == least_p(k) == 2.0 ** (1 - k)
+        assert line["sign_flip_p"] == pytest.approx(least_p(k)) == pytest.approx(line["wilcoxon_p"])
+
+
+@pytest.mark.parametrize("cluster", [None, "seed"])
+def test_intervals_are_students_over_clusters(cluster):
+    rows = shared(5)
+    for line in intervals(rows, "retain", cluster=cluster):
+        of = [r for r in rows if r["method"] == line["method"]]
+        by = {}
+        for r in of:
+            by.setdefault(r["seed"] if cluster else id(r), []).append(r["retain"])
+        means = np.array([np.mean(those) for those in by.values()])
+        bounds = stats.t.interval(0.95, len(means) - 1, means.mean(), stats.sem(means))
+        assert (line["n"], line["n_clusters"]) == (10, len(means))
+        assert (line["low"], line["high"]) == pytest.approx(bounds)
+
+
+def test_holm_by_hand():
+    values = {
+        "uniform": [0.0] * 4,
+        "a": [1.0, 2, 3, 4],
+        "b": [1.0, -2, 3, 4],
+        "c": [1.0, 1.1, 1.2, 1],
+    }
+    lines = paired_tests(rows_of(values), "retain", "uniform")
+    ordered = sorted(lines, key=lambda line: line["t_p"])
+    first = 3 * ordered[0]["t_p"]
+    second = max(first, 2 * ordered[1]["t_p"])
+    expected = [first, second, max(second, ordered[2]["t_p"])]
+    assert [line["t_p_holm"] for line in ordered] == pytest.approx(expected)

@@ -26,13 +26,31 @@ def runs(name, *arguments):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
+        ("attribution.py", "of the 10 wrong labels"),
         ("authors.py", "after:  forget 0.00"),
+        ("forget_class.py", "forget accuracy 0.00"),
+        ("forget_samples.py", "saved to"),
+        ("language_lora.py", "retained sentences"),
         ("plain_loop.py", "InfluenceWeightedLoss: forget accuracy"),
         ("transformers_trainer.py", "stopped after"),
     ],
 )
 def test_an_example_runs(name, said):
     assert said in runs(name)
+
+
+def test_the_example_of_shared_samples_runs():
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "2", str(EXAMPLES / "sharded_scores.py")),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(f"process {rank}: ggn" in done.stdout for rank in range(2))
 
 
 def test_the_example_of_supreme_runs():

@@ -26,7 +26,6 @@ from cases import (
 import imu_fast as imu
 from imu_fast import reference
 from imu_fast.backend import input_precision, interpreted, record_backends, use_backend
-from imu_fast.errors import BackendUnavailableError
 from imu_fast.ops.bilinear_scores import bilinear_scores, quadratic_scores
 from imu_fast.ops.conjugate_gradient import iterate, start
 from imu_fast.ops.fisher_diagonal import fisher_diagonal
@@ -57,8 +56,9 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def _triton():
     device = torch.device("cpu" if interpreted() else "cuda")
     with device, use_backend("triton"), record_backends() as used:
-        yield
-        used.pop("mean_gradient", None)  # one matrix product: torch's
+        yield used
+        for other in ("mean_gradient", "damped_cholesky_solve"):  # torch's, and a library's
+            used.pop(other, None)
         assert set(used.values()) <= {"triton"}, used
 
 
@@ -385,9 +385,13 @@ def test_linear_softmax_scores(case):
     torch.testing.assert_close(factors.known.loss.double(), true_loss, rtol=1e-4, atol=1e-6)
 
 
-def test_what_a_kernel_cannot_take_is_said_by_name():
-    with pytest.raises(BackendUnavailableError, match=r"torch\.float64"):
-        fisher_diagonal(*factors_of(MEDIUM, torch.float64))
-    delta, act, offsets, has_bias = factors_of(TOKENS, torch.float32)
-    with pytest.raises(BackendUnavailableError, match="square of a sum"):
+def test_what_a_kernel_cannot_take_is_in_pytorch_and_recorded(_triton):
+    with record_backends() as ran:
+        f = factors_of(MEDIUM, torch.float64)
+        assert_close(fisher_diagonal(*f), reference.fisher_diagonal(*f), len(f[0]))
+        delta, act, offsets, has_bias = factors_of(TOKENS, torch.float32)
         quadratic_scores(delta, act, torch.ones(18, 34), offsets, has_bias)
+    assert ran == {"fisher_diagonal": "torch", "quadratic_scores": "torch"}
+    assert "torch.float64" in ran.reasons["fisher_diagonal"]
+    assert "square of a sum" in ran.reasons["quadratic_scores"]
+    _triton.clear()

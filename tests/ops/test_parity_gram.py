@@ -10,7 +10,9 @@ import torch
 from cases import Call, Case, every_case, every_dtype, factors_of
 
 from imu_fast import reference
-from imu_fast.ops.gram import gram
+from imu_fast.ops.bilinear_scores import gradient_norms
+from imu_fast.ops.gram import cross_gram, gram
+from imu_fast.ops.routes import forms_for_norms, forms_for_products
 
 
 def operands(case, dtype):
@@ -63,3 +65,51 @@ def test_tiles_change_nothing(monkeypatch, tile):
     expected = gram(*f)
     monkeypatch.setattr(sys.modules["imu_fast.ops.gram"], "_TILE_ELEMENTS", tile)
     torch.testing.assert_close(gram(*f), expected)
+
+
+LONG = [
+    Case("long samples at a small layer", (40,) * 5, 6, 5),
+    Case("long samples of many lengths, one empty, no bias", (40, 0, 31, 70, 1), 70, 9, False),
+]
+
+
+@pytest.mark.parametrize("case", LONG, ids=lambda case: case.why)
+@pytest.mark.parametrize("elements", [1, 100, 1 << 20])
+def test_gradients_that_are_formed_have_the_products_of_tokens(monkeypatch, case, elements):
+    """Both routes of each, whatever would have been chosen, and in pieces of any size."""
+    module, norms = (sys.modules[f"imu_fast.ops.{x}"] for x in ("gram", "bilinear_scores"))
+    delta, act, offsets, has_bias = factors_of(case, torch.float64)
+    left = (delta, act, offsets)
+    right = module._samples(*left, 1, len(offsets) - 1)
+    for name in ("_HELD_ELEMENTS", "_FORMED_ELEMENTS"):
+        monkeypatch.setattr(module, name, elements)
+    for formed in (True, False):
+        monkeypatch.setattr(module, "forms_for_products", lambda *_, formed=formed: formed)
+        monkeypatch.setattr(norms, "forms_for_norms", lambda *_, formed=formed: formed)
+        torch.testing.assert_close(
+            cross_gram(left, right, has_bias), reference.cross_gram(left, right, has_bias)
+        )
+        torch.testing.assert_close(gram(*left, has_bias), reference.gram(*left, has_bias))
+        torch.testing.assert_close(
+            gradient_norms(*left, has_bias), reference.gradient_norms(*left, has_bias)
+        )
+
+
+def test_long_samples_are_formed_and_short_ones_are_not():
+    """Of 64 samples against 16; the layer (128, 512) is a MLP's, and 768 square an attention's."""
+
+    def formed(classes: int, width: int, length: int, passes: int = 1) -> bool:
+        return forms_for_products((64 * length, 16 * length), (64, 16), classes, width, passes)
+
+    assert [formed(128, 512, t) for t in (1, 4, 16, 64, 256)] == [False] * 3 + [True] * 2
+    assert [formed(768, 768, t) for t in (1, 16, 256)] == [False, False, True]
+    assert formed(32, 32, 64) and formed(32, 32, 16)
+    assert not formed(128_256, 4096, 64)  # a vocabulary's head
+    assert not formed(128, 512, 64, passes=30)
+    assert [forms_for_norms(t, 128, 512) for t in (2, 64, 512)] == [False, False, True]
+
+
+def test_a_norm_is_not_negative_where_tokens_cancel():
+    delta = torch.tensor([[1.0, 3.0], [-1.0, -3.0]]) / 3
+    act = torch.full((2, 300), 1 / 7)
+    assert float(gradient_norms(delta, act, torch.tensor([0, 2]), True)) >= 0

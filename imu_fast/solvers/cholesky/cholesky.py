@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from imu_fast.backend import logger
+from imu_fast.backend import logger, record
 from imu_fast.errors import (
     InputError,
     SingularMatrixError,
@@ -211,6 +211,7 @@ def _torch_factor(a: Tensor, damping: float, overwrite: bool) -> tuple[Tensor, T
 def factor_plain(a: Tensor, damping: float, overwrite: bool) -> tuple[Tensor, Tensor]:
     """As :func:`imu_fast.solvers.cholesky.lapack.factor`, wherever a is."""
     backend = backend_of(a)
+    record("damped_cholesky_solve", backend)
     run = _torch_factor if backend == "torch" else _LIBRARIES[backend].factor
     return run(a, damping, overwrite)
 

@@ -1,0 +1,1 @@
+"""What ``imu-fast check`` runs: every operation here against its definition, and its time."""
