@@ -98,9 +98,10 @@ def check_seed(name: str, value: object) -> int:
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise InputError(f"{name}={value!r} must be an integer in [0, 2^32)")
-    if not 0 <= value < _SEEDS:
-        raise InputError(f"{name}={value} must be in [0, 2^32); pass seed % 2**32")
-    return int(value)
+    seed = int(value)
+    if not 0 <= seed < _SEEDS:
+        raise InputError(f"{name}={seed} must be in [0, 2^32); pass seed % 2**32")
+    return seed
 
 
 _KINDS: dict[str, tuple[str, Callable[[torch.dtype], bool]]] = {

@@ -93,11 +93,15 @@ class FittedFisherDiag(Fitted):
         """``sum_ck g_i[c,k]^2 / diagonal[c,k]``: [n]."""
 
         def term(part: Factors, classes: slice) -> Tensor:
-            inverse = self.damped[classes].reciprocal().to(factors.dtype)
+            damped = self.damped[classes]
+            # By a power of two, which rounds nothing: squares of small signals over a large
+            # damping would underflow before those of the features make them numbers again.
+            unit = torch.ldexp(torch.ones_like(damped.min()), torch.frexp(damped.min())[1] - 1)
+            inverse = (unit / damped).to(factors.dtype)
             return part.each(
                 lambda chunk: quadratic_scores(
                     chunk.delta, chunk.act, inverse, chunk.offsets, chunk.has_bias
-                )
+                ).div_(unit)
             )
 
         return sum_of_outputs(factors, term)

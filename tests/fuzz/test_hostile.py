@@ -97,3 +97,12 @@ def test_overflow_is_refused_and_names_the_way_out() -> None:
             imu.influence_scores(factors, curvature=curvature)
         wide = factors.to(dtype=torch.float64)
         assert torch.isfinite(imu.influence_scores(wide, curvature=curvature)).all()
+
+
+def test_a_large_damping_underflows_nothing_on_the_way() -> None:
+    """delta^2 over the diagonal is 1e-47, zero in float32; the answer, 1e-17, is a number of it."""
+    factors = imu.GradientFactors(
+        torch.full((2, 1), 1e-15), torch.full((2, 1), 1e15), torch.arange(3), False
+    )
+    own = imu.self_influence(factors, curvature="fisher_diag", damping=1e17)
+    torch.testing.assert_close(own, torch.full((2,), 1e-17), rtol=1e-6, atol=0)
