@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from imu_fast.model.guard import modes
+
 Samples = tuple[Tensor, Tensor]
 
 
@@ -34,7 +36,7 @@ def _projected(
     for x, y in zip(*(part.split(chunk) for part in samples), strict=True):
         gradients, found = per_sample(parameters, x, y)
         flat = torch.cat([g.flatten(1) for g in gradients.values()], dim=1)
-        rows.append(flat @ projection)
+        rows.append(flat @ projection.to(flat))
         margins.append(found)
     return torch.cat(rows), torch.sigmoid(-torch.cat(margins))
 
@@ -48,22 +50,24 @@ def trak(
     seed: int = 0,
     chunk: int = 64,
 ) -> Tensor:
-    """Attributions to the loss of each query, the mean over models: [n, m].
+    """Attributions to the loss of each query, the mean over models: [n, m] float64.
 
     Of each model ``phi_q^T (Phi^T Phi)^-1 phi_i (1 - p_i)`` with ``phi`` the gradient of the margin
     ``log(p_y / (1 - p_y))`` by all parameters, projected to ``width`` numbers at random. That
     predicts the margin; its negative is returned, which predicts the loss.
 
     Args:
-        models: trained on random subsets of the data, as the paper does; in evaluation mode.
+        models: trained on random subsets of the data, as the paper does; each is run in evaluation
+            mode, and left in its own.
     """
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(len(data[1]), len(queries[1]), dtype=torch.float64)
     for model in models:
         size = sum(p.numel() for p in model.parameters())
         projection = torch.randn(size, width, generator=generator) / width**0.5
-        phi, rest = _projected(model, data, projection, chunk)
-        theirs, _ = _projected(model, queries, projection, chunk)
+        with modes(model, batchnorm="eval", dropout="eval"):
+            phi, rest = _projected(model, data, projection, chunk)
+            theirs, _ = _projected(model, queries, projection, chunk)
         phi, theirs = phi.double(), theirs.double()
         gram = phi.T @ phi
         ridge = 1e-6 * gram.diagonal().mean() * torch.eye(width, dtype=torch.float64)

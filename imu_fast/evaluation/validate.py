@@ -238,17 +238,17 @@ def validate(
         extra: further candidates by name.
 
     Raises:
-        InputError: fewer than four queries or samples, counts below 1, a damaged file in
+        InputError: fewer than four queries or samples, fewer than two subsets, a damaged file in
             ``folder``, a model that does not give finite losses.
     """
     check_installed("validate()", "scipy")
     check_count("repeats", repeats)
+    if check_count("subsets", subsets) < 2:
+        raise InputError("subsets=1 orders nothing; pass two or more, 50 say")
     for name, (x, y) in (("data", data), ("test", test)):
         if len(x) != len(y) or len(y) < 4:
             raise InputError(f"{name} has {len(x)} inputs and {len(y)} labels; pass four or more")
-    chosen = random_subsets(
-        len(data[1]), check_count("subsets", subsets), fraction=fraction, seed=seed
-    )
+    chosen = random_subsets(len(data[1]), subsets, fraction=fraction, seed=seed)
     where = None if folder is None else Path(folder)
     retraining = _Retraining(train, data, test, chosen, repeats, seed, where)
     of_queries, of_data = retraining.losses(progress)
@@ -289,7 +289,7 @@ def _scores(
             tau = attribute(model, halves, data, queries)
             by_setting[setting] = linear_datamodeling_score(tau, subsets, outputs).numpy()
         means = {k: _mean(v[development.numpy()]) for k, v in by_setting.items()}
-        best = max(means, key=lambda k: means[k])
+        best = _best(means)
         reported = by_setting[best][~development.numpy()]
         reported = reported[~np.isnan(reported)]
         low, high = t_interval(reported)
@@ -317,9 +317,14 @@ def _memorised(
         scores = {k: score(model, data) for k, score in candidate.alone.items()}
         if scores:
             means = {k: correlation(s, development) for k, s in scores.items()}
-            best = max(means, key=lambda k: means[k])
+            best = _best(means)
             found = correlation(scores[best], ~development)
             yield {"candidate": name, "setting": best, "spearman": found}
+
+
+def _best(means: Mapping[str, float]) -> str:
+    """The setting of the largest mean; one whose mean is NaN only if all are."""
+    return max(means, key=lambda k: -math.inf if math.isnan(means[k]) else means[k])
 
 
 def _mean(values: np.ndarray) -> float:

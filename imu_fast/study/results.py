@@ -213,6 +213,7 @@ def _tests(rows: list[Json]) -> list[Json]:
             found += [
                 {"question": name, "metric": metric, "margin": margin, **same, **line}
                 for line, same in zip(differ, alike, strict=True)
+                if line["n_pairs"]  # or nothing was compared, in a comparison that is not finished
             ]
     return found
 

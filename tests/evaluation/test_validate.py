@@ -20,6 +20,7 @@ from imu_fast.evaluation.datamodels import (
 )
 from imu_fast.evaluation.trak import trak
 from imu_fast.evaluation.validate import Candidate, candidates
+from imu_fast.evaluation.validate import _best as best_of
 
 nan = math.nan
 
@@ -107,6 +108,22 @@ def test_trak_is_the_formula_of_its_paper():
     torch.testing.assert_close(found, expected.detach(), rtol=1e-3, atol=1e-4)
 
 
+def test_trak_of_a_double_model_in_training_mode():
+    """It runs in evaluation mode, where dropout is nothing, and is left in training mode."""
+    (x, y), (xq, yq) = problem()
+    plain = fitted((x, y), 0)
+    model = nn.Sequential(nn.Dropout(0.5), plain).double().train()
+    found = trak([model], (x.double(), y), (xq.double(), yq), width=8)
+    expected = trak([plain.double()], (x.double(), y), (xq.double(), yq), width=8)
+    torch.testing.assert_close(found, expected)
+    assert model.training
+
+
+def test_a_setting_without_a_score_is_not_the_best():
+    assert best_of({"a": nan, "b": -0.1, "c": -0.2}) == "b"
+    assert best_of({"a": nan, "b": nan}) == "a"
+
+
 def test_exact_influence_predicts_retraining_and_chance_does_not(tmp_path):
     data, test = problem()
     given = dict(subsets=60, repeats=1, progress=False, folder=tmp_path, layers=None)
@@ -139,8 +156,9 @@ def test_a_candidate_of_ones_own_and_bad_input():
     for name, bad in (("data", (data[0][:3], data[1][:3])), ("test", (test[0], test[1][:4]))):
         with pytest.raises(imu.InputError, match=f"{name} has"):
             imu.validate(fitted, **{"data": data, "test": test, name: bad})
-    with pytest.raises(imu.InputError, match="subsets"):
-        imu.validate(fitted, data, test, subsets=0)
+    for few in (0, 1):  # before anything is trained
+        with pytest.raises(imu.InputError, match="subsets"):
+            imu.validate(pytest.fail, data, test, subsets=few)
 
     def diverged(samples, seed):
         model = fitted(samples, seed)

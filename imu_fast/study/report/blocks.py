@@ -91,7 +91,12 @@ class Spread:
 
 @dataclass(frozen=True)
 class Line:
-    """A method, or a reference, in a block."""
+    """A method, or a reference, in a block.
+
+    Attributes:
+        runs: it was measured in; models: that any line of the block was. Fewer runs: the comparison
+            is not finished, and its means are not over the same models as the others'.
+    """
 
     method: str
     forget_only: bool
@@ -101,7 +106,13 @@ class Line:
     steps: Spread
     seconds: Spread
     values: dict[str, Spread]
+    models: int = 0
     best: bool = False
+
+    @property
+    def partial(self) -> bool:
+        """Whether it was measured on fewer models than others of the block."""
+        return self.runs < self.models
 
     @property
     def reference(self) -> bool:
@@ -109,10 +120,12 @@ class Line:
 
     @property
     def name(self) -> str:
-        """The method, and in how many of its runs it got to the depth if not in all."""
-        if self.reached == self.runs:
-            return self.method
-        return f"{self.method} ({self.reached}/{self.runs})"
+        """The method; in how many of its runs it got to the depth, and of how many models it ran.
+
+        Each where it is not all.
+        """
+        reached = "" if self.reached == self.runs else f" ({self.reached}/{self.runs})"
+        return self.method + reached + (f" [{self.runs} of {self.models}]" if self.partial else "")
 
     @property
     def retain(self) -> Spread:
@@ -186,8 +199,8 @@ def blocks(results: dict[str, Any]) -> list[Block]:
     """Arrange the results by task and depth, in the order of ``tasks`` and ``depths``.
 
     Best is the method nearest to retraining by the average gap (at the stress test: the one with
-    the highest retain accuracy) of those that use the forget set only and got to the depth in every
-    run.
+    the highest retain accuracy) of those that use the forget set only, were measured on every model
+    of the block and got to the depth on each.
     """
     check_results(results)
     rows: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
@@ -217,6 +230,8 @@ def blocks(results: dict[str, Any]) -> list[Block]:
                 for entry in results["summary"]
                 if (entry["task"], entry["depth"]) == (task, depth)
             ]
+            models = max((one.runs for one in lines), default=0)
+            lines = [replace(one, models=models) for one in lines]
             block = Block(task, depth, f"{about['title']} (n = {about['n']}), depth: {depth}", ())
             methods = _best_first(block, [one for one in lines if not one.reference])
             if methods:
@@ -237,6 +252,7 @@ def _best_first(block: Block, lines: list[Line]) -> list[Line]:
     for i, line in enumerate(ordered):
         if (
             line.forget_only
+            and not line.partial
             and line.reached == line.runs
             and not math.isnan(line.values[metric].mean)
         ):
@@ -271,6 +287,8 @@ def verdict(test: dict[str, Any]) -> str:
     points = test["metric"] == "gap" or "accuracy" in test["metric"]
     unit, scale = ("points", 100) if points else ("nats", 1)
     low, high = number(test["low"]), number(test["high"])
+    if math.isnan(number(test["difference"])):
+        return "no run in common"
     said = f"{number(test['difference']) * scale:+.2f} {unit}"
     if math.isnan(low):
         return f"{said}; too few seeds to say more"
@@ -278,7 +296,8 @@ def verdict(test: dict[str, Any]) -> str:
     if number(test["t_p_holm"]) < SIGNIFICANT:
         found = f"significant, p = {p_value(test['t_p_holm'])}"
     elif test["equivalent"]:
-        found = f"not significant, and equal within {test['margin'] * scale:g} {unit}"
+        margin = test["margin"] * scale
+        found = f"not significant, and equal within {margin:g} {unit[:-1] if margin == 1 else unit}"
     else:
         found = "not significant, and not shown to be equal either"
     return f"{said}: {found}"

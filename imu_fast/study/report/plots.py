@@ -52,11 +52,15 @@ def trade_off(
     """
     figure = new_figure(figsize=(7, 5.6))
     axes = figure.subplots()
+    count = max((len(those) for those in runs.values()), default=0)
     for i, (name, those) in enumerate(runs.items()):
+        few = f" [{len(those)} of {count}]" if len(those) < count else ""
         colour = _COLOURS[i % len(_COLOURS)]
         forget, retain, low, high = stages(those).T
         style = f"{_MARKERS[i % len(_MARKERS)]}{_DASHES[i % len(_DASHES)]}"
-        axes.plot(forget, retain, style, color=colour, linewidth=1.8, markersize=5, label=name)
+        axes.plot(
+            forget, retain, style, color=colour, linewidth=1.8, markersize=5, label=name + few
+        )
         axes.fill_between(forget, low, high, color=colour, alpha=0.13, linewidth=0)
     for line, marker in zip(references, "*X", strict=False):
         forget_accuracy = line.values["forget_accuracy"]
@@ -75,7 +79,6 @@ def trade_off(
     axes.invert_xaxis()
     axes.set_xlabel("forget accuracy (runs go to the right)", fontsize=12)
     axes.set_ylabel("retain accuracy", fontsize=12)
-    count = max((len(those) for those in runs.values()), default=0)
     over = f"mean and 10-90 % of {count} runs" if count > 1 else "one run"
     axes.set_title(f"Forgetting {title}: what is kept\n({over})", fontsize=13)
     axes.grid(alpha=0.3)
@@ -159,6 +162,8 @@ def factorial(path: Path, title: str, panels: Sequence[tuple[Block, list[Cell]]]
             value = c.line.values[metric.name]
             grid[at] = value.mean
             texts[at] = value.text(3).replace(" ± ", "\n± ")
+            if c.line.partial:
+                texts[at] += f"\n[{c.line.runs} of {c.line.models}]"
         better_low = metric.name == "gap"
         _heat_map(axes, grid, texts, _limits(grid), "cividis_r" if better_low else "cividis")
         axes.set_title(f"depth {block.depth}: {metric.label}", fontsize=10)

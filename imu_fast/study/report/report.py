@@ -56,7 +56,8 @@ def comparison_table(results: dict[str, Any]) -> Table:
         "forget, retain and test accuracy and members; KL: to it, on the forget set (random flips "
         "show that the gap alone can be gamed). '>': the nearest that uses the forget set only and "
         "got to the depth in every run; at 'half', which retraining does not reach, the one that "
-        "keeps most; (k/m): k of m runs did. memb.: fraction that an attack calls training data; "
+        "keeps most; (k/m): k of m runs did; [k of m]: run on k of m models yet. "
+        "memb.: fraction that an attack calls training data; "
         "relearn: steps until the forgotten is back.",
         box=None,
         padding=(0, 1),
@@ -181,19 +182,19 @@ def _markdown(results: dict[str, Any], arranged: list[Block]) -> str:
     def row(cells: list[str]) -> str:
         return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
 
-    parts = [_explained(results)]
+    parts = [_explained(results, arranged)]
     for block in arranged:
         lines = [f"## {block.title}", "", results["depths"][block.depth], ""]
         lines.append(row(["method", *HEADINGS]))
         lines.append(row(["---", *["---:"] * len(HEADINGS)]))
         for line in block.lines:
-            name = f"**{line.method}**" if line.best else line.method
+            name = f"**{line.name}**" if line.best else line.name
             lines.append(row([name, *_cells(line)]))
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
 
-def _explained(results: dict[str, Any]) -> str:
+def _explained(results: dict[str, Any], arranged: list[Block]) -> str:
     planned = results["planned"]["cells"]
     cells = {(r["arch"], r["seed"], r["task"]) for r in results["rows"]}
     text = (
@@ -203,6 +204,11 @@ def _explained(results: dict[str, Any]) -> str:
     )
     if len(cells) < planned:
         text += f" Not finished: {len(cells)} of {planned} models and tasks are measured."
+    if any(line.partial for block in arranged for line in block.lines):
+        text += (
+            " [k of m]: a method that has run on k of the m models yet; its means are not over the "
+            "same models as the others', and it is not called the best."
+        )
     return text
 
 
@@ -251,7 +257,7 @@ def _html(results: dict[str, Any], arranged: list[Block], figures: list[dict[str
         cards=_CARDS,
         figures={figure["section"]: figure for figure in figures},
         verdicts=lambda block: list(verdicts(results, block)),
-        explained=_explained(results),
+        explained=_explained(results, arranged),
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 from made_comparison import METHODS, NEVER, SOMETIMES, make_results
 
 from imu_fast.errors import InputError
-from imu_fast.study.entries import AUTO, ORIGINAL, REFERENCES
+from imu_fast.study.entries import AUTO, BASELINE, ORIGINAL, REFERENCES
 from imu_fast.study.report import blocks as arrange
 from imu_fast.study.report.blocks import METRICS, blocks, drawn, factorial, points, verdict
 from imu_fast.study.runs import METRICS as MEASURED
@@ -172,9 +172,29 @@ def test_what_a_test_says_in_words():
     test |= {"equivalent": False, "margin": 0.01}
     assert verdict(test) == "-3.10 points (95 %: -5.00 to -1.20): significant, p = 0.011"
     assert "not shown to be equal" in verdict(test | {"t_p_holm": 0.2})
-    assert verdict(test | {"t_p_holm": 0.2, "equivalent": True}).endswith("equal within 1 points")
+    assert verdict(test | {"t_p_holm": 0.2, "equivalent": True}).endswith("equal within 1 point")
     assert "nats" in verdict(test | {"metric": "kl_forget"})
     assert "too few seeds" in verdict(test | {"low": None, "high": None, "t_p_holm": None})
+    assert verdict(test | {"difference": None, "low": None, "high": None}) == "no run in common"
+
+
+def test_a_method_that_ran_on_few_models_says_so_and_is_not_the_best(tmp_path):
+    """Its mean is not over the models that the others', and the floors', are over."""
+    results = make_results(late=(BASELINE,))
+    block = blocks(results)[0]
+    line = block.line(BASELINE)
+    assert line is block.methods[0], "by its numbers it comes first"
+    assert line.name == f"{BASELINE} [1 of 6]" and line.partial and not line.best
+    assert block.best.runs == 6 and block.best.gap.mean > line.gap.mean
+    write_report(results, tmp_path)
+    for file in ("table.md", "report.html"):
+        text = (tmp_path / file).read_text(encoding="utf-8")
+        assert f"{BASELINE} [1 of 6]" in text and "[k of m]" in text
+    tests = results["tests"]
+    assert any(t["question"] == "freezing" for t in tests)
+    assert all(t["n_pairs"] for t in tests), "what has no run in common is no test"
+    other = blocks(make_results())
+    assert not any(line.partial for b in other for line in b.lines)
 
 
 def test_one_run_without_extras(tmp_path):
