@@ -93,7 +93,9 @@ def check_result(what: str, result: Tensor, *sources: Any) -> Tensor:
             part = getattr(source, name, None)
             if isinstance(part, Tensor) and part.dim() and len(part):
                 check_finite_rows(name, part, "token")
+    wide = result.dtype == torch.float64
+    way = "features in smaller units" if wide else "factors.to(dtype=torch.float64)"
     raise InputError(
         f"{what} is beyond the range of {result.dtype}: the factors are too large for it, or "
-        "damping is too small; pass factors.to(dtype=torch.float64), or a larger damping"
+        f"damping is too small; pass {way}, or a larger damping"
     )
