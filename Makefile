@@ -7,12 +7,16 @@ DEMO_OUT ?= imu-fast-demo
 DOCS = 'mkdocs-material>=9.6' 'mkdocstrings[python]>=1.0' 'ruff'
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint docs integration options zoo fuzz bench bench-report studies sanitize roofline clean
+.PHONY: demo test coverage lint docs integration options zoo fuzz bench bench-report studies sanitize roofline clean
 
 demo: $(VENV)/.demo
 	$(BIN)/imu-fast demo --out $(DEMO_OUT)
 
 test: $(VENV)/.test
+	$(BIN)/python -m pytest --numprocesses auto
+
+# The same, slower, with the lines that no test runs.
+coverage: $(VENV)/.test
 	$(BIN)/python -m pytest --numprocesses auto --cov=imu_fast --cov-report=term --cov-fail-under=90
 
 lint: $(VENV)/.test

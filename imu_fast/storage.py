@@ -22,6 +22,7 @@ from imu_fast.errors import InputError, WriteError, brief
 # Of the files below; a reader refuses those of a later version.
 FORMAT = 1
 _OURS = "imu_fast."
+_ALIGNMENT = 64
 _FORMAT, _CHECKSUM = f"{_OURS}format", f"{_OURS}sha256"
 
 
@@ -211,6 +212,15 @@ _DAMAGE: tuple[type[Exception], ...] = (
 )
 
 
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor where torch would have put it: libraries round by how memory is aligned.
+
+    In the file it stands wherever the header ends, so what is read would else not give the bits of
+    what was written.
+    """
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
+
+
 def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a safetensors file; one that :func:`save_tensors` wrote is verified.
 
@@ -250,4 +260,6 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             f"{shown} has the format {metadata[_FORMAT]}, this version reads {FORMAT}; upgrade "
             "imu_fast"
         )
-    return tensors, {k: v for k, v in metadata.items() if not k.startswith(_OURS)}
+    # Only now: a copy would make a whole True of a damaged one.
+    aligned = {key: _aligned(tensor) for key, tensor in tensors.items()}
+    return aligned, {k: v for k, v in metadata.items() if not k.startswith(_OURS)}
