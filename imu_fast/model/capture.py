@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from typing_extensions import Unpack
 
-from imu_fast.errors import InputError, check_finite_rows
+from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import HeadFactors
 from imu_fast.model.batches import device_of, empty_message, warn_of_order
 from imu_fast.model.features import HeadCapture
@@ -91,14 +91,12 @@ def capture_features(
 
     Raises:
         InputError: empty loader, labels out of range, several outputs that may be the logits,
-            samples that are not independent, features that are not finite.
+            samples that are not independent.
         NoHeadFoundError: no linear layer, or not the given one, produces the logits, or it is
             not ``act W^T + b``.
     """
     how = Reading.of("capture_features()", reading).following(model)
-    found = _capture_head(model, loader, head, how, progress).features()
-    check_finite_rows("features", found.features, "row")
-    return found
+    return _capture_head(model, loader, head, how, progress).features()
 
 
 @door
