@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,14 @@ from tqdm.auto import tqdm
 from imu_fast.attribution.similarity import pairwise_similarity
 from imu_fast.curvature.base import Curvature
 from imu_fast.curvature.named import CURVATURES
-from imu_fast.errors import InputError, check_count, check_finite_rows, check_installed
+from imu_fast.errors import (
+    InputError,
+    brief,
+    check_choice,
+    check_count,
+    check_finite_rows,
+    check_installed,
+)
 from imu_fast.evaluation.datamodels import (
     linear_datamodeling_score,
     memorisation,
@@ -36,6 +43,8 @@ Train = Callable[[Samples, int], nn.Module]
 # What attributes: (the model of all samples, models of random halves, data, queries) to [n, m].
 Attribute = Callable[[nn.Module, "list[nn.Module]", Samples, Samples], Tensor]
 DAMPINGS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+# Samples and queries that every candidate is tried on.
+_TRIED = 8
 # Models of random halves for TRAK, as its paper uses an ensemble.
 _HALVES = 5
 
@@ -216,6 +225,7 @@ def validate(
     layers: list[str] | None = None,
     folder: str | Path | None = None,
     extra: Mapping[str, Candidate] | None = None,
+    without: Collection[str] = (),
     progress: bool = True,
 ) -> Validation:
     """Compare every curvature's influence with what retraining on random subsets does.
@@ -236,10 +246,13 @@ def validate(
         folder: where the retrained models' losses are kept; a later call with the same samples and
             seeds goes on from there. One folder per ``train``. None: they are not kept.
         extra: further candidates by name.
+        without: names of candidates that are left out: "TRAK" needs 512 numbers per parameter of
+            the model, and a model that ``torch.func.vmap`` takes.
 
     Raises:
-        InputError: fewer than four queries or samples, fewer than two subsets, a damaged file in
-            ``folder``, a model that does not give finite losses.
+        InputError: a candidate cannot attribute with this model, which is tried before the
+            retraining; fewer than four queries or samples, fewer than two subsets, a damaged file
+            in ``folder``, a model that does not give finite losses.
     """
     check_installed("validate()", "scipy")
     check_count("repeats", repeats)
@@ -251,13 +264,17 @@ def validate(
     chosen = random_subsets(len(data[1]), subsets, fraction=fraction, seed=seed)
     where = None if folder is None else Path(folder)
     retraining = _Retraining(train, data, test, chosen, repeats, seed, where)
-    of_queries, of_data = retraining.losses(progress)
+    every = candidates(layers) | dict(extra or {})
+    for name in without:
+        check_choice("without", name, tuple(every))
+    every = {name: candidate for name, candidate in every.items() if name not in without}
     model = train(data, seed)
+    _try(every, model, data, test)
+    of_queries, of_data = retraining.losses(progress)
     halves = [
         train((data[0][half], data[1][half]), seed + 10_000 + i)
         for i, half in enumerate(random_subsets(len(data[1]), _HALVES, seed=seed + 1))
     ]
-    every = candidates(layers) | dict(extra or {})
     lds, grid = _scores(every, model, halves, data, test, chosen, of_queries, progress)
     remembered = memorisation(chosen, of_data)
     return Validation(
@@ -269,6 +286,27 @@ def validate(
         len(test[1]),
         len(data[1]),
     )
+
+
+def _try(every: Mapping[str, Candidate], model: nn.Module, data: Samples, queries: Samples) -> None:
+    """Every candidate on a few samples, so that what cannot work is known before the retraining.
+
+    Raises:
+        InputError: one cannot, by name.
+    """
+    few = data[0][:_TRIED], data[1][:_TRIED]
+    asked = queries[0][:_TRIED], queries[1][:_TRIED]
+    for name, candidate in every.items():
+        try:
+            for attribute in list(candidate.settings.values())[:1]:
+                attribute(model, [model], few, asked)
+            for score in list(candidate.alone.values())[:1]:
+                score(model, few)
+        except Exception as error:  # of a candidate that is the user's, or of the model
+            raise InputError(
+                f"{name!r} cannot attribute with this model ({brief(error)}); leave it out, "
+                f"without=({name!r},)"
+            ) from error
 
 
 def _scores(

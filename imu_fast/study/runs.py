@@ -58,6 +58,8 @@ METRICS = (
     "relearn",
     "probe",
 )
+# What membership attacks are to tell apart.
+_TOLD = ("forget", "unseen")
 # Retain images that accuracies are measured on.
 _RETAIN = 2000
 # Fewer models that were trained on other images say little of how confidence varies over models.
@@ -271,13 +273,13 @@ class Setting:
         where too few shadow models are without the images.
         """
         assert self.retrained is not None
-        row = self._accuracies(seen)
-        row["gap"] = average_gap(row, self._accuracies(self.retrained))
+        attacks = self._attacks(seen)
+        row = _accuracies(seen, attacks)
+        row["gap"] = average_gap(row, self._of_retrained)
         for on in _SETS:
             far = distance(seen.outputs[on], self.retrained.outputs[on])
             row |= {f"{name}_{on}": value for name, value in far.items()}
         row["forget_loss"] = seen.outputs["forget"].mean_loss
-        attacks = self._attacks(seen)
         row |= {name: attacks[name] for name in ("auc", "ks")}
         row |= self._lira(seen)
         if seen.head is not None:
@@ -300,30 +302,34 @@ class Setting:
         sets = (seen.outputs[name] for name in ("forget", "retain", "unseen"))
         return membership(*sets, heldout=seen.outputs["test"], seed=self.seed)
 
-    def _accuracies(self, seen: Seen) -> dict[str, float]:
-        row = {f"{on}_accuracy": seen.outputs[on].accuracy for on in _SETS}
-        return row | {"membership": self._attacks(seen)["svc"]}
+    @cached_property
+    def _of_retrained(self) -> dict[str, float]:
+        """What every gap is to."""
+        assert self.retrained is not None
+        return _accuracies(self.retrained, self._attacks(self.retrained))
 
     @cached_property
-    def _shadow_confidences(self) -> dict[str, Tensor]:
-        """By set, [shadows, n]; NaN where a shadow was trained on the image."""
-        found = {}
-        for name in ("forget", "unseen"):
-            each = [scaled_confidence(outputs_of(s.model, self.sets[name])) for s in self._shadows]
-            found[name] = torch.stack(each)
+    def _shadow_confidences(self) -> Tensor:
+        """Of forget, then unseen images: [shadows, n]; NaN where a shadow was trained on it."""
+        found = torch.stack(
+            [
+                torch.cat([scaled_confidence(outputs_of(s.model, self.sets[on])) for on in _TOLD])
+                for s in self._shadows
+            ]
+        )
         without = torch.stack([shadow.without for shadow in self._shadows])
-        found["forget"][~without] = math.nan
+        found[:, : without.shape[1]][~without] = math.nan
         return found
 
     def _lira(self, seen: Seen) -> dict[str, float]:
+        """How well likelihood ratios tell the two sets apart, both in units of one spread."""
         if len(self._shadows) < _SHADOWS:
             return {}
-        scores = {
-            name: lira(scaled_confidence(seen.outputs[name]), out)
-            for name, out in self._shadow_confidences.items()
-        }
-        known = {name: s[~s.isnan()] for name, s in scores.items()}
-        return {"lira": roc_auc(known["forget"], known["unseen"])} if len(known["forget"]) else {}
+        told = torch.cat([scaled_confidence(seen.outputs[on]) for on in _TOLD])
+        scores = lira(told, self._shadow_confidences)
+        forget, unseen = scores.tensor_split([len(self.task.forget[1])])
+        forget = forget[~forget.isnan()]
+        return {"lira": roc_auc(forget, unseen)} if len(forget) else {}
 
     @cached_property
     def _probe_of_original(self) -> float:
@@ -352,3 +358,9 @@ class Setting:
         scores["-loss"] = -self.original.outputs["forget"].loss
         pairs = {name: (s.double().numpy(), exact.double().numpy()) for name, s in scores.items()}
         return {name: float(spearmanr(*pair).statistic) for name, pair in pairs.items()}
+
+
+def _accuracies(seen: Seen, attacks: Mapping[str, float]) -> dict[str, float]:
+    """The four numbers of the average gap."""
+    row = {f"{on}_accuracy": seen.outputs[on].accuracy for on in _SETS}
+    return row | {"membership": attacks["svc"]}

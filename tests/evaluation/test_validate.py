@@ -82,30 +82,39 @@ def test_subsets():
             random_subsets(10, 5, **bad)
 
 
-def test_trak_is_the_formula_of_its_paper():
-    data, queries = problem()
-    model = fitted(data, 0)
+def test_trak_is_the_product_of_its_papers_two_means():
+    data, queries = (
+        tuple(part.double() if part.is_floating_point() else part for part in one)
+        for one in problem()
+    )
+    models = [
+        fitted((data[0][rows].float(), data[1][rows]), 0).double()
+        for rows in (slice(0, 25), slice(15, 40))
+    ]
 
-    def gradients(samples):
+    def gradients(model, samples):
         rows = []
         for x, y in zip(*samples, strict=True):
             model.zero_grad()
-            z = model(x)
-            p = z.softmax(0)[y]
+            p = model(x).softmax(0)[y]
             torch.log(p / (1 - p)).backward()
             rows.append(torch.cat([q.grad.flatten() for q in model.parameters()]))
-        return torch.stack(rows).double()
+        return torch.stack(rows)
 
     g = torch.Generator().manual_seed(0)
-    projection = (torch.randn(12, 8, generator=g) / 8**0.5).double()
-    phi, theirs = gradients(data) @ projection, gradients(queries) @ projection
-    rest = 1 - model(data[0]).softmax(1)[range(40), data[1]].double()
-    # Of two classes the margin's gradients span six dimensions, so the ridge decides the rest.
-    gram = phi.T @ phi
-    gram += 1e-6 * gram.diagonal().mean() * torch.eye(8)
-    expected = -rest[:, None] * (phi @ torch.linalg.solve(gram, theirs.T))
-    found = trak([model], data, queries, width=8)
-    torch.testing.assert_close(found, expected.detach(), rtol=1e-3, atol=1e-4)
+    terms, rests = [], []
+    for model in models:
+        projection = (torch.randn(12, 8, generator=g) / 8**0.5).double()
+        phi, theirs = (gradients(model, part) @ projection for part in (data, queries))
+        # Of two classes the margin's gradients span six dimensions, so the ridge decides the rest.
+        gram = phi.T @ phi
+        gram += 1e-6 * gram.diagonal().mean() * torch.eye(8)
+        terms.append(phi @ torch.linalg.solve(gram, theirs.T))
+        rests.append(1 - model(data[0]).softmax(1)[range(40), data[1]].detach())
+    expected = -(sum(rests) / 2)[:, None] * (sum(terms) / 2)
+    found = trak(models, data, queries, width=8)
+    # The system's condition is about 1e7: so many units of float64's last place.
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-8)
 
 
 def test_trak_of_a_double_model_in_training_mode():
@@ -159,6 +168,33 @@ def test_a_candidate_of_ones_own_and_bad_input():
     for few in (0, 1):  # before anything is trained
         with pytest.raises(imu.InputError, match="subsets"):
             imu.validate(pytest.fail, data, test, subsets=few)
+
+    trained = []
+
+    def noted(samples, seed):
+        trained.append(seed)
+        return fitted(samples, seed)
+
+    def broken(model, halves, d, q):
+        raise RuntimeError("no such layer")
+
+    failing = {"mine": Candidate({"": broken})}
+    with pytest.raises(imu.InputError, match=r"'mine' cannot .*no such layer.*without=\('mine',\)"):
+        imu.validate(noted, data, test, extra=failing, progress=False)
+    assert len(trained) == 1, "before the retraining"
+    left = imu.validate(
+        fitted,
+        data,
+        test,
+        subsets=2,
+        repeats=1,
+        extra=failing,
+        without=("mine", "TRAK"),
+        progress=False,
+    )
+    assert not {"mine", "TRAK"} & {row["candidate"] for row in left.lds}
+    with pytest.raises(imu.InputError, match="without='magic' is unknown"):
+        imu.validate(fitted, data, test, without=("magic",))
 
     def diverged(samples, seed):
         model = fitted(samples, seed)
