@@ -15,12 +15,14 @@ def influences(
     """The columns score and weight, and self_influence where it is asked for; and the factors."""
     import torch
 
+    from imu_fast.curvature.gauss_newton import fisher_for
     from imu_fast.influence.scores import influence_scores
     from imu_fast.influence.scores import self_influence as with_itself
     from imu_fast.influence.weights import influence_weights
     from imu_fast.model.capture import capture
 
-    factors = capture(model, loader, layers, progress=sys.stderr.isatty())
+    how: Any = {"progress": sys.stderr.isatty(), "fisher": fisher_for(spec, layers)}
+    factors = capture(model, loader, layers, **how)
     scores = wide(influence_scores(factors, curvature=spec))
     selected, kept = influence_weights(scores, on_empty="uniform")
     columns = {"score": scores, "weight": torch.zeros_like(scores).index_put_((selected,), kept)}

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from imu_fast.errors import InputError, check_count
 from imu_fast.factors.gradient_factors import GradientFactors, check_offsets
 from imu_fast.factors.samples import Stored
+from imu_fast.losses.output_curvature import StoredCurvature
 from imu_fast.ops.tokens import cuts
 
 # Elements of unfolded inputs that exist at once, but for one larger sample.
@@ -78,6 +79,7 @@ class UnfoldedFactors(Stored[GradientFactors]):
         inputs: of the layer's calls, each [k, c, *sizes].
         offsets: [n + 1] int64; positions ``offsets[i]:offsets[i+1]`` belong to sample i.
         unfolding: how the layer reads them. has_bias: whether it has one. name: the layer's.
+        curvature: signals of the Gauss-Newton matrix, where they were captured.
     """
 
     delta: Tensor
@@ -88,6 +90,7 @@ class UnfoldedFactors(Stored[GradientFactors]):
     feature_dim: int
     has_bias: bool
     name: str
+    curvature: StoredCurvature | None = None
 
     def __post_init__(self) -> None:
         check_offsets(self.offsets, len(self.delta))
@@ -109,7 +112,12 @@ class UnfoldedFactors(Stored[GradientFactors]):
             delta=self.delta[start:stop],
             places=self.places[start:stop],
             offsets=self.offsets[first : last + 1] - start,
+            curvature=self._curvature(start, stop),
         )
+
+    def _curvature(self, start: int, stop: int) -> StoredCurvature | None:
+        kept = self.curvature
+        return None if kept is None else kept.map(lambda x: x[start:stop])
 
     def chunks(self, max_tokens: int | None = None) -> Iterator[GradientFactors]:
         """Samples in order, unfolded; at most ``max_tokens`` positions, or one larger sample."""
@@ -124,6 +132,7 @@ class UnfoldedFactors(Stored[GradientFactors]):
                 self.offsets[first : last + 1] - start,
                 self.has_bias,
                 name=self.name,
+                curvature=self._curvature(start, stop),
             )
 
     def _unfolded(self, start: int, stop: int) -> Tensor:

@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 
 from imu_fast.curvature.base import Curvature, Layer, check_whole
 from imu_fast.curvature.base import scores as scores_of
+from imu_fast.curvature.gauss_newton import fisher_for
 from imu_fast.curvature.named import CURVATURES, CurvatureName, OwnOptions
 from imu_fast.errors import InputError
 from imu_fast.factors.outputs import at_outputs, cuts_of_outputs, for_inputs
@@ -45,15 +46,25 @@ class ScoreOptions(OwnOptions, ReadingOptions, total=False):
 
 
 def factors_of(
-    source: Any, data: Any, layers: Any, progress: bool, reading: dict[str, Any]
+    source: Any,
+    data: Any,
+    layers: Any,
+    progress: bool,
+    reading: dict[str, Any],
+    spec: Curvature | None = None,
 ) -> list[Factors]:
-    """Those that a user passed, or captured of the model passed; raises InputError."""
+    """Those that a user passed, or captured of the model passed; raises InputError.
+
+    Args:
+        spec: what will be fitted to them.
+    """
     if isinstance(source, nn.Module):
         if data is None:
             raise InputError("data=None: pass the samples after the model")
         from imu_fast.model.capture import capture
 
-        source = capture(source, data, layers=layers, progress=progress, **reading)
+        how: dict[str, Any] = {"progress": progress, "fisher": fisher_for(spec, layers)}
+        source = capture(source, data, layers=layers, **how, **reading)
     elif data is not None:
         raise InputError("data is only used with a model; pass factors alone")
     elif given := [name for name, value in reading.items() if value is not None]:
@@ -166,7 +177,7 @@ def influence_scores(
     """
     reading, own = taken(options)
     spec = CURVATURES.choose(curvature, damping=damping, **own)
-    all_layers = factors_of(source, data, layers, progress, reading)
+    all_layers = factors_of(source, data, layers, progress, reading, spec)
     if first_row_is_mean:
         check_whole("first_row_is_mean=True: source", all_layers[0])
     goals = _goals(target, all_layers)
@@ -215,7 +226,7 @@ def self_influence(
     """
     reading, own = taken(options)
     spec = CURVATURES.choose(curvature, damping=damping, **own)
-    all_layers = factors_of(source, data, layers, progress, reading)
+    all_layers = factors_of(source, data, layers, progress, reading, spec)
     total: Tensor | None = None
     for layer in all_layers:
         for classes in _cuts(spec, layer):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from typing_extensions import Unpack
@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import HeadFactors
 from imu_fast.model.batches import device_of, empty_message, warn_of_order
+from imu_fast.model.expectation import Expectation
 from imu_fast.model.features import HeadCapture
 from imu_fast.model.features import HeadFeatures as HeadFeatures
 from imu_fast.model.guard import door
@@ -105,6 +106,9 @@ def capture(
     loader: Any,
     layers: str | nn.Module | Sequence[str | nn.Module] = "head",
     *,
+    fisher: Literal["exact", "sampled"] | None = None,
+    draws: int | None = None,
+    seed: int | None = None,
     progress: bool = False,
     **reading: Unpack[ReadingOptions],
 ) -> HeadFactors | LayerFactors | list[LayerFactors]:
@@ -121,6 +125,13 @@ def capture(
             Linear layers, transformers' Conv1D (its weight [d, C] as [C, d]), and convolutions of
             one group (their weight flattened to [C, c * kernel]). An adapter's wrapper stands for
             its base layer; ``"lora_A"`` for the layers of that name.
+        fisher: bring layers the signals of which ``ggn``, ``ggn_block``, ``kfac`` and ``ekfac`` are
+            made there, over the model's own predictions: ``"sampled"``: labels drawn from them (the
+            true Fisher of Martens and Grosse 2015), one more backward pass and ``delta`` for each
+            draw; ``"exact"``: one for each output and position of a batch. None: neither; the head
+            needs none, and ``fisher="empirical"`` of these curvatures takes the data's labels.
+        draws, seed: of ``"sampled"``: labels drawn at each position (1), and their seed (0): the
+            same samples in the same order have the same draws, in whatever batches.
         reading: ``output``, ``loss`` and its options, as in :func:`capture_features`.
 
     Returns:
@@ -134,12 +145,18 @@ def capture(
         As :func:`capture_features`; also where rows of a layer belong to no single sample.
     """
     how = Reading.of("capture()", reading).following(model)
+    expectation = Expectation.of(fisher, draws, seed)
     if isinstance(layers, str) and layers == "head":
+        if expectation is not None:
+            raise InputError(
+                f"fisher={fisher!r} with layers='head', whose curvature is in closed form; leave "
+                "fisher out, or name the layer"
+            )
         found = _capture_head(model, loader, "head", how, progress)
         found.say()
         with full_precision(device_of(model)):
             return found.factors()
     warn_of_order(loader)
     ordered, single = selected(model, layers)
-    out = capture_layers(model, loader, ordered, how, progress)
+    out = capture_layers(model, loader, ordered, how, progress, expectation)
     return out[0] if single else out
