@@ -18,6 +18,7 @@ from imu_fast.errors import InputError
 from imu_fast.factors.outputs import at_outputs, cuts_of_outputs, for_inputs
 from imu_fast.factors.source import Factors, is_factors
 from imu_fast.factors.statistics import mean_gradient
+from imu_fast.influence.default import attribution_curvature
 from imu_fast.model.guard import door
 from imu_fast.model.reading import ReadingOptions, taken
 
@@ -237,12 +238,31 @@ def self_influence(
     return total
 
 
+def curvature_of_pairs(
+    layers: list[Factors], curvature: CurvatureName | Curvature | None, given: dict[str, Any]
+) -> Curvature:
+    """The one that is named, with flat options, or the default of data attribution.
+
+    Raises:
+        InputError: options without a curvature that they are of.
+    """
+    if curvature is not None:
+        return CURVATURES.choose(curvature, **given)
+    named = [f"{name}={value!r}" for name, value in given.items() if value is not None]
+    if named:
+        raise InputError(
+            f"{', '.join(named)} without a curvature, which is then chosen by what the factors "
+            "have; name the one that is meant, such as curvature='ekfac'"
+        )
+    return attribution_curvature(layers)
+
+
 @door
 def pairwise_influence(
     source: Layers,
     queries: Layers,
     *,
-    curvature: CurvatureName | Curvature = "fisher_diag",
+    curvature: CurvatureName | Curvature | None = None,
     damping: float | None = None,
     **options: Unpack[OwnOptions],
 ) -> Tensor:
@@ -251,12 +271,19 @@ def pairwise_influence(
     Args:
         source: factors of n samples; they define the curvature.
         queries: factors of m samples of the same layers, with gradients h_j.
+        curvature: what M is, as in :func:`influence_scores`. None: not its default, which is the
+            paper's for unlearning, but ``imu.EKFAC(damping=1e-2, damping_mode="relative")``, by
+            linear datamodeling scores on development data (docs/validation.md); with
+            ``fisher="empirical"`` where the loss's curvature is not known at every layer, and
+            ``imu.FisherDiag()`` where a layer has more than 4,096 outputs or inputs. The log says
+            which (level INFO).
+        damping, options: of the curvature that is named.
 
-    The queries' mean over j is ``influence_scores(source, target=queries)``. Other arguments and
-    errors as there.
+    Under one curvature the queries' mean over j is ``influence_scores(source, target=queries)``.
+    Errors as there.
     """
-    spec = CURVATURES.choose(curvature, damping=damping, **options)
     all_layers, all_queries = as_layers(source, "source"), as_layers(queries, "queries")
+    spec = curvature_of_pairs(all_layers, curvature, {"damping": damping, **options})
     if len(all_layers) != len(all_queries):
         raise InputError(f"queries has {len(all_queries)} layers, source {len(all_layers)}")
     check_like("queries", all_layers, all_queries)

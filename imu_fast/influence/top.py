@@ -12,7 +12,13 @@ from imu_fast.curvature.base import Curvature, check_whole
 from imu_fast.curvature.named import CurvatureName, OwnOptions
 from imu_fast.errors import InputError, check_choice, check_count
 from imu_fast.factors.source import in_memory
-from imu_fast.influence.scores import Layers, as_layers, check_like, pairwise_influence
+from imu_fast.influence.scores import (
+    Layers,
+    as_layers,
+    check_like,
+    curvature_of_pairs,
+    pairwise_influence,
+)
 from imu_fast.model.guard import door
 
 By = Literal["helpful", "harmful", "magnitude"]
@@ -27,7 +33,7 @@ def top_influences(
     k: int,
     *,
     by: By = "helpful",
-    curvature: CurvatureName | Curvature = "fisher_diag",
+    curvature: CurvatureName | Curvature | None = None,
     damping: float | None = None,
     **options: Unpack[OwnOptions],
 ) -> tuple[Tensor, Tensor]:
@@ -40,7 +46,7 @@ def top_influences(
         k: of the n samples, 1 <= k <= n.
         by: ``"helpful"``: the lowest, whose gradients pull with the query's (training on them
             lowers its loss); ``"harmful"``: the highest; ``"magnitude"``.
-        curvature, damping, options: as in :func:`imu_fast.influence_scores`.
+        curvature, damping, options: as in :func:`imu_fast.pairwise_influence`, default included.
 
     Returns:
         values [m, k], influences in that order, and indices [m, k] int64 of the samples; of equal
@@ -59,14 +65,13 @@ def top_influences(
     n = all_layers[0].n
     if check_count("k", k) > n:
         raise InputError(f"k={k} is more than the {n} samples of source; pass at most {n}")
+    spec = curvature_of_pairs(all_layers, curvature, {"damping": damping, **options})
     whole = [in_memory(query, "queries") for query in asked]
     m, step = whole[0].n, max(1, _ELEMENTS // n)
     values, indices = [], []
     for first in range(0, m, step):
         some = [query.samples(first, min(first + step, m)) for query in whole]
-        found = pairwise_influence(
-            all_layers, some, curvature=curvature, damping=damping, **options
-        ).T
+        found = pairwise_influence(all_layers, some, curvature=spec).T
         keys = found.abs() if by == "magnitude" else found
         order = torch.sort(keys, dim=1, descending=by != "helpful", stable=True).indices[:, :k]
         values.append(found.gather(1, order))
