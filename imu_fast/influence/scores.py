@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,11 @@ from imu_fast.curvature.base import Curvature, Layer, check_whole
 from imu_fast.curvature.base import scores as scores_of
 from imu_fast.curvature.gauss_newton import fisher_for
 from imu_fast.curvature.named import CURVATURES, CurvatureName, OwnOptions
-from imu_fast.errors import InputError
+from imu_fast.errors import InputError, check_choice
 from imu_fast.factors.outputs import at_outputs, cuts_of_outputs, for_inputs
 from imu_fast.factors.source import Factors, is_factors
 from imu_fast.factors.statistics import mean_gradient
+from imu_fast.factors.token_rows import token_rows
 from imu_fast.influence.default import attribution_curvature
 from imu_fast.model.guard import door
 from imu_fast.model.reading import ReadingOptions, taken
@@ -25,6 +26,7 @@ from imu_fast.model.reading import ReadingOptions, taken
 logger = logging.getLogger("imu_fast")
 
 Layers = Factors | Sequence[Factors]
+Per = Literal["sample", "token"]
 
 
 def as_layers(value: Any, name: str) -> list[Factors]:
@@ -146,6 +148,7 @@ def influence_scores(
     target: Any = None,
     layers: Any = "head",
     first_row_is_mean: bool = False,
+    per: Per = "sample",
     progress: bool = False,
     **options: Unpack[ScoreOptions],
 ) -> Tensor:
@@ -165,12 +168,16 @@ def influence_scores(
         layers: which layers to capture, if a model is given.
         first_row_is_mean: reproduce a defect of the IMU authors' published code, whose in-place sum
             overwrites sample 0's gradient with the mean: its score becomes ``-gbar^T M^-1 gbar``.
+        per: ``"token"``: of one layer, the share of each of its N packed tokens,
+            ``- delta_t^T X a~_t``: tokens ``offsets[i]:offsets[i+1]`` of the factors are sample i's
+            and add up to its score. At the head these are the positions that have a label, in
+            order; at inner layers the rows that have a gradient, in order.
         options: others of the named curvature, such as ``damping_mode="clamp"``; and, with a model,
             how it is read: ``output``, ``loss``, ``ignore_index``, ``shift``, as of
             :func:`imu_fast.capture_features`.
 
     Returns:
-        [n], in the factors' dtype and on their device.
+        [n], or [N] per token, in the factors' dtype and on their device.
 
     Raises:
         InputError: unknown curvature, an option that it does not have or a bad value; factors,
@@ -178,7 +185,11 @@ def influence_scores(
     """
     reading, own = taken(options)
     spec = CURVATURES.choose(curvature, damping=damping, **own)
+    check_choice("per", per, get_args(Per))
     all_layers = factors_of(source, data, layers, progress, reading, spec)
+    rows = rows_to_score(all_layers, per)
+    if first_row_is_mean and per == "token":
+        raise InputError("first_row_is_mean=True is of samples; leave it out with per='token'")
     if first_row_is_mean:
         check_whole("first_row_is_mean=True: source", all_layers[0])
     goals = _goals(target, all_layers)
@@ -191,7 +202,7 @@ def influence_scores(
             # In place where v is ours: fresh memory of size C x D costs as much as the division.
             x = spec.fit(part).solve(v, out=None if isinstance(goal, Tensor) else v)
             x = x.to(layer.device, layer.dtype)
-            found = scores_of(part, x).neg_()
+            found = scores_of(rows(part), x).neg_()
             scores = found if scores is None else scores.add_(found)
             if first_row_is_mean:
                 first -= float((mean_gradient(part) * x).sum())
@@ -238,6 +249,23 @@ def self_influence(
     return total
 
 
+def rows_to_score(layers: list[Factors], per: Per) -> Callable[[Factors], Factors]:
+    """What scores are of: samples, or the tokens of one layer.
+
+    Raises:
+        InputError: tokens of several layers, whose rows differ, or shared among processes.
+    """
+    if per == "sample":
+        return lambda part: part
+    if len(layers) > 1:
+        raise InputError(
+            f"per='token' of {len(layers)} layers, whose rows are not the same tokens; score one "
+            "layer at a time: samples' scores add up over layers"
+        )
+    check_whole("per='token': source", layers[0])
+    return token_rows
+
+
 def curvature_of_pairs(
     layers: list[Factors], curvature: CurvatureName | Curvature | None, given: dict[str, Any]
 ) -> Curvature:
@@ -264,6 +292,7 @@ def pairwise_influence(
     *,
     curvature: CurvatureName | Curvature | None = None,
     damping: float | None = None,
+    per: Per = "sample",
     **options: Unpack[OwnOptions],
 ) -> Tensor:
     """``- g_i^T M^-1 h_j`` of every sample against every query (data attribution): [n, m].
@@ -278,11 +307,15 @@ def pairwise_influence(
             ``imu.FisherDiag()`` where a layer has more than 4,096 outputs or inputs. The log says
             which (level INFO).
         damping, options: of the curvature that is named.
+        per: ``"token"``: [N, m], the share of each of source's tokens in its sample's influence, as
+            in :func:`influence_scores`.
 
     Under one curvature the queries' mean over j is ``influence_scores(source, target=queries)``.
     Errors as there.
     """
     all_layers, all_queries = as_layers(source, "source"), as_layers(queries, "queries")
+    check_choice("per", per, get_args(Per))
+    rows = rows_to_score(all_layers, per)
     spec = curvature_of_pairs(all_layers, curvature, {"damping": damping, **options})
     if len(all_layers) != len(all_queries):
         raise InputError(f"queries has {len(all_queries)} layers, source {len(all_layers)}")
@@ -291,7 +324,7 @@ def pairwise_influence(
     for layer, query in zip(all_layers, all_queries, strict=True):
         for classes in _cuts(spec, layer, query):
             part = at_outputs(layer, classes)
-            found = spec.fit(part).pairwise(part, at_outputs(query, classes))
+            found = spec.fit(part).pairwise(rows(part), at_outputs(query, classes))
             total = found if total is None else total.add_(found)
     assert total is not None
     return total.neg_()
