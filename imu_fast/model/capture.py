@@ -118,16 +118,18 @@ def capture(
         layers: ``"head"``: the classifier, one forward pass. A name or module: that layer; a
             pattern (``"*.attn.*"``) or the end of names (``"q_proj"``: every ``*.q_proj``), or a
             list of any of these: several. These need one batched forward and backward pass.
-            Linear layers, transformers' Conv1D (its weight [d, C] as [C, d]), and convolutions of
-            one group (their weight flattened to [C, c * kernel]). An adapter's wrapper stands for
-            its base layer; ``"lora_A"`` for the layers of that name.
+            Linear layers, transformers' Conv1D (its weight [d, C] as [C, d]), and convolutions,
+            grouped and transposed too: their weight as [C, c, *kernel], c the inputs that an output
+            sees, flattened to [C, d]. An adapter's wrapper stands for its base layer; ``"lora_A"``
+            for the layers of that name.
         reading: ``output``, ``loss`` and its options, as in :func:`capture_features`.
 
     Returns:
         GradientFactors; for several layers a list, in the order of ``named_parameters``. Of a
         head whose output is the logits and whose signal would take 256 MB or more, an
         ImplicitHead: neither signal nor, where the model does not work with them, logits are
-        stored. Of a convolution, UnfoldedFactors, which keep its inputs as they are.
+        stored. Of a convolution, UnfoldedFactors, which keep its inputs as they are, but of a
+        grouped one whose gradients [C, D] are smaller than these, as of a depthwise one: those.
         Their ``labels`` are None where the loss's curvature in the layer's outputs is not known.
 
     Raises:
