@@ -46,6 +46,21 @@ def _subsets(subsets: Tensor) -> np.ndarray:
     return subsets.cpu().numpy()
 
 
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> Tensor:
+    """Spearman's correlation of each column of a and b, both [s, m]: [m], NaN for a constant one.
+
+    Raises:
+        InputError: scipy is not installed.
+    """
+    check_installed("a rank correlation", "scipy")
+    from scipy.stats import rankdata
+
+    u, v = (r - r.mean(axis=0) for r in (rankdata(values, axis=0) for values in (a, b)))
+    norms = np.sqrt((u * u).sum(axis=0) * (v * v).sum(axis=0))
+    with np.errstate(invalid="ignore"):
+        return torch.from_numpy((u * v).sum(axis=0) / norms)
+
+
 def linear_datamodeling_score(attributions: Tensor, subsets: Tensor, outputs: Tensor) -> Tensor:
     """How well sums of attributions order what models retrained on subsets do (Park et al. 2023).
 
@@ -63,20 +78,12 @@ def linear_datamodeling_score(attributions: Tensor, subsets: Tensor, outputs: Te
     Raises:
         InputError: shapes do not match, or values are not finite.
     """
-    check_installed("linear_datamodeling_score()", "scipy")
-    from scipy.stats import rankdata
-
     chosen = _subsets(subsets)
     if attributions.dim() != 2:
         raise InputError(f"attributions has shape {tuple(attributions.shape)}; pass [n, m]")
     tau = _check("attributions", attributions, (chosen.shape[1], attributions.shape[1]))
     observed = _check("outputs", outputs, (len(chosen), tau.shape[1]))
-    predicted = chosen.astype(np.float64) @ tau
-    ranks = [rankdata(values, axis=0) for values in (predicted, observed)]
-    a, b = (r - r.mean(axis=0) for r in ranks)
-    norms = np.sqrt((a * a).sum(axis=0) * (b * b).sum(axis=0))
-    with np.errstate(invalid="ignore"):
-        return torch.from_numpy((a * b).sum(axis=0) / norms)
+    return rank_correlation(chosen.astype(np.float64) @ tau, observed)
 
 
 def memorisation(subsets: Tensor, losses: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from imu_fast.evaluation.datamodels import (
     linear_datamodeling_score,
     memorisation,
     random_subsets,
+    rank_correlation,
 )
 from imu_fast.evaluation.statistics import t_interval
 from imu_fast.evaluation.trak import trak
@@ -342,14 +343,13 @@ def _scores(
 def _memorised(
     every: Mapping[str, Candidate], model: nn.Module, data: Samples, remembered: Tensor
 ) -> Iterator[dict[str, Any]]:
-    from scipy.stats import spearmanr
-
     known = ~remembered.isnan()
     development = torch.arange(len(known)) % 2 == 0
 
     def correlation(scores: Tensor, part: Tensor) -> float:
         rows = known & part
-        return float(spearmanr(scores.double().cpu()[rows], remembered[rows]).statistic)
+        pair = (v[rows, None].double().cpu().numpy() for v in (scores, remembered))
+        return float(rank_correlation(*pair))
 
     for name, candidate in every.items():
         scores = {k: score(model, data) for k, score in candidate.alone.items()}

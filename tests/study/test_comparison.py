@@ -309,6 +309,8 @@ def test_damaged_and_exchanged_entries_are_refused_by_name(compared, tmp_path, p
     config, out, _ = compared
     shutil.copytree(out, tmp_path / "here")
     path, other, *_ = sorted((tmp_path / "here").glob(pattern))
+    if path.parent.name == "cache":  # of whole cells no model is read
+        next((tmp_path / "here/cells").glob("*-class-*.json")).unlink()
     whole = path.read_bytes()
     for broken in (other.read_bytes(), whole[: len(whole) // 2], b"", _with_a_digit_off(whole)):
         path.write_bytes(broken)
