@@ -92,8 +92,9 @@ def _by_torch(total: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> None:
             slab.addcmul_(product, product)
 
 
+@lru_cache(maxsize=64)
 def _table(shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
-    """Where the elements of a view lie: [prod(shape)]."""
+    """Where the elements of a view lie: [prod(shape)]; the same for layers and batches alike."""
     at = torch.zeros((), dtype=torch.int64)
     for size, stride in zip(shape, strides, strict=True):
         at = at[..., None] + torch.arange(size) * stride
