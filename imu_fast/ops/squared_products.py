@@ -92,9 +92,8 @@ def _by_torch(total: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> None:
             slab.addcmul_(product, product)
 
 
-@lru_cache(maxsize=64)
 def _table(shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
-    """Where the elements of a view lie: [prod(shape)]; the same for layers and batches alike."""
+    """Where the elements of a view lie: [prod(shape)]."""
     at = torch.zeros((), dtype=torch.int64)
     for size, stride in zip(shape, strides, strict=True):
         at = at[..., None] + torch.arange(size) * stride
