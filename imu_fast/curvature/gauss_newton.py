@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from imu_fast.factors.implicit_head import ImplicitHead
 from imu_fast.factors.probabilities import pseudo_samples
 from imu_fast.factors.source import Factors
 from imu_fast.factors.sums import S
-from imu_fast.losses.signals import EmpiricalSignals, Signals
+from imu_fast.losses.signals import EmpiricalSignals, GroupedRows, Signals
 from imu_fast.options import option, options
 
 logger = logging.getLogger("imu_fast")
@@ -43,6 +43,9 @@ class GaussNewton(Damped):
 
     fisher: Fisher = option(default="auto", check=one_of(*get_args(Fisher)))
 
+    # Whether it is made of single rows, and not of samples' gradients.
+    of_rows: ClassVar[bool] = False
+
     @property
     def signals(self) -> Expectation | None:
         """What inner layers have to be captured with."""
@@ -57,6 +60,12 @@ class GaussNewton(Damped):
             InputError: they were captured with another expectation.
         """
         if self.fisher == "empirical":
+            if self.of_rows and isinstance(kept_of(factors), GroupedRows):
+                raise InputError(
+                    f"curvature={self.name!r} is of the rows of one matrix, and layer "
+                    f"{factors.name!r} has several groups; use 'fisher_diag', 'fisher', or "
+                    "fisher='empirical' of 'ggn' and 'ggn_block'"
+                )
             return with_own_signals(factors)
         if self.fisher == "auto":
             return factors
@@ -76,10 +85,15 @@ def signals_of(factors: Factors) -> Signals | None:
     """The signals of the first samples: None where the factors have none."""
     if isinstance(factors, ImplicitHead):
         return None
-    first = getattr(factors, "curvature", None)
-    if not hasattr(factors, "curvature"):
-        first = next(iter(factors.chunks())).curvature
+    first = kept_of(factors)
     return first if isinstance(first, Signals) else None
+
+
+def kept_of(factors: Factors) -> Any:
+    """What the first samples' factors keep of the loss's curvature."""
+    if isinstance(factors, GradientFactors):
+        return factors.curvature
+    return next(iter(factors.chunks())).curvature
 
 
 def signal_gradients(chunk: GradientFactors) -> Iterator[Tensor]:

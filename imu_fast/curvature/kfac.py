@@ -198,6 +198,7 @@ class KFAC(GaussNewton):
     """
 
     name = "kfac"
+    of_rows = True
 
     def fit(self, factors: Factors) -> KroneckerEigenbasis:
         """Two eigendecompositions, ``O(C^3 + D^3)``.
@@ -230,6 +231,7 @@ class EKFAC(GaussNewton):
     """
 
     name = "ekfac"
+    of_rows = True
 
     def fit(self, factors: Factors) -> KroneckerEigenbasis:
         """K-FAC, and two products of ``N C^2`` and ``N D^2``: a second pass over the samples.

@@ -62,5 +62,5 @@ class _WideTokenRows(TokenRows):
 
 def token_rows(source: Factors) -> Factors:
     """The factors of a source's tokens, all of which are here."""
-    wide: Any = source
-    return _WideTokenRows(wide) if is_wide(wide) else TokenRows(source)
+    wide = is_wide(source)
+    return _WideTokenRows(source) if wide else TokenRows(source)

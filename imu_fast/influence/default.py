@@ -14,11 +14,12 @@ from collections.abc import Sequence
 
 from imu_fast.curvature.base import Curvature
 from imu_fast.curvature.fisher_diag import FisherDiag
+from imu_fast.curvature.gauss_newton import kept_of
 from imu_fast.curvature.kfac import EKFAC
 from imu_fast.errors import InputError
-from imu_fast.factors.implicit_head import ImplicitHead
 from imu_fast.factors.probabilities import signals_or_curvature
 from imu_fast.factors.source import Factors
+from imu_fast.losses.signals import GroupedRows
 
 logger = logging.getLogger("imu_fast")
 
@@ -34,7 +35,7 @@ def attribution_curvature(layers: Sequence[Factors]) -> Curvature:
     1. ``EKFAC(damping=1e-2, damping_mode="relative")``: the loss's curvature is known.
     2. The same with ``fisher="empirical"``: layers that were captured without signals, delta of the
        caller's own.
-    3. ``FisherDiag()``: a layer has more than MAX_ORDER outputs or inputs.
+    3. ``FisherDiag()``: a layer has more than MAX_ORDER outputs or inputs, or several groups.
 
     Which one it is, and why, goes to the log.
     """
@@ -42,6 +43,8 @@ def attribution_curvature(layers: Sequence[Factors]) -> Curvature:
     if largest > MAX_ORDER:
         spec: Curvature = FisherDiag()
         why = f"a layer has {largest} outputs or inputs, more than the {MAX_ORDER} that EKFAC takes"
+    elif grouped := [layer.name for layer in layers if isinstance(kept_of(layer), GroupedRows)]:
+        spec, why = FisherDiag(), f"layer {grouped[0]!r} has several groups"
     elif all(map(_known, layers)):
         spec = EKFAC(damping=DAMPING, damping_mode="relative")
         why = "the loss's curvature is known"
@@ -54,8 +57,6 @@ def attribution_curvature(layers: Sequence[Factors]) -> Curvature:
 
 def _known(factors: Factors) -> bool:
     """Whether the loss's curvature is, by a sample."""
-    if isinstance(factors, ImplicitHead):
-        return True
     try:
         signals_or_curvature(next(iter(factors.chunks())).samples(0, 1))
     except InputError:

@@ -304,8 +304,8 @@ def pairwise_influence(
             paper's for unlearning, but ``imu.EKFAC(damping=1e-2, damping_mode="relative")``, by
             linear datamodeling scores on development data (docs/validation.md); with
             ``fisher="empirical"`` where the loss's curvature is not known at every layer, and
-            ``imu.FisherDiag()`` where a layer has more than 4,096 outputs or inputs. The log says
-            which (level INFO).
+            ``imu.FisherDiag()`` where a layer has more than 4,096 outputs or inputs, or several
+            groups. The log says which (level INFO).
         damping, options: of the curvature that is named.
         per: ``"token"``: [N, m], the share of each of source's tokens in its sample's influence, as
             in :func:`influence_scores`.

@@ -13,9 +13,15 @@ from imu_fast.losses.output_curvature import (
     Softmax,
     StoredCurvature,
 )
-from imu_fast.losses.signals import KINDS, Signals
+from imu_fast.losses.signals import KINDS, GroupedRows, Signals
 
-_HEADS: tuple[type[StoredCurvature], ...] = (Softmax, LabelSoftmax, Diagonal, Dense)
+_HEADS: tuple[type[StoredCurvature], ...] = (
+    Softmax,
+    LabelSoftmax,
+    Diagonal,
+    Dense,
+    GroupedRows,
+)
 FORMS: dict[str, type[StoredCurvature]] = {kind.form: kind for kind in (*_HEADS, *KINDS.values())}
 
 

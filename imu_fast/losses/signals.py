@@ -80,6 +80,24 @@ class EmpiricalSignals(Signals):
     kind: ClassVar[str] = "empirical"
 
 
+@dataclass(frozen=True, eq=False)
+class GroupedRows(StoredCurvature):
+    """Of a layer of several groups: its tokens make its gradients up, and are no rows of it."""
+
+    form: ClassVar[Any] = "grouped_rows"
+
+    def resolved(self, delta: Tensor, labels: Tensor | None, scale: Tensor) -> OutputCurvature:
+        """There is no ``B_t``.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            "a layer of several groups has no curvature of the loss in its outputs here; use "
+            "'fisher_diag', 'fisher', or fisher='empirical' of 'ggn' and 'ggn_block'"
+        )
+
+
 KINDS: dict[str, type[Signals]] = {
     kind.kind: kind for kind in (ExactSignals, SampledSignals, EmpiricalSignals)
 }

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import HeadFactors
 from imu_fast.model.batches import device_of, empty_message, warn_of_order
-from imu_fast.model.expectation import Expectation
+from imu_fast.model.expectation import Expectation, check_one_group
 from imu_fast.model.features import HeadCapture
 from imu_fast.model.features import HeadFeatures as HeadFeatures
 from imu_fast.model.guard import door
@@ -122,9 +122,10 @@ def capture(
         layers: ``"head"``: the classifier, one forward pass. A name or module: that layer; a
             pattern (``"*.attn.*"``) or the end of names (``"q_proj"``: every ``*.q_proj``), or a
             list of any of these: several. These need one batched forward and backward pass.
-            Linear layers, transformers' Conv1D (its weight [d, C] as [C, d]), and convolutions of
-            one group (their weight flattened to [C, c * kernel]). An adapter's wrapper stands for
-            its base layer; ``"lora_A"`` for the layers of that name.
+            Linear layers, transformers' Conv1D (its weight [d, C] as [C, d]), and convolutions,
+            grouped and transposed too: their weight as [C, c, *kernel], c the inputs that an output
+            sees, flattened to [C, d]. An adapter's wrapper stands for its base layer; ``"lora_A"``
+            for the layers of that name.
         fisher: bring layers the signals of which ``ggn``, ``ggn_block``, ``kfac`` and ``ekfac`` are
             made there, over the model's own predictions: ``"sampled"``: labels drawn from them (the
             true Fisher of Martens and Grosse 2015), one more backward pass and ``delta`` for each
@@ -138,7 +139,8 @@ def capture(
         GradientFactors; for several layers a list, in the order of ``named_parameters``. Of a
         head whose output is the logits and whose signal would take 256 MB or more, an
         ImplicitHead: neither signal nor, where the model does not work with them, logits are
-        stored. Of a convolution, UnfoldedFactors, which keep its inputs as they are.
+        stored. Of a convolution, UnfoldedFactors, which keep its inputs as they are, but of a
+        grouped one whose gradients [C, D] are smaller than these, as of a depthwise one: those.
         Their ``labels`` are None where the loss's curvature in the layer's outputs is not known.
 
     Raises:
@@ -158,5 +160,6 @@ def capture(
             return found.factors()
     warn_of_order(loader)
     ordered, single = selected(model, layers)
+    check_one_group(ordered, expectation)
     out = capture_layers(model, loader, ordered, how, progress, expectation)
     return out[0] if single else out

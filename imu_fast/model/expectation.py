@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,6 +53,16 @@ class Expectation:
         draws = 1 if draws is None else check_count("draws", draws)
         seed = 0 if seed is None else check_count("seed", seed, minimum=0)
         return None if fisher is None else cls(fisher, draws, seed)
+
+
+def check_one_group(layers: Sequence[LinearLayer], fisher: Expectation | None) -> None:
+    """Raise InputError where signals are asked for of a layer of several groups."""
+    for layer in layers:
+        if fisher is not None and layer.groups > 1:
+            raise InputError(
+                f"layers={layer.name!r} has {layer.groups} groups, of which fisher={fisher.kind!r} "
+                "brings no signals; capture it without, for 'fisher_diag' or 'fisher'"
+            )
 
 
 class Expected:
@@ -129,15 +139,20 @@ def _drawn(b: OutputCurvature, noise: Tensor) -> Tensor:
     return root * signs if root.dim() == 2 else (root @ signs[:, :, None])[:, :, 0]
 
 
-def divided(wide: list[Tensor], kind: str, layer: LinearLayer) -> tuple[Tensor, Signals]:
+def divided(
+    wide: list[Tensor], kind: str | None, layer: LinearLayer
+) -> tuple[Tensor, Signals | None]:
     """Delta [N, C] and the signals of rows that were kept side by side, batch by batch.
 
     Args:
+        kind: of signals; None: there are none.
         wide: each [N, C (1 + K)]; K may differ, as sequences' lengths do: what is missing is zero.
 
     Raises:
         InputError: signals are not finite.
     """
+    if kind is None:
+        return torch.cat(wide), None
     classes = layer.weight.shape[0]
     most = max(part.shape[1] // classes for part in wide) - 1
     delta = torch.cat([part[:, :classes] for part in wide])

@@ -218,7 +218,7 @@ class LayersCapture:
             return call.act
         kept = self.images.setdefault(call.layer.name, [])
         kept.append(call.act)
-        return call.layer.places(rows, len(kept) - 1).to(call.act.device)
+        return call.layer.places(rows, len(kept) - 1, call.act).to(call.act.device)
 
     def _whole_weights(self, calls: Sequence[Call]) -> dict[str, Tensor]:
         """Parameters, by their layers' names, whose gradients the calls must be all of."""
@@ -254,7 +254,9 @@ class LayersCapture:
             for call, g in zip(calls, base, strict=True):
                 if call.layer == layer:
                     for act, delta in call.layer.pieces(call.act, g):
-                        off += delta.T.to(wide) @ (act.to(wide) @ vectors)
+                        seen = act.unflatten(1, (layer.groups, -1)).to(wide) @ vectors
+                        signal = delta.unflatten(1, (layer.groups, -1)).to(wide)
+                        off += torch.einsum("rgc,rgv->gcv", signal, seen).flatten(0, 1)
             if off.norm() > 8 * torch.finfo(base[0].dtype).eps ** 0.5 * expected.norm():
                 raise InputError(
                     f"layers={layer.name!r}: the model's code uses its weight outside of the layer "
@@ -282,12 +284,9 @@ class LayersCapture:
         return [self._factors(layer) for layer in self.layers]
 
     def _factors(self, layer: LinearLayer) -> LayerFactors:
-        parts, signals = self.parts[layer.name], None
+        parts = self.parts[layer.name]
         act, counts = (torch.cat([part[i] for part in parts]) for i in (1, 2))
-        if self._kind is None:
-            delta = torch.cat([part[0] for part in parts])
-        else:
-            delta, signals = divided([part[0] for part in parts], self._kind, layer)
+        delta, signals = divided([part[0] for part in parts], self._kind, layer)
         dtype = torch.float64 if delta.dtype == torch.float64 else torch.float32
         check_finite_rows(f"gradient of {layer.name}", delta, "position")
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
@@ -295,7 +294,7 @@ class LayersCapture:
             images = self.images.get(layer.name, [])
             for kept in images:
                 check_finite_rows(f"input of {layer.name}", kept, "image")
-            return UnfoldedFactors(
+            unfolded = UnfoldedFactors(
                 delta=delta.to(dtype),
                 places=act,
                 inputs=images,
@@ -306,6 +305,7 @@ class LayersCapture:
                 name=layer.name,
                 curvature=signals,
             )
+            return unfolded.by_columns() if unfolded.columns_are_smaller else unfolded
         check_finite_rows(f"input of {layer.name}", act, "position")
         return GradientFactors(
             delta=delta.to(dtype),

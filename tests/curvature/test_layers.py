@@ -274,3 +274,27 @@ def test_a_damping_below_rounding_is_said_once(name, caplog):
     (record,) = caplog.records
     assert "damping 1e-14 is below the rounding" in record.getMessage()
     assert "'b'" in record.getMessage()
+
+
+@pytest.mark.parametrize("size", [4, 8], ids=["by group", "by column"])
+def test_a_layer_of_several_groups(size):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 4, 2, groups=2)
+    model = nn.Sequential(conv, nn.Tanh(), nn.Flatten(), nn.Linear(4 * (size - 1) ** 2, 3)).double()
+    data = torch.randn(3, 2, size, size).double(), torch.tensor([0, 1, 2])
+    f = imu.capture(model, data, "0")
+    truth = columns(imu.fit("fisher", f))
+    same(columns(imu.fit("ggn", f, fisher="empirical")), truth, 1e-12)
+    width = f.width
+    blocks = torch.block_diag(*[torch.ones(width, width).double()] * 4)
+    same(columns(imu.fit("ggn_block", f, fisher="empirical")), truth * blocks, 1e-12)
+    for name in ("kfac", "ekfac"):
+        with pytest.raises(InputError, match="'0' has several groups"):
+            imu.fit(name, f, fisher="empirical")
+    for name in NAMES:
+        with pytest.raises(InputError, match="several groups has no curvature"):
+            imu.fit(name, f)
+    with pytest.raises(InputError, match="'0' has 2 groups.*fisher='sampled'"):
+        imu.capture(model, data, "0", fisher="sampled")
+    wanted = imu.pairwise_influence(f, f, curvature="fisher_diag")
+    torch.testing.assert_close(imu.pairwise_influence(f, f), wanted)
