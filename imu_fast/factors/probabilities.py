@@ -35,7 +35,10 @@ def output_curvature(chunk: GradientFactors) -> OutputCurvature:
             "'exact' (or layers='head'), pass curvature= with delta, or use fisher='empirical' or "
             "'fisher_diag'"
         )
-    return kept.resolved(chunk.delta, chunk.labels, scale)
+    try:
+        return kept.resolved(chunk.delta, chunk.labels, scale)
+    except InputError as error:  # of an inner layer
+        raise InputError(f"factors of layer {chunk.name!r}: {error}") from error
 
 
 def signals_or_curvature(chunk: GradientFactors) -> OutputCurvature | Signals:

@@ -292,7 +292,7 @@ def test_a_layer_of_several_groups(size):
         with pytest.raises(InputError, match="'0' has several groups"):
             imu.fit(name, f, fisher="empirical")
     for name in NAMES:
-        with pytest.raises(InputError, match="several groups has no curvature"):
+        with pytest.raises(InputError, match="'0': a layer of several groups has no"):
             imu.fit(name, f)
     with pytest.raises(InputError, match="'0' has 2 groups.*fisher='sampled'"):
         imu.capture(model, data, "0", fisher="sampled")
