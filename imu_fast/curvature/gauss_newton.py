@@ -72,11 +72,12 @@ class GaussNewton(Damped):
         kept = signals_of(factors)
         found = "exact" if kept is None else kept.kind
         if found != self.fisher:
-            closed = "in closed form" if kept is None else "of their capture"
+            have = f"were captured with fisher={found!r}"
+            if kept is None:
+                have = "have no drawn labels (of a head the expectation is exact, in closed form)"
             raise InputError(
-                f"fisher={self.fisher!r} of curvature={self.name!r}: the factors have the {found} "
-                f"expectation, {closed}; leave fisher out, or capture the layer by name with "
-                f"fisher={self.fisher!r}"
+                f"fisher={self.fisher!r} of curvature={self.name!r}: the factors {have}; leave "
+                f"fisher out, or capture the layer by name with fisher={self.fisher!r}"
             )
         return factors
 
