@@ -182,7 +182,7 @@ def test_drawn_labels_have_the_exact_matrix_as_their_mean(kind):
     model, (x, y) = made(make), data()
     truth = dense(model, layers[0], [(x[i : i + 1], y[i]) for i in range(len(x))], cross_entropy)
     errors = []
-    for draws in (40, 360):
+    for draws in (20, 180):
         f = imu.capture(
             model,
             [(x.double() if kind == "mlp" else x, y)],
@@ -195,7 +195,7 @@ def test_drawn_labels_have_the_exact_matrix_as_their_mean(kind):
         found = columns(imu.fit("ggn", f, damping=1e-9))
         errors.append(float((found - truth.ggn).norm() / truth.ggn.norm()))
     # One over the root of the draws: a third, within a factor of two.
-    assert errors[1] < 0.25 and errors[1] < 2 / 3 * errors[0]
+    assert errors[1] < 0.35 and errors[1] < 2 / 3 * errors[0]
 
 
 def test_a_draw_is_a_label_whatever_the_batches():
