@@ -2,7 +2,8 @@
 
 Linear datamodeling scores on digits, as ``imu-fast validate`` makes them, of curvatures whose
 damping is relative to the mean eigenvalue, at the head and at all layers: the means over the
-development queries, then those of the others at the best of them. FOLDER keeps the retrained models' losses.
+development queries, then those of the others at the best of them. FOLDER keeps what the retrained
+models' losses are.
 """
 
 from __future__ import annotations
