@@ -7,7 +7,7 @@ DEMO_OUT ?= imu-fast-demo
 DOCS = 'mkdocs-material>=9.6' 'mkdocstrings[python]>=1.0' 'ruff'
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test coverage lint docs integration options zoo bench bench-report studies sanitize roofline clean
+.PHONY: demo test coverage lint docs integration options zoo fuzz bench bench-report studies sanitize roofline clean
 
 demo: $(VENV)/.demo
 	$(BIN)/imu-fast demo --out $(DEMO_OUT)
@@ -58,6 +58,11 @@ studies: $(VENV)/.test
 # Every method of unlearning with every option of every other: used, or refused.
 options: $(VENV)/.test
 	$(BIN)/python tests/every_option.py
+
+# Random inputs of every size and magnitude: right, or refused. CASES for each function.
+CASES ?= 2000
+fuzz: $(VENV)/.test
+	IMU_FAST_FUZZ_CASES=$(CASES) $(BIN)/python -m pytest -q tests/fuzz
 
 # The extension under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own.
 SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=undefined -g

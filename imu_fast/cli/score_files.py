@@ -112,6 +112,18 @@ def check_ending(path: Path, *more: str) -> None:
         check_installed(f"out={str(path)!r}", "pyarrow.parquet", install="pyarrow")
 
 
+# What a spreadsheet takes for the beginning of a formula.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def as_text_cell(name: str) -> str:
+    """A name for a .csv, which no spreadsheet runs: an apostrophe goes before what looks like a
+    formula, and bytes that are no UTF-8 are written as ``\\udcXX``. Numbers are no names.
+    """
+    readable = name.encode("utf-8", "backslashreplace").decode("utf-8")
+    return f"'{readable}" if readable.startswith(_FORMULA) else readable
+
+
 def save_scores(path: Path, names: Sequence[str], columns: Mapping[str, Tensor]) -> None:
     """Write one row per sample: its name, and its place in each of the columns [n]."""
     check_ending(path)
@@ -129,7 +141,11 @@ def save_scores(path: Path, names: Sequence[str], columns: Mapping[str, Tensor])
             with open(temporary, "w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file)
                 writer.writerow(["sample", *found])
-                rows = zip(names, *(column.tolist() for column in found.values()), strict=True)
+                rows = zip(
+                    map(as_text_cell, names),
+                    *(column.tolist() for column in found.values()),
+                    strict=True,
+                )
                 writer.writerows(rows)
 
 

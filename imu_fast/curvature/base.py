@@ -16,8 +16,9 @@ from typing_extensions import Self
 
 from imu_fast.ambient import no_autocast
 from imu_fast.curvature.parameters import scipy_operator
-from imu_fast.errors import InputError, check_flag
+from imu_fast.errors import InputError, check_flag, check_tensor, is_finite
 from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.factors.operands import check_result
 from imu_fast.factors.outputs import sum_of_outputs
 from imu_fast.factors.source import Factors
 from imu_fast.ops.bilinear_scores import bilinear_scores
@@ -107,11 +108,12 @@ class Fitted(ABC):
         Half precision is multiplied and added up in float32 or better, and rounded once.
 
         Raises:
-            InputError: v has another shape, is elsewhere or no floating-point tensor; M v is
-                beyond the range of v's dtype.
+            InputError: v has another shape, is elsewhere, not finite or no floating-point tensor;
+                the result is beyond the range of v's dtype.
         """
         self._check("v", v)
-        return _rounded("M v", self._product(_at_least_single(v)), v.dtype)
+        found = _rounded("M v", self._product(_at_least_single(v)), v.dtype)
+        return _finite("M v", found)
 
     def __matmul__(self, v: Tensor) -> Tensor:
         return self.product(v)
@@ -131,15 +133,18 @@ class Fitted(ABC):
             out: where X is to go, in its dtype; may be v itself.
 
         Raises:
-            InputError: as :meth:`product`; v is not finite where it is solved by iteration.
+            InputError: as :meth:`product`.
             SingularMatrixError: M is not positive definite in float64.
         """
         self._check("v", v)
+        if out is not None:
+            check_tensor("out", out, "floating", "of v's shape")
         if out is not None and out.shape != v.shape:
             raise InputError(f"out has shape {tuple(out.shape)}; expected v's, {tuple(v.shape)}")
         x = self._solve(_at_least_single(v), out)
         if out is None:
-            return _rounded("M^-1 v", x, v.dtype)
+            return _finite("M^-1 v", _rounded("M^-1 v", x, v.dtype))
+        _finite("M^-1 v", x)
         return out if x is out else out.copy_(_rounded("M^-1 v", x, out.dtype, "out"))
 
     @no_autocast
@@ -204,7 +209,7 @@ class Fitted(ABC):
             InputError: they are of another layer's shape, or elsewhere.
         """
         self._check_layer("factors", factors)
-        return self._self_influence(factors)
+        return check_result("self-influence", self._self_influence(factors), factors)
 
     @no_autocast
     @torch.no_grad()
@@ -219,7 +224,7 @@ class Fitted(ABC):
         self._check_layer("factors", factors)
         self._check_layer("queries", queries)
         check_whole("queries", queries)
-        return self._pairwise(factors, queries)
+        return check_result("influence", self._pairwise(factors, queries), factors, queries)
 
     @abstractmethod
     def _product(self, v: Tensor) -> Tensor:
@@ -260,9 +265,7 @@ class Fitted(ABC):
         return out
 
     def _check(self, argument: str, v: Tensor) -> None:
-        if not isinstance(v, Tensor) or not v.is_floating_point():
-            found = str(v.dtype) if isinstance(v, Tensor) else type(v).__name__
-            raise InputError(f"{argument} is {found}; pass a floating-point tensor [C, D]")
+        check_tensor(argument, v, "floating", "[C, D]")
         if v.dim() not in (2, 3) or tuple(v.shape[-2:]) != self.shape or not len(v):
             classes, width = self.shape
             raise InputError(
@@ -271,6 +274,8 @@ class Fitted(ABC):
             )
         if v.device != self.device:
             raise InputError(f"{argument} is on {v.device}, M on {self.device}; move it with .to()")
+        if not is_finite(v):
+            raise InputError(f"{argument} is not finite; remove the NaN or infinite entries")
 
     def _check_layer(self, argument: str, factors: Factors) -> None:
         found = Layer.of(factors)
@@ -297,6 +302,16 @@ def _rounded(what: str, x: Tensor, dtype: torch.dtype, argument: str = "v") -> T
     return x.to(dtype)
 
 
+def _finite(what: str, x: Tensor) -> Tensor:
+    """x; raise InputError where it is beyond the range of its dtype."""
+    if is_finite(x):
+        return x
+    raise InputError(
+        f"{what} is not finite in {x.dtype}: v is too large for this damping; pass v.double(), or "
+        "a larger damping"
+    )
+
+
 def scores(factors: Factors, x: Tensor) -> Tensor:
     """``<g_i, X>`` of every sample that is here: [n], or [n, m] for x [m, C, D]."""
 
@@ -308,7 +323,7 @@ def scores(factors: Factors, x: Tensor) -> Tensor:
             )
         )
 
-    return sum_of_outputs(factors, term)
+    return check_result("influence", sum_of_outputs(factors, term), factors)
 
 
 def check_whole(argument: str, factors: Factors) -> None:

@@ -11,6 +11,7 @@ from typing_extensions import Self
 from imu_fast.curvature.base import Curvature, Fitted, Layer, Saved
 from imu_fast.curvature.damping import absolute_damping
 from imu_fast.errors import check_positive, one_of
+from imu_fast.factors.operands import check_result
 from imu_fast.factors.outputs import rows_of_outputs, sum_of_outputs
 from imu_fast.factors.source import Factors, mean_of
 from imu_fast.ops.bilinear_scores import quadratic_scores
@@ -48,7 +49,9 @@ class FisherDiag(Curvature):
         relative = self.damping_mode == "relative"
         if not relative:  # refused before any work
             absolute_damping(self, self.damping, None, factors.dtype)
-        diagonal = rows_of_outputs(factors, _diagonal)
+        diagonal = check_result(
+            "the Fisher's diagonal", rows_of_outputs(factors, _diagonal), factors
+        )
         mean = float(diagonal.mean(dtype=torch.float64)) if relative else None
         lam = absolute_damping(self, self.damping, mean, diagonal.dtype)
         clamped = self.damping_mode == "clamp"
@@ -90,11 +93,15 @@ class FittedFisherDiag(Fitted):
         """``sum_ck g_i[c,k]^2 / diagonal[c,k]``: [n]."""
 
         def term(part: Factors, classes: slice) -> Tensor:
-            inverse = self.damped[classes].reciprocal().to(factors.dtype)
+            damped = self.damped[classes]
+            # By a power of two, which rounds nothing: squares of small signals over a large
+            # damping would underflow before those of the features make them numbers again.
+            unit = torch.ldexp(torch.ones_like(damped.min()), torch.frexp(damped.min())[1] - 1)
+            inverse = (unit / damped).to(factors.dtype)
             return part.each(
                 lambda chunk: quadratic_scores(
                     chunk.delta, chunk.act, inverse, chunk.offsets, chunk.has_bias
-                )
+                ).div_(unit)
             )
 
         return sum_of_outputs(factors, term)

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from imu_fast.curvature.base import Curvature, Layer, check_whole
 from imu_fast.curvature.base import scores as scores_of
 from imu_fast.curvature.named import CURVATURES, CurvatureName, OwnOptions
-from imu_fast.errors import InputError
+from imu_fast.errors import InputError, check_tensor
 from imu_fast.factors.outputs import at_outputs, cuts_of_outputs, for_inputs
 from imu_fast.factors.source import Factors, is_factors
 from imu_fast.factors.statistics import mean_gradient
@@ -86,6 +86,8 @@ def _goals(target: Any, layers: list[Factors]) -> list[Goal]:
     many = isinstance(target, Sequence)
     if isinstance(target, Tensor) or (many and target and isinstance(target[0], Tensor)):
         vectors = [target] if isinstance(target, Tensor) else list(target)
+        for v in vectors:
+            check_tensor("target", v, "floating", "[C, D]")
         shapes = [(layer.num_classes, layer.width) for layer in layers]
         if [tuple(v.shape) for v in vectors] != shapes:
             raise InputError(
