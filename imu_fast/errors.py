@@ -135,6 +135,13 @@ def check_tensor(name: str, value: object, kind: str = "floating", shape: str = 
         shape: what is expected, such as "[N, d]", for the message.
     """
     wanted, fits = _KINDS[kind]
+    if (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and not (value.is_nested or value.is_quantized or value.is_meta)
+        and fits(value.dtype)
+    ):
+        return value
     expected = f"a tensor {shape} of {wanted}" if shape else f"a tensor of {wanted}"
     if not isinstance(value, Tensor):
         made = type(value).__name__
@@ -148,9 +155,7 @@ def check_tensor(name: str, value: object, kind: str = "floating", shape: str = 
         raise InputError(f"{name} is sparse ({value.layout}); pass {name}.to_dense()")
     if value.is_meta:
         raise InputError(f"{name} is on the meta device, without numbers; pass {expected}")
-    if not fits(value.dtype):
-        raise InputError(f"{name} has dtype {value.dtype}; pass {expected}")
-    return value
+    raise InputError(f"{name} has dtype {value.dtype}; pass {expected}")
 
 
 def check_fraction(name: str, value: float) -> float:
@@ -184,14 +189,14 @@ def one_of(*known: str) -> Callable[[str, object], str]:
 def is_finite(tensor: Tensor) -> bool:
     """Whether every number is: one reduction, and a second look where the sum overflows."""
     total = tensor.sum(dtype=torch.float32 if tensor.itemsize < 4 else None)
-    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
+    return math.isfinite(float(total)) or bool(torch.isfinite(tensor).all())
 
 
 def check_finite_rows(name: str, tensor: Tensor, what: str = "sample") -> None:
     """Raise InputError naming the first row of ``tensor`` [N, ...] that is not finite."""
     # One reduction decides the common case: a finite sum has only finite terms. A sum that is not
     # may have overflowed, and only then is the row-wise test paid for.
-    if bool(torch.isfinite(tensor.sum(dtype=torch.float32 if tensor.itemsize < 4 else None))):
+    if math.isfinite(float(tensor.sum(dtype=torch.float32 if tensor.itemsize < 4 else None))):
         return
     bad = ~torch.isfinite(tensor.reshape(tensor.shape[0], -1)).all(dim=1)
     rows = torch.nonzero(bad).flatten()

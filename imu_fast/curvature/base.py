@@ -22,6 +22,7 @@ from imu_fast.factors.operands import check_result
 from imu_fast.factors.outputs import sum_of_outputs
 from imu_fast.factors.source import Factors
 from imu_fast.ops.bilinear_scores import bilinear_scores
+from imu_fast.ops.mean_gradient import mean_gradient
 from imu_fast.options import Options
 from imu_fast.storage import save_tensors, writable
 
@@ -141,10 +142,13 @@ class Fitted(ABC):
             check_tensor("out", out, "floating", "of v's shape")
         if out is not None and out.shape != v.shape:
             raise InputError(f"out has shape {tuple(out.shape)}; expected v's, {tuple(v.shape)}")
+        return _finite("M^-1 v", self._answer(v, out))
+
+    def _answer(self, v: Tensor, out: Tensor | None) -> Tensor:
+        """X of a v that fits, in its dtype or in ``out``; finite or not."""
         x = self._solve(_at_least_single(v), out)
         if out is None:
-            return _finite("M^-1 v", _rounded("M^-1 v", x, v.dtype))
-        _finite("M^-1 v", x)
+            return _rounded("M^-1 v", x, v.dtype)
         return out if x is out else out.copy_(_rounded("M^-1 v", x, out.dtype, "out"))
 
     @no_autocast
@@ -312,6 +316,16 @@ def _finite(what: str, x: Tensor) -> Tensor:
     )
 
 
+@no_autocast
+@torch.no_grad()
+def solved(fitted: Fitted, v: Tensor, out: Tensor | None = None) -> Tensor:
+    """``fitted.solve(v, out)`` of a v that is known to fit, for :func:`scores`.
+
+    What is not finite in v or X shows there, so that nothing of size [C, D] is looked through.
+    """
+    return fitted._answer(v, out)
+
+
 def scores(factors: Factors, x: Tensor) -> Tensor:
     """``<g_i, X>`` of every sample that is here: [n], or [n, m] for x [m, C, D]."""
 
@@ -343,13 +357,17 @@ def gradients(chunk: GradientFactors) -> Tensor:
     """Per-sample gradients [n, C, D]."""
     if not chunk.is_flat:
         # A sample's own gradient: the mean over a set of one.
-        return torch.stack([chunk.samples(i, i + 1).mean_gradient() for i in range(chunk.n)])
+        return torch.stack([_gradient(chunk.samples(i, i + 1)) for i in range(chunk.n)])
     out = chunk.delta.new_empty(chunk.n, chunk.num_classes, chunk.width)
     d = chunk.feature_dim
     torch.mul(chunk.delta[:, :, None], chunk.act[:, None, :], out=out[..., :d])
     if chunk.has_bias:
         out[..., d] = chunk.delta
     return out
+
+
+def _gradient(one: GradientFactors) -> Tensor:
+    return mean_gradient(one.delta, one.act, one.offsets, one.has_bias)
 
 
 def gradient_slabs(
@@ -371,7 +389,8 @@ def self_influence(fitted: Fitted, factors: Factors) -> tuple[Tensor, float]:
         out = chunk.delta.new_empty(chunk.n)
         # In float64 from the start: an ill-conditioned M magnifies the rounding of products.
         for samples, g in gradient_slabs(chunk.to(dtype=torch.float64)):
-            out[samples] = (fitted.solve(g) * g).sum(dim=(1, 2)).to(out)
+            # What is not finite shows in the sums, which are looked at once, all of them.
+            out[samples] = (fitted._solve(g, None) * g).sum(dim=(1, 2)).to(out)
             worst = max(worst, fitted.residual)
         return out
 
