@@ -59,10 +59,11 @@ studies: $(VENV)/.test
 options: $(VENV)/.test
 	$(BIN)/python tests/every_option.py
 
-# Random inputs of every size and magnitude: right, or refused. CASES for each function.
+# Damaged files of every format and random inputs of every function: right, or refused. CASES of each.
 CASES ?= 2000
 fuzz: $(VENV)/.test
-	IMU_FAST_FUZZ_CASES=$(CASES) $(BIN)/python -m pytest -q tests/fuzz
+	PYTHONPATH=tests $(BIN)/python tests/fuzz/damage.py $(CASES)
+	PYTHONPATH=tests $(BIN)/python tests/fuzz/fuzz.py $(CASES)
 
 # The extension under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own.
 SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=undefined -g

@@ -93,6 +93,23 @@ def _saved(delta: Tensor, act: Tensor, offsets: Tensor) -> Any:
         return imu.load_operator(path).diagonal()
 
 
+def _live_call(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of logits that the model has made, as they are or moved to what was passed."""
+    made = model()
+    with imu.live_weights(made, ["0"]) as weigh:
+        own = made(features())
+    plain = isinstance(logits, Tensor) and logits.layout == own.layout and not logits.is_nested
+    plain = plain and not logits.is_meta and logits.dtype == own.dtype
+    return weigh(own + 0 * logits if plain and logits.shape == own.shape else logits, labels)
+
+
+def _weighted(features: Tensor, labels: Tensor) -> Tensor:
+    made = model()[0]
+    if isinstance(features, Tensor) and features.dtype in (torch.half, torch.bfloat16, torch.float):
+        made = made.to(features.dtype)  # what a head says of another dtype is its own
+    return imu.InfluenceWeightedLoss(made)(features, labels)
+
+
 def _model_and_data(then: Callable[[nn.Module, Any], Any]) -> Callable[..., Any]:
     return lambda inputs, labels: then(model(), (inputs, labels))
 
@@ -189,6 +206,8 @@ DOORS: dict[str, Door] = {
         lambda: {k: v for k, v in of_head().items() if k != "offsets"},
         optional=("bias",),
     ),
+    "InfluenceWeightedLoss": Door(_weighted, lambda: {"features": features(), "labels": labels()}),
+    "live_weights": Door(_live_call, lambda: {"logits": features()[:, :C], "labels": labels()}),
     "damped_cholesky_solve": Door(
         lambda a, b, damping: imu.damped_cholesky_solve(a, b, damping),
         lambda: {
@@ -217,6 +236,37 @@ DOORS: dict[str, Door] = {
         ),
         data,
     ),
+    "tracin_self_influence": Door(
+        _model_and_data(
+            lambda m, x: imu.tracin_self_influence(
+                m, x, checkpoints=[m.state_dict()], learning_rates=0.1
+            )
+        ),
+        data,
+    ),
+    "capture(layers)": Door(
+        _model_and_data(
+            lambda m, x: [f.mean_gradient() for f in imu.capture(m, x, layers=["0", "2"])]
+        ),
+        data,
+    ),
+    "unlearn(margin_edit)": Door(
+        _model_and_data(lambda m, x: imu.unlearn(m, x, "margin_edit").model), data
+    ),
+    "unlearn(all)": Door(
+        _model_and_data(lambda m, x: imu.unlearn(m, x, "uniform", scope="all", epochs=1).model),
+        data,
+    ),
+    "unlearn_in_turn": Door(
+        _model_and_data(
+            lambda m, x: [r.model for r in imu.unlearn_in_turn(m, [x], epochs=1).values()]
+        ),
+        data,
+    ),
+    "batch_weights(model)": Door(
+        _model_and_data(lambda m, x: imu.batch_weights(m, x, on_empty="uniform")), data
+    ),
+    "split": Door(lambda inputs, labels: imu.split((inputs, labels), classes=1), data),
     "leave_one_out": Door(
         _model_and_data(
             lambda m, x: imu.leave_one_out(m, x, weight_decay=0.1, refit=True).parameters([0])

@@ -11,32 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fuzz import MOVES, finite
 from fuzz_doors import DOORS
 from hostile_values import ODD, WRONG
-from torch import Tensor
 
 import imu_fast as imu
-from imu_fast.cli.score_files import save_scores
 from imu_fast.errors import ImuFastError, InputError
-
-# These only move numbers about, whatever they are.
-_MOVES = ("matrix_to_vector", "vector_to_matrix")
+from imu_fast.evaluation.datamodels import random_subsets
 
 
-def _finite(found: Any) -> bool:
-    if isinstance(found, Tensor):
-        return not found.is_floating_point() or bool(torch.isfinite(found).all())
-    if isinstance(found, dict):
-        return all(map(_finite, found.values()))
-    if isinstance(found, tuple | list):
-        return all(map(_finite, found))
-    return not isinstance(found, float) or found == found
-
-
-@pytest.mark.parametrize("name", [name for name in DOORS if name not in _MOVES])
+@pytest.mark.parametrize("name", [name for name in DOORS if name not in MOVES])
 def test_right_or_refused(name: str) -> None:
     door, failed = DOORS[name], []
-    assert _finite(door.call(**door.tensors(), **door.others))
+    assert finite(door.call(**door.tensors(), **door.others))
     for argument in door.tensors():
         for kind, make in (WRONG | ODD).items():
             given: dict[str, Any] = door.tensors()
@@ -47,7 +34,7 @@ def test_right_or_refused(name: str) -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 try:
-                    if not _finite(door.call(**given, **door.others)):
+                    if not finite(door.call(**given, **door.others)):
                         failed.append(f"{argument}, {kind}: not finite")
                 except ImuFastError:
                     pass
@@ -64,6 +51,11 @@ def test_a_seed_is_refused_alike_everywhere(seed: Any) -> None:
     inputs = torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
     with pytest.raises(InputError, match="seed="):
         imu.unlearn(torch.nn.Linear(3, 2), inputs, seed=seed)
+    with pytest.raises(InputError, match="seed="):
+        random_subsets(6, 2, seed=seed)
+    if seed is not None:  # which is the default there
+        with pytest.raises(InputError, match="seed="):
+            imu.split(inputs, fraction=0.5, seed=seed)
 
 
 def test_integers_of_numpy_are_seeds() -> None:
@@ -71,16 +63,6 @@ def test_integers_of_numpy_are_seeds() -> None:
     ours = imu.influence_weights(scores, permute=True, seed=7)
     theirs = imu.influence_weights(scores, permute=True, seed=np.int64(7))
     assert torch.equal(ours[1], theirs[1])
-
-
-def test_names_are_no_formulas_and_numbers_stay_numbers(tmp_path: Any) -> None:
-    names = ["=1+1", "+a", "-a", "@a", "\ta", "a", "\udcff"]
-    path = tmp_path / "scores.csv"
-    save_scores(path, names, {"influence": torch.full((7,), -0.5)})
-    lines = path.read_text().splitlines()[1:]
-    assert lines == [
-        *("'=1+1,-0.5", "'+a,-0.5", "'-a,-0.5", "'@a,-0.5", "'\ta,-0.5", "a,-0.5", "\\udcff,-0.5")
-    ]
 
 
 def test_overflow_is_refused_and_names_the_way_out() -> None:
