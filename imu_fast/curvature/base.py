@@ -16,11 +16,13 @@ from typing_extensions import Self
 
 from imu_fast.ambient import no_autocast
 from imu_fast.curvature.parameters import scipy_operator
-from imu_fast.errors import InputError, check_flag
+from imu_fast.errors import InputError, check_flag, check_tensor, is_finite
 from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.factors.operands import check_result
 from imu_fast.factors.outputs import sum_of_outputs
 from imu_fast.factors.source import Factors
 from imu_fast.ops.bilinear_scores import bilinear_scores
+from imu_fast.ops.mean_gradient import mean_gradient
 from imu_fast.options import Options
 from imu_fast.storage import save_tensors, writable
 
@@ -107,11 +109,12 @@ class Fitted(ABC):
         Half precision is multiplied and added up in float32 or better, and rounded once.
 
         Raises:
-            InputError: v has another shape, is elsewhere or no floating-point tensor; M v is
-                beyond the range of v's dtype.
+            InputError: v has another shape, is elsewhere, not finite or no floating-point tensor;
+                the result is beyond the range of v's dtype.
         """
         self._check("v", v)
-        return _rounded("M v", self._product(_at_least_single(v)), v.dtype)
+        found = _rounded("M v", self._product(_at_least_single(v)), v.dtype)
+        return _finite("M v", found)
 
     def __matmul__(self, v: Tensor) -> Tensor:
         return self.product(v)
@@ -131,12 +134,18 @@ class Fitted(ABC):
             out: where X is to go, in its dtype; may be v itself.
 
         Raises:
-            InputError: as :meth:`product`; v is not finite where it is solved by iteration.
+            InputError: as :meth:`product`.
             SingularMatrixError: M is not positive definite in float64.
         """
         self._check("v", v)
+        if out is not None:
+            check_tensor("out", out, "floating", "of v's shape")
         if out is not None and out.shape != v.shape:
             raise InputError(f"out has shape {tuple(out.shape)}; expected v's, {tuple(v.shape)}")
+        return _finite("M^-1 v", self._answer(v, out))
+
+    def _answer(self, v: Tensor, out: Tensor | None) -> Tensor:
+        """X of a v that fits, in its dtype or in ``out``; finite or not."""
         x = self._solve(_at_least_single(v), out)
         if out is None:
             return _rounded("M^-1 v", x, v.dtype)
@@ -204,7 +213,7 @@ class Fitted(ABC):
             InputError: they are of another layer's shape, or elsewhere.
         """
         self._check_layer("factors", factors)
-        return self._self_influence(factors)
+        return check_result("self-influence", self._self_influence(factors), factors)
 
     @no_autocast
     @torch.no_grad()
@@ -219,7 +228,7 @@ class Fitted(ABC):
         self._check_layer("factors", factors)
         self._check_layer("queries", queries)
         check_whole("queries", queries)
-        return self._pairwise(factors, queries)
+        return check_result("influence", self._pairwise(factors, queries), factors, queries)
 
     @abstractmethod
     def _product(self, v: Tensor) -> Tensor:
@@ -260,9 +269,7 @@ class Fitted(ABC):
         return out
 
     def _check(self, argument: str, v: Tensor) -> None:
-        if not isinstance(v, Tensor) or not v.is_floating_point():
-            found = str(v.dtype) if isinstance(v, Tensor) else type(v).__name__
-            raise InputError(f"{argument} is {found}; pass a floating-point tensor [C, D]")
+        check_tensor(argument, v, "floating", "[C, D]")
         if v.dim() not in (2, 3) or tuple(v.shape[-2:]) != self.shape or not len(v):
             classes, width = self.shape
             raise InputError(
@@ -271,6 +278,8 @@ class Fitted(ABC):
             )
         if v.device != self.device:
             raise InputError(f"{argument} is on {v.device}, M on {self.device}; move it with .to()")
+        if not is_finite(v):
+            raise InputError(f"{argument} is not finite; remove the NaN or infinite entries")
 
     def _check_layer(self, argument: str, factors: Factors) -> None:
         found = Layer.of(factors)
@@ -297,6 +306,26 @@ def _rounded(what: str, x: Tensor, dtype: torch.dtype, argument: str = "v") -> T
     return x.to(dtype)
 
 
+def _finite(what: str, x: Tensor) -> Tensor:
+    """x; raise InputError where it is beyond the range of its dtype."""
+    if is_finite(x):
+        return x
+    raise InputError(
+        f"{what} is not finite in {x.dtype}: v is too large for this damping; pass v.double(), or "
+        "a larger damping"
+    )
+
+
+@no_autocast
+@torch.no_grad()
+def solved(fitted: Fitted, v: Tensor, out: Tensor | None = None) -> Tensor:
+    """``fitted.solve(v, out)`` of a v that is known to fit, for :func:`scores`.
+
+    What is not finite in v or X shows there, so that nothing of size [C, D] is looked through.
+    """
+    return fitted._answer(v, out)
+
+
 def scores(factors: Factors, x: Tensor) -> Tensor:
     """``<g_i, X>`` of every sample that is here: [n], or [n, m] for x [m, C, D]."""
 
@@ -308,7 +337,7 @@ def scores(factors: Factors, x: Tensor) -> Tensor:
             )
         )
 
-    return sum_of_outputs(factors, term)
+    return check_result("influence", sum_of_outputs(factors, term), factors)
 
 
 def check_whole(argument: str, factors: Factors) -> None:
@@ -328,13 +357,17 @@ def gradients(chunk: GradientFactors) -> Tensor:
     """Per-sample gradients [n, C, D]."""
     if not chunk.is_flat:
         # A sample's own gradient: the mean over a set of one.
-        return torch.stack([chunk.samples(i, i + 1).mean_gradient() for i in range(chunk.n)])
+        return torch.stack([_gradient(chunk.samples(i, i + 1)) for i in range(chunk.n)])
     out = chunk.delta.new_empty(chunk.n, chunk.num_classes, chunk.width)
     d = chunk.feature_dim
     torch.mul(chunk.delta[:, :, None], chunk.act[:, None, :], out=out[..., :d])
     if chunk.has_bias:
         out[..., d] = chunk.delta
     return out
+
+
+def _gradient(one: GradientFactors) -> Tensor:
+    return mean_gradient(one.delta, one.act, one.offsets, one.has_bias)
 
 
 def gradient_slabs(
@@ -356,7 +389,8 @@ def self_influence(fitted: Fitted, factors: Factors) -> tuple[Tensor, float]:
         out = chunk.delta.new_empty(chunk.n)
         # In float64 from the start: an ill-conditioned M magnifies the rounding of products.
         for samples, g in gradient_slabs(chunk.to(dtype=torch.float64)):
-            out[samples] = (fitted.solve(g) * g).sum(dim=(1, 2)).to(out)
+            # What is not finite shows in the sums, which are looked at once, all of them.
+            out[samples] = (fitted._solve(g, None) * g).sum(dim=(1, 2)).to(out)
             worst = max(worst, fitted.residual)
         return out
 

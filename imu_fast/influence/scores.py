@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from imu_fast.curvature.base import Curvature, Layer, check_whole
+from imu_fast.curvature.base import Curvature, Layer, check_whole, solved
 from imu_fast.curvature.base import scores as scores_of
 from imu_fast.curvature.gauss_newton import fisher_for
 from imu_fast.curvature.named import CURVATURES, CurvatureName, OwnOptions
-from imu_fast.errors import InputError, check_choice
+from imu_fast.errors import InputError, check_choice, check_tensor
 from imu_fast.factors.outputs import at_outputs, cuts_of_outputs, for_inputs
 from imu_fast.factors.source import Factors, is_factors
 from imu_fast.factors.statistics import mean_gradient
@@ -100,6 +100,8 @@ def _goals(target: Any, layers: list[Factors]) -> list[Goal]:
     many = isinstance(target, Sequence)
     if isinstance(target, Tensor) or (many and target and isinstance(target[0], Tensor)):
         vectors = [target] if isinstance(target, Tensor) else list(target)
+        for v in vectors:
+            check_tensor("target", v, "floating", "[C, D]")
         shapes = [(layer.num_classes, layer.width) for layer in layers]
         if [tuple(v.shape) for v in vectors] != shapes:
             raise InputError(
@@ -131,11 +133,15 @@ def target_vectors(target: Any, layers: list[Factors]) -> list[Tensor]:
     ]
 
 
-def _vector(goal: Goal, part: Factors, classes: slice) -> Tensor:
-    """v at some outputs of a layer; new memory, unless it was given."""
+def _vector(goal: Goal, part: Factors, classes: slice, *, check: bool = True) -> Tensor:
+    """v at some outputs of a layer; new memory, unless it was given.
+
+    Args:
+        check: whether it is finite, which else shows in the scores.
+    """
     if isinstance(goal, Tensor):
         return goal[classes].to(part.device, part.dtype)
-    return mean_gradient(part if goal is None else at_outputs(goal, classes))
+    return mean_gradient(part if goal is None else at_outputs(goal, classes), check=check)
 
 
 @door
@@ -198,9 +204,9 @@ def influence_scores(
     for layer, goal in zip(all_layers, goals, strict=True):
         for classes in _cuts(spec, layer, goal):
             part = at_outputs(layer, classes)
-            v = _vector(goal, part, classes)
+            v = _vector(goal, part, classes, check=not spec.separates)
             # In place where v is ours: fresh memory of size C x D costs as much as the division.
-            x = spec.fit(part).solve(v, out=None if isinstance(goal, Tensor) else v)
+            x = solved(spec.fit(part), v, out=None if isinstance(goal, Tensor) else v)
             x = x.to(layer.device, layer.dtype)
             found = scores_of(rows(part), x).neg_()
             scores = found if scores is None else scores.add_(found)

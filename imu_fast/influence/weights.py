@@ -13,9 +13,10 @@ from imu_fast.errors import (
     EmptySelectionError,
     InputError,
     check_choice,
-    check_count,
     check_finite_rows,
     check_fraction,
+    check_seed,
+    check_tensor,
 )
 
 QUANTILE_OVER = ("kept", "all")
@@ -59,8 +60,7 @@ def influence_weights(
         InputError: scores not [n] floating and finite, a fraction outside (0, 1], or a quantile
             over all that is zero, so that it would clip every weight to nothing.
     """
-    if not isinstance(scores, Tensor):
-        raise InputError(f"scores is a {type(scores).__name__}; pass a floating tensor [n]")
+    check_tensor("scores", scores, "floating", "[n]")
     if scores.dim() != 1 or scores.numel() == 0 or not scores.is_floating_point():
         raise InputError(
             f"scores has shape {tuple(scores.shape)} and dtype {scores.dtype}; pass a floating [n]"
@@ -71,7 +71,7 @@ def influence_weights(
     clip_quantile = check_fraction("clip_quantile", clip_quantile)
     check_choice("quantile_over", quantile_over, QUANTILE_OVER)
     check_choice("on_empty", on_empty, ("error", "uniform"))
-    check_count("seed", seed, minimum=0)
+    seed = check_seed("seed", seed)
 
     negative = torch.nonzero(scores < 0).flatten()
     if len(negative) == 0:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 from typing_extensions import Unpack
 
-from imu_fast.errors import InputError
+from imu_fast.errors import InputError, check_finite_rows
 from imu_fast.factors.gradient_factors import HeadFactors
 from imu_fast.model.batches import device_of, empty_message, warn_of_order
 from imu_fast.model.expectation import Expectation, check_one_group
@@ -21,6 +21,7 @@ from imu_fast.model.loss import check_labelled
 from imu_fast.model.reading import Reading, ReadingOptions
 from imu_fast.model.run import evaluated, full_precision, read
 from imu_fast.model.selection import selected
+from imu_fast.ops.tokens import is_flat
 
 
 def _explicit(model: nn.Module, head: Any) -> list[LinearLayer]:
@@ -92,12 +93,15 @@ def capture_features(
 
     Raises:
         InputError: empty loader, labels out of range, several outputs that may be the logits,
-            samples that are not independent.
+            samples that are not independent, features that are not finite.
         NoHeadFoundError: no linear layer, or not the given one, produces the logits, or it is
             not ``act W^T + b``.
     """
     how = Reading.of("capture_features()", reading).following(model)
-    return _capture_head(model, loader, head, how, progress).features()
+    found = _capture_head(model, loader, head, how, progress).features()
+    whose = len(found.features) == len(found.offsets) - 1 and is_flat(found.offsets)
+    check_finite_rows("features", found.features, "sample" if whose else "row")
+    return found
 
 
 @door
