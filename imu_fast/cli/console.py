@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 
+from imu_fast.cli.processes import speaks
 from imu_fast.errors import ImuFastError
 
 
@@ -20,7 +21,8 @@ def clean_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except ImuFastError as error:
-            typer.echo("error: " + " ".join(str(error).split()), err=True)
+            if speaks(error):
+                typer.echo("error: " + " ".join(str(error).split()), err=True)
             raise typer.Exit(2) from None
 
     return wrapped

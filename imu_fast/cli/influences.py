@@ -8,11 +8,16 @@ from typing import Any
 
 import typer
 
+from imu_fast.cli.processes import Processes
+
 
 def influences(
-    model: Any, loader: Any, spec: Any, layers: Any, self_influence: bool
+    model: Any, loader: Any, spec: Any, layers: Any, self_influence: bool, here: Processes
 ) -> tuple[dict[str, Any], Any]:
-    """The columns score and weight, and self_influence where it is asked for; and the factors."""
+    """The columns score and weight, and self_influence where it is asked for; and the factors.
+
+    Columns are of all samples, in whichever process; factors are of those that this one read.
+    """
     import torch
 
     from imu_fast.influence.scores import influence_scores
@@ -20,13 +25,14 @@ def influences(
     from imu_fast.influence.weights import influence_weights
     from imu_fast.model.capture import capture
 
-    factors = capture(model, loader, layers, progress=sys.stderr.isatty())
-    scores = wide(influence_scores(factors, curvature=spec))
+    progress = here.first and sys.stderr.isatty()
+    factors = capture(model, here.share(loader), layers, progress=progress, group=here.group)
+    scores = here.whole(wide(influence_scores(factors, curvature=spec)))
     selected, kept = influence_weights(scores, on_empty="uniform")
     columns = {"score": scores, "weight": torch.zeros_like(scores).index_put_((selected,), kept)}
     if self_influence:
-        columns["self_influence"] = wide(with_itself(factors, curvature=spec))
-    return columns, factors
+        columns["self_influence"] = here.whole(wide(with_itself(factors, curvature=spec)))
+    return columns, getattr(factors, "local", factors)
 
 
 def wide(column: Any) -> Any:

@@ -9,6 +9,7 @@ import typer
 
 from imu_fast.cli.arguments import Force, ForgetData, Images, Texts, grouped, is_text, layer_names
 from imu_fast.cli.devices import DeviceName, device_named
+from imu_fast.cli.processes import joined
 
 
 @grouped
@@ -60,22 +61,25 @@ def score(
     spec = CURVATURES.choose(curvature, damping=damping, damping_mode=damping_mode)
     chosen = "head" if layers is None else layer_names(layers)
     text, place = is_text(images, texts), device_named(device)
-    if text:
-        from imu_fast.cli.text import score_lines
+    with joined(place, "imu-fast score") as here:
+        if text:
+            from imu_fast.cli.text import score_lines
 
-        score_lines(texts, data, out, spec, chosen, self_influence, batch_size, place, force)
-        return
-    from imu_fast.cli.image_models import opened
-    from imu_fast.cli.influences import influences, said
+            how = (spec, chosen, self_influence)
+            score_lines(texts, data, out, how, batch_size, place, force, here)
+            return
+        from imu_fast.cli.image_models import opened
+        from imu_fast.cli.influences import influences, said
 
-    out = Path("scores.csv") if out is None else out
-    check_ending(out)
-    check_apart("out", out, data=data, weights=images.weights)
-    check_out(out)
-    check_free(out, force)
-    size = 64 if batch_size is None else batch_size
-    model, loader, names = opened(images, data, size, place)
-    columns, _ = influences(model, loader, spec, chosen, self_influence)
-    named = {"influence": columns.pop("score"), **columns}
-    write_or_rescue(out, lambda path: save_scores(path, names, named))
-    said(named["influence"], out)
+        out = Path("scores.csv") if out is None else out
+        check_ending(out)
+        check_apart("out", out, data=data, weights=images.weights)
+        check_out(out)
+        check_free(out, force)
+        size = 64 if batch_size is None else batch_size
+        model, loader, names = opened(images, data, size, place)
+        columns, _ = influences(model, loader, spec, chosen, self_influence, here)
+        named = {"influence": columns.pop("score"), **columns}
+        if here.first:
+            write_or_rescue(out, lambda path: save_scores(path, names, named))
+        said(named["influence"], out)

@@ -6,7 +6,6 @@ import json
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,12 +13,16 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from imu_fast import distributed
 from imu_fast.ambient import no_autocast
+from imu_fast.curvature.gradients import gradient_slabs
 from imu_fast.curvature.parameters import scipy_operator
 from imu_fast.errors import InputError, check_flag
 from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.factors.joint import joint
 from imu_fast.factors.outputs import sum_of_outputs
-from imu_fast.factors.source import Factors
+from imu_fast.factors.sharded import ShardedFactors
+from imu_fast.factors.source import Factors, in_memory
 from imu_fast.ops.bilinear_scores import bilinear_scores
 from imu_fast.options import Options
 from imu_fast.storage import save_tensors, writable
@@ -99,6 +102,12 @@ class Fitted(ABC):
         self.shape, self.has_bias = (layer.num_classes, layer.width), layer.has_bias
         self.device, self.residual = layer.device, 0.0
 
+    @property
+    def reads(self) -> Factors | None:
+        """The samples that products and solves go on reading, if any."""
+        return None
+
+    @joint
     @no_autocast
     @torch.no_grad()
     def product(self, v: Tensor) -> Tensor:
@@ -107,15 +116,16 @@ class Fitted(ABC):
         Half precision is multiplied and added up in float32 or better, and rounded once.
 
         Raises:
-            InputError: v has another shape, is elsewhere or no floating-point tensor; M v is
-                beyond the range of v's dtype.
+            InputError: v has another shape, is elsewhere or no floating-point tensor, or another
+                in each of the processes that share M's samples; M v is beyond v's dtype's range.
         """
-        self._check("v", v)
+        v = self._check("v", v)
         return _rounded("M v", self._product(_at_least_single(v)), v.dtype)
 
     def __matmul__(self, v: Tensor) -> Tensor:
         return self.product(v)
 
+    @joint
     @no_autocast
     @torch.no_grad()
     def solve(self, v: Tensor, out: Tensor | None = None) -> Tensor:
@@ -134,7 +144,7 @@ class Fitted(ABC):
             InputError: as :meth:`product`; v is not finite where it is solved by iteration.
             SingularMatrixError: M is not positive definite in float64.
         """
-        self._check("v", v)
+        v = self._check("v", v)
         if out is not None and out.shape != v.shape:
             raise InputError(f"out has shape {tuple(out.shape)}; expected v's, {tuple(v.shape)}")
         x = self._solve(_at_least_single(v), out)
@@ -142,6 +152,7 @@ class Fitted(ABC):
             return _rounded("M^-1 v", x, v.dtype)
         return out if x is out else out.copy_(_rounded("M^-1 v", x, out.dtype, "out"))
 
+    @joint
     @no_autocast
     @torch.no_grad()
     def diagonal(self) -> Tensor:
@@ -195,6 +206,7 @@ class Fitted(ABC):
         }
         save_tensors(path, tensors, {"operator": json.dumps(found)})
 
+    @joint
     @no_autocast
     @torch.no_grad()
     def self_influence(self, factors: Factors) -> Tensor:
@@ -206,20 +218,40 @@ class Fitted(ABC):
         self._check_layer("factors", factors)
         return self._self_influence(factors)
 
+    @joint
     @no_autocast
     @torch.no_grad()
     def pairwise(self, factors: Factors, queries: Factors) -> Tensor:
         """``g_i^T M^-1 h_j`` of the samples of both sets: [n, m].
 
-        ``residual`` is the largest, where queries are solved for.
+        ``residual`` is the largest, where queries are solved for. Queries that are shared among
+        processes are gathered in each; others may be each process's own.
 
         Raises:
-            InputError: as :meth:`self_influence`, or queries are shared among processes.
+            InputError: as :meth:`self_influence`.
         """
         self._check_layer("factors", factors)
         self._check_layer("queries", queries)
-        check_whole("queries", queries)
-        return self._pairwise(factors, queries)
+        if isinstance(queries, ShardedFactors):
+            return self._pairwise(factors, queries.gathered())
+        queries, own = self._of_all(queries)
+        return self._pairwise(factors, queries)[:, own]
+
+    def _of_all(self, factors: Factors) -> tuple[Factors, slice]:
+        """Samples to be solved for one by one, which processes that share M's have to do in step.
+
+        Returns:
+            Those of all processes where each has its own, and the places of this one's.
+        """
+        if not isinstance(self.reads, ShardedFactors):
+            return factors, slice(None)
+        if not isinstance(factors, ShardedFactors):
+            whole, group = in_memory(factors, "queries"), self.reads.group
+            same = [distributed.alike(x, group) for x in (whole.delta, whole.act)]
+            if all(same):
+                return whole, slice(None)
+            factors = ShardedFactors(whole, group)
+        return factors.gathered(), factors.here
 
     @abstractmethod
     def _product(self, v: Tensor) -> Tensor:
@@ -259,7 +291,8 @@ class Fitted(ABC):
         self.residual = worst
         return out
 
-    def _check(self, argument: str, v: Tensor) -> None:
+    def _check(self, argument: str, v: Tensor) -> Tensor:
+        """v; where M's samples are shared among processes, the same bits in all of them."""
         if not isinstance(v, Tensor) or not v.is_floating_point():
             found = str(v.dtype) if isinstance(v, Tensor) else type(v).__name__
             raise InputError(f"{argument} is {found}; pass a floating-point tensor [C, D]")
@@ -271,6 +304,7 @@ class Fitted(ABC):
             )
         if v.device != self.device:
             raise InputError(f"{argument} is on {v.device}, M on {self.device}; move it with .to()")
+        return v if self.reads is None else the_same(argument, v, self.reads)
 
     def _check_layer(self, argument: str, factors: Factors) -> None:
         found = Layer.of(factors)
@@ -313,38 +347,26 @@ def scores(factors: Factors, x: Tensor) -> Tensor:
 
 def check_whole(argument: str, factors: Factors) -> None:
     """Raise InputError where they are shared among processes."""
-    if factors.n_here != factors.n:
+    if isinstance(factors, ShardedFactors):
         raise InputError(
             f"{argument} are shared among processes ({factors.n_here} of {factors.n} samples are "
-            "here), which one solve per sample cannot be; pass all of them to every process"
+            "here); pass all of them to every process: factors.gathered()"
         )
 
 
-# Elements of the per-sample gradients [k, C, D] that exist at once: 128 MB in float64.
-_ELEMENTS = 1 << 24
+def the_same(argument: str, v: Tensor, factors: Factors) -> Tensor:
+    """v; where the factors are shared among processes, the first one's bits in all of them.
 
-
-def gradients(chunk: GradientFactors) -> Tensor:
-    """Per-sample gradients [n, C, D]."""
-    if not chunk.is_flat:
-        # A sample's own gradient: the mean over a set of one.
-        return torch.stack([chunk.samples(i, i + 1).mean_gradient() for i in range(chunk.n)])
-    out = chunk.delta.new_empty(chunk.n, chunk.num_classes, chunk.width)
-    d = chunk.feature_dim
-    torch.mul(chunk.delta[:, :, None], chunk.act[:, None, :], out=out[..., :d])
-    if chunk.has_bias:
-        out[..., d] = chunk.delta
-    return out
-
-
-def gradient_slabs(
-    chunk: GradientFactors, elements: int = _ELEMENTS
-) -> Iterator[tuple[slice, Tensor]]:
-    """Per-sample gradients ``(samples, [k, C, D])``, about so many elements at a time."""
-    step = max(1, elements // (chunk.num_classes * chunk.width))
-    for start in range(0, chunk.n, step):
-        stop = min(start + step, chunk.n)
-        yield slice(start, stop), gradients(chunk.samples(start, stop))
+    Raises:
+        InputError: processes have different v.
+    """
+    if not isinstance(factors, ShardedFactors):
+        return v
+    if not distributed.alike(v, factors.group):
+        raise InputError(
+            f"{argument} differs among the processes that share the samples; pass the same to all"
+        )
+    return distributed.from_first(v.clone(), factors.group)
 
 
 def self_influence(fitted: Fitted, factors: Factors) -> tuple[Tensor, float]:
