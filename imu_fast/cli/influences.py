@@ -8,11 +8,18 @@ from typing import Any
 
 import typer
 
+from imu_fast.cli.chunks import Checkpoint
 from imu_fast.cli.processes import Processes
 
 
 def influences(
-    model: Any, loader: Any, spec: Any, layers: Any, self_influence: bool, here: Processes
+    model: Any,
+    loader: Any,
+    spec: Any,
+    layers: Any,
+    self_influence: bool,
+    here: Processes,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[dict[str, Any], Any]:
     """The columns score and weight, and self_influence where it is asked for; and the factors.
 
@@ -20,13 +27,27 @@ def influences(
     """
     import torch
 
+    from imu_fast.errors import NoSamplesError
     from imu_fast.influence.scores import influence_scores
     from imu_fast.influence.scores import self_influence as with_itself
     from imu_fast.influence.weights import influence_weights
     from imu_fast.model.capture import capture
+    from imu_fast.model.shared import shared_factors
 
     progress = here.first and sys.stderr.isatty()
-    factors = capture(model, here.share(loader), layers, progress=progress, group=here.group)
+    if checkpoint is None:
+        factors: Any = capture(
+            model, here.share(loader), layers, progress=progress, group=here.group
+        )
+    else:
+
+        def parts() -> Any:
+            found = checkpoint.captured(model, loader, layers, here, progress)
+            if found is None:
+                raise NoSamplesError("data: no part of it is this process's")
+            return found
+
+        factors = parts() if here.group is None else shared_factors(model, here.group, parts)
     scores = here.whole(wide(influence_scores(factors, curvature=spec)))
     selected, kept = influence_weights(scores, on_empty="uniform")
     columns = {"score": scores, "weight": torch.zeros_like(scores).index_put_((selected,), kept)}

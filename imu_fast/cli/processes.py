@@ -54,6 +54,13 @@ class Processes:
             Subset(loader.dataset, mine), loader.batch_size, collate_fn=loader.collate_fn
         )
 
+    def wait(self, what: str) -> None:
+        """Until all are here."""
+        if self.group is not None:
+            from imu_fast.distributed import in_step
+
+            in_step(what, self.group)
+
     def whole(self, column: Any) -> Any:
         """The column [n] of all samples, of each process's own part."""
         if self.group is None:

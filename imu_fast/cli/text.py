@@ -10,6 +10,7 @@ import torch
 import typer
 
 from imu_fast.cli.arguments import Texts
+from imu_fast.cli.chunks import Checkpoint
 from imu_fast.cli.influences import influences, said, wide
 from imu_fast.cli.language_models import LanguageModel, Source, check_vocabulary, load
 from imu_fast.cli.processes import Processes
@@ -159,6 +160,7 @@ def score_lines(
     device: torch.device,
     force: bool,
     here: Processes,
+    checkpoint: Checkpoint | None = None,
 ) -> None:
     """``imu-fast score --model``: scores beside each line, in the file's order.
 
@@ -183,7 +185,9 @@ def score_lines(
     reader = opened(texts, batch_size, device)
     found = reader.read(data)
     model = reader.made.model
-    columns, factors = influences(model, found.loader, spec, layers, self_influence, here)
+    columns, factors = influences(
+        model, found.loader, spec, layers, self_influence, here, checkpoint
+    )
     losses = getattr(factors, "losses", None)
     if losses is None:  # of layers that are not the head
         losses = _losses(model, here.share(found.loader), columns["score"])

@@ -31,6 +31,12 @@ class ChunkedFactors:
         self.width, self.has_bias, self.name = first.width, first.has_bias, first.name
         self.device, self.dtype = first.device, first.dtype
 
+    @property
+    def losses(self) -> Tensor | None:
+        """Each sample's loss [n], where it is known."""
+        there = [chunk.losses for chunk in self._chunks if chunk.losses is not None]
+        return torch.cat(there) if len(there) == len(self._chunks) else None
+
     def chunks(self, max_tokens: int | None = None) -> Iterator[GradientFactors]:
         """As they are, or cut further."""
         for chunk in self._chunks:

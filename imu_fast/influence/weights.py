@@ -17,6 +17,7 @@ from imu_fast.errors import (
     check_finite_rows,
     check_fraction,
 )
+from imu_fast.factors.operands import Array, tensor_of
 
 QUANTILE_OVER = ("kept", "all")
 # Numbers up to one, and their differences from one, are known to this.
@@ -24,7 +25,7 @@ _ROUNDING = Fraction(1, 2**52)
 
 
 def influence_weights(
-    scores: Tensor,
+    scores: Array,
     top_fraction: float = 1.0,
     clip_quantile: float = 0.93,
     *,
@@ -41,7 +42,7 @@ def influence_weights(
     fraction is that number: 0.29 of 100 samples are 29, though ``int(0.29 * 100)`` is 28.
 
     Args:
-        scores: [n], floating.
+        scores: [n], floating; an array of numpy or a list will do.
         top_fraction: in (0, 1]. clip_quantile: in (0, 1]; 1 clips nothing.
         quantile_over: the weights whose quantile it is: the ``"kept"`` ones, or ``"all"`` n, zero
             where not kept, as the authors' code for language models (TOFU) has it.
@@ -59,8 +60,7 @@ def influence_weights(
         InputError: scores not [n] floating and finite, a fraction outside (0, 1], or a quantile
             over all that is zero, so that it would clip every weight to nothing.
     """
-    if not isinstance(scores, Tensor):
-        raise InputError(f"scores is a {type(scores).__name__}; pass a floating tensor [n]")
+    scores = tensor_of("scores", scores)
     if scores.dim() != 1 or scores.numel() == 0 or not scores.is_floating_point():
         raise InputError(
             f"scores has shape {tuple(scores.shape)} and dtype {scores.dtype}; pass a floating [n]"

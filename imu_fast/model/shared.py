@@ -27,11 +27,7 @@ def check_same_model(model: Any, group: distributed.Group) -> None:
     Buffers make features, too: DistributedDataParallel leaves each process the running statistics
     of its own last batch.
     """
-    named: list[tuple[str, Tensor]] = []
-    if isinstance(model, nn.Module):
-        inner = innermost(model)
-        named = [*inner.named_parameters(), *inner.named_buffers()]
-    sums = {name: _checksum(tensor) for name, tensor in named}
+    sums = checksums(model) if isinstance(model, nn.Module) else {}
     digest = hashlib.blake2b(repr(sums).encode(), digest_size=16).hexdigest()
     if len(set(distributed.gather(digest, group))) == 1:
         return
@@ -43,6 +39,12 @@ def check_same_model(model: Any, group: distributed.Group) -> None:
         "samples of one model; load the same state in each, or copy the first one's: "
         "for t in model.state_dict().values(): torch.distributed.broadcast(t, 0)"
     )
+
+
+def checksums(model: nn.Module) -> dict[str, Any]:
+    """Of each parameter and buffer: shape, dtype, and the sum of its bits."""
+    inner = innermost(model)
+    return {name: _checksum(x) for name, x in (*inner.named_parameters(), *inner.named_buffers())}
 
 
 def _checksum(tensor: Tensor) -> Any:
