@@ -19,6 +19,8 @@ Array = Tensor | np.ndarray[Any, Any] | Sequence[Any]
 def tensor_of(name: str, value: Array) -> Tensor:
     """A value as a tensor; of an array in the same memory, where torch can have it.
 
+    Lists of floating numbers are float64, as Python has them.
+
     Raises:
         InputError: it is neither a tensor nor an array or list of numbers.
     """
@@ -29,10 +31,8 @@ def tensor_of(name: str, value: Array) -> Tensor:
             f"{name} is a {type(value).__name__}; pass a tensor, an array of numpy or a list"
         )
     try:
-        if not isinstance(value, np.ndarray):
-            return torch.tensor(value)
-        native = value.dtype.newbyteorder("=")
-        plain = np.asarray(value, native)
+        array = np.asarray(value)
+        plain = np.asarray(array, array.dtype.newbyteorder("="))
         if any(stride < 0 for stride in plain.strides):
             plain = plain.copy()
         with warnings.catch_warnings():
