@@ -184,7 +184,7 @@ class Fitted(ABC):
         loaded gives the same bits as this on the same machine. Its size: nothing of ``identity``,
         8 C D bytes of ``fisher_diag`` (4 from float32), 8 (C D + C^2 + D^2) of ``kfac`` and
         ``ekfac``; ``ggn``, ``ggn_block`` and ``fisher`` keep their samples' factors, about
-        N (C + d) numbers in these's dtype (``fisher`` in float64) and the curvature of their loss
+        N (C + d) numbers in these's dtype, and the curvature of their loss
         where delta does not tell it, and factor anew.
 
         Raises:

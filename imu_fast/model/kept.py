@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import re
 import tempfile
 from typing import Any
@@ -14,6 +15,8 @@ from imu_fast.errors import InputError, WriteError, brief
 
 # Below this the arithmetic of a pass, whose tiles are what they are, would not fit.
 LEAST = 1 << 29
+# Bytes written between two times that freed memory is given back.
+_TRIMMED = 1 << 27
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 
@@ -36,6 +39,12 @@ def bytes_of(name: str, value: Any) -> int:
     return number
 
 
+def _trim() -> None:
+    """Have the C library give back freed memory, from which small blocks between keep it."""
+    with contextlib.suppress(OSError, AttributeError):  # another than glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class Rows:
     """Rows [k, d] of one dtype, put one after the other.
 
@@ -47,7 +56,7 @@ class Rows:
     def __init__(self, limit: int | None) -> None:
         self._limit, self._parts, self._size = limit, list[Tensor](), 0
         self._file: Any = None
-        self._written = 0
+        self._written = self._freed = 0
 
     def add(self, rows: Tensor) -> None:
         """Append; the tensor is not kept where a file takes it.
@@ -63,7 +72,8 @@ class Rows:
             )
         self._parts.append(rows)
         self._size += rows.nbytes
-        if self._limit is not None and 2 * self._size > self._limit:
+        full = self._limit is not None and 2 * self._size > self._limit
+        if full or self._file is not None:
             self._write()
 
     def _kind(self) -> tuple[torch.dtype, torch.Size]:
@@ -88,7 +98,11 @@ class Rows:
                 f"max_memory: {tempfile.gettempdir()} does not take the features "
                 f"({brief(error)}); free space there, or name another folder by TMPDIR"
             ) from error
-        self._parts, self._size = [self._parts[0][:0]], 0
+        self._freed += self._size
+        self._parts, self._size = [self._parts[0][:0].clone()], 0
+        if self._freed >= _TRIMMED:
+            self._freed = 0
+            _trim()
 
     def tensor(self) -> Tensor:
         """All rows; of a file, mapped, so that the system may drop and read them again."""
