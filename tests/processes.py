@@ -159,6 +159,17 @@ def models(rank, world):
     for one in (model, wrapped):
         shared = imu.capture(one, data, group=world_group)
         same(imu.influence_scores(shared), imu.influence_scores(whole)[mine], "captured")
+    scores = imu.influence_scores(shared)
+    for options in ({}, {"top_fraction": 0.5, "permute": True}, {"quantile_over": "all"}):
+        found = imu.influence_weights(scores, group=world_group, **options)
+        places, weights = imu.influence_weights(imu.influence_scores(whole), **options)
+        own = (places >= mine.start) & (places < mine.stop)
+        assert torch.equal(found[0], places[own] - mine.start)
+        same(found[1], weights[own], "weights")
+    kind = "kept" if rank else "all"
+    refused(
+        lambda: imu.influence_weights(scores, quantile_over=kind, group=world_group), "same calls"
+    )
     layers = imu.capture(wrapped, data, layers=["0", "3"], group=world_group)
     truth = imu.capture(model, (x, y), layers=["0", "3"])
     found = imu.influence_scores(layers, curvature="fisher_diag")
