@@ -11,6 +11,7 @@ do different things hear of it instead of waiting for each other.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -27,6 +28,11 @@ Group = Any
 
 # An attribute of errors that all processes have been told of.
 _TOLD = "_imu_fast_told"
+
+
+def text_of(value: Any) -> str:
+    """A value as text that is the same in every process: without addresses and devices."""
+    return re.sub(r" at 0x[0-9a-fA-F]+|, device='[^']*'", "", repr(value))
 
 
 def check_group(group: Group) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -180,11 +181,15 @@ def models(rank, world):
     options = {"weight_decay": 0.1, "refit": True}
     left = imu.leave_one_out(wrapped, data, group=world_group, **options)
     same(left.logits, imu.leave_one_out(model, (x, y), **options).logits, "leave one out")
-    for method in ("imu", "margin_edit", "uniform", imu.Ascent(scope=imu.Head(layer="3"))):
+    kept = imu.Retain(data=(x[mine], y[mine]))
+    named = imu.Ascent(scope=imu.Head(layer="3"), max_steps=2)
+    for method in ("imu", "margin_edit", named, replace(named, retain=kept)):
         own, alone = network(), network()
         stop = imu.StopRule(forget_accuracy=0.2)
         watch = {"again": data}
         result = imu.unlearn(own, data, method, stop=stop, watch=watch, group=world_group)
+        if not isinstance(method, str) and isinstance(method.retain, imu.Retain):
+            method = replace(method, retain=imu.Retain(data=(x, y)))
         one = imu.unlearn(alone, (x, y), method, stop=stop, watch={"again": (x, y)})
         same(own[3].weight, alone[3].weight, f"unlearned by {method}", 1e-9)
         assert result.model is own and result.stopped_by == one.stopped_by

@@ -68,7 +68,7 @@ class ShardedFactors(Means):
         local = self.local
         loss = next(iter(local.chunks(1))).loss
         sizes = (local.num_classes, local.feature_dim, local.has_bias)
-        layer = (*sizes, str(local.dtype), local.name, repr(loss))
+        layer = (*sizes, str(local.dtype), local.name, distributed.text_of(loss))
         # Where processes add up in different orders, they may stop iterating at different places.
         threads = torch.get_num_threads() if local.device.type == "cpu" else 0
         at_once = local.outputs_at_once if is_wide(local) else local.num_classes

@@ -50,8 +50,9 @@ def checksums(model: nn.Module) -> dict[str, Any]:
 def _checksum(tensor: Tensor) -> Any:
     kind = (tuple(tensor.shape), str(tensor.dtype))
     flat = tensor.detach()
-    if tensor.is_meta or tensor.layout != torch.strided or flat.itemsize not in _BITS:
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
         return kind
+    flat = torch.view_as_real(flat) if flat.is_complex() else flat
     bits = flat.contiguous().flatten().view(_BITS[flat.itemsize])
     return (*kind, int(bits.sum(dtype=torch.int64)))
 
@@ -128,13 +129,14 @@ def _first_sample(model: nn.Module, loader: Any) -> Any:
 
 
 def _joined(found: HeadFeatures, count: int, group: distributed.Group) -> HeadFeatures:
-    read = (found.name, found.output, found.sequences, repr(found.loss))
+    said_of = distributed.text_of((found.output, found.loss))
+    read = (found.name, found.sequences, said_of)
     said = (read, found.linear, found.between, found.write_back)
     each = distributed.gather(said, group)
     for rank, (other, *_) in enumerate(each):
         if other != each[0][0]:
             raise InputError(
-                f"process {rank} reads (head, output, sequences, loss) {other}, process 0 "
+                f"process {rank} reads (head, sequences, output and loss) {other}, process 0 "
                 f"{each[0][0]}; pass the same layers, output and loss to all"
             )
     tokens = int(found.offsets[count])

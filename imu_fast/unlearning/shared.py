@@ -59,7 +59,8 @@ def unlearn_shared(
         stop, milestones = rules
         for rule in (stop, *(milestones or {}).values()):
             _check_rule(rule)
-        said = f"unlearn({type(method).__name__}({method.flat()!r}), {stop!r}, {sorted(watch)})"
+        plain = {k: v for k, v in method.flat().items() if isinstance(v, str | int | float | None)}
+        said = f"unlearn({type(method).__name__}({plain}), {stop!r}, {sorted(watch)})"
         distributed.in_step(said, group)
         target = model if inplace else copied(model)
 
