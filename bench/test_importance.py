@@ -158,5 +158,6 @@ def test_importance(benchmark, problem, role):
             mine, theirs, floor = (seconds[role] for role in ROLES)
             print(
                 f"{name}: {1e3 * mine:.0f} ms a batch, {theirs / mine:.1f} times as fast as "
-                f"vmap(grad); no exact way is more than {theirs / floor:.1f} times"
+                f"vmap(grad); no exact way is more than {theirs / floor:.1f} times, the time of a "
+                f"forward and backward pass, and this one takes {mine / floor:.2f} times as long"
             )

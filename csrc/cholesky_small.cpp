@@ -193,21 +193,12 @@ IMU_FAST_VERSION(avx2, IMU_FAST_AVX2, 32, 4, 2)
 IMU_FAST_VERSION(avx512, IMU_FAST_AVX512, 64, 8, 2)
 #endif
 
-template <typename T>
-const Routines<T>& routines() {
-#ifdef IMU_FAST_X86
-  if (__builtin_cpu_supports("x86-64-v4")) return avx512<T>;
-  if (__builtin_cpu_supports("x86-64-v3")) return avx2<T>;
-#endif
-  return plain<T>;
-}
-
 }  // namespace
 
 template <typename T>
 void small_factor(const T* a, T* u, int64_t batch, int n, T damping, int* status, int threads) {
   const int64_t size = static_cast<int64_t>(n) * n;
-  const Routines<T>& run = routines<T>();
+  const Routines<T>& run = IMU_FAST_WIDEST(T);
   parallel_for(batch, threads, [&](int64_t i) {
     thread_local std::vector<T> memory;
     constexpr size_t line = 64 / sizeof(T);
@@ -222,7 +213,7 @@ void small_factor(const T* a, T* u, int64_t batch, int n, T damping, int* status
 template <typename T>
 void small_solve(const T* u, int64_t batch, int n, T* b, int m, int threads) {
   const int64_t size = static_cast<int64_t>(n) * n;
-  const Routines<T>& run = routines<T>();
+  const Routines<T>& run = IMU_FAST_WIDEST(T);
   parallel_for(batch, threads, [&](int64_t i) {
     for (int j = 0; j < m; ++j) run.solve(u + i * size, b + (i * m + j) * n, n);
   });

@@ -159,15 +159,6 @@ IMU_FAST_VERSION(avx2, IMU_FAST_AVX2, 32, 6, 2)
 IMU_FAST_VERSION(avx512, IMU_FAST_AVX512, 64, 12, 2)
 #endif
 
-template <typename T>
-const Routines<T>& routines() {
-#ifdef IMU_FAST_X86
-  if (__builtin_cpu_supports("x86-64-v4")) return avx512<T>;
-  if (__builtin_cpu_supports("x86-64-v3")) return avx2<T>;
-#endif
-  return plain<T>;
-}
-
 int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
@@ -176,7 +167,7 @@ template <typename T>
 void squared_products(const Factor<T>& left, const Factor<T>& right, const int64_t* lengths,
                       int64_t samples, T* total, int64_t rows, int64_t columns, int64_t stride,
                       int threads) {
-  const Routines<T>& run = routines<T>();
+  const Routines<T>& run = IMU_FAST_WIDEST(T);
   Problem<T> p{left, right, lengths, {0}, samples, total, rows, columns, stride};
   for (int64_t i = 0; i < samples; ++i) p.first.push_back(p.first.back() + lengths[i]);
   const int64_t all = p.first.back();

@@ -15,7 +15,8 @@ def matrix_to_vector(matrix: Tensor, has_bias: bool) -> Tensor:
     """``[weight.flatten(), bias]`` of ``[weight, bias]``: [..., P] of [..., C, D], P = C D.
 
     The order of ``torch.nn.utils.parameters_to_vector(layer.parameters())``, of a linear layer or a
-    convolution (transformers' ``Conv1D`` keeps its weight transposed).
+    convolution (transformers' ``Conv1D`` and transposed convolutions keep another one: [d, C], and
+    [G c, C / G, *kernel] where the matrix is [C, c * kernel]).
 
     Args:
         matrix: [..., C, D], any dtype; of a layer with a bias the last column is the bias.

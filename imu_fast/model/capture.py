@@ -161,9 +161,10 @@ def capture(
         layers: ``"head"``: the classifier, one forward pass. A name or module: that layer; a
             pattern (``"*.attn.*"``) or the end of names (``"q_proj"``: every ``*.q_proj``), or a
             list of any of these: several. These need one batched forward and backward pass.
-            Linear layers, transformers' Conv1D (its weight [d, C] as [C, d]), and convolutions of
-            one group (their weight flattened to [C, c * kernel]). An adapter's wrapper stands for
-            its base layer; ``"lora_A"`` for the layers of that name.
+            Linear layers, transformers' Conv1D (its weight [d, C] as [C, d]), and convolutions,
+            grouped and transposed too: their weight as [C, c, *kernel], c the inputs that an output
+            sees, flattened to [C, d]. An adapter's wrapper stands for its base layer; ``"lora_A"``
+            for the layers of that name.
         group: of ``torch.distributed``, such as ``torch.distributed.group.WORLD``: each process
             captures its own part of the data, some may have none, and what comes of it are
             :class:`imu_fast.ShardedFactors`, whose sums are over all.
@@ -177,7 +178,8 @@ def capture(
         GradientFactors; for several layers a list, in the order of ``named_parameters``. Of a
         head whose output is the logits and whose signal would take 256 MB or more, an
         ImplicitHead: neither signal nor, where the model does not work with them, logits are
-        stored. Of a convolution, UnfoldedFactors, which keep its inputs as they are.
+        stored. Of a convolution, UnfoldedFactors, which keep its inputs as they are, but of a
+        grouped one whose gradients [C, D] are smaller than these, as of a depthwise one: those.
         Their ``labels`` are None where the loss's curvature in the layer's outputs is not known.
         With ``group`` ShardedFactors of these, or a list.
 

@@ -49,6 +49,11 @@ class LinearLayer:
         return stored.T if _is_transposed(self.module) else stored.flatten(1)
 
     @property
+    def groups(self) -> int:
+        """G: each C / G outputs see d inputs of their own, so that act is [..., G d]."""
+        return 1
+
+    @property
     def bias(self) -> Tensor | None:
         """[C], or None."""
         bias = self.module.bias

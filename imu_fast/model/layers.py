@@ -189,7 +189,7 @@ class LayersCapture:
             return call.act
         kept = self.images.setdefault(call.layer.name, [])
         kept.append(call.act)
-        return call.layer.places(rows, len(kept) - 1).to(call.act.device)
+        return call.layer.places(rows, len(kept) - 1, call.act).to(call.act.device)
 
     def _whole_weights(self, calls: Sequence[Call]) -> dict[str, Tensor]:
         """Parameters, by their layers' names, whose gradients the calls must be all of."""
@@ -225,7 +225,9 @@ class LayersCapture:
             for call, g in zip(calls, base, strict=True):
                 if call.layer == layer:
                     for act, delta in call.layer.pieces(call.act, g):
-                        off += delta.T.to(wide) @ (act.to(wide) @ vectors)
+                        seen = act.unflatten(1, (layer.groups, -1)).to(wide) @ vectors
+                        signal = delta.unflatten(1, (layer.groups, -1)).to(wide)
+                        off += torch.einsum("rgc,rgv->gcv", signal, seen).flatten(0, 1)
             if off.norm() > 8 * torch.finfo(base[0].dtype).eps ** 0.5 * expected.norm():
                 raise InputError(
                     f"layers={layer.name!r}: the model's code uses its weight outside of the layer "
@@ -261,7 +263,7 @@ class LayersCapture:
             images = self.images.get(layer.name, [])
             for kept in images:
                 check_finite_rows(f"input of {layer.name}", kept, "image")
-            return UnfoldedFactors(
+            unfolded = UnfoldedFactors(
                 delta=delta.to(dtype),
                 places=act,
                 inputs=images,
@@ -271,6 +273,7 @@ class LayersCapture:
                 has_bias=layer.bias is not None,
                 name=layer.name,
             )
+            return unfolded.by_columns() if unfolded.columns_are_smaller else unfolded
         check_finite_rows(f"input of {layer.name}", act, "position")
         return GradientFactors(
             delta=delta.to(dtype),

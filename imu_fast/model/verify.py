@@ -17,7 +17,13 @@ _BUDGET = 1 << 30
 _ROWS, _COLUMNS, _WAITING = 4, 256, 64
 # Outputs that are compared as one sum before any is compared by itself.
 _GROUP = 16
-_FORWARDS = tuple(kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+_FORWARDS = tuple(
+    kind.forward
+    for kind in (
+        *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+        *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    )
+)
 # Multiples of the expected rounding that a sound layer may be off by.
 _SAFETY = 8.0
 
@@ -30,8 +36,9 @@ def deviation(layer: LinearLayer, act: Tensor, out: Tensor, columns: slice | Non
     outputs in a coarser dtype add its u times the size of the terms, ``|out| + |a * w|_2``.
 
     Args:
-        act: [..., d]. out: [..., C], what the layer returned; more rows than the budget allows are
-            drawn evenly. columns: which outputs these are; None: all.
+        act: [..., d], of several groups [..., G d]. out: [..., C], what the layer returned; more
+            rows than the budget allows are drawn evenly. columns: which outputs these are, of one
+            group; None: all.
     """
     weight, bias = layer.weight, layer.bias
     if not weight.is_floating_point() or type(weight) not in (Tensor, nn.Parameter):
@@ -39,17 +46,17 @@ def deviation(layer: LinearLayer, act: Tensor, out: Tensor, columns: slice | Non
     if columns is not None:
         weight, bias = weight[columns], None if bias is None else bias[columns]
     act, out = act.reshape(-1, act.shape[-1]), out.reshape(-1, out.shape[-1])
-    if act.shape[1] != weight.shape[1] or out.shape != (len(act), len(weight)):
+    if act.shape[1] != weight.shape[1] * layer.groups or out.shape != (len(act), len(weight)):
         return f"it maps {tuple(act.shape)} to {tuple(out.shape)} by a weight {tuple(weight.shape)}"
     budget = max(1, _BUDGET // max(1, weight.numel()))
     if len(act) > budget:
         chosen = torch.linspace(0, len(act) - 1, budget, device=act.device).round().long()
         act, out = act[chosen], out[chosen]
-    return _compare(act, weight, bias, out)
+    return _compare(act, weight, bias, out, layer.groups)
 
 
-def _compare(act: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> str:
-    d = act.shape[1]
+def _compare(act: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, groups: int = 1) -> str:
+    d = weight.shape[1]
     dtypes = (act.dtype, weight.dtype, out.dtype)
     wide = torch.float64 if all(t == torch.float64 for t in dtypes) else torch.float32
     fine = torch.finfo(wide).eps / 2
@@ -60,17 +67,24 @@ def _compare(act: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> s
     w = weight.to(wide)
     b = w.new_zeros(len(w)) if bias is None else bias.to(wide)
     with full_precision(act.device):
-        a = act.to(wide)
-        heights, widths = a.norm(dim=1), w.norm(dim=1)
-        # Most rows are far within what the smallest output may be off by.
-        sound = _SAFETY * fine * walk * heights * widths.amin()
-        rows = torch.nonzero(~(_off_in_groups(a, w, b, out) <= sound)).flatten()
-        if not len(rows):
-            return ""
-        a, out = a[rows], out[rows].to(wide)
-        off = torch.nn.functional.linear(a, w, b).sub_(out).abs_()
+        a = act.to(wide).unflatten(1, (groups, d))
+        heights, widths = a.norm(dim=2), w.norm(dim=1)
+        rows = torch.arange(len(a), device=a.device)
+        if groups == 1:
+            # Most rows are far within what the smallest output may be off by.
+            sound = _SAFETY * fine * walk * heights[:, 0] * widths.amin()
+            rows = torch.nonzero(~(_off_in_groups(a[:, 0], w, b, out) <= sound)).flatten()
+            if not len(rows):
+                return ""
+        a, heights, out = a[rows], heights[rows], out[rows].to(wide)
+        each = w.unflatten(0, (groups, -1))
+        if groups == 1:
+            found = torch.nn.functional.linear(a[:, 0], w, b)
+        else:
+            found = torch.einsum("rgd,gcd->rgc", a, each).flatten(1).add_(b)
+        off = found.sub_(out).abs_()
         # |a||w| bounds sum |a w|, and is about sqrt(d) |a * w|_2 where no entry stands out.
-        size = heights[rows, None] * widths
+        size = (heights[:, :, None] * widths.unflatten(0, (groups, -1))).flatten(1)
         allowed = fine * walk * size + coarse * (size / math.sqrt(d) + out.abs())
         allowed += (fine + coarse) * b.abs()
         # What is not finite on both sides is for another check to report.
@@ -78,7 +92,7 @@ def _compare(act: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> s
         wrong |= torch.isfinite(out) & ~torch.isfinite(off)
         suspects = torch.nonzero(wrong)
         for row, column in suspects[:: max(1, len(suspects) // 64)]:
-            spread = (a[row] * w[column]).norm()
+            spread = (a[row, column // each.shape[1]] * w[column]).norm()
             bound = _SAFETY * (allowed[row, column] + coarse * spread)
             if not off[row, column] <= bound:
                 return (
@@ -161,6 +175,8 @@ class LinearChecks:
         self._round += 1
 
     def _columns(self, layer: LinearLayer) -> slice:
+        if layer.groups > 1:
+            return slice(None)
         step = max(1, layer.width // _COLUMNS)
         return slice(self._round % step, None, step)
 

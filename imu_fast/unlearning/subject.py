@@ -17,7 +17,7 @@ from imu_fast.model.called import called, from_sample
 from imu_fast.model.capture import HeadFeatures, capture, capture_features
 from imu_fast.model.convolution import scored_layers
 from imu_fast.model.guard import modes
-from imu_fast.model.head import LinearLayer, linear_layers, shared_with
+from imu_fast.model.head import LinearLayer, shared_with
 from imu_fast.model.labels import class_labels
 from imu_fast.model.loss import labelled
 from imu_fast.model.outputs import (
@@ -76,7 +76,7 @@ class Scored(Protocol):
 
         Args:
             rows: which samples; None: all.
-            layers: the classifier, or the linear layers that change.
+            layers: the classifier, or the linear layers and convolutions that change.
         """
         ...
 
@@ -392,7 +392,7 @@ class NetworkSubject:
 
 
 def trained_layers(subject: NetworkSubject) -> list[LinearLayer]:
-    """The linear layers whose weights change, in module order."""
+    """The linear layers and convolutions whose weights change, in module order."""
     weights = {id(parameter) for parameter in subject.parameters.values()}
-    every, scored = linear_layers(subject.model), scored_layers(subject.model)
-    return [scored[k] for k, layer in every.items() if id(layer.module.weight) in weights]
+    scored = scored_layers(subject.model).values()
+    return [layer for layer in scored if id(layer.module.weight) in weights]

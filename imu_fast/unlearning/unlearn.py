@@ -115,7 +115,7 @@ def unlearn(
               (:func:`imu_fast.influence_weights`) and ``reweight``: ``"once"``, each ``"epoch"``,
               ``"batch"``. Influence has ``curvature`` with its options,
               ``first_row_is_mean`` (:func:`imu_fast.influence_scores`), and ``scored``: the
-              ``"head"``, or all linear layers that are ``"trained"``.
+              ``"head"``, or all linear layers and convolutions that are ``"trained"``.
             * ``preset="paper"``: as the authors' code: the layers whose name contains ``fc`` are
               scored and trained, the whole model in training mode (so BatchNorm's running
               statistics drift and dropout is active), ``alpha=0.2``, ``top_fraction=0.1``.

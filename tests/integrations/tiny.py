@@ -7,9 +7,13 @@ from torch import nn
 
 
 def wave(*shape: int, phase: float = 0.0, scale: float = 1.0) -> torch.Tensor:
-    """Numbers that look random and are the same on every version of everything."""
-    count = torch.Size(shape).numel()
-    return (scale * torch.sin(1.7 * torch.arange(count) ** 1.1 + phase)).view(shape).float()
+    """Float32 numbers that look random and are the same on every machine.
+
+    They are float64 until the end: a power and a sine in float32 depend on the instructions of the
+    processor, by up to 1e-4 where the sine's argument is large.
+    """
+    count = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
+    return (scale * torch.sin(1.7 * count**1.1 + phase)).view(shape).float()
 
 
 def filled(model: nn.Module, scale: float = 0.4) -> nn.Module:

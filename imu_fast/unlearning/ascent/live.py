@@ -169,7 +169,7 @@ class LiveLayers(Live):
 
     @classmethod
     def find(cls, subject: NetworkSubject) -> LiveLayers | None:
-        """The linear layers that are trained, unless one is a convolution's."""
+        """The linear layers that are trained, unless a convolution is among what is."""
         layers = trained_layers(subject)
         if not layers or any(isinstance(layer, Convolution) for layer in layers):
             return None

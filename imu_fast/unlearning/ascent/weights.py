@@ -45,7 +45,8 @@ class Weights(Options, ABC):
     Attributes:
         reweight: when they are computed: ``"once"``, each ``"epoch"``, or each ``"batch"`` of its
             own samples (a batch without negative scores is skipped).
-        scored: the layers that scores are of: ``"head"`` or ``"trained"``.
+        scored: the layers that scores are of: the ``"head"``, or all linear layers and convolutions
+            that are ``"trained"``.
     """
 
     reweight: str = "once"
