@@ -261,6 +261,12 @@ def failures(rank, world):
     refused(lambda: imu.ShardedFactors(None), "no process has a sample")
     refused(lambda: imu.ShardedFactors([whole] if rank == 1 else whole), "a list")
     model, data = network(), (torch.randn(8, 6).double(), torch.arange(8) % 4)
+    options = {"method": "imu", "epochs": 0 if rank == 1 else 1}
+    refused(lambda: imu.unlearn(model, data, group=dist.group.WORLD, **options), "epochs=0")
+    limit = "1MB" if rank == 1 else "1GiB"
+    refused(lambda: imu.capture(model, data, group=dist.group.WORLD, max_memory=limit), "1MB")
+    seed = 2 * rank
+    refused(lambda: imu.unlearn(model, data, group=dist.group.WORLD, seed=seed), "seed=2")
     layers = "0" if rank == 1 else "3"
     refused(lambda: imu.capture(model, data, layers, group=dist.group.WORLD), "same model")
     labels = data[1] + 9 * (rank == 1)

@@ -13,7 +13,6 @@ from typing_extensions import Unpack
 from imu_fast.curvature.identity import Identity
 from imu_fast.errors import check_choice
 from imu_fast.factors.gradient_factors import GradientFactors
-from imu_fast.factors.joint import joint
 from imu_fast.factors.protocol import is_shared
 from imu_fast.factors.source import Factors, in_memory
 from imu_fast.influence.scores import (
@@ -44,7 +43,6 @@ def squared_norms(source: list[Factors]) -> Tensor:
 
 
 @door
-@joint
 def similarity_scores(
     source: Layers | nn.Module,
     data: Any = None,
@@ -91,7 +89,6 @@ def similarity_scores(
 
 
 @door
-@joint
 def pairwise_similarity(source: Layers, queries: Layers, *, metric: Metric = "cosine") -> Tensor:
     """``<g_i, h_j> / (||g_i|| ||h_j||)`` of every sample against every query: [n, m].
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ParamSpec, TypeVar
 
 from imu_fast import distributed
@@ -23,15 +24,34 @@ def _shared_in(values: Any) -> Iterator[Any]:
             yield reads  # a fitted curvature that goes on reading its samples
 
 
+def joined(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> AbstractContextManager[None] | None:
+    """Makes a call of shared factors, or of a group, one of all or of none; None: of neither.
+
+    Raises:
+        InputError: the group is none.
+    """
+    group = kwargs.get("group")
+    if group is not None:
+        distributed.check_group(group)
+    else:
+        shared = next(_shared_in((*args, *kwargs.values())), None)
+        if shared is None:
+            return None
+        group = shared.group
+    return distributed.together(f"{function.__qualname__}()", group)
+
+
 def joint(function: Callable[P, R]) -> Callable[P, R]:
-    """For functions of factors: where these are shared, an error in one process is that of all."""
+    """For functions of shared factors: an error in one process is that of all."""
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        shared = next(_shared_in((*args, *kwargs.values())), None)
-        if shared is None:
+        step = joined(function, args, kwargs)
+        if step is None:
             return function(*args, **kwargs)
-        with distributed.together(f"{function.__qualname__}()", shared.group):
+        with step:
             return function(*args, **kwargs)
 
     return wrapped

@@ -14,7 +14,7 @@ from imu_fast.curvature.base import Curvature, Layer, check_whole, the_same
 from imu_fast.curvature.base import scores as scores_of
 from imu_fast.curvature.named import CURVATURES, CurvatureName, OwnOptions
 from imu_fast.errors import InputError
-from imu_fast.factors.joint import joint, said
+from imu_fast.factors.joint import said
 from imu_fast.factors.outputs import at_outputs, cuts_of_outputs, for_inputs
 from imu_fast.factors.protocol import is_shared
 from imu_fast.factors.source import Factors, is_factors
@@ -136,7 +136,6 @@ def _of_kind(target: Any) -> str:
 
 
 @door
-@joint
 def influence_scores(
     source: Layers | nn.Module,
     data: Any = None,
@@ -212,7 +211,6 @@ def influence_scores(
 
 
 @door
-@joint
 def self_influence(
     source: Layers | nn.Module,
     data: Any = None,
@@ -242,7 +240,6 @@ def self_influence(
 
 
 @door
-@joint
 def pairwise_influence(
     source: Layers,
     queries: Layers,

@@ -12,7 +12,7 @@ from imu_fast import distributed
 from imu_fast.curvature.base import Curvature, the_same
 from imu_fast.curvature.named import CurvatureName, OwnOptions
 from imu_fast.errors import InputError, check_choice, check_count
-from imu_fast.factors.joint import joint, said
+from imu_fast.factors.joint import said
 from imu_fast.factors.sharded import ShardedFactors
 from imu_fast.factors.source import in_memory
 from imu_fast.influence.scores import Layers, as_layers, check_like, pairwise_influence
@@ -24,7 +24,6 @@ _ELEMENTS = 1 << 24
 
 
 @door
-@joint
 def top_influences(
     source: Layers,
     queries: Layers,

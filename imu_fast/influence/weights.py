@@ -66,7 +66,6 @@ def influence_weights(
         InputError: scores not [n] floating and finite, a fraction outside (0, 1], or a quantile
             over all that is zero, so that it would clip every weight to nothing.
     """
-    scores = tensor_of("scores", scores)
     if group is not None:
         return _of_all(
             scores,
@@ -83,6 +82,7 @@ def influence_weights(
             f"influence_weights({top_fraction}, {clip_quantile}, {quantile_over!r}, {on_empty!r}, "
             f"permute={permute}, seed={seed})",
         )
+    scores = tensor_of("scores", scores)
     if scores.dim() != 1 or scores.numel() == 0 or not scores.is_floating_point():
         raise InputError(
             f"scores has shape {tuple(scores.shape)} and dtype {scores.dtype}; pass a floating [n]"
@@ -126,7 +126,7 @@ def influence_weights(
 
 
 def _of_all(
-    scores: Tensor,
+    given: Array,
     group: distributed.Group,
     select: Callable[[Tensor], tuple[Tensor, Tensor]],
     said: str,
@@ -134,7 +134,10 @@ def _of_all(
     """What is selected of all processes' scores, as far as it is of this one's."""
     distributed.check_group(group)
     with distributed.together(said, group):
-        counts = distributed.gather(len(scores) if scores.dim() else 0, group)
+        scores = tensor_of("scores", given)
+        if scores.dim() != 1:
+            raise InputError(f"scores has shape {tuple(scores.shape)}; pass a floating [n]")
+        counts = distributed.gather(len(scores), group)
         first = sum(counts[: distributed.rank_of(group)])
         indices, weights = select(distributed.rows_of_all(scores, group))
         own = (indices >= first) & (indices < first + len(scores))

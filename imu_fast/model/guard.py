@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from imu_fast.ambient import finish, plain_torch
 from imu_fast.errors import InputError, brief
+from imu_fast.factors.joint import joined
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -44,12 +45,17 @@ def exclusive(model: nn.Module) -> Iterator[None]:
 
 
 def door(function: Callable[P, R]) -> Callable[P, R]:
-    """For functions whose first argument may be a model: :func:`exclusive` and plain arithmetic."""
+    """For functions whose first argument may be a model: :func:`exclusive` and plain arithmetic.
+
+    Of samples that processes share, an error in one is that of all.
+    """
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         model = args[0] if args else kwargs.get("model", kwargs.get("source"))
         with ExitStack() as stack:
+            if (step := joined(function, args, kwargs)) is not None:
+                stack.enter_context(step)
             if isinstance(model, nn.Module):
                 check_modes(model)
                 check_whole_parameters(model)

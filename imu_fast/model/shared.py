@@ -66,27 +66,25 @@ def shared_factors(
         InputError: models, layers or dtypes differ, one process's data is refused, or there is none
             at all.
     """
-    distributed.check_group(group)
-    with distributed.together("capture()", group):
-        check_same_model(model, group)
-        found: Any = None
-        try:
-            found = capture()
-        except NoSamplesError:
-            pass
-        several = len(found) if isinstance(found, list) else 0
-        counts = distributed.gather(None if found is None else several, group)
-        known = {count for count in counts if count is not None}
-        if not known:
-            raise InputError("loader is empty in every process; pass at least one sample in all")
-        if len(known) > 1:
-            raise InputError(f"layers: processes capture {counts} of them; name the same in each")
-        count = known.pop()
-        layers: list[Factors | None] = [None] * max(1, count)
-        if found is not None:
-            layers = found if count else [found]
-        shared = [ShardedFactors(layer, group) for layer in layers]
-        return shared if count else shared[0]
+    check_same_model(model, group)
+    found: Any = None
+    try:
+        found = capture()
+    except NoSamplesError:
+        pass
+    several = len(found) if isinstance(found, list) else 0
+    counts = distributed.gather(None if found is None else several, group)
+    known = {count for count in counts if count is not None}
+    if not known:
+        raise InputError("loader is empty in every process; pass at least one sample in all")
+    if len(known) > 1:
+        raise InputError(f"layers: processes capture {counts} of them; name the same in each")
+    count = known.pop()
+    layers: list[Factors | None] = [None] * max(1, count)
+    if found is not None:
+        layers = found if count else [found]
+    shared = [ShardedFactors(layer, group) for layer in layers]
+    return shared if count else shared[0]
 
 
 def shared_features(
@@ -102,25 +100,23 @@ def shared_features(
     Raises:
         InputError: as :func:`shared_factors`.
     """
-    distributed.check_group(group)
-    with distributed.together("capture_features()", group):
-        check_same_model(model, group)
-        found: HeadFeatures | None = None
-        try:
-            found = capture(loader)
-        except NoSamplesError:
-            pass
-        here = distributed.gather(found is not None, group)
-        if not any(here):
-            raise InputError("loader is empty in every process; pass at least one sample in all")
-        count = 0 if found is None else len(found.offsets) - 1
-        if not all(here):
-            lends = here.index(True) == distributed.rank_of(group)
-            lent = distributed.gather(_first_sample(model, loader) if lends else None, group)
-            if found is None:
-                found = capture([next(one for one in lent if one is not None)])
-        assert found is not None
-        return _joined(found, count, group)
+    check_same_model(model, group)
+    found: HeadFeatures | None = None
+    try:
+        found = capture(loader)
+    except NoSamplesError:
+        pass
+    here = distributed.gather(found is not None, group)
+    if not any(here):
+        raise InputError("loader is empty in every process; pass at least one sample in all")
+    count = 0 if found is None else len(found.offsets) - 1
+    if not all(here):
+        lends = here.index(True) == distributed.rank_of(group)
+        lent = distributed.gather(_first_sample(model, loader) if lends else None, group)
+        if found is None:
+            found = capture([next(one for one in lent if one is not None)])
+    assert found is not None
+    return _joined(found, count, group)
 
 
 def _first_sample(model: nn.Module, loader: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import nn
 from imu_fast import distributed
 from imu_fast.errors import InputError
 from imu_fast.model.capture import HeadFeatures, capture_features
-from imu_fast.model.guard import copied
+from imu_fast.model.guard import copied, copies_of, put_back
 from imu_fast.model.reading import Reading
 from imu_fast.unlearning.ascent.ascent import Ascent
 from imu_fast.unlearning.ascent.retain import RETAIN, Retain
@@ -51,51 +51,71 @@ def unlearn_shared(
     Raises:
         InputError: the method changes more than a head, or more stands between it and the logits.
     """
-    distributed.check_group(group)
     if distributed.rank_of(group):
         given |= {"callback": None, "on_milestone": None, "checkpoint": None, "progress": False}
-    with distributed.together("unlearn()", group):
-        layer, alone = _on_the_head(method)
-        stop, milestones = rules
-        for rule in (stop, *(milestones or {}).values()):
-            _check_rule(rule)
-        plain = {k: v for k, v in method.flat().items() if isinstance(v, str | int | float | None)}
-        said = f"unlearn({type(method).__name__}({plain}), {stop!r}, {sorted(watch)})"
-        distributed.in_step(said, group)
-        target = model if inplace else copied(model)
+    layer, alone = _on_the_head(method)
+    stop, milestones = rules
+    for rule in (stop, *(milestones or {}).values()):
+        _check_rule(rule)
+    plain = {k: v for k, v in method.flat().items() if isinstance(v, str | int | float | None)}
+    said = f"unlearn({type(method).__name__}({plain}), {stop!r}, {sorted(watch)}, "
+    said += f"seed={given['seed']})"
+    distributed.in_step(said, group)
+    target = model if inplace else copied(model)
 
-        def read(part: Any) -> HeadFeatures:
-            found = capture_features(target, part, layer or "head", group=group, **reading.given())
-            _check_plain(found, target, named=layer is not None)
-            return found
+    def read(part: Any) -> HeadFeatures:
+        found = capture_features(target, part, layer or "head", group=group, **reading.given())
+        _check_plain(found, target, named=layer is not None)
+        return found
 
-        found = read(data)
-        if isinstance(alone, Ascent) and isinstance(alone.retain, Retain):
-            with naming(RETAIN):
-                kept = read(alone.retain.data)
-            data_kept = (kept.features, kept.labels)
-            alone = replace(alone, retain=replace(alone.retain, data=data_kept))
-        sets = {}
-        for name, part in watch.items():
-            with naming(name):
-                one = read(part)
-                sets[name] = (one.features, one.labels)
-        result = run(
-            found.head,
-            (found.features, found.labels),
-            alone,
-            stop=stop,
-            milestones=milestones,
-            watch=sets,
-            inplace=True,
-            loss=reading.loss,
-            **given,
-        )
-        with torch.no_grad():
-            for parameter in found.head.parameters():
-                distributed.from_first(parameter, group)
-        result.model, result.dataset_indices = target, None
-        return result
+    found = read(data)
+    if isinstance(alone, Ascent) and isinstance(alone.retain, Retain):
+        with naming(RETAIN):
+            kept = read(alone.retain.data)
+        data_kept = (kept.features, kept.labels)
+        alone = replace(alone, retain=replace(alone.retain, data=data_kept))
+    sets = {}
+    for name, part in watch.items():
+        with naming(name):
+            one = read(part)
+            sets[name] = (one.features, one.labels)
+    before = copies_of(found.head.parameters())
+    try:
+        result = _run_alike(run, found, alone, group, stop, milestones, sets, reading, given)
+    except BaseException:
+        put_back(before)  # another process may have failed after this one was done
+        raise
+    result.model, result.dataset_indices = target, None
+    return result
+
+
+def _run_alike(
+    run: Run,
+    found: HeadFeatures,
+    method: Method,
+    group: distributed.Group,
+    stop: StopRule | None,
+    milestones: Mapping[str, StopRule] | None,
+    watch: Mapping[str, Any],
+    reading: Reading,
+    given: Mapping[str, Any],
+) -> UnlearnResult:
+    """The head on the features of all processes; the first one's bits in the end."""
+    result = run(
+        found.head,
+        (found.features, found.labels),
+        method,
+        stop=stop,
+        milestones=milestones,
+        watch=watch,
+        inplace=True,
+        loss=reading.loss,
+        **given,
+    )
+    with torch.no_grad():
+        for parameter in found.head.parameters():
+            distributed.from_first(parameter, group)
+    return result
 
 
 def _on_the_head(method: Method) -> tuple[Any, Method]:
