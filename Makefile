@@ -7,7 +7,7 @@ DEMO_OUT ?= imu-fast-demo
 DOCS = 'mkdocs-material>=9.6' 'mkdocstrings[python]>=1.0' 'ruff'
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test coverage lint docs integration options zoo bench bench-report studies sanitize roofline clean
+.PHONY: demo test coverage lint docs integration options zoo fuzz bench bench-report studies sanitize roofline clean
 
 demo: $(VENV)/.demo
 	$(BIN)/imu-fast demo --out $(DEMO_OUT)
@@ -58,6 +58,12 @@ studies: $(VENV)/.test
 # Every method of unlearning with every option of every other: used, or refused.
 options: $(VENV)/.test
 	$(BIN)/python tests/every_option.py
+
+# Damaged files of every format and random inputs of every function: right, or refused. CASES of each.
+CASES ?= 2000
+fuzz: $(VENV)/.test
+	PYTHONPATH=tests $(BIN)/python tests/fuzz/damage.py $(CASES)
+	PYTHONPATH=tests $(BIN)/python tests/fuzz/fuzz.py $(CASES)
 
 # The extension under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own.
 SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=undefined -g

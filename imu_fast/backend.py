@@ -128,10 +128,27 @@ def input_precision() -> str:
     older setting's getter raises once the newer one has been used). Where torch was asked for
     nothing, :func:`products` decides.
     """
-    asked = torch.backends.cuda.matmul.fp32_precision
+    asked = float32_products()
     if asked == "none":
         asked = _products.get() or asked
     return "tf32" if asked == "tf32" else "ieee"
+
+
+def float32_products() -> str:
+    """How torch was asked to multiply float32 on CUDA: "ieee", "tf32", or "none": it was not."""
+    settings = torch.backends.cuda.matmul
+    if hasattr(settings, "fp32_precision"):
+        return str(settings.fp32_precision)
+    return "tf32" if settings.allow_tf32 else "none"  # torch before 2.9
+
+
+def ask_float32_products(precision: str) -> None:
+    """Ask torch for one of the results of :func:`float32_products`, of this process."""
+    settings = torch.backends.cuda.matmul
+    if hasattr(settings, "fp32_precision"):
+        settings.fp32_precision = precision
+    else:
+        settings.allow_tf32 = precision == "tf32"
 
 
 @contextmanager

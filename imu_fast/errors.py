@@ -6,6 +6,7 @@ Every message names the argument, the value it had and what to do about it.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterable
 from importlib import import_module
 
@@ -94,6 +95,77 @@ def check_count(name: str, value: int, *, minimum: int = 1) -> int:
     return value
 
 
+# Beyond it some of those that are seeded (torch, numpy, and what adds an epoch to it) refuse.
+_SEEDS = 1 << 32
+
+
+def check_seed(name: str, value: object) -> int:
+    """Return ``value`` as an int, or raise InputError unless it is an integer in [0, 2^32).
+
+    numpy's integers are integers; True and 1.0 are none.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise InputError(f"{name}={value!r} must be an integer in [0, 2^32)")
+    seed = int(value)
+    if not 0 <= seed < _SEEDS:
+        raise InputError(f"{name}={seed} must be in [0, 2^32); pass seed % 2**32")
+    return seed
+
+
+_KINDS: dict[str, tuple[str, Callable[[torch.dtype], bool]]] = {
+    # float8 has no arithmetic in torch.
+    "floating": (
+        "float64, float32, bfloat16 or float16",
+        lambda dtype: dtype.is_floating_point and dtype.itemsize > 1,
+    ),
+    "integer": (
+        "int64",
+        lambda dtype: (
+            not (dtype.is_floating_point or dtype.is_complex or dtype in (torch.bool, torch.bits8))
+        ),
+    ),
+    "boolean": ("bool", lambda dtype: dtype == torch.bool),
+    "real": (
+        "real numbers",
+        lambda dtype: not (dtype.is_complex or (dtype.is_floating_point and dtype.itemsize == 1)),
+    ),
+    "any": ("numbers", lambda dtype: True),
+}
+
+
+def check_tensor(name: str, value: object, kind: str = "floating", shape: str = "") -> Tensor:
+    """Return ``value``, or raise InputError unless it is a dense tensor with numbers in it.
+
+    Of no device, strides, size or values anything is said: these are for the doors to check.
+
+    Args:
+        kind: "floating" (no float8), "integer" (no bool), "boolean", "real" or "any".
+        shape: what is expected, such as "[N, d]", for the message.
+    """
+    wanted, fits = _KINDS[kind]
+    if (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and not (value.is_nested or value.is_quantized or value.is_meta)
+        and fits(value.dtype)
+    ):
+        return value
+    expected = f"a tensor {shape} of {wanted}" if shape else f"a tensor of {wanted}"
+    if not isinstance(value, Tensor):
+        made = type(value).__name__
+        way = "torch.as_tensor() makes one" if hasattr(value, "__len__") else "nothing else fits"
+        raise InputError(f"{name} is a {made}, not a tensor; pass {expected} ({way})")
+    if value.is_nested:
+        raise InputError(f"{name} is a nested tensor; pass {expected}: rows, and offsets for them")
+    if value.is_quantized:
+        raise InputError(f"{name} is quantised ({value.dtype}); pass {name}.dequantize()")
+    if value.layout != torch.strided:
+        raise InputError(f"{name} is sparse ({value.layout}); pass {name}.to_dense()")
+    if value.is_meta:
+        raise InputError(f"{name} is on the meta device, without numbers; pass {expected}")
+    raise InputError(f"{name} has dtype {value.dtype}; pass {expected}")
+
+
 def check_fraction(name: str, value: float) -> float:
     """Return ``value`` as a float, or raise InputError unless 0 < value <= 1."""
     number = check_positive(name, value)
@@ -122,11 +194,17 @@ def one_of(*known: str) -> Callable[[str, object], str]:
     return lambda name, value: check_choice(name, value, known)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every number is: one reduction, and a second look where the sum overflows."""
+    total = tensor.sum(dtype=torch.float32 if tensor.itemsize < 4 else None)
+    return math.isfinite(float(total)) or bool(torch.isfinite(tensor).all())
+
+
 def check_finite_rows(name: str, tensor: Tensor, what: str = "sample") -> None:
     """Raise InputError naming the first row of ``tensor`` [N, ...] that is not finite."""
     # One reduction decides the common case: a finite sum has only finite terms. A sum that is not
     # may have overflowed, and only then is the row-wise test paid for.
-    if bool(torch.isfinite(tensor.sum(dtype=torch.float32 if tensor.itemsize < 4 else None))):
+    if math.isfinite(float(tensor.sum(dtype=torch.float32 if tensor.itemsize < 4 else None))):
         return
     bad = ~torch.isfinite(tensor.reshape(tensor.shape[0], -1)).all(dim=1)
     rows = torch.nonzero(bad).flatten()

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from damage import damaged
 
 from imu_fast.errors import ImuFastError, InputError, WriteError
 from imu_fast.storage import load_tensors, replacing, save_tensors, writable, writable_folder
@@ -49,26 +50,6 @@ def test_what_is_saved_is_what_is_read_by_anyone(tmp_path):
     tied = torch.ones(3)
     save_tensors(path, {"a": tied, "b": tied, "c": tied[1:], "d": tied[::2]}, {})
     assert torch.equal(load_tensors(path)[0]["d"], torch.ones(2))
-
-
-def damaged(content, rng):
-    """The content with one fault of any kind; never the content itself."""
-    raw = bytearray(content)
-    kind = rng.randrange(6)
-    at = rng.randrange(len(raw))
-    if kind == 0:
-        return bytes(raw[:at])
-    if kind == 1:  # where the names and the checksum are
-        at = rng.randrange(min(len(raw), 1100))
-    if kind in (1, 2):
-        raw[at] ^= 1 << rng.randrange(8)
-    elif kind == 3:
-        raw[at : at + 8] = rng.randbytes(8)
-    elif kind == 4:
-        raw[at:at] = rng.randbytes(1 + rng.randrange(4))
-    else:
-        return rng.randbytes(rng.randrange(300))
-    return bytes(raw) if bytes(raw) != content else content[:-1]
 
 
 def test_damage_of_any_kind_is_refused_by_name(tmp_path):

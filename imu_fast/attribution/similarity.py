@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 from imu_fast.curvature.identity import Identity
 from imu_fast.errors import check_choice
 from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.factors.operands import check_result
 from imu_fast.factors.protocol import is_shared
 from imu_fast.factors.source import Factors, in_memory
 from imu_fast.influence.scores import (
@@ -85,6 +86,7 @@ def similarity_scores(
     vectors = [v / top for v in vectors]
     norm = torch.stack([v.square().sum() for v in vectors]).sum().sqrt()
     found = _summed(map(unit.each, all_layers, map(_along, vectors)))
+    check_result("similarity", found, *all_layers)
     return found.div_(_or_one(unit.norms * norm)).clamp_(-1, 1)
 
 
@@ -114,6 +116,7 @@ def pairwise_similarity(source: Layers, queries: Layers, *, metric: Metric = "co
         torch.cat([left.each(layer, _against(chunk)) for chunk in right.chunks(query)], dim=1)
         for layer, query in pairs
     )
+    check_result("similarity", found, *all_layers, *all_queries)
     return found.div_(_or_one(left.norms[:, None] * right.norms)).clamp_(-1, 1)
 
 

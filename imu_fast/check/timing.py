@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from imu_fast.backend import ask_float32_products, float32_products
 from imu_fast.check.calls import copied, operands
 from imu_fast.check.counts import Ceilings
 from imu_fast.check.entries import Entry
@@ -73,12 +74,12 @@ def _product(kind: str, device: torch.device) -> Callable[[], object]:
 
 @contextmanager
 def _tf32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    before = float32_products()
+    ask_float32_products("tf32")
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+        ask_float32_products(before)
 
 
 def _copy(moved: float, device: torch.device) -> Callable[[], object]:

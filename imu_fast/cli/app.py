@@ -14,7 +14,7 @@ from imu_fast.cli.evaluate import evaluate
 from imu_fast.cli.score import score
 from imu_fast.cli.split import split
 from imu_fast.cli.unlearn import unlearn
-from imu_fast.errors import check_count, check_installed
+from imu_fast.errors import check_installed, check_seed
 
 app = typer.Typer(
     help="Influence-guided machine unlearning: score, reweight, unlearn.",
@@ -56,7 +56,7 @@ def demo(
     from imu_fast.study.demo import run
     from imu_fast.study.report.demo_table import demo_table
 
-    check_count("seed", seed, minimum=0)
+    check_seed("seed", seed)
     check_folder(out, out)
     with writing(out):
         results = run(out, seed=seed, quick=quick)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,7 +40,8 @@ def check_free(path: Path, force: bool) -> None:
 def check_apart(name: str, path: Path, **others: Path | None) -> None:
     """Raise InputError where ``path``, which is to be written, is one of the others."""
     for other, given in others.items():
-        if given is not None and given.resolve() == path.resolve():
+        # Not by Path.resolve(), which raises where links go in a circle.
+        if given is not None and os.path.realpath(given) == os.path.realpath(path):
             raise InputError(
                 f"{name}={str(path)!r} is {other}={str(given)!r} too, and would replace it; choose "
                 "another name"
@@ -112,6 +114,23 @@ def check_ending(path: Path, *more: str) -> None:
         check_installed(f"out={str(path)!r}", "pyarrow.parquet", install="pyarrow")
 
 
+# What a spreadsheet takes for the beginning of a formula.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+
+
+def readable(name: str) -> str:
+    """A name as UTF-8 can be written: bytes of a file's name that are none as ``\\udcXX``."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def as_text_cell(name: str) -> str:
+    """A name for a .csv, which no spreadsheet runs: an apostrophe goes before what looks like a
+    formula. Numbers are no names.
+    """
+    text = readable(name)
+    return f"'{text}" if text.startswith(_FORMULA) else text
+
+
 def save_scores(path: Path, names: Sequence[str], columns: Mapping[str, Tensor]) -> None:
     """Write one row per sample: its name, and its place in each of the columns [n]."""
     check_ending(path)
@@ -124,12 +143,18 @@ def save_scores(path: Path, names: Sequence[str], columns: Mapping[str, Tensor])
             import pyarrow as pa
             import pyarrow.parquet as pq
 
-            pq.write_table(pa.table({"sample": list(names), **found}), temporary)
+            table = pa.table({"sample": list(map(readable, names)), **found})
+            with open(temporary, "wb") as file:  # pyarrow takes no name that is not UTF-8
+                pq.write_table(table, file)
         else:
             with open(temporary, "w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file)
                 writer.writerow(["sample", *found])
-                rows = zip(names, *(column.tolist() for column in found.values()), strict=True)
+                rows = zip(
+                    map(as_text_cell, names),
+                    *(column.tolist() for column in found.values()),
+                    strict=True,
+                )
                 writer.writerows(rows)
 
 

@@ -42,7 +42,7 @@ def split(
             f"classes={classes!r}, fraction={fraction!r}: pass exactly one, --classes or --fraction"
         )
     check_new_folder(out)
-    here, there = out.resolve(), data.resolve()
+    here, there = (Path(os.path.realpath(path)) for path in (out, data))
     if data.is_dir() and there in (here, *here.parents):
         raise InputError(
             f"out={str(out)!r} is in data={str(data)!r}, where it would be a class; choose another"

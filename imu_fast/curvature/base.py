@@ -16,10 +16,12 @@ from typing_extensions import Self
 from imu_fast import distributed
 from imu_fast.ambient import no_autocast
 from imu_fast.curvature.gradients import gradient_slabs
+from imu_fast.curvature.in_step import the_same
 from imu_fast.curvature.parameters import scipy_operator
-from imu_fast.errors import InputError, check_flag
+from imu_fast.errors import InputError, check_flag, check_tensor, is_finite
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.joint import joint
+from imu_fast.factors.operands import check_result
 from imu_fast.factors.outputs import sum_of_outputs
 from imu_fast.factors.sharded import ShardedFactors
 from imu_fast.factors.source import Factors, in_memory
@@ -116,11 +118,13 @@ class Fitted(ABC):
         Half precision is multiplied and added up in float32 or better, and rounded once.
 
         Raises:
-            InputError: v has another shape, is elsewhere or no floating-point tensor, or another
-                in each of the processes that share M's samples; M v is beyond v's dtype's range.
+            InputError: v has another shape, is elsewhere, not finite or no floating-point tensor,
+                or another in each of the processes that share M's samples; the result is beyond
+                the range of v's dtype.
         """
         v = self._check("v", v)
-        return _rounded("M v", self._product(_at_least_single(v)), v.dtype)
+        found = _rounded("M v", self._product(_at_least_single(v)), v.dtype)
+        return _finite("M v", found)
 
     def __matmul__(self, v: Tensor) -> Tensor:
         return self.product(v)
@@ -141,12 +145,18 @@ class Fitted(ABC):
             out: where X is to go, in its dtype; may be v itself.
 
         Raises:
-            InputError: as :meth:`product`; v is not finite where it is solved by iteration.
+            InputError: as :meth:`product`.
             SingularMatrixError: M is not positive definite in float64.
         """
         v = self._check("v", v)
+        if out is not None:
+            check_tensor("out", out, "floating", "of v's shape")
         if out is not None and out.shape != v.shape:
             raise InputError(f"out has shape {tuple(out.shape)}; expected v's, {tuple(v.shape)}")
+        return _finite("M^-1 v", self._answer(v, out))
+
+    def _answer(self, v: Tensor, out: Tensor | None) -> Tensor:
+        """X of a v that fits, in its dtype or in ``out``; finite or not."""
         x = self._solve(_at_least_single(v), out)
         if out is None:
             return _rounded("M^-1 v", x, v.dtype)
@@ -216,7 +226,7 @@ class Fitted(ABC):
             InputError: they are of another layer's shape, or elsewhere.
         """
         self._check_layer("factors", factors)
-        return self._self_influence(factors)
+        return check_result("self-influence", self._self_influence(factors), factors)
 
     @joint
     @no_autocast
@@ -233,9 +243,11 @@ class Fitted(ABC):
         self._check_layer("factors", factors)
         self._check_layer("queries", queries)
         if isinstance(queries, ShardedFactors):
-            return self._pairwise(factors, queries.gathered())
-        queries, own = self._of_all(queries)
-        return self._pairwise(factors, queries)[:, own]
+            queries, own = queries.gathered(), slice(None)
+        else:
+            queries, own = self._of_all(queries)
+        found = self._pairwise(factors, queries)[:, own]
+        return check_result("influence", found, factors, queries)
 
     def _of_all(self, factors: Factors) -> tuple[Factors, slice]:
         """Samples to be solved for one by one, which processes that share M's have to do in step.
@@ -293,9 +305,7 @@ class Fitted(ABC):
 
     def _check(self, argument: str, v: Tensor) -> Tensor:
         """v; where M's samples are shared among processes, the same bits in all of them."""
-        if not isinstance(v, Tensor) or not v.is_floating_point():
-            found = str(v.dtype) if isinstance(v, Tensor) else type(v).__name__
-            raise InputError(f"{argument} is {found}; pass a floating-point tensor [C, D]")
+        check_tensor(argument, v, "floating", "[C, D]")
         if v.dim() not in (2, 3) or tuple(v.shape[-2:]) != self.shape or not len(v):
             classes, width = self.shape
             raise InputError(
@@ -304,6 +314,8 @@ class Fitted(ABC):
             )
         if v.device != self.device:
             raise InputError(f"{argument} is on {v.device}, M on {self.device}; move it with .to()")
+        if not is_finite(v):
+            raise InputError(f"{argument} is not finite; remove the NaN or infinite entries")
         return v if self.reads is None else the_same(argument, v, self.reads)
 
     def _check_layer(self, argument: str, factors: Factors) -> None:
@@ -331,6 +343,26 @@ def _rounded(what: str, x: Tensor, dtype: torch.dtype, argument: str = "v") -> T
     return x.to(dtype)
 
 
+def _finite(what: str, x: Tensor) -> Tensor:
+    """x; raise InputError where it is beyond the range of its dtype."""
+    if is_finite(x):
+        return x
+    raise InputError(
+        f"{what} is not finite in {x.dtype}: v is too large for this damping; pass v.double(), or "
+        "a larger damping"
+    )
+
+
+@no_autocast
+@torch.no_grad()
+def solved(fitted: Fitted, v: Tensor, out: Tensor | None = None) -> Tensor:
+    """``fitted.solve(v, out)`` of a v that is known to fit, for :func:`scores`.
+
+    What is not finite in v or X shows there, so that nothing of size [C, D] is looked through.
+    """
+    return fitted._answer(v, out)
+
+
 def scores(factors: Factors, x: Tensor) -> Tensor:
     """``<g_i, X>`` of every sample that is here: [n], or [n, m] for x [m, C, D]."""
 
@@ -342,31 +374,7 @@ def scores(factors: Factors, x: Tensor) -> Tensor:
             )
         )
 
-    return sum_of_outputs(factors, term)
-
-
-def check_whole(argument: str, factors: Factors) -> None:
-    """Raise InputError where they are shared among processes."""
-    if isinstance(factors, ShardedFactors):
-        raise InputError(
-            f"{argument} are shared among processes ({factors.n_here} of {factors.n} samples are "
-            "here); pass all of them to every process: factors.gathered()"
-        )
-
-
-def the_same(argument: str, v: Tensor, factors: Factors) -> Tensor:
-    """v; where the factors are shared among processes, the first one's bits in all of them.
-
-    Raises:
-        InputError: processes have different v.
-    """
-    if not isinstance(factors, ShardedFactors):
-        return v
-    if not distributed.alike(v, factors.group):
-        raise InputError(
-            f"{argument} differs among the processes that share the samples; pass the same to all"
-        )
-    return distributed.from_first(v.clone(), factors.group)
+    return check_result("influence", sum_of_outputs(factors, term), factors)
 
 
 def self_influence(fitted: Fitted, factors: Factors) -> tuple[Tensor, float]:
@@ -378,7 +386,8 @@ def self_influence(fitted: Fitted, factors: Factors) -> tuple[Tensor, float]:
         out = chunk.delta.new_empty(chunk.n)
         # In float64 from the start: an ill-conditioned M magnifies the rounding of products.
         for samples, g in gradient_slabs(chunk.to(dtype=torch.float64)):
-            out[samples] = (fitted.solve(g) * g).sum(dim=(1, 2)).to(out)
+            # What is not finite shows in the sums, which are looked at once, all of them.
+            out[samples] = (fitted._solve(g, None) * g).sum(dim=(1, 2)).to(out)
             worst = max(worst, fitted.residual)
         return out
 

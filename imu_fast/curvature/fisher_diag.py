@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,6 +12,8 @@ from typing_extensions import Self
 from imu_fast.curvature.base import Curvature, Fitted, Layer, Saved
 from imu_fast.curvature.damping import absolute_damping
 from imu_fast.errors import check_positive, one_of
+from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.factors.operands import check_result
 from imu_fast.factors.outputs import rows_of_outputs, sum_of_outputs
 from imu_fast.factors.source import Factors, mean_of
 from imu_fast.ops.bilinear_scores import quadratic_scores
@@ -49,6 +52,8 @@ class FisherDiag(Curvature):
         if not relative:  # refused before any work
             absolute_damping(self, self.damping, None, factors.dtype)
         diagonal = rows_of_outputs(factors, _diagonal)
+        if not _surely_finite(factors):
+            check_result("the Fisher's diagonal", diagonal, factors)
         mean = float(diagonal.mean(dtype=torch.float64)) if relative else None
         lam = absolute_damping(self, self.damping, mean, diagonal.dtype)
         clamped = self.damping_mode == "clamp"
@@ -88,16 +93,36 @@ class FittedFisherDiag(Fitted):
 
     def _self_influence(self, factors: Factors) -> Tensor:
         """``sum_ck g_i[c,k]^2 / diagonal[c,k]``: [n]."""
+        # A large diagonal in units of one of its entries, or of less where others are far below it:
+        # squares of small signals over it would underflow before those of the features make them
+        # numbers again. A power of two rounds nothing.
+        large = max(1.0, min(float(self.damped[0, 0]), self.damping * 2.0**80))
+        unit = 2.0 ** (math.frexp(large)[1] - 1)
 
         def term(part: Factors, classes: slice) -> Tensor:
-            inverse = self.damped[classes].reciprocal().to(factors.dtype)
+            damped = self.damped[classes]
+            inverse = (damped if unit == 1 else damped / unit).reciprocal().to(factors.dtype)
             return part.each(
                 lambda chunk: quadratic_scores(
                     chunk.delta, chunk.act, inverse, chunk.offsets, chunk.has_bias
                 )
             )
 
-        return sum_of_outputs(factors, term)
+        found = sum_of_outputs(factors, term)
+        return found if unit == 1 else found.div_(unit)
+
+
+def _surely_finite(factors: Factors) -> bool:
+    """Whether a bound on the diagonal's entries is finite: cheap where samples are few."""
+    if not isinstance(factors, GradientFactors) or not factors.num_tokens:
+        return False
+    size = factors.num_classes * factors.width
+    if factors.num_tokens * (factors.num_classes + factors.feature_dim) >= size:
+        return False  # than to look at the entries themselves
+    # By Cauchy and Schwarz, of one sample and so of their mean.
+    delta, act = (float(torch.linalg.vector_norm(x)) for x in (factors.delta, factors.act))
+    one = delta * (act + math.sqrt(factors.num_tokens))
+    return one * one < torch.finfo(factors.dtype).max / 2
 
 
 def _diagonal(source: Factors) -> Tensor:

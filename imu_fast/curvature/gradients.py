@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.ops.mean_gradient import mean_gradient
 
 # Elements of the per-sample gradients [k, C, D] that exist at once: 128 MB in float64.
 _ELEMENTS = 1 << 24
@@ -17,13 +18,17 @@ def gradients(chunk: GradientFactors) -> Tensor:
     """Per-sample gradients [n, C, D]."""
     if not chunk.is_flat:
         # A sample's own gradient: the mean over a set of one.
-        return torch.stack([chunk.samples(i, i + 1).mean_gradient() for i in range(chunk.n)])
+        return torch.stack([_gradient(chunk.samples(i, i + 1)) for i in range(chunk.n)])
     out = chunk.delta.new_empty(chunk.n, chunk.num_classes, chunk.width)
     d = chunk.feature_dim
     torch.mul(chunk.delta[:, :, None], chunk.act[:, None, :], out=out[..., :d])
     if chunk.has_bias:
         out[..., d] = chunk.delta
     return out
+
+
+def _gradient(one: GradientFactors) -> Tensor:
+    return mean_gradient(one.delta, one.act, one.offsets, one.has_bias)
 
 
 def gradient_slabs(

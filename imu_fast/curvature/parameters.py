@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imu_fast.errors import InputError, check_flag, check_installed
+from imu_fast.errors import InputError, check_flag, check_installed, check_tensor
 
 
 def matrix_to_vector(matrix: Tensor, has_bias: bool) -> Tensor:
@@ -26,9 +26,9 @@ def matrix_to_vector(matrix: Tensor, has_bias: bool) -> Tensor:
         InputError: no tensor of at least two axes, or no column for the bias.
     """
     check_flag("has_bias", has_bias)
-    if not isinstance(matrix, Tensor) or matrix.dim() < 2:
-        found = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
-        raise InputError(f"matrix is {found}; pass a tensor [..., C, D]")
+    check_tensor("matrix", matrix, "any", "[..., C, D]")
+    if matrix.dim() < 2:
+        raise InputError(f"matrix has shape {tuple(matrix.shape)}; pass a tensor [..., C, D]")
     if not has_bias:
         return matrix.flatten(-2)
     if not matrix.shape[-1]:
@@ -48,8 +48,9 @@ def vector_to_matrix(vector: Tensor, num_classes: int, has_bias: bool) -> Tensor
         InputError: P is no multiple of C.
     """
     check_flag("has_bias", has_bias)
-    if not isinstance(vector, Tensor) or not vector.dim():
-        raise InputError(f"vector is a {type(vector).__name__}; pass a tensor [..., P]")
+    check_tensor("vector", vector, "any", "[..., P]")
+    if not vector.dim():
+        raise InputError("vector has no axes; pass a tensor [..., P]")
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
         raise InputError(f"num_classes={num_classes!r} must be an integer >= 1")
     size, rest = divmod(vector.shape[-1], num_classes)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from imu_fast.errors import InputError, check_count, check_installed
+from imu_fast.data.arrays import named_arrays
+from imu_fast.errors import InputError, brief, check_count, check_installed
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CLASSES_HELP = (
@@ -166,9 +166,9 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _class_names(path: Path) -> list[str]:
-    if path.is_dir():
-        return sorted(entry.name for entry in path.iterdir() if entry.is_dir())
     try:
+        if path.is_dir():
+            return sorted(entry.name for entry in path.iterdir() if entry.is_dir())
         lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
@@ -209,12 +209,48 @@ def _open_folder(path: Path, transform: Callable[[Any], Tensor]) -> Any:
     check_installed(f"data={str(path)!r} is an image folder, which", "PIL", "torchvision")
     from torchvision.datasets import ImageFolder
 
+    _check_tree(path)
     try:
         return ImageFolder(str(path), transform, loader=_open_image)
     except FileNotFoundError as error:
         raise InputError(
             f"data={str(path)!r}: {error}; make a sub-folder per class, none empty"
         ) from error
+
+
+def _check_tree(path: Path) -> None:
+    """Raise InputError where a folder leads back to one that it is in, or cannot be read.
+
+    A walk that follows links would give each image forty times over, and leave out what it may not
+    read.
+    """
+    at = str(path)
+    try:
+        waiting = [(at, frozenset([_identity(at)]))]
+        while waiting:
+            folder, above = waiting.pop()
+            at = folder
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    at = entry.path
+                    if not entry.is_dir():
+                        continue
+                    found = _identity(at)
+                    if found in above:
+                        raise InputError(
+                            f"data={str(path)!r}: the folder {at!r} is a link to one that it is "
+                            "in, so that its images would never end; remove it"
+                        )
+                    waiting.append((at, above | {found}))
+    except OSError as error:
+        raise InputError(
+            f"data={str(path)!r}: {at!r} cannot be read ({brief(error)}); repair or remove it"
+        ) from error
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
 
 
 def load_images(path: Path, image_size: int = 32) -> tuple[tuple[Tensor, Tensor], list[str]]:
@@ -280,7 +316,7 @@ def read_arrays(path: Path) -> tuple[Any, Any]:
         raise InputError(
             f"data={str(path)!r} is neither a folder with a sub-folder per class nor an .npz file"
         )
-    x, y = _named_arrays(path)
+    x, y = named_arrays(path, ("x", "y"), "x [n, ...] and y [n]")
     if x.ndim == 0 or y.ndim != 1 or len(x) != len(y) or len(x) == 0:
         raise InputError(
             f"data={str(path)!r}: x has shape {x.shape} and y {y.shape}; "
@@ -302,24 +338,3 @@ def list_images(path: Path) -> tuple[list[str], list[int], list[str]]:
     dataset = _open_folder(path, _open_image)
     names = [str(Path(name).relative_to(path)) for name, _ in dataset.samples]
     return names, dataset.targets, dataset.classes
-
-
-def _named_arrays(path: Path) -> tuple[Any, Any]:
-    import numpy as np
-
-    try:
-        file = np.load(path, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError("it is a single array")
-        with file:
-            keys = sorted(file)
-            found = {k: file[k] for k in ("x", "y") if k in file}
-    # No archive, cut short, damaged, encrypted, or with arrays of Python objects.
-    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(
-            f"data={str(path)!r} cannot be read ({error}); write it with "
-            "numpy.savez(path, x=..., y=...), x and y arrays of numbers"
-        ) from error
-    if len(found) < 2:
-        raise InputError(f"data={str(path)!r} has arrays {keys}; it needs x [n, ...] and y [n]")
-    return found["x"], found["y"]

@@ -6,7 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imu_fast.errors import InputError, check_count, check_installed, check_positive
+from imu_fast.errors import (
+    InputError,
+    check_count,
+    check_installed,
+    check_positive,
+    check_seed,
+)
 
 
 def random_subsets(n: int, count: int, *, fraction: float = 0.5, seed: int = 0) -> Tensor:
@@ -22,7 +28,7 @@ def random_subsets(n: int, count: int, *, fraction: float = 0.5, seed: int = 0) 
     size = round(fraction * n)
     if not 0 < size < n:
         raise InputError(f"fraction={fraction!r} of n={n} samples is none, or all; use more")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(check_seed("seed", seed))
     subsets = torch.zeros(count, n, dtype=torch.bool)
     for subset in subsets:
         subset[torch.randperm(n, generator=generator)[:size]] = True

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from imu_fast.errors import InputError, check_positive
+from imu_fast.errors import InputError, check_positive, check_seed
 from imu_fast.model.outputs import Outputs
 
 GAPS = ("forget_accuracy", "retain_accuracy", "test_accuracy", "membership")
@@ -49,6 +49,7 @@ def random_flips(outputs: Outputs, accuracy: float, *, seed: int = 0) -> Outputs
     """
     if check_positive("accuracy", accuracy, allow_zero=True) > 1:
         raise InputError(f"accuracy={accuracy!r} must lie in [0, 1]")
+    seed = check_seed("seed", seed)
     if outputs.logits.shape[1] < 2:
         raise InputError("outputs have one class: no prediction can be another")
     right = torch.nonzero(outputs.correct.cpu()).flatten()

@@ -6,7 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imu_fast.errors import InputError, check_count, check_finite_rows, check_installed
+from imu_fast.errors import (
+    InputError,
+    check_count,
+    check_finite_rows,
+    check_installed,
+    check_seed,
+    check_tensor,
+)
 from imu_fast.model.outputs import Outputs
 
 # Samples per side that the SVC attack is trained on: its cost grows with their square.
@@ -23,6 +30,7 @@ def roc_auc(positive: Tensor, negative: Tensor) -> float:
         InputError: one is empty, or holds NaN.
     """
     for name, values in (("positive", positive), ("negative", negative)):
+        check_tensor(name, values, "real", "[n]")
         if values.dim() != 1 or len(values) == 0 or bool(values.isnan().any()):
             raise InputError(
                 f"{name} has shape {tuple(values.shape)} or holds NaN; pass numbers [n], n >= 1"
@@ -50,6 +58,13 @@ def membership_accuracy(
     check_installed("membership_accuracy()", "sklearn")
     from sklearn.svm import SVC
 
+    seed = check_seed("seed", seed)
+    for name, values in (("retain", retain), ("test", test), ("forget", forget)):
+        check_tensor(name, values, "floating", "[n]")
+        if values.dim() != 1 or len(values) == 0:
+            raise InputError(f"{name} has shape {tuple(values.shape)}; pass [n] with n >= 1")
+        check_finite_rows(name, values)
+    retain, test, forget = retain.detach(), test.detach(), forget.detach()
     k = min(len(retain), len(test))
     if max_samples is not None:
         k = min(k, check_count("max_samples", max_samples))
@@ -97,6 +112,7 @@ def membership(
         InputError: logits are not finite (the model has diverged).
     """
     check_installed("membership()", "scipy", "sklearn")
+    seed = check_seed("seed", seed)
     from scipy.stats import ks_2samp
 
     forgotten, other = _finite_confidence("forget", forget), _finite_confidence("unseen", unseen)

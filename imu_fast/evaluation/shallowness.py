@@ -20,6 +20,8 @@ from imu_fast.errors import (
     check_finite_rows,
     check_installed,
     check_positive,
+    check_seed,
+    check_tensor,
 )
 from imu_fast.model.batches import ForgetSet, device_of, split_batch, to_device
 from imu_fast.model.called import called
@@ -132,7 +134,7 @@ def relearning_steps(
     check_positive("lr", lr)
     check_count("batch_size", batch_size)
     check_count("max_steps", max_steps)
-    check_count("seed", seed, minimum=0)
+    seed = check_seed("seed", seed)
     measure = _ACCURACIES[check_choice("scope", scope, _ACCURACIES)]
     how = Reading.of("relearning_steps()", reading)
     how.of_classes("relearning_steps()")
@@ -165,13 +167,19 @@ def linear_probe(features: Tensor, labels: Tensor, forget_mask: Tensor, *, seed:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    if features.dim() != 2 or any(t.shape != (len(features),) for t in (labels, forget_mask)):
+    seed = check_seed("seed", seed)
+    check_tensor("features", features, "floating", "[N, d]")
+    check_tensor("labels", labels, "integer", "[N]")
+    check_tensor("forget_mask", forget_mask, "boolean", "[N]")
+    if (
+        features.dim() != 2
+        or not features.shape[1]
+        or any(t.shape != (len(features),) for t in (labels, forget_mask))
+    ):
         raise InputError(
             f"features have shape {tuple(features.shape)}, labels {tuple(labels.shape)}, "
             f"forget_mask {tuple(forget_mask.shape)}; pass [N, d], [N] and [N]"
         )
-    if forget_mask.dtype != torch.bool:
-        raise InputError(f"forget_mask has dtype {forget_mask.dtype}; pass a bool mask")
     check_finite_rows("features", features)
     mask = forget_mask.cpu()
     forget, retain = (torch.nonzero(m).flatten() for m in (mask, ~mask))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from imu_fast.errors import check_seed
 from imu_fast.model.guard import modes
 
 Samples = tuple[Tensor, Tensor]
@@ -62,7 +63,7 @@ def trak(
         models: trained on random subsets of the data, as the paper does; each is run in evaluation
             mode, and left in its own.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(check_seed("seed", seed))
     total = torch.zeros(len(data[1]), len(queries[1]), dtype=torch.float64)
     uncertain = torch.zeros(len(data[1]), dtype=torch.float64)
     for model in models:

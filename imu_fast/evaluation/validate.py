@@ -24,6 +24,7 @@ from imu_fast.errors import (
     check_count,
     check_finite_rows,
     check_installed,
+    check_seed,
 )
 from imu_fast.evaluation.datamodels import (
     linear_datamodeling_score,
@@ -257,6 +258,7 @@ def validate(
     """
     check_installed("validate()", "scipy")
     check_count("repeats", repeats)
+    seed = check_seed("seed", seed)
     if check_count("subsets", subsets) < 2:
         raise InputError("subsets=1 orders nothing; pass two or more, 50 say")
     for name, (x, y) in (("data", data), ("test", test)):
@@ -274,7 +276,7 @@ def validate(
     of_queries, of_data = retraining.losses(progress)
     halves = [
         train((data[0][half], data[1][half]), seed + 10_000 + i)
-        for i, half in enumerate(random_subsets(len(data[1]), _HALVES, seed=seed + 1))
+        for i, half in enumerate(random_subsets(len(data[1]), _HALVES, seed=(seed + 1) % 2**32))
     ]
     lds, grid = _scores(every, model, halves, data, test, chosen, of_queries, progress)
     remembered = memorisation(chosen, of_data)

@@ -12,13 +12,20 @@ import torch
 from torch import Tensor
 
 from imu_fast.ambient import no_autocast
-from imu_fast.errors import InputError, check_count, check_finite_rows, check_same_device
+from imu_fast.errors import (
+    InputError,
+    check_count,
+    check_finite_rows,
+    check_same_device,
+    check_tensor,
+)
 from imu_fast.factors.implicit_head import IMPLICIT_BYTES, ImplicitHead
 from imu_fast.factors.operands import (
     Array,
     check_finite,
     check_offsets,
     check_operands,
+    check_result,
     remaining,
     tensor_of,
 )
@@ -73,10 +80,17 @@ class GradientFactors(Stored["GradientFactors"]):
             if value is not None and not isinstance(value, Tensor):
                 object.__setattr__(self, name, tensor_of(name, value))
         delta, act, offsets = self.delta, self.act, self.offsets
+        check_tensor("delta", delta, "floating", "[N, C]")
+        check_tensor("act", act, "floating", "[N, d]")
         if delta.dim() != 2 or act.dim() != 2 or delta.shape[0] != act.shape[0]:
             raise InputError(
                 f"delta {tuple(delta.shape)} and act {tuple(act.shape)} must be [N, C] and [N, d] "
                 "with the same N"
+            )
+        if not (delta.shape[1] and act.shape[1]):
+            raise InputError(
+                f"delta {tuple(delta.shape)} and act {tuple(act.shape)} must have columns: [N, C] "
+                "and [N, d] with C >= 1 and d >= 1"
             )
         check_same_device("delta", delta, "act", act)
         if delta.dtype != act.dtype or delta.dtype not in (torch.float32, torch.float64):
@@ -88,6 +102,16 @@ class GradientFactors(Stored["GradientFactors"]):
         for name, tensor in (("delta", delta), ("act", act)):
             if tensor.requires_grad:
                 object.__setattr__(self, name, tensor.detach())
+        if self.labels is not None:
+            check_tensor("labels", self.labels, "real", "[N]")
+            if self.labels.shape[:1] != delta.shape[:1]:
+                raise InputError(
+                    f"labels has shape {tuple(self.labels.shape)}; expected one for each of "
+                    f"delta's {len(delta)} rows"
+                )
+            check_same_device("delta", delta, "labels", self.labels)
+            if not self.labels.is_floating_point() and self.labels.dtype != torch.bool:
+                object.__setattr__(self, "labels", self.labels.to(torch.int64))
         if self.labels is not None and self.loss is None and self.curvature is None:
             object.__setattr__(self, "loss", CrossEntropy())
         if self.loss is not None and self.labels is None:
@@ -199,8 +223,8 @@ class GradientFactors(Stored["GradientFactors"]):
         check_finite(act, weight, bias)
         if offsets is None:
             offsets = torch.arange(len(labels) + 1)
-        offsets = offsets.to("cpu", torch.int64)
         check_offsets(offsets, len(labels))
+        offsets = offsets.to("cpu", torch.int64)
         valid = chosen.valid(labels)
         if not bool(valid.all()):
             offsets, act, labels = remaining(offsets, valid), act[valid], labels[valid]
@@ -253,11 +277,13 @@ class GradientFactors(Stored["GradientFactors"]):
 
     def mean_gradient(self) -> Tensor:
         """``gbar = 1/n sum_i g_i``: [C, D]."""
-        return mean_gradient(self.delta, self.act, self.offsets, self.has_bias)
+        found = mean_gradient(self.delta, self.act, self.offsets, self.has_bias)
+        return check_result("the mean gradient", found, self)
 
     def fisher_diagonal(self) -> Tensor:
         """``1/n sum_i g_i * g_i``, the empirical Fisher's diagonal: [C, D]."""
-        return fisher_diagonal(self.delta, self.act, self.offsets, self.has_bias)
+        found = fisher_diagonal(self.delta, self.act, self.offsets, self.has_bias)
+        return check_result("the Fisher's diagonal", found, self)
 
     def select(self, indices: Tensor) -> GradientFactors:
         """The factors of some samples, in the order given; indices [k] int64."""

@@ -10,7 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imu_fast.errors import InputError, brief, check_finite_rows, check_same_device
+from imu_fast.errors import (
+    InputError,
+    brief,
+    check_finite_rows,
+    check_same_device,
+    check_tensor,
+    is_finite,
+)
 
 Array = Tensor | np.ndarray[Any, Any] | Sequence[Any]
 """What is taken for a tensor: one, an array of numpy, mapped files too, or (nested) lists."""
@@ -45,10 +52,12 @@ def tensor_of(name: str, value: Array) -> Tensor:
 
 def check_offsets(offsets: Tensor, num_tokens: int) -> None:
     """Raise InputError unless offsets [n+1] cut ``num_tokens`` tokens into n >= 1 samples."""
+    check_tensor("offsets", offsets, "integer", "[n+1]")
     if offsets.dim() != 1 or len(offsets) < 2:
         raise InputError(
             f"offsets has shape {tuple(offsets.shape)}: an empty forget set; pass [n+1] with n >= 1"
         )
+    offsets = offsets.to(torch.int64)  # differences of unsigned integers do not fall below zero
     ends = (int(offsets[0]), int(offsets[-1]))
     if ends != (0, num_tokens) or bool((offsets.diff() < 0).any()):
         raise InputError(
@@ -65,10 +74,19 @@ def remaining(offsets: Tensor, valid: Tensor) -> Tensor:
 
 def check_operands(features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
     """Raise InputError unless shapes and devices of a head and its labels fit."""
+    check_tensor("features", features, "floating", "[N, d]")
+    check_tensor("weight", weight, "floating", "[C, d]")
+    check_tensor("labels", labels, "real", "[N]")
+    if bias is not None:
+        check_tensor("bias", bias, "floating", "[C]")
     if features.dim() != 2 or features.shape[0] == 0:
         raise InputError(
             f"features has shape {tuple(features.shape)}; pass [N, d] with N >= 1 samples"
         )
+    if features.shape[1] == 0:
+        raise InputError(f"features has shape {tuple(features.shape)}; pass [N, d] with d >= 1")
+    if weight.dim() == 2 and weight.shape[0] == 0:
+        raise InputError(f"weight has shape {tuple(weight.shape)}; pass [C, d] with C >= 1")
     if weight.dim() != 2 or weight.shape[1] != features.shape[1]:
         raise InputError(
             f"weight has shape {tuple(weight.shape)}, features {tuple(features.shape)}; "
@@ -92,3 +110,26 @@ def check_finite(features: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_finite_rows("weight", weight, "class")
     if bias is not None:
         check_finite_rows("bias", bias, "class")
+
+
+def check_result(what: str, result: Tensor, *sources: Any) -> Tensor:
+    """Return ``result``, or raise InputError where it is not finite, naming the sample to blame.
+
+    One reduction of what comes out, in place of one of all that goes in.
+
+    Args:
+        sources: the factors that it was made of.
+    """
+    if is_finite(result):
+        return result
+    for source in sources:
+        for name in ("delta", "act", "features"):
+            part = getattr(source, name, None)
+            if isinstance(part, Tensor) and part.dim() and len(part):
+                check_finite_rows(name, part, "token")
+    wide = result.dtype == torch.float64
+    way = "features in smaller units" if wide else "factors.to(dtype=torch.float64)"
+    raise InputError(
+        f"{what} is beyond the range of {result.dtype}: the factors are too large for it, or "
+        f"damping is too small; pass {way}, or a larger damping"
+    )

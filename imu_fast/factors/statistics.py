@@ -7,13 +7,17 @@ from torch import Tensor
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.outputs import for_inputs
 from imu_fast.factors.probabilities import augmented, output_curvature
-from imu_fast.factors.samples import Means
+from imu_fast.factors.samples import Means, unchecked_mean_gradient
 from imu_fast.factors.source import Factors
 
 
-def mean_gradient(source: Factors) -> Tensor:
-    """``gbar = 1/n sum_i g_i``: [C, D], in the factors' dtype."""
-    return Means.mean_gradient(source)
+def mean_gradient(source: Factors, *, check: bool = True) -> Tensor:
+    """``gbar = 1/n sum_i g_i``: [C, D], in the factors' dtype.
+
+    Args:
+        check: raise InputError where it is not finite.
+    """
+    return Means.mean_gradient(source) if check else unchecked_mean_gradient(source)
 
 
 def second_moment(source: Factors) -> Tensor:

@@ -29,7 +29,7 @@ def _cut(tensor: Tensor | None) -> Tensor | None:
 
 def _rows(t: Tensor, layout: Layout | None, n: int) -> Tensor:
     """[..., C] as [n, M, C]."""
-    shares = by_sample(t, layout, n)
+    shares = by_sample(t.to_dense() if t.is_sparse else t, layout, n)
     return wide(shares.reshape(n, -1, t.shape[-1]))
 
 

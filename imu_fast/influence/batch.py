@@ -21,6 +21,7 @@ from imu_fast.errors import (
     check_finite_rows,
     check_flag,
     check_fraction,
+    check_tensor,
 )
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.implicit_head import IMPLICIT_BYTES
@@ -189,7 +190,17 @@ class InfluenceWeightedLoss(nn.Module):
         """
         head: nn.Linear = self.head  # type: ignore[assignment]
         loss = self._loss
-        if features.shape[:-1] != labels.shape or labels.dim() not in (1, 2):
+        check_tensor("features", features, "floating", "[B, d] or [B, T, d]")
+        check_tensor("labels", labels, "integer", "[B] or [B, T]")
+        if logits is not None:
+            check_tensor("logits", logits, "floating", "[B, C] or [B, T, C]")
+        if features.shape[-1:] != (head.in_features,):
+            raise InputError(
+                f"features have shape {tuple(features.shape)}; the head takes [..., "
+                f"{head.in_features}]"
+            )
+        labels = labels.to(torch.int64)
+        if features.shape[:-1] != labels.shape or labels.dim() not in (1, 2) or not len(labels):
             raise InputError(
                 f"features have shape {tuple(features.shape)} and labels {tuple(labels.shape)}; "
                 "expected [B, d] and [B], or [B, T, d] and [B, T]"

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from imu_fast.curvature.base import Curvature
 from imu_fast.curvature.named import CURVATURES, CurvatureName
-from imu_fast.errors import InputError, check_choice, check_fraction
+from imu_fast.errors import InputError, check_choice, check_fraction, check_tensor
 from imu_fast.influence.batch import WHERE_EMPTY, OnEmpty, weights_of
 from imu_fast.influence.scores import ScoreOptions, influence_scores
 from imu_fast.influence.weights import QUANTILE_OVER
@@ -52,6 +52,8 @@ class LiveWeights:
         """
         if not self._seen.calls:
             raise InputError("no layer has run: call the model inside of the with statement")
+        check_tensor("logits", logits, "floating", "[B, C] or [B, T, C]")
+        check_tensor("labels", labels, "real", "[B] or [B, T]")
         if not logits.requires_grad:
             raise InputError("logits have no graph; run the model with gradients enabled")
         loss = self._reading.loss

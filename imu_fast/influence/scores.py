@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from imu_fast.curvature.base import Curvature, Layer, check_whole, the_same
+from imu_fast.curvature.base import Curvature, Layer, solved
 from imu_fast.curvature.base import scores as scores_of
+from imu_fast.curvature.in_step import check_whole, the_same
 from imu_fast.curvature.named import CURVATURES, CurvatureName, OwnOptions
-from imu_fast.errors import InputError
+from imu_fast.errors import InputError, check_tensor
 from imu_fast.factors.joint import said
 from imu_fast.factors.outputs import at_outputs, cuts_of_outputs, for_inputs
 from imu_fast.factors.protocol import is_shared
@@ -88,6 +89,8 @@ def _goals(target: Any, layers: list[Factors]) -> list[Goal]:
     many = isinstance(target, Sequence)
     if isinstance(target, Tensor) or (many and target and isinstance(target[0], Tensor)):
         vectors = [target] if isinstance(target, Tensor) else list(target)
+        for v in vectors:
+            check_tensor("target", v, "floating", "[C, D]")
         shapes = [(layer.num_classes, layer.width) for layer in layers]
         if [tuple(v.shape) for v in vectors] != shapes:
             raise InputError(
@@ -119,13 +122,17 @@ def target_vectors(target: Any, layers: list[Factors]) -> list[Tensor]:
     ]
 
 
-def _vector(goal: Goal, part: Factors, classes: slice) -> Tensor:
-    """v at some outputs of a layer; new memory, unless it was given."""
+def _vector(goal: Goal, part: Factors, classes: slice, *, check: bool = True) -> Tensor:
+    """v at some outputs of a layer; new memory, unless it was given.
+
+    Args:
+        check: whether it is finite, which else shows in the scores.
+    """
     if goal is None:
-        return mean_gradient(part)
+        return mean_gradient(part, check=check)
     if isinstance(goal, Tensor):
         return the_same("target", goal[classes].to(part.device, part.dtype), part)
-    mean = mean_gradient(at_outputs(goal, classes))
+    mean = mean_gradient(at_outputs(goal, classes), check=check)
     return mean if is_shared(goal) else the_same("target", mean, part)
 
 
@@ -187,9 +194,9 @@ def influence_scores(
     for layer, goal in zip(all_layers, goals, strict=True):
         for classes in _cuts(spec, layer, goal):
             part = at_outputs(layer, classes)
-            v = _vector(goal, part, classes)
+            v = _vector(goal, part, classes, check=not spec.separates)
             # In place where v is ours: fresh memory of size C x D costs as much as the division.
-            x = spec.fit(part).solve(v, out=None if isinstance(goal, Tensor) else v)
+            x = solved(spec.fit(part), v, out=None if isinstance(goal, Tensor) else v)
             x = x.to(layer.device, layer.dtype)
             found = scores_of(part, x).neg_()
             scores = found if scores is None else scores.add_(found)

@@ -9,7 +9,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from imu_fast import distributed
-from imu_fast.curvature.base import Curvature, the_same
+from imu_fast.curvature.base import Curvature
+from imu_fast.curvature.in_step import the_same
 from imu_fast.curvature.named import CurvatureName, OwnOptions
 from imu_fast.errors import InputError, check_choice, check_count
 from imu_fast.factors.joint import said

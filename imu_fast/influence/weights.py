@@ -15,9 +15,10 @@ from imu_fast.errors import (
     EmptySelectionError,
     InputError,
     check_choice,
-    check_count,
     check_finite_rows,
     check_fraction,
+    check_seed,
+    check_tensor,
 )
 from imu_fast.factors.operands import Array, tensor_of
 
@@ -83,6 +84,7 @@ def influence_weights(
             f"permute={permute}, seed={seed})",
         )
     scores = tensor_of("scores", scores)
+    check_tensor("scores", scores, "floating", "[n]")
     if scores.dim() != 1 or scores.numel() == 0 or not scores.is_floating_point():
         raise InputError(
             f"scores has shape {tuple(scores.shape)} and dtype {scores.dtype}; pass a floating [n]"
@@ -93,7 +95,7 @@ def influence_weights(
     clip_quantile = check_fraction("clip_quantile", clip_quantile)
     check_choice("quantile_over", quantile_over, QUANTILE_OVER)
     check_choice("on_empty", on_empty, ("error", "uniform"))
-    check_count("seed", seed, minimum=0)
+    seed = check_seed("seed", seed)
 
     negative = torch.nonzero(scores < 0).flatten()
     if len(negative) == 0:

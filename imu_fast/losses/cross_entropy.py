@@ -18,8 +18,12 @@ IGNORE_INDEX = -100
 
 def check_labels(labels: Tensor, num_classes: int, ignore_index: int = IGNORE_INDEX) -> None:
     """Raise InputError naming the first label outside [0, num_classes) and not ignore_index."""
-    if labels.is_floating_point() or labels.dtype == torch.bool:
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise InputError(f"labels have dtype {labels.dtype}; pass integer class indices")
+    given, labels = labels, labels.to(torch.int64)
+    if given.dtype == torch.uint64 and bool((wrapped := labels < 0).any()):
+        first = int(torch.nonzero(wrapped.flatten())[0])
+        raise InputError(f"labels[{first}] is 2^63 or more; the head has {num_classes} classes")
     bad = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
     if bool(bad.any()):
         first = int(torch.nonzero(bad.flatten())[0])
@@ -164,4 +168,7 @@ class CrossEntropy(Loss):
         """p of a hard label as ``1 + delta``, which has the absolute rounding of one."""
         if labels.dim() == 2 or not self.plain:
             super().recovered(delta, labels)
+        labels = self.prepared(labels, delta.shape[1])  # of factors that a user made
+        if not bool(self.valid(labels).all()):
+            raise InputError(f"labels holds ignore_index={self.ignore_index}; leave these rows out")
         return LabelSoftmax((1 + delta.gather(1, labels[:, None])[:, 0]).clamp_min(0))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from imu_fast.errors import InputError, check_finite_rows, check_same_device
+from imu_fast.errors import InputError, check_finite_rows, check_same_device, check_tensor
 
 # Elements of p that are converted at once: large enough for products at full speed.
 _CHUNK_ELEMENTS = 1 << 18
@@ -104,7 +104,7 @@ class OutputCurvature(StoredCurvature):
             InputError: rows of p are not probabilities, or a weight is negative.
         """
         _check("p", p, 2)
-        weight = p.new_ones(len(p)) if weight is None else weight
+        weight = check_tensor("weight", p.new_ones(len(p)) if weight is None else weight)
         if weight.shape != p.shape[:1] or weight.device != p.device:
             raise InputError(
                 f"weight has shape {tuple(weight.shape)} on {weight.device}; expected "
@@ -155,9 +155,11 @@ class OutputCurvature(StoredCurvature):
 
 
 def _check(name: str, value: Tensor, dims: int) -> None:
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() != dims:
-        found = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value)
-        raise InputError(f"{name} is {found}; pass a floating-point tensor of {dims} axes")
+    check_tensor(name, value)
+    if value.dim() != dims or not value.numel():
+        raise InputError(
+            f"{name} has shape {tuple(value.shape)}; pass a tensor of {dims} axes, none empty"
+        )
     check_finite_rows(name, value, "token")
 
 

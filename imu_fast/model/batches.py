@@ -100,4 +100,6 @@ def split_batch(batch: Any, model: nn.Module | None = None) -> Parts:
             "model=None: which parts of a batch are inputs depends on the model; pass it, or "
             "read the data by as_batches(loader, model)"
         )
-    return Splitter(model)(batch)
+    parts = Splitter(model)(batch)
+    _ = parts.n  # one number is no labels
+    return parts

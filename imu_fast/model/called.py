@@ -124,7 +124,8 @@ def _dtype(dtype: torch.dtype) -> str:
 
 def _shown(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"{_dtype(value.dtype)} {list(value.shape)}"
+        shape = "nested" if value.is_nested else list(value.shape)
+        return f"{_dtype(value.dtype)} {shape}"
     if isinstance(value, Mapping):
         inside = ", ".join(f"{key}: {_shown(item)}" for key, item in list(value.items())[:4])
         return f"{{{inside}}}"

@@ -138,7 +138,11 @@ def watched(
         if not isinstance(x, Tensor) or not isinstance(output, Tensor):
             seen.odd[layer.name] = f"it maps a {type(x).__name__} to a {type(output).__name__}"
             return None
-        act = layer.inputs(x.detach())
+        if x.is_nested:
+            seen.odd[layer.name] = "it maps a nested tensor, whose samples differ in shape"
+            return None
+        # A linear layer takes sparse inputs; what is made of them is dense.
+        act = layer.inputs(x.detach() if x.layout == torch.strided else x.detach().to_dense())
         if act is None:
             seen.odd[layer.name] = "it is a convolution over several positions"
             return None

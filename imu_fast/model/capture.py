@@ -9,7 +9,7 @@ from torch import nn
 from typing_extensions import Unpack
 
 from imu_fast.distributed import Group
-from imu_fast.errors import InputError, NoSamplesError
+from imu_fast.errors import InputError, NoSamplesError, check_finite_rows
 from imu_fast.factors.gradient_factors import HeadFactors
 from imu_fast.factors.sharded import ShardedFactors
 from imu_fast.model.batches import device_of, empty_message, warn_of_order
@@ -24,6 +24,7 @@ from imu_fast.model.reading import Reading, ReadingOptions
 from imu_fast.model.run import evaluated, full_precision, read
 from imu_fast.model.selection import selected
 from imu_fast.model.shared import shared_factors, shared_features
+from imu_fast.ops.tokens import is_flat
 
 
 def _explicit(model: nn.Module, head: Any) -> list[LinearLayer]:
@@ -99,7 +100,7 @@ def capture_features(
 
     Raises:
         InputError: empty loader, labels out of range, several outputs that may be the logits,
-            samples that are not independent.
+            samples that are not independent, features that are not finite.
         NoHeadFoundError: no linear layer, or not the given one, produces the logits, or it is
             not ``act W^T + b``.
     """
@@ -111,7 +112,10 @@ def capture_features(
             lambda part: capture_features(model, part, head, progress=progress, **reading),
         )
     how = Reading.of("capture_features()", reading).following(model)
-    return _capture_head(model, loader, head, how, progress).features()
+    found = _capture_head(model, loader, head, how, progress).features()
+    whose = len(found.features) == len(found.offsets) - 1 and is_flat(found.offsets)
+    check_finite_rows("features", found.features, "sample" if whose else "row")
+    return found
 
 
 Wanted = str | nn.Module | Sequence[str | nn.Module]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imu_fast.errors import InputError
+from imu_fast.errors import InputError, check_tensor
 from imu_fast.model.nested import as_tensor, is_array, is_number
 
 _INTEGERS = (
@@ -51,7 +51,7 @@ def as_labels(value: Any) -> Tensor:
             "batch; to say where they are: imu_fast.Data(loader, labels=...), an index, a key or "
             "a function of the batch"
         )
-    labels = as_tensor(value)
+    labels = check_tensor("labels", as_tensor(value), "any")
     return labels.to(torch.int64) if is_integer(labels.dtype) else labels
 
 

@@ -169,9 +169,17 @@ def taken(value: Any, rows: Sequence[int], n: int) -> Any:
     def leaf(item: Any) -> Any:
         if isinstance(item, Tensor):
             if _is_per_sample(item, n):
-                if isinstance(rows, range) and rows.step == 1:
+                if isinstance(rows, range) and rows.step == 1 and item.layout == torch.strided:
                     return item[rows.start : rows.stop]
-                return item[torch.as_tensor(list(rows), dtype=torch.int64, device=item.device)]
+                index = torch.as_tensor(list(rows), dtype=torch.int64, device=item.device)
+                if item.layout == torch.sparse_coo:
+                    return item.index_select(0, index)
+                if item.layout != torch.strided:
+                    raise InputError(
+                        f"a batch holds a {item.layout} tensor, which cannot be cut into samples; "
+                        "pass it .to_dense()"
+                    )
+                return item[index]
             if n in item.shape[1:2]:
                 raise InputError(
                     f"a batch of {n} samples holds a tensor {tuple(item.shape)}, whose first axis "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from imu_fast.errors import InputError
+from imu_fast.errors import InputError, check_same_device, check_tensor
 from imu_fast.losses.cross_entropy import check_labels
 from imu_fast.model.batches import as_batches, device_of, empty_message, split_batch, to_device
 from imu_fast.model.called import called, from_sample
@@ -135,6 +135,10 @@ class Outputs:
     labels: Tensor
 
     def __post_init__(self) -> None:
+        check_tensor("logits", self.logits, "floating", "[n, C]")
+        check_tensor("labels", self.labels, "integer", "[n]")
+        if self.logits.requires_grad:
+            object.__setattr__(self, "logits", self.logits.detach())
         if self.logits.dim() != 2 or self.labels.shape != self.logits.shape[:1]:
             raise InputError(
                 f"logits have shape {tuple(self.logits.shape)} and labels "
@@ -144,7 +148,9 @@ class Outputs:
             raise InputError("logits and labels are empty; pass at least one sample")
         if self.logits.dtype not in (torch.float32, torch.float64):
             raise InputError(f"logits have dtype {self.logits.dtype}; pass float32 or float64")
+        check_same_device("logits", self.logits, "labels", self.labels)
         check_labels(self.labels, self.logits.shape[1])
+        object.__setattr__(self, "labels", self.labels.to(torch.int64))
         ignored = int((self.labels < 0).sum())
         if ignored:
             raise InputError(f"{ignored} labels are ignore_index; remove these samples")

@@ -30,6 +30,8 @@ class Parts(NamedTuple):
     @property
     def n(self) -> int:
         """Samples."""
+        if not self.labels.dim():
+            raise InputError("labels are one number; pass one label per sample, [n]")
         return len(self.labels)
 
     def mapped(self, leaf: Callable[[Any], Any]) -> Parts:

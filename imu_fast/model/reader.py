@@ -264,6 +264,11 @@ def _tensors(whole: Any, floating: torch.dtype) -> Any:
     """
 
     def leaf(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_nested:
+            raise InputError(
+                "loader holds a nested tensor, whose samples differ in shape; pass them padded, "
+                "or a list of batches"
+            )
         return as_tensor(value, floating) if is_array(value) else value
 
     if isinstance(whole, Mapping):

@@ -9,6 +9,7 @@ from typing import Any
 
 from imu_fast.errors import (
     InputError,
+    brief,
     check_choice,
     check_count,
     check_installed,
@@ -36,6 +37,27 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "train": 5_000,
     },
 }
+_LISTS = ("archs", "tasks", "methods")
+
+
+def _check_kind(name: str, value: object) -> None:
+    """Raise InputError where a setting is no text, no number or no list of names, as it should be.
+
+    What yaml makes of a few lines may be endless (lists of lists of one list): it is not shown.
+    """
+    if name in _LISTS:
+        many = [value] if isinstance(value, str) else value
+        good = isinstance(many, list | tuple) and all(isinstance(item, str) for item in many)
+        wanted = "a name, or a list of names"
+    elif name in ("data", "data_path"):
+        good = isinstance(value, str) or (value is None and name == "data_path")
+        wanted = "text"
+    else:
+        good = value is None or isinstance(value, int | float | str)  # what it is will be checked
+        wanted = "a number"
+    if not good:
+        made = "empty" if value is None else f"of type {type(value).__name__}"
+        raise InputError(f"{name} is {made}; it must be {wanted}")
 
 
 @dataclass(frozen=True)
@@ -93,10 +115,11 @@ class Configuration:
             InputError: unknown names, or values out of range.
         """
         known = [f.name for f in fields(cls)]
-        for name in given:
+        for name, value in given.items():
             check_choice("setting", name, known)
+            _check_kind(name, value)
         values = {**_DEFAULTS.get(given.get("data", "digits"), {}), **given}
-        for name in ("archs", "tasks", "methods"):
+        for name in _LISTS:
             if isinstance(values.get(name), str):
                 values[name] = values[name].split(",")
             if name in values:
@@ -108,17 +131,26 @@ class Configuration:
         """From a yaml file; ``given`` (flags) wins.
 
         Raises:
-            InputError: no readable yaml mapping.
+            InputError: no readable yaml mapping, a setting twice in it, or one of the wrong type.
         """
         check_installed(f"config={str(path)!r}", "yaml")
         import yaml
 
         try:
-            values = yaml.safe_load(path.read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputError(f"config={str(path)!r} cannot be read: {error}") from error
+            text = path.read_text(encoding="utf-8-sig")
+            values = yaml.safe_load(text)
+            node = yaml.compose(text, yaml.SafeLoader)
+        # A ValueError is of an encoding, or a date or number that there is not; a RecursionError of
+        # lists in lists in lists.
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            raise InputError(
+                f"config={str(path)!r} cannot be read ({brief(error)}); repair it, as UTF-8"
+            ) from error
         if not isinstance(values, dict):
             raise InputError(f"config={str(path)!r} is no mapping of settings to values")
+        names = [key.value for key, _ in node.value]  # of which yaml itself keeps the last
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise InputError(f"config={str(path)!r} has {twice[0]!r} twice; remove one")
         return cls.of({**values, **given})
 
     def training(self) -> dict[str, Any]:

@@ -233,6 +233,11 @@ def _correlations(parts: list[Json]) -> list[Json]:
 
 
 _TABLES = ("summary", "intervals", "tests", "correlations")
+# All that a file holds; of the rest, the checksum. Those of older versions have none.
+_PARTS = {
+    *("config", "rule", "highlight", "versions", "planned", "methods", "tasks", "depths"),
+    *("questions", "cells", "checksum", *_TABLES),
+}
 
 
 def write_results(results: Json, files: Mapping[str, Json], out: Path) -> None:
@@ -246,6 +251,8 @@ def write_results(results: Json, files: Mapping[str, Json], out: Path) -> None:
         f"{json.dumps(name)}: {_table(value) if name in _TABLES else json.dumps(value, indent=1)}"
         for name, value in kept.items()
     ]
+    checksum = digest(json.loads("{" + ",".join(lines) + "}"))
+    lines.append(f'"checksum": {json.dumps(checksum)}')
     with replacing(out / "results.json") as temporary:
         temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
@@ -265,7 +272,10 @@ def read_results(out: Path) -> Json:
     """
     path = out / "results.json"
     try:
-        results: Json = json.loads(path.read_text())
+        results: Json = dict(json.loads(path.read_text()))
+        checksum = results.pop("checksum", None)
+        if not results.keys() <= _PARTS or checksum not in (None, digest(results)):
+            raise ValueError("it is damaged, or was changed: write it again from its cells")
         for name in _TABLES:
             results[name] = unpack(results[name])
         known = ("references", "correlations", *results["methods"])

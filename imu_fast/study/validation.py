@@ -14,13 +14,14 @@ import torch
 from rich.table import Table
 
 import imu_fast
-from imu_fast.errors import check_choice, check_count
+from imu_fast.errors import check_choice, check_count, check_seed
 from imu_fast.evaluation.validate import validate
 from imu_fast.storage import replacing
 from imu_fast.study.cells import rounded
 from imu_fast.study.data.tasks import Samples, load_dataset
 from imu_fast.study.networks import train, train_small_network
 from imu_fast.study.report.demo_plots import new_figure, save
+from imu_fast.study.report.escapes import markdown_text
 
 # Per data set: training samples, queries, epochs, and the layers beside the head.
 _SIZES: dict[str, dict[str, Any]] = {
@@ -61,6 +62,7 @@ def run(
     """
     check_choice("data", data, _SIZES)
     check_count("subsets", subsets)
+    seed = check_seed("seed", seed)
     size = dict(_SIZES[data])
     if quick:
         size |= {"samples": 300, "queries": 40, "epochs": 3, "layers": None}
@@ -139,9 +141,11 @@ def _caption(results: dict[str, Any]) -> str:
 
 def markdown(results: dict[str, Any]) -> str:
     """The table as Markdown."""
-    lines = [_caption(results), "", "| " + " | ".join(_HEADINGS) + " |"]
+    lines = [markdown_text(_caption(results)), "", "| " + " | ".join(_HEADINGS) + " |"]
     lines.append("| --- | --- | ---: | :---: | :--- |")
-    lines += ["| " + " | ".join(_cells(row)) + " |" for row in _ordered(results)]
+    lines += [
+        "| " + " | ".join(map(markdown_text, _cells(row))) + " |" for row in _ordered(results)
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from imu_fast.errors import InputError, check_count, check_positive
+from imu_fast.errors import InputError, check_positive, check_seed, check_tensor
 from imu_fast.model.forward import LABEL_NAMES
 from imu_fast.model.labels import as_labels, is_integer
 from imu_fast.model.nested import fields_of
@@ -60,7 +60,7 @@ def split(
     if seed is not None:
         if fraction is None:
             raise InputError(f"seed={seed!r}: {named[0]} draws nothing; leave it out")
-        check_count("seed", seed, minimum=0)
+        seed = check_seed("seed", seed)
     inner = data.loader if isinstance(data, Data) else data
     n = _length(inner)
     if classes is not None:
@@ -231,6 +231,9 @@ def _length(data: Any) -> int:
     if isinstance(data, DataLoader):
         raise InputError("data is a DataLoader; split its dataset: split(loader.dataset, ...)")
     if _is_columns(data):
+        for column in _columns(data):
+            if isinstance(column, Tensor):  # of numbers, with rows that can be taken
+                check_tensor("data", column, "any", "[n, ...]")
         lengths = [len(column) for column in _columns(data)]
         if len(set(lengths)) > 1:
             raise InputError(f"data has columns of {lengths} rows; they must have as many")

@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 
 from imu_fast.backend import record_backends
 from imu_fast.distributed import Group
-from imu_fast.errors import InputError, check_count, check_flag
+from imu_fast.errors import InputError, check_flag, check_seed
 from imu_fast.model.batches import ForgetSet, as_batches, rereadable
 from imu_fast.model.causal import settled_on
 from imu_fast.model.guard import copied, door, preserved, rolled_back
@@ -138,7 +138,7 @@ def unlearn(
     started = time.perf_counter()
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
-    check_count("seed", seed, minimum=0)
+    seed = check_seed("seed", seed)
     for flag, value in (("inplace", inplace), ("resume", resume), ("progress", progress)):
         check_flag(flag, value)
     if checkpoint is not None and not isinstance(checkpoint, str | os.PathLike):

@@ -346,7 +346,7 @@ X, Y = np.ones((4, 12), np.float32), np.zeros(4, np.int64)
         (arrays(x=X.astype(np.float64), y=Y), "cannot take a sample of shape (12,) and torch.fl"),
         (arrays(x=X.astype(np.longdouble), y=Y), "store what the model takes"),
         (arrays(x=X.astype(complex), y=Y), "store what the model takes"),
-        (arrays(x=X * np.nan, y=Y), "not finite at sample 0"),
+        (arrays(x=X * np.nan, y=Y), "not finite at "),
     ],
 )
 @pytest.mark.parametrize("command", ["score", "unlearn"])

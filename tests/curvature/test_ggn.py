@@ -137,7 +137,7 @@ def test_no_tokens_and_right_hand_sides_that_are_not_finite():
     for solver in ("auto", "cg", "primal", "dual"):
         fitted = imu.fit("ggn", empty, damping=0.5, solver=solver, preconditioner="kfac")
         torch.testing.assert_close(fitted.solve(v), v / 0.5)
-    with pytest.raises(InputError, match="right-hand side is not finite at vector 0"):
+    with pytest.raises(InputError, match="v is not finite"):
         imu.fit("ggn", make(CASES[1], torch.float32), damping=0.5).solve(
             torch.full((7, 6), torch.inf)
         )

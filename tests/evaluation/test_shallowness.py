@@ -183,7 +183,7 @@ def test_probe_bounds_what_it_trains_on(monkeypatch):
         (torch.ones(4), torch.zeros(4), torch.ones(4) > 0, r"pass \[N, d\], \[N\] and \[N\]"),
         (torch.ones(4, 2), torch.zeros(3), torch.ones(4) > 0, r"labels \(3,\)"),
         (torch.ones(4, 2), torch.zeros(4), torch.ones(3) > 0, r"forget_mask \(3,\)"),
-        (torch.ones(4, 2), torch.zeros(4), torch.ones(4), "float32; pass a bool mask"),
+        (torch.ones(4, 2), torch.zeros(4), torch.ones(4), "float32; pass a tensor .N. of bool"),
         (torch.ones(4, 2), torch.zeros(4), torch.arange(4) < 1, "marks 1 samples"),
         (torch.ones(4, 2) / 0, torch.zeros(4), torch.ones(4) > 0, "features is not finite"),
     ],

@@ -443,7 +443,7 @@ def test_refusals():
         (-torch.ones(2, 4), r"curvature\[0\] is negative"),
         (torch.ones(3, 4), r"curvature has h \(3, 4\), delta is \(2, 4\)"),
         (torch.ones(2, 3), r"curvature has h \(2, 3\), delta is \(2, 4\)"),
-        (torch.ones(2), "pass a floating-point tensor of 2 axes"),
+        (torch.ones(2), "pass a tensor of 2 axes"),
         ("ggn", "curvature is a str; pass an imu.OutputCurvature"),
     ):
         with pytest.raises(InputError, match=message):

@@ -39,6 +39,7 @@ from threading import RLock
 import torch
 from torch import Tensor
 
+from imu_fast.backend import ask_float32_products, float32_products
 from imu_fast.solvers.cholesky.lapack import settle
 
 # Unit roundoff, rounding to nearest.
@@ -91,16 +92,15 @@ def _cuda_multiplies_in(arithmetic: str) -> Iterator[None]:
     and the older setting's getters (``allow_tf32``, ``get_float32_matmul_precision``) raise there.
     A value inherited from ``torch.backends.fp32_precision`` is restored as the product's own.
     """
-    settings = torch.backends.cuda.matmul
     with _setting:
-        before = settings.fp32_precision
+        before = float32_products()
         if before != arithmetic:
-            settings.fp32_precision = arithmetic
+            ask_float32_products(arithmetic)
         try:
             yield
         finally:
             if before != arithmetic:
-                settings.fp32_precision = before
+                ask_float32_products(before)
 
 
 def _on_matrix_units(tensor: Tensor) -> bool:

@@ -7,7 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from imu_fast.errors import InputError, check_flag, check_positive, check_same_device
+from imu_fast.errors import (
+    InputError,
+    check_flag,
+    check_positive,
+    check_same_device,
+    check_tensor,
+)
 from imu_fast.solvers.cholesky import library
 from imu_fast.solvers.cholesky.cholesky import check_finite, check_matrices, factor_of
 
@@ -47,6 +53,10 @@ def damped_cholesky_solve(
             in that of all of them, what is mapped over first).
     """
     check_flag("check", check)
+    check_tensor("A", a, "floating", "[..., P, P]")
+    check_tensor("b", b, "floating", "[..., P] or [..., P, m]")
+    if isinstance(damping, Tensor):
+        check_tensor("damping", damping, "real", "[...]")
     check_matrices(a)
     vector = _check_right_hand_side(a, b)
     columns = b.unsqueeze(-1) if vector else b

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from imu_fast.errors import InputError, check_installed
+from imu_fast.data.arrays import named_arrays
+from imu_fast.errors import InputError, brief, check_installed
 
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
@@ -31,19 +33,42 @@ def load(path: Path, split: str, count: int | None = None, seed: int = 0) -> tup
 
     if not path.is_file():
         raise InputError(f"data={str(path)!r} does not exist; name the .npz of JPEG files")
-    with np.load(path, allow_pickle=False) as file:
-        keys = [f"{split}_{part}" for part in ("bytes", "offsets", "labels")]
-        if not set(keys) <= set(file):
-            raise InputError(f"data={str(path)!r} has arrays {sorted(file)}; it needs {keys}")
-        raw, offsets, labels = (file[key] for key in keys)
+    keys = [f"{split}_{part}" for part in ("bytes", "offsets", "labels")]
+    raw, offsets, labels = named_arrays(path, keys, ", ".join(keys))
+    _check_files(str(path), raw, offsets, labels)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:count]
     images = np.empty((len(order), 32, 32, 3), dtype=np.uint8)
     for out, i in zip(images, order.tolist(), strict=True):
-        with Image.open(io.BytesIO(raw[offsets[i] : offsets[i + 1]].tobytes())) as image:
-            out[...] = np.asarray(image.convert("RGB"))
+        try:
+            with Image.open(io.BytesIO(raw[offsets[i] : offsets[i + 1]].tobytes())) as image:
+                out[...] = np.asarray(image.convert("RGB"))
+        # What Pillow's decoders raise, and numpy on an image of another size.
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise InputError(
+                f"data={str(path)!r}: image {i} of {split} is none of 32x32 ({brief(error)})"
+            ) from error
     return normalised(torch.from_numpy(images)), torch.from_numpy(
         labels[order.numpy()].astype("int64")
     )
+
+
+def _check_files(path: str, raw: Any, offsets: Any, labels: Any) -> None:
+    """Raise InputError unless bytes, offsets [n+1] and labels [n] in [0, 10) belong together."""
+    integers = offsets.dtype.kind in "iu" and labels.dtype.kind in "iu"
+    if raw.dtype != "uint8" or raw.ndim != 1 or not integers:
+        raise InputError(
+            f"data={path!r} has bytes of {raw.dtype} {raw.shape}, offsets of {offsets.dtype} and "
+            f"labels of {labels.dtype}; they must be uint8 [bytes], and integers"
+        )
+    if offsets.ndim != 1 or labels.ndim != 1 or len(offsets) != len(labels) + 1:
+        raise InputError(
+            f"data={path!r} has offsets {offsets.shape} and labels {labels.shape}; they must be "
+            "[n+1] and [n]"
+        )
+    if offsets[0] != 0 or offsets[-1] != len(raw) or (offsets[1:] < offsets[:-1]).any():
+        raise InputError(f"data={path!r}: offsets must rise from 0 to the {len(raw)} bytes")
+    if ((labels < 0) | (labels > 9)).any():
+        raise InputError(f"data={path!r} has labels outside [0, 10)")
 
 
 def normalised(images: Tensor) -> Tensor:

@@ -136,12 +136,13 @@ def kind_of(task: str) -> str:
 
 def check_task(name: str) -> str:
     """Return ``name``, or raise InputError unless it is ``class-K`` or ``random-P`` (P percent)."""
-    percent = re.fullmatch(r"random-(\d+(?:\.\d+)?)", name)
-    good = 0 < float(percent[1]) < 100 if percent else re.fullmatch(r"class-\d+", name)
+    percent = re.fullmatch(r"random-(\d+(?:\.\d+)?)", name, re.ASCII)
+    good = 0 < float(percent[1]) < 100 if percent else re.fullmatch(r"class-[0-9]{1,9}", name)
     if not good:
+        shown = name if len(name) <= 60 else f"{name[:60]}..."
         raise InputError(
-            f"task={name!r} is unknown; use 'class-3' for the fourth class, or 'random-5' for five "
-            "percent"
+            f"task={shown!r} is unknown; use 'class-3' for the fourth class, or 'random-5' for "
+            "five percent"
         )
     return name
 

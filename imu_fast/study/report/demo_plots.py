@@ -21,8 +21,13 @@ def new_figure(**size: Any) -> Any:
 
 
 def save(figure: Any, path: Path) -> str:
-    """Write the figure atomically; returns the file's name."""
-    with replacing(path) as temporary:
+    """Write the figure atomically, dollars as dollars; returns the file's name."""
+    from matplotlib import rc_context
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    with replacing(path) as temporary, rc_context({"text.parse_math": False}):
         figure.savefig(temporary)
     return path.name
 

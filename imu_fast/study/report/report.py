@@ -27,6 +27,7 @@ from imu_fast.study.report.blocks import (
     spread,
     verdicts,
 )
+from imu_fast.study.report.escapes import markdown_text, utf8
 
 # What fits 118 columns beside the methods' names: key, heading, decimals.
 _TERMINAL = (
@@ -77,7 +78,7 @@ def comparison_table(results: dict[str, Any]) -> Table:
             table.add_row(
                 Text(("> " if line.best else "  ") + line.name),
                 *(_compact(line.values[name], digits) for name, _, digits in _TERMINAL),
-                line.lr,
+                Text(line.lr),
                 "" if line.reference else _compact(Spread(line.steps.mean), 0),
                 style=style,
             )
@@ -109,9 +110,9 @@ def write_report(results: dict[str, Any], out: Path) -> list[str]:
         encoded = base64.b64encode((out / figure["file"]).read_bytes()).decode("ascii")
         figure["source"] = f"data:image/png;base64,{encoded}"
     with replacing(out / "table.md") as temporary:
-        temporary.write_text(_markdown(results, arranged), encoding="utf-8")
+        temporary.write_bytes(utf8(_markdown(results, arranged)))
     with replacing(out / "report.html") as temporary:
-        temporary.write_text(_html(results, arranged, figures), encoding="utf-8")
+        temporary.write_bytes(utf8(_html(results, arranged, figures)))
     return [*(figure["file"] for figure in figures), "table.md", "report.html"]
 
 
@@ -180,16 +181,17 @@ HEADINGS = ("reached", *(m.label for m in METRICS), "lr", "steps", "seconds")
 
 def _markdown(results: dict[str, Any], arranged: list[Block]) -> str:
     def row(cells: list[str]) -> str:
-        return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
+        return "| " + " | ".join(cells) + " |"
 
     parts = [_explained(results, arranged)]
     for block in arranged:
-        lines = [f"## {block.title}", "", results["depths"][block.depth], ""]
+        title, depth = map(markdown_text, (block.title, results["depths"][block.depth]))
+        lines = [f"## {title}", "", depth, ""]
         lines.append(row(["method", *HEADINGS]))
         lines.append(row(["---", *["---:"] * len(HEADINGS)]))
         for line in block.lines:
-            name = f"**{line.name}**" if line.best else line.name
-            lines.append(row([name, *_cells(line)]))
+            name, *cells = map(markdown_text, (line.name, *_cells(line)))
+            lines.append(row([f"**{name}**" if line.best else name, *cells]))
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 

@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import imu_fast as imu
+from imu_fast.backend import ask_float32_products, float32_products
 from imu_fast.errors import InputError, SingularMatrixError
 from imu_fast.solvers.cholesky import lapack, low_precision
 from imu_fast.solvers.cholesky.cholesky import damped_cholesky, factor_plain
@@ -22,7 +23,6 @@ BLOCK = 32
 ORDERS = [33, 100, 160]
 every_precision = pytest.mark.parametrize("precision", ["tf32", "bf16"])
 EPS32 = torch.finfo(torch.float32).eps
-SETTINGS = torch.backends.cuda.matmul
 wide = torch.float64
 
 
@@ -396,18 +396,18 @@ class Settings(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.__name__.split(".")[0]
         if name in ("addmm_", "linalg_solve_triangular"):
-            self.seen.add((name, SETTINGS.fp32_precision))
+            self.seen.add((name, float32_products()))
         return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
 def setting(value):
-    before = SETTINGS.fp32_precision
-    SETTINGS.fp32_precision = value
+    before = float32_products()
+    ask_float32_products(value)
     try:
         yield
     finally:
-        SETTINGS.fp32_precision = before
+        ask_float32_products(before)
 
 
 @every_precision
@@ -417,7 +417,7 @@ def test_tf32_is_for_the_products_alone_and_put_back(path, monkeypatch, precisio
     a = matrix("condition 1e1", 100).float()
     with setting(before), Settings() as mode:
         damped_cholesky(a, 0.1, precision=precision)
-        assert SETTINGS.fp32_precision == before
+        assert float32_products() == before
     products = {("addmm_", "tf32")} if precision == "tf32" else set()
     assert mode.seen == {("linalg_solve_triangular", "ieee"), *products}
 
@@ -429,7 +429,7 @@ def test_tf32_is_for_the_products_alone_and_put_back(path, monkeypatch, precisio
     with setting(before):
         with pytest.raises(RuntimeError, match="out of memory"):
             damped_cholesky(a, 0.1, precision=precision)
-        assert SETTINGS.fp32_precision == before
+        assert float32_products() == before
 
 
 @every_precision
@@ -478,7 +478,7 @@ def test_right_hand_sides_have_the_matrixs_dtype_and_any_size(path, precision):
 def test_factorisations_in_two_threads_leave_the_setting_alone(path, monkeypatch):
     monkeypatch.setattr(low_precision, "_on_matrix_units", lambda tensor: True)
     a = matrix("condition 1e2", 150).float()
-    damping, before = float(a.diagonal().max()), torch.backends.cuda.matmul.fp32_precision
+    damping, before = float(a.diagonal().max()), float32_products()
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
@@ -486,4 +486,4 @@ def test_factorisations_in_two_threads_leave_the_setting_alone(path, monkeypatch
             list(pool.map(lambda _: damped_cholesky(a, damping, precision="tf32"), range(20)))
     finally:
         sys.setswitchinterval(interval)
-    assert torch.backends.cuda.matmul.fp32_precision == before
+    assert float32_products() == before

@@ -1,0 +1,26 @@
+"""A few random cases of every public function; ``make fuzz`` runs thousands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from damage import FORMATS
+from fuzz import FUNCTIONS, fuzz
+
+CASES = 12
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_few_cases(name: str) -> None:
+    found = fuzz(name, CASES)
+    assert sum(found.values()) >= 1
+    assert set(found) <= {"right", "refused", "told"}
+
+
+def test_the_page_is_of_these_functions_and_formats() -> None:
+    rows = re.findall(r"^\| ([^|]+) \| (\d+)", PAGE.read_text(encoding="utf-8"), re.M)
+    names = [name.strip("` ") for name, _ in rows]
+    assert names == [*FORMATS, *FUNCTIONS]

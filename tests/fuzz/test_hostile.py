@@ -1,0 +1,86 @@
+"""Every tensor argument of public functions with every hostile value: right or refused.
+
+No error of torch's own comes out, and no number that is not finite.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fuzz import MOVES, finite
+from fuzz_doors import DOORS
+from hostile_values import ODD, WRONG
+
+import imu_fast as imu
+from imu_fast.errors import ImuFastError, InputError
+from imu_fast.evaluation.datamodels import random_subsets
+
+
+@pytest.mark.parametrize("name", [name for name in DOORS if name not in MOVES])
+def test_right_or_refused(name: str) -> None:
+    door, failed = DOORS[name], []
+    assert finite(door.call(**door.tensors(), **door.others))
+    for argument in door.tensors():
+        for kind, make in (WRONG | ODD).items():
+            given: dict[str, Any] = door.tensors()
+            try:
+                given[argument] = make(given[argument])
+            except (RuntimeError, NotImplementedError, IndexError, TypeError):
+                continue  # torch makes no such tensor of this one
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    if not finite(door.call(**given, **door.others)):
+                        failed.append(f"{argument}, {kind}: not finite")
+                except ImuFastError:
+                    pass
+                except Exception as error:
+                    failed.append(f"{argument}, {kind}: {type(error).__name__}: {error}")
+    assert not failed, "\n".join(failed)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**64, True, 1.0, "1", None, np.bool_(True)])
+def test_a_seed_is_refused_alike_everywhere(seed: Any) -> None:
+    scores = torch.tensor([-1.0, -2.0])
+    with pytest.raises(InputError, match="seed="):
+        imu.influence_weights(scores, permute=True, seed=seed)
+    inputs = torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
+    with pytest.raises(InputError, match="seed="):
+        imu.unlearn(torch.nn.Linear(3, 2), inputs, seed=seed)
+    with pytest.raises(InputError, match="seed="):
+        random_subsets(6, 2, seed=seed)
+    if seed is not None:  # which is the default there
+        with pytest.raises(InputError, match="seed="):
+            imu.split(inputs, fraction=0.5, seed=seed)
+
+
+def test_integers_of_numpy_are_seeds() -> None:
+    scores = -torch.rand(9)
+    ours = imu.influence_weights(scores, permute=True, seed=7)
+    theirs = imu.influence_weights(scores, permute=True, seed=np.int64(7))
+    assert torch.equal(ours[1], theirs[1])
+
+
+def test_overflow_is_refused_and_names_the_way_out() -> None:
+    """The diagonal of 1e60 is infinite in float32, and what is divided by it was zero."""
+    factors = imu.GradientFactors(
+        torch.ones(3, 2), torch.full((3, 2), 1e30), torch.arange(4), False
+    )
+    for curvature in ("fisher_diag", "identity"):
+        with pytest.raises(InputError, match="float64"):
+            imu.influence_scores(factors, curvature=curvature)
+        wide = factors.to(dtype=torch.float64)
+        assert torch.isfinite(imu.influence_scores(wide, curvature=curvature)).all()
+
+
+def test_a_large_damping_underflows_nothing_on_the_way() -> None:
+    """delta^2 over the diagonal is 1e-47, zero in float32; the answer, 1e-17, is a number of it."""
+    factors = imu.GradientFactors(
+        torch.full((2, 1), 1e-15), torch.full((2, 1), 1e15), torch.arange(3), False
+    )
+    own = imu.self_influence(factors, curvature="fisher_diag", damping=1e17)
+    torch.testing.assert_close(own, torch.full((2,), 1e-17), rtol=1e-6, atol=0)
