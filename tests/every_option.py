@@ -32,6 +32,7 @@ VALUES: dict[str, list] = {
     "curvature": ["identity", "ggn"],
     "damping": [1.0],
     "damping_mode": ["clamp", "relative"],
+    "fisher": ["empirical"],
     "solver": ["cg", "dual"],
     "tolerance": [0.5],
     "preconditioner": ["nystrom", "none"],
@@ -78,6 +79,7 @@ COMPANY: dict[str, dict] = {
     for options, company in (
         (("solver", "tolerance"), {"curvature": "ggn", "solver": "cg"}),
         (("preconditioner",), {"curvature": "ggn", "solver": "cg", "damping": 1e-6}),
+        (("fisher",), {"curvature": "kfac"}),
         (("precondition_eps", "eps"), {"precondition": "features"}),
         (("batchnorm", "dropout"), {"scope": "all"}),
         (("scored",), {"weights": "influence", "scope": "layers", "layers": ["fc1"]}),

@@ -94,7 +94,7 @@ CALLS = {
         },
     ),
     "top_influences": (
-        lambda: imu.top_influences(factors(), factors(), k=2),
+        lambda: imu.top_influences(factors(), factors(), k=2, curvature="fisher_diag"),
         {**SIGNAL, "fisher_diagonal": KERNEL, "bilinear_scores": KERNEL},
     ),
     "tracin": (

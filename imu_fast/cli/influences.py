@@ -27,19 +27,31 @@ def influences(
     """
     import torch
 
-    from imu_fast.errors import NoSamplesError
+    from imu_fast.curvature.gauss_newton import fisher_for
+    from imu_fast.errors import InputError, NoSamplesError
     from imu_fast.influence.scores import influence_scores
     from imu_fast.influence.scores import self_influence as with_itself
     from imu_fast.influence.weights import influence_weights
     from imu_fast.model.capture import capture
     from imu_fast.model.shared import shared_factors
 
+    fisher: Any = fisher_for(spec, layers)
     progress = here.first and sys.stderr.isatty()
     if checkpoint is None:
         factors: Any = capture(
-            model, here.share(loader), layers, progress=progress, group=here.group
+            model,
+            here.share(loader),
+            layers,
+            progress=progress,
+            group=here.group,
+            fisher=fisher,
         )
     else:
+        if fisher is not None:
+            raise InputError(
+                f"checkpoint: curvature={spec.name!r} of layers needs signals that no part keeps; "
+                "leave --checkpoint out, or use fisher_diag"
+            )
 
         def parts() -> Any:
             found = checkpoint.captured(model, loader, layers, here, progress)

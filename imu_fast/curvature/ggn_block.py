@@ -11,7 +11,12 @@ from torch import Tensor
 from typing_extensions import Self
 
 from imu_fast.curvature.base import Fitted, Layer, Saved
-from imu_fast.curvature.damping import Damped
+from imu_fast.curvature.gauss_newton import (
+    GaussNewton,
+    signal_gradients,
+    signals_of,
+    warn_of_rounding,
+)
 from imu_fast.curvature.ggn.dense import class_blocks
 from imu_fast.factors.chunked import pack_chunks, unpack_chunks
 from imu_fast.factors.gradient_factors import GradientFactors
@@ -27,14 +32,16 @@ _BLOCK_ELEMENTS = 1 << 27
 
 
 @options
-class GGNBlock(Damped):
+class GGNBlock(GaussNewton):
     """The GGN's class blocks alone: ``1/n sum_t B_t[c, c] a~ a~^T + lam I`` for class c.
 
     B_t is the second derivative of a sample's loss in the outputs: of cross-entropy
-    ``B[c, c] = p_c (1 - p_c)``, over the sample's number of tokens.
+    ``B[c, c] = p_c (1 - p_c)``, over the sample's number of tokens. At an inner layer a block is
+    ``1/n sum_ik g_ik[c] g_ik[c]^T`` over its signals' gradients, rows that meet later included.
 
     Attributes:
         damping, damping_mode: of lam: see :class:`Damped`.
+        fisher: over whose labels: see :class:`imu_fast.curvature.gauss_newton.GaussNewton`.
     """
 
     name = "ggn_block"
@@ -46,7 +53,15 @@ class GGNBlock(Damped):
             InputError: the factors have no curvature of their loss; lam relative to a mean that is
                 zero or not finite.
         """
-        return FittedGGNBlock(factors, self.absolute(factors, lambda: trace(factors)))
+        factors = self.expected(factors)
+        lam = self.absolute(factors, lambda: trace(factors))
+        if (found := signals_of(factors)) is not None:
+            # A block's rank is at most n K, and so its largest eigenvalue at least its trace by it.
+            rank = factors.n * found.s.shape[1]
+            if rank < factors.width:
+                largest = trace(factors) / (factors.num_classes * rank)
+                warn_of_rounding(self.name, factors, lam, largest, 0.0)
+        return FittedGGNBlock(factors, lam)
 
 
 class FittedGGNBlock(Fitted):
@@ -63,8 +78,9 @@ class FittedGGNBlock(Fitted):
         super().__init__(GGNBlock.name, Layer.of(source), damping)
         self._source = source
         self._tokens = Remembered(self._weigh)
+        self._signals = signals_of(source) is not None
         self._kept: list[tuple[slice, DampedCholesky]] | None = None
-        for chunk in source.chunks():  # refused before any work
+        for chunk in source.chunks() if not self._signals else ():  # refused before any work
             self._tokens(chunk)
             break
 
@@ -80,8 +96,14 @@ class FittedGGNBlock(Fitted):
 
     def _blocks(self, slab: slice) -> Tensor:
         """Undamped: [classes, D, D]."""
+        width = (self._source.width, self._source.width)
 
         def blocks(chunk: GradientFactors) -> Tensor:
+            if self._signals:
+                out = chunk.act.new_zeros(slab.stop - slab.start, *width, dtype=torch.float64)
+                for g in signal_gradients(chunk):
+                    out.baddbmm_(g[:, slab].permute(1, 2, 0), g[:, slab].transpose(0, 1))
+                return out.div_(self._source.n)
             variance, a = self._tokens(chunk)
             return class_blocks(variance[:, slab], a)
 
@@ -107,6 +129,12 @@ class FittedGGNBlock(Fitted):
         many = (v if v.dim() == 3 else v[None]).double()
 
         def products(chunk: GradientFactors) -> Tensor:
+            if self._signals:
+                found = torch.zeros_like(many)
+                for g in signal_gradients(chunk):
+                    inner = torch.einsum("ncd,mcd->nmc", g, many)
+                    found += torch.einsum("nmc,ncd->mcd", inner, g)
+                return found.div_(self._source.n)
             variance, a = self._tokens(chunk)
             found = torch.empty_like(many)
             for one, rhs in zip(found, many, strict=True):

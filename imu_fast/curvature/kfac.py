@@ -1,4 +1,4 @@
-"""K-FAC and EK-FAC of a head: a Kronecker eigenbasis, diagonal in it."""
+"""K-FAC and EK-FAC of a layer: a Kronecker eigenbasis, diagonal in it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,26 @@ from torch import Tensor
 from typing_extensions import Self
 
 from imu_fast.curvature.base import Fitted, Layer, Saved
-from imu_fast.curvature.damping import Damped
+from imu_fast.curvature.gauss_newton import GaussNewton, signals_of, warn_of_rounding
 from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
-from imu_fast.factors.probabilities import augmented, output_curvature, token_scale
+from imu_fast.factors.probabilities import (
+    augmented,
+    signals_or_curvature,
+    token_scale,
+)
 from imu_fast.factors.source import MAX_GATHERED, Factors, Remembered
+from imu_fast.factors.sums import summed
 from imu_fast.losses.output_curvature import OutputCurvature
+from imu_fast.losses.signals import Signals
 from imu_fast.ops.bilinear_scores import quadratic_scores
+from imu_fast.ops.fisher_diagonal import fisher_diagonal
 from imu_fast.options import options
 
 # Elements of a~ that exist at once: large enough for products at full speed.
 _CHUNK_ELEMENTS = 1 << 18
 
-Outputs = Callable[[GradientFactors], OutputCurvature]
+Outputs = Callable[[GradientFactors], OutputCurvature | Signals]
 
 
 class KroneckerEigenbasis(Fitted):
@@ -114,7 +121,8 @@ def kronecker_factors(
     """``B = 1/n sum_t B_t`` [C, C] and ``A = mean(a~ a~^T)`` [D, D], weighted by ``c_t = 1/T_i``.
 
     ``B (x) A`` is the GGN where ``B_t / c_t`` is the same for every token, samples without tokens
-    included.
+    included. Of an inner layer ``B = 1/n sum s s^T`` over all signals of all rows: rows are taken
+    as independent ("expand" of Eschenhagen et al. 2023).
 
     Raises:
         InputError: B would take more than MAX_GATHERED bytes.
@@ -174,18 +182,28 @@ def _kfac(
     return KroneckerEigenbasis(KFAC.name, Layer.of(source), lam, basis_b, basis_a, values + lam)
 
 
+def _warn(curvature: str, source: Factors, damping: float, values: Tensor) -> None:
+    """Of inner layers: at a head gradients have no part in what a softmax leaves out."""
+    if signals_of(source) is not None:
+        warn_of_rounding(curvature, source, damping, float(values.max()), float(values.min()))
+
+
 @options
-class KFAC(Damped):
+class KFAC(GaussNewton):
     """``mean(B_t) (x) mean(a~ a~^T) + lam I`` (Martens and Grosse 2015).
 
     B_t is the second derivative of the loss in the outputs, ``diag(p) - p p^T`` of cross-entropy:
-    the expectation over the model's labels is exact, not sampled.
+    at the head the expectation over the model's labels is exact, not sampled. At an inner layer the
+    first factor is ``1/n sum s s^T`` over the signals of all rows and the second the mean over
+    samples of ``mean(a~ a~^T)`` over a sample's rows that have a gradient.
 
     Attributes:
         damping, damping_mode: of lam: see :class:`Damped`.
+        fisher: over whose labels: see :class:`imu_fast.curvature.gauss_newton.GaussNewton`.
     """
 
     name = "kfac"
+    of_rows = True
 
     def fit(self, factors: Factors) -> KroneckerEigenbasis:
         """Two eigendecompositions, ``O(C^3 + D^3)``.
@@ -195,21 +213,31 @@ class KFAC(Damped):
                 zero or not finite.
         """
         # Not remembered: they would take memory beside the eigendecompositions.
-        return _kfac(factors, lambda values: self.absolute(factors, values.sum), output_curvature)
+        factors = self.expected(factors)
+
+        def damping(values: Tensor) -> float:
+            lam = self.absolute(factors, values.sum)
+            _warn(self.name, factors, lam, values)
+            return lam
+
+        return _kfac(factors, damping, signals_or_curvature)
 
 
 @options
-class EKFAC(Damped):
+class EKFAC(GaussNewton):
     """K-FAC's eigenbasis with the GGN's own diagonal in it (George et al. 2018).
 
-    ``eigenvalue[i,j] = 1/n sum_t (Q_B^T B_t Q_B)[i,i] (Q_A^T a~)[j]^2``: of all diagonals in
-    this basis the nearest to the GGN.
+    ``eigenvalue[i,j] = 1/n sum_t (Q_B^T B_t Q_B)[i,i] (Q_A^T a~)[j]^2``, at an inner layer
+    ``1/n sum_ik (Q_B^T g_ik Q_A)[i,j]^2`` over its signals' gradients: of all diagonals in this
+    basis the nearest to the GGN.
 
     Attributes:
         damping, damping_mode: of lam: see :class:`Damped`.
+        fisher: over whose labels: see :class:`imu_fast.curvature.gauss_newton.GaussNewton`.
     """
 
     name = "ekfac"
+    of_rows = True
 
     def fit(self, factors: Factors) -> KroneckerEigenbasis:
         """K-FAC, and two products of ``N C^2`` and ``N D^2``: a second pass over the samples.
@@ -217,15 +245,23 @@ class EKFAC(Damped):
         Raises:
             InputError: as :meth:`KFAC.fit`.
         """
-        outputs = Remembered(output_curvature)
+        outputs, factors = Remembered(signals_or_curvature), self.expected(factors)
         _, basis_b, _, basis_a = _eigenbasis(*kronecker_factors(factors, outputs))
 
         def eigenvalues(chunk: GradientFactors) -> Tensor:
-            variance = outputs(chunk).diagonal_in(basis_b).div_(factors.n)
-            second = (augmented(chunk.act, chunk.has_bias) @ basis_a).square()
-            return variance.T @ second
+            found = outputs(chunk)
+            turned = augmented(chunk.act, chunk.has_bias) @ basis_a
+            if isinstance(found, Signals):
+                squares = (
+                    fisher_diagonal(s @ basis_b, turned, chunk.offsets, False)
+                    for s in found.columns(torch.float64)
+                )
+                return summed(squares).mul_(chunk.n / factors.n)
+            variance = found.diagonal_in(basis_b).div_(factors.n)
+            return variance.T @ turned.square()
 
         values = factors.sums(eigenvalues).clamp_min(0)
         lam = self.absolute(factors, values.sum)
+        _warn(self.name, factors, lam, values)
         layer = Layer.of(factors)
         return KroneckerEigenbasis(self.name, layer, lam, basis_b, basis_a, values + lam)

@@ -14,6 +14,7 @@ from imu_fast.ambient import no_autocast
 from imu_fast.curvature.base import Curvature, Fitted
 from imu_fast.curvature.fisher import Fisher
 from imu_fast.curvature.fisher_diag import DampingMode, FisherDiag
+from imu_fast.curvature.gauss_newton import Fisher as Labels
 from imu_fast.curvature.ggn.ggn import GGN, Preconditioner, Solver
 from imu_fast.curvature.ggn_block import GGNBlock
 from imu_fast.curvature.identity import Identity
@@ -43,6 +44,7 @@ class OwnOptions(TypedDict, total=False):
     """Flat options that some curvatures have."""
 
     damping_mode: DampingMode
+    fisher: Labels
     solver: Solver
     tolerance: float
     preconditioner: Preconditioner

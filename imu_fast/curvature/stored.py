@@ -12,6 +12,7 @@ from imu_fast.curvature.base import OPERATOR_FORMAT, Fitted, Layer, Saved
 from imu_fast.curvature.fisher import FittedFisher
 from imu_fast.curvature.fisher_diag import FittedFisherDiag
 from imu_fast.curvature.ggn.ggn import FittedGGN
+from imu_fast.curvature.ggn.signals import FittedSignalGGN
 from imu_fast.curvature.ggn_block import FittedGGNBlock
 from imu_fast.curvature.identity import FittedIdentity
 from imu_fast.curvature.kfac import KroneckerEigenbasis
@@ -28,6 +29,8 @@ FITTED: dict[str, type[Fitted]] = {
     "identity": FittedIdentity,
     "kfac": KroneckerEigenbasis,
 }
+# Of inner layers, where that is another.
+_OF_SIGNALS: dict[str, type[Fitted]] = {"ggn": FittedSignalGGN}
 # What a file raises whose text and tensors do not belong together.
 _DAMAGE = (
     LookupError,
@@ -79,7 +82,8 @@ def load_operator(path: str | os.PathLike[str], device: torch.device | str = "cp
         if found["curvature"] != "identity":
             check_positive("damping", damping)
         saved = Saved(found["curvature"], layer, damping, tensors, found["options"])
-        fitted = FITTED[saved.curvature]._restored(saved)
+        kinds = _OF_SIGNALS if saved.options.get("signals") else FITTED
+        fitted = kinds[saved.curvature]._restored(saved)
         _check(fitted, found)
     except _DAMAGE as error:
         if isinstance(error, InputError) and str(error).startswith(shown):

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from imu_fast.attribution.similarity import pairwise_similarity
 from imu_fast.curvature.base import Curvature
+from imu_fast.curvature.gauss_newton import fisher_for
 from imu_fast.curvature.named import CURVATURES
 from imu_fast.errors import (
     InputError,
@@ -90,9 +91,10 @@ def _influence(spec: Curvature, layers: str | list[str]) -> Attribute:
     def attribute(
         model: nn.Module, halves: list[nn.Module], data: Samples, queries: Samples
     ) -> Tensor:
-        of_data, of_queries = (
-            capture(model, part, layers=layers, progress=False) for part in (data, queries)
+        of_data = capture(
+            model, data, layers=layers, progress=False, fisher=fisher_for(spec, layers)
         )
+        of_queries = capture(model, queries, layers=layers, progress=False)
         return pairwise_influence(of_data, of_queries, curvature=spec)
 
     return attribute
@@ -100,7 +102,8 @@ def _influence(spec: Curvature, layers: str | list[str]) -> Attribute:
 
 def _alone(spec: Curvature, layers: str | list[str]) -> Callable[[nn.Module, Samples], Tensor]:
     def score(model: nn.Module, data: Samples) -> Tensor:
-        factors = capture(model, data, layers=layers, progress=False)
+        fisher = fisher_for(spec, layers)
+        factors = capture(model, data, layers=layers, progress=False, fisher=fisher)
         return self_influence(factors, curvature=spec)
 
     return score

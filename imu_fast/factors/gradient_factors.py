@@ -33,8 +33,9 @@ from imu_fast.factors.packed import packed, unpacked
 from imu_fast.factors.samples import Stored
 from imu_fast.losses.base import Loss, mean_scale
 from imu_fast.losses.cross_entropy import CrossEntropy
+from imu_fast.losses.forms import curvature_like
 from imu_fast.losses.named import LOSSES, LossName
-from imu_fast.losses.output_curvature import StoredCurvature, curvature_like
+from imu_fast.losses.output_curvature import StoredCurvature
 from imu_fast.ops.fisher_diagonal import fisher_diagonal
 from imu_fast.ops.mean_gradient import mean_gradient
 from imu_fast.ops.softmax_residual import linear_logits
@@ -61,7 +62,8 @@ class GradientFactors(Stored["GradientFactors"]):
         curvature: the second derivatives ``B_t`` of samples' losses in their tokens' outputs, as
             delta is the first, which ``ggn``, ``ggn_block``, ``kfac`` and ``ekfac`` need: an
             ``imu.OutputCurvature``, or its tensor: [N, C, C], or [N, C] if ``B_t`` is diagonal.
-            With a loss it is what the loss keeps; without either these four are not offered.
+            With a loss it is what the loss keeps; of inner layers the signals that
+            ``capture(..., fisher=)`` brings; without any these four take ``fisher="empirical"``.
     """
 
     delta: Tensor

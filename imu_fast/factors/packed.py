@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from imu_fast.losses.forms import FORMS
 from imu_fast.losses.named import LOSSES
-from imu_fast.losses.output_curvature import FORMS, StoredCurvature
+from imu_fast.losses.output_curvature import StoredCurvature
 
 # What the names of the curvature's tensors begin with.
 _CURVATURE = "curvature."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.losses.base import mean_scale
 from imu_fast.losses.output_curvature import OutputCurvature, Softmax, StoredCurvature
+from imu_fast.losses.signals import Signals
 
 
 def token_scale(chunk: GradientFactors) -> Tensor:
@@ -28,10 +31,27 @@ def output_curvature(chunk: GradientFactors) -> OutputCurvature:
     if not isinstance(kept, StoredCurvature):
         raise InputError(
             f"factors of layer {chunk.name!r} have no curvature of the loss in their outputs, "
-            "which the GGN and its relatives need; capture layers='head', pass curvature= with "
-            "delta, or use 'fisher_diag'"
+            "which the GGN and its relatives need; capture the layer with fisher='sampled' or "
+            "'exact' (or layers='head'), pass curvature= with delta, or use fisher='empirical' or "
+            "'fisher_diag'"
         )
-    return kept.resolved(chunk.delta, chunk.labels, scale)
+    try:
+        return kept.resolved(chunk.delta, chunk.labels, scale)
+    except InputError as error:  # of an inner layer
+        raise InputError(f"factors of layer {chunk.name!r}: {error}") from error
+
+
+def signals_or_curvature(chunk: GradientFactors) -> OutputCurvature | Signals:
+    """Signals of an inner layer, or :func:`output_curvature`, whose errors it has."""
+    kept = chunk.curvature
+    return kept if isinstance(kept, Signals) else output_curvature(chunk)
+
+
+def pseudo_samples(chunk: GradientFactors, signals: Signals) -> Iterator[GradientFactors]:
+    """The chunk's samples with each signal as their delta, in float64: ``g_ik`` for every k."""
+    wide = chunk.act.double()
+    for delta in signals.columns(torch.float64):
+        yield GradientFactors(delta, wide, chunk.offsets, chunk.has_bias, name=chunk.name)
 
 
 def softmax(chunk: GradientFactors) -> Softmax:

@@ -6,9 +6,12 @@ from torch import Tensor
 
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.outputs import for_inputs
-from imu_fast.factors.probabilities import augmented, output_curvature
+from imu_fast.factors.probabilities import augmented, pseudo_samples, signals_or_curvature
 from imu_fast.factors.samples import Means, unchecked_mean_gradient
 from imu_fast.factors.source import Factors
+from imu_fast.factors.sums import summed
+from imu_fast.losses.signals import Signals
+from imu_fast.ops.bilinear_scores import gradient_norms
 
 
 def mean_gradient(source: Factors, *, check: bool = True) -> Tensor:
@@ -31,14 +34,19 @@ def second_moment(source: Factors) -> Tensor:
 
 
 def trace(source: Factors) -> float:
-    """Of the undamped GGN: ``1/n sum_t tr(B_t) ||a~_t||^2``.
+    """Of the undamped GGN: ``1/n sum_t tr(B_t) ||a~_t||^2``; of signals ``1/n sum_ik ||g_ik||^2``.
 
     Raises:
         InputError: the factors have no curvature of their loss.
     """
 
     def traces(chunk: GradientFactors) -> Tensor:
-        outputs = output_curvature(chunk)
+        outputs = signals_or_curvature(chunk)
+        if isinstance(outputs, Signals):
+            return summed(
+                gradient_norms(f.delta, f.act, f.offsets, f.has_bias).sum()
+                for f in pseudo_samples(chunk, outputs)
+            )
         norms = augmented(chunk.act, chunk.has_bias).square().sum(dim=1)
         return (outputs.diagonal().sum(dim=1) * norms).sum()
 
@@ -46,14 +54,18 @@ def trace(source: Factors) -> float:
 
 
 def ggn_diagonal(source: Factors) -> Tensor:
-    """Of the undamped GGN: ``1/n sum_t B_t[c, c] a~_t^2``, [C, D], float64.
+    """Of the undamped GGN: ``1/n sum_t B_t[c, c] a~_t^2``, or ``1/n sum_ik g_ik^2``: [C, D].
 
     Raises:
         InputError: the factors have no curvature of their loss.
     """
 
     def products(chunk: GradientFactors) -> Tensor:
+        outputs = signals_or_curvature(chunk)
+        if isinstance(outputs, Signals):
+            parts = (f.fisher_diagonal() for f in pseudo_samples(chunk, outputs))
+            return summed(parts).mul_(chunk.n / source.n)
         squares = augmented(chunk.act, chunk.has_bias).square()
-        return output_curvature(chunk).diagonal().div_(source.n).T @ squares
+        return outputs.diagonal().div_(source.n).T @ squares
 
     return source.sums(products)

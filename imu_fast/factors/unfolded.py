@@ -17,6 +17,8 @@ from imu_fast.errors import InputError, check_count
 from imu_fast.factors.gradient_factors import GradientFactors, check_offsets
 from imu_fast.factors.grouped import Tokens, by_column, by_group
 from imu_fast.factors.samples import Stored
+from imu_fast.losses.output_curvature import StoredCurvature
+from imu_fast.losses.signals import GroupedRows
 from imu_fast.ops.tokens import cuts
 
 # Elements of unfolded inputs that exist at once, but for one larger sample.
@@ -119,6 +121,7 @@ class UnfoldedFactors(Stored[GradientFactors]):
         offsets: [n + 1] int64; positions ``offsets[i]:offsets[i+1]`` belong to sample i.
         unfolding: how the layer reads them. feature_dim: d. has_bias: whether it has one. name: the
             layer's.
+        curvature: signals of the Gauss-Newton matrix, where they were captured; of one group.
     """
 
     delta: Tensor
@@ -129,6 +132,7 @@ class UnfoldedFactors(Stored[GradientFactors]):
     feature_dim: int
     has_bias: bool
     name: str
+    curvature: StoredCurvature | None = None
 
     def __post_init__(self) -> None:
         check_offsets(self.offsets, len(self.delta))
@@ -155,7 +159,12 @@ class UnfoldedFactors(Stored[GradientFactors]):
             delta=self.delta[start:stop],
             places=self.places[start:stop],
             offsets=self.offsets[first : last + 1] - start,
+            curvature=self._curvature(start, stop),
         )
+
+    def _curvature(self, start: int, stop: int) -> StoredCurvature | None:
+        kept = self.curvature
+        return None if kept is None else kept.map(lambda x: x[start:stop])
 
     def chunks(self, max_tokens: int | None = None) -> Iterator[GradientFactors]:
         """Samples in order, unfolded; at most ``max_tokens`` tokens, or one larger sample.
@@ -221,11 +230,16 @@ class UnfoldedFactors(Stored[GradientFactors]):
             return self._factors(*self._by_column(first, last))
         delta, act, offsets = self._positions(first, last)
         if self._groups > 1:
-            delta, act, offsets = by_group(delta, act, offsets, self._groups)
-        return self._factors(delta, act, offsets)
+            return self._factors(*by_group(delta, act, offsets, self._groups))
+        start, stop = int(self.offsets[first]), int(self.offsets[last])
+        found = self._factors(delta, act, offsets)
+        return replace(found, curvature=self._curvature(start, stop))
 
     def _factors(self, delta: Tensor, act: Tensor, offsets: Tensor) -> GradientFactors:
-        return GradientFactors(delta, act, offsets, self.has_bias, name=self.name)
+        several = GroupedRows() if self._groups > 1 else None
+        return GradientFactors(
+            delta, act, offsets, self.has_bias, name=self.name, curvature=several
+        )
 
     def _by_column(self, first: int, last: int) -> Tokens:
         return by_column(*self._positions(first, last), self._groups, self.has_bias)

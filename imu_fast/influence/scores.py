@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,20 +12,24 @@ from typing_extensions import Unpack
 
 from imu_fast.curvature.base import Curvature, Layer, solved
 from imu_fast.curvature.base import scores as scores_of
+from imu_fast.curvature.gauss_newton import fisher_for
 from imu_fast.curvature.in_step import check_whole, the_same
 from imu_fast.curvature.named import CURVATURES, CurvatureName, OwnOptions
-from imu_fast.errors import InputError, check_tensor
+from imu_fast.errors import InputError, check_choice, check_tensor
 from imu_fast.factors.joint import said
 from imu_fast.factors.outputs import at_outputs, cuts_of_outputs, for_inputs
 from imu_fast.factors.protocol import is_shared
 from imu_fast.factors.source import Factors, is_factors
 from imu_fast.factors.statistics import mean_gradient
+from imu_fast.factors.token_rows import token_rows
+from imu_fast.influence.default import attribution_curvature
 from imu_fast.model.guard import door
 from imu_fast.model.reading import ReadingOptions, taken
 
 logger = logging.getLogger("imu_fast")
 
 Layers = Factors | Sequence[Factors]
+Per = Literal["sample", "token"]
 
 
 def as_layers(value: Any, name: str) -> list[Factors]:
@@ -48,15 +52,25 @@ class ScoreOptions(OwnOptions, ReadingOptions, total=False):
 
 
 def factors_of(
-    source: Any, data: Any, layers: Any, progress: bool, reading: dict[str, Any]
+    source: Any,
+    data: Any,
+    layers: Any,
+    progress: bool,
+    reading: dict[str, Any],
+    spec: Curvature | None = None,
 ) -> list[Factors]:
-    """Those that a user passed, or captured of the model passed; raises InputError."""
+    """Those that a user passed, or captured of the model passed; raises InputError.
+
+    Args:
+        spec: what will be fitted to them.
+    """
     if isinstance(source, nn.Module):
         if data is None:
             raise InputError("data=None: pass the samples after the model")
         from imu_fast.model.capture import capture
 
-        source = capture(source, data, layers=layers, progress=progress, **reading)
+        how: dict[str, Any] = {"progress": progress, "fisher": fisher_for(spec, layers)}
+        source = capture(source, data, layers=layers, **how, **reading)
     elif data is not None:
         raise InputError("data is only used with a model; pass factors alone")
     elif given := [name for name, value in reading.items() if value is not None]:
@@ -152,6 +166,7 @@ def influence_scores(
     target: Any = None,
     layers: Any = "head",
     first_row_is_mean: bool = False,
+    per: Per = "sample",
     progress: bool = False,
     **options: Unpack[ScoreOptions],
 ) -> Tensor:
@@ -171,12 +186,16 @@ def influence_scores(
         layers: which layers to capture, if a model is given.
         first_row_is_mean: reproduce a defect of the IMU authors' published code, whose in-place sum
             overwrites sample 0's gradient with the mean: its score becomes ``-gbar^T M^-1 gbar``.
+        per: ``"token"``: of one layer, the share of each of its N packed tokens,
+            ``- delta_t^T X a~_t``: tokens ``offsets[i]:offsets[i+1]`` of the factors are sample i's
+            and add up to its score. At the head these are the positions that have a label, in
+            order; at inner layers the rows that have a gradient, in order.
         options: others of the named curvature, such as ``damping_mode="clamp"``; and, with a model,
             how it is read: ``output``, ``loss``, ``ignore_index``, ``shift``, as of
             :func:`imu_fast.capture_features`.
 
     Returns:
-        [n], in the factors' dtype and on their device.
+        [n], or [N] per token, in the factors' dtype and on their device.
 
     Raises:
         InputError: unknown curvature, an option that it does not have or a bad value; factors,
@@ -184,7 +203,11 @@ def influence_scores(
     """
     reading, own = taken(options)
     spec = CURVATURES.choose(curvature, damping=damping, **own)
-    all_layers = factors_of(source, data, layers, progress, reading)
+    check_choice("per", per, get_args(Per))
+    all_layers = factors_of(source, data, layers, progress, reading, spec)
+    rows = rows_to_score(all_layers, per)
+    if first_row_is_mean and per == "token":
+        raise InputError("first_row_is_mean=True is of samples; leave it out with per='token'")
     if first_row_is_mean:
         check_whole("first_row_is_mean=True: source", all_layers[0])
     said(all_layers, f"influence_scores({spec!r}, target={_of_kind(target)})")
@@ -198,7 +221,7 @@ def influence_scores(
             # In place where v is ours: fresh memory of size C x D costs as much as the division.
             x = solved(spec.fit(part), v, out=None if isinstance(goal, Tensor) else v)
             x = x.to(layer.device, layer.dtype)
-            found = scores_of(part, x).neg_()
+            found = scores_of(rows(part), x).neg_()
             scores = found if scores is None else scores.add_(found)
             if first_row_is_mean:
                 first -= float((mean_gradient(part) * x).sum())
@@ -234,7 +257,7 @@ def self_influence(
     """
     reading, own = taken(options)
     spec = CURVATURES.choose(curvature, damping=damping, **own)
-    all_layers = factors_of(source, data, layers, progress, reading)
+    all_layers = factors_of(source, data, layers, progress, reading, spec)
     said(all_layers, f"self_influence({spec!r})")
     total: Tensor | None = None
     for layer in all_layers:
@@ -246,13 +269,50 @@ def self_influence(
     return total
 
 
+def rows_to_score(layers: list[Factors], per: Per) -> Callable[[Factors], Factors]:
+    """What scores are of: samples, or the tokens of one layer.
+
+    Raises:
+        InputError: tokens of several layers, whose rows differ, or shared among processes.
+    """
+    if per == "sample":
+        return lambda part: part
+    if len(layers) > 1:
+        raise InputError(
+            f"per='token' of {len(layers)} layers, whose rows are not the same tokens; score one "
+            "layer at a time: samples' scores add up over layers"
+        )
+    check_whole("per='token': source", layers[0])
+    return token_rows
+
+
+def curvature_of_pairs(
+    layers: list[Factors], curvature: CurvatureName | Curvature | None, given: dict[str, Any]
+) -> Curvature:
+    """The one that is named, with flat options, or the default of data attribution.
+
+    Raises:
+        InputError: options without a curvature that they are of.
+    """
+    if curvature is not None:
+        return CURVATURES.choose(curvature, **given)
+    named = [f"{name}={value!r}" for name, value in given.items() if value is not None]
+    if named:
+        raise InputError(
+            f"{', '.join(named)} without a curvature, which is then chosen by what the factors "
+            "have; name the one that is meant, such as curvature='ekfac'"
+        )
+    return attribution_curvature(layers)
+
+
 @door
 def pairwise_influence(
     source: Layers,
     queries: Layers,
     *,
-    curvature: CurvatureName | Curvature = "fisher_diag",
+    curvature: CurvatureName | Curvature | None = None,
     damping: float | None = None,
+    per: Per = "sample",
     **options: Unpack[OwnOptions],
 ) -> Tensor:
     """``- g_i^T M^-1 h_j`` of every sample against every query (data attribution): [n, m].
@@ -260,12 +320,23 @@ def pairwise_influence(
     Args:
         source: factors of n samples; they define the curvature.
         queries: factors of m samples of the same layers, with gradients h_j.
+        curvature: what M is, as in :func:`influence_scores`. None: not its default, which is the
+            paper's for unlearning, but ``imu.EKFAC(damping=1e-2, damping_mode="relative")``, by
+            linear datamodeling scores on development data (docs/validation.md); with
+            ``fisher="empirical"`` where the loss's curvature is not known at every layer, and
+            ``imu.FisherDiag()`` where a layer has more than 4,096 outputs or inputs, or several
+            groups. The log says which (level INFO).
+        damping, options: of the curvature that is named.
+        per: ``"token"``: [N, m], the share of each of source's tokens in its sample's influence, as
+            in :func:`influence_scores`.
 
-    The queries' mean over j is ``influence_scores(source, target=queries)``. Other arguments and
-    errors as there.
+    Under one curvature the queries' mean over j is ``influence_scores(source, target=queries)``.
+    Errors as there.
     """
-    spec = CURVATURES.choose(curvature, damping=damping, **options)
     all_layers, all_queries = as_layers(source, "source"), as_layers(queries, "queries")
+    check_choice("per", per, get_args(Per))
+    rows = rows_to_score(all_layers, per)
+    spec = curvature_of_pairs(all_layers, curvature, {"damping": damping, **options})
     if len(all_layers) != len(all_queries):
         raise InputError(f"queries has {len(all_queries)} layers, source {len(all_layers)}")
     check_like("queries", all_layers, all_queries)
@@ -274,7 +345,7 @@ def pairwise_influence(
     for layer, query in zip(all_layers, all_queries, strict=True):
         for classes in _cuts(spec, layer, query):
             part = at_outputs(layer, classes)
-            found = spec.fit(part).pairwise(part, at_outputs(query, classes))
+            found = spec.fit(part).pairwise(rows(part), at_outputs(query, classes))
             total = found if total is None else total.add_(found)
     assert total is not None
     return total.neg_()

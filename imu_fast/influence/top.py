@@ -16,7 +16,13 @@ from imu_fast.errors import InputError, check_choice, check_count
 from imu_fast.factors.joint import said
 from imu_fast.factors.sharded import ShardedFactors
 from imu_fast.factors.source import in_memory
-from imu_fast.influence.scores import Layers, as_layers, check_like, pairwise_influence
+from imu_fast.influence.scores import (
+    Layers,
+    as_layers,
+    check_like,
+    curvature_of_pairs,
+    pairwise_influence,
+)
 from imu_fast.model.guard import door
 
 By = Literal["helpful", "harmful", "magnitude"]
@@ -31,7 +37,7 @@ def top_influences(
     k: int,
     *,
     by: By = "helpful",
-    curvature: CurvatureName | Curvature = "fisher_diag",
+    curvature: CurvatureName | Curvature | None = None,
     damping: float | None = None,
     **options: Unpack[OwnOptions],
 ) -> tuple[Tensor, Tensor]:
@@ -44,7 +50,7 @@ def top_influences(
         k: of the n samples, 1 <= k <= n.
         by: ``"helpful"``: the lowest, whose gradients pull with the query's (training on them
             lowers its loss); ``"harmful"``: the highest; ``"magnitude"``.
-        curvature, damping, options: as in :func:`imu_fast.influence_scores`.
+        curvature, damping, options: as in :func:`imu_fast.pairwise_influence`, default included.
 
     Returns:
         values [m, k], influences in that order, and indices [m, k] int64 of the samples; of equal
@@ -63,6 +69,7 @@ def top_influences(
     n = all_layers[0].n
     if check_count("k", k) > n:
         raise InputError(f"k={k} is more than the {n} samples of source; pass at most {n}")
+    spec = curvature_of_pairs(all_layers, curvature, {"damping": damping, **options})
     whole = [in_memory(query, "queries") for query in asked]
     if shared is not None:
         said(shared, f"top_influences(k={k}, by={by!r})")
@@ -73,9 +80,7 @@ def top_influences(
     values, indices = [], []
     for first in range(0, m, step):
         some = [query.samples(first, min(first + step, m)) for query in whole]
-        found = pairwise_influence(
-            all_layers, some, curvature=curvature, damping=damping, **options
-        )
+        found = pairwise_influence(all_layers, some, curvature=spec)
         if shared is not None:
             found = distributed.rows_of_all(found, shared.group)
         found = found.T

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from imu_fast.errors import InputError, check_finite_rows, check_same_device, check_tensor
+from imu_fast.errors import InputError, check_finite_rows, check_tensor
 
 # Elements of p that are converted at once: large enough for products at full speed.
 _CHUNK_ELEMENTS = 1 << 18
@@ -335,28 +335,3 @@ class Dense(OutputCurvature):
         """By the eigenvectors."""
         values, vectors = torch.linalg.eigh(self.b)
         return vectors * values.clamp_min(0).sqrt()[:, None, :]
-
-
-FORMS: dict[str, type[StoredCurvature]] = {
-    kind.form: kind for kind in (Softmax, LabelSoftmax, Diagonal, Dense)
-}
-
-
-def curvature_like(given: StoredCurvature | Tensor, delta: Tensor) -> StoredCurvature:
-    """Raise InputError unless it is one of delta's tokens and outputs."""
-    if isinstance(given, Tensor):
-        dense = given.dim() == 3
-        given = OutputCurvature.dense(given) if dense else OutputCurvature.diagonal_of(given)
-    if not isinstance(given, StoredCurvature):
-        raise InputError(
-            f"curvature is a {type(given).__name__}; pass an imu.OutputCurvature, or a tensor "
-            "[N, C, C], or [N, C] for a diagonal"
-        )
-    for name, tensor in given.tensors().items():
-        if tensor.shape[0] != delta.shape[0] or any(k != delta.shape[1] for k in tensor.shape[1:]):
-            raise InputError(
-                f"curvature has {name} {tuple(tensor.shape)}, delta is {tuple(delta.shape)}; "
-                "expected those of its tokens and outputs"
-            )
-        check_same_device("delta", delta, f"the curvature's {name}", tensor)
-    return given

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 from torch import nn
 from typing_extensions import Unpack
@@ -13,6 +13,7 @@ from imu_fast.errors import InputError, NoSamplesError, check_finite_rows
 from imu_fast.factors.gradient_factors import HeadFactors
 from imu_fast.factors.sharded import ShardedFactors
 from imu_fast.model.batches import device_of, empty_message, warn_of_order
+from imu_fast.model.expectation import Expectation, check_one_group
 from imu_fast.model.features import HeadCapture
 from imu_fast.model.features import HeadFeatures as HeadFeatures
 from imu_fast.model.guard import door
@@ -128,6 +129,9 @@ def capture(
     loader: Any,
     layers: Wanted = "head",
     *,
+    fisher: Literal["exact", "sampled"] | None = None,
+    draws: int | None = None,
+    seed: int | None = None,
     progress: bool = False,
     group: None = None,
     max_memory: int | str | None = None,
@@ -139,6 +143,9 @@ def capture(
     loader: Any,
     layers: Wanted = "head",
     *,
+    fisher: Literal["exact", "sampled"] | None = None,
+    draws: int | None = None,
+    seed: int | None = None,
     progress: bool = False,
     group: Group,
     max_memory: int | str | None = None,
@@ -150,6 +157,9 @@ def capture(
     loader: Any,
     layers: Wanted = "head",
     *,
+    fisher: Literal["exact", "sampled"] | None = None,
+    draws: int | None = None,
+    seed: int | None = None,
     progress: bool = False,
     group: Group = None,
     max_memory: int | str | None = None,
@@ -169,6 +179,13 @@ def capture(
             grouped and transposed too: their weight as [C, c, *kernel], c the inputs that an output
             sees, flattened to [C, d]. An adapter's wrapper stands for its base layer; ``"lora_A"``
             for the layers of that name.
+        fisher: bring layers the signals of which ``ggn``, ``ggn_block``, ``kfac`` and ``ekfac`` are
+            made there, over the model's own predictions: ``"sampled"``: labels drawn from them (the
+            true Fisher of Martens and Grosse 2015), one more backward pass and ``delta`` for each
+            draw; ``"exact"``: one for each output and position of a batch. None: neither; the head
+            needs none, and ``fisher="empirical"`` of these curvatures takes the data's labels.
+        draws, seed: of ``"sampled"``: labels drawn at each position (1), and their seed (0): the
+            same samples in the same order have the same draws, in whatever batches.
         group: of ``torch.distributed``, such as ``torch.distributed.group.WORLD``: each process
             captures its own part of the data, some may have none, and what comes of it are
             :class:`imu_fast.ShardedFactors`, whose sums are over all.
@@ -198,6 +215,11 @@ def capture(
             "it out, or capture fewer samples at a time"
         )
     if group is not None:
+        if fisher is not None or draws is not None or seed is not None:
+            raise InputError(
+                f"fisher={fisher!r} with group: its signals are of one process; leave one of the "
+                "two out"
+            )
 
         def own() -> Captured:
             more: Any = dict(reading, max_memory=max_memory)
@@ -205,12 +227,19 @@ def capture(
 
         return shared_factors(model, group, own)
     how = Reading.of("capture()", reading).following(model)
+    expectation = Expectation.of(fisher, draws, seed)
     if isinstance(layers, str) and layers == "head":
+        if expectation is not None:
+            raise InputError(
+                f"fisher={fisher!r} with layers='head', whose curvature is in closed form; leave "
+                "fisher out, or name the layer"
+            )
         found = _capture_head(model, loader, "head", how, progress, limit)
         found.say()
         with full_precision(device_of(model)):
             return found.factors()
     warn_of_order(loader)
     ordered, single = selected(model, layers)
-    out = capture_layers(model, loader, ordered, how, progress)
+    check_one_group(ordered, expectation)
+    out = capture_layers(model, loader, ordered, how, progress, expectation)
     return out[0] if single else out

@@ -16,6 +16,7 @@ from imu_fast.model.called import from_sample
 from imu_fast.model.calls import Call, Seen, watched
 from imu_fast.model.causal import settled
 from imu_fast.model.convolution import Convolution
+from imu_fast.model.expectation import Expectation, Expected, divided
 from imu_fast.model.head import LinearLayer, say_of_weight, shared_with, uses_of
 from imu_fast.model.independence import SampleChecks, apart, coarsest_of, some_samples
 from imu_fast.model.logits import chosen
@@ -27,6 +28,7 @@ from imu_fast.model.rows import (
     LayoutChanged,
     Mixed,
     Ownership,
+    check_owned,
     one_sample_at_a_time,
     packed,
 )
@@ -37,6 +39,7 @@ from imu_fast.model.verify import LinearChecks, is_known
 logger = logging.getLogger("imu_fast")
 
 Rows = tuple[Tensor, Tensor, Tensor]
+Widen = Callable[..., list[Tensor]]
 LayerFactors = GradientFactors | UnfoldedFactors
 
 # Random vectors that a weight's gradient is compared on.
@@ -58,6 +61,7 @@ class LayersCapture:
         layers: Sequence[LinearLayer],
         reading: Reading,
         always: bool,
+        fisher: Expectation | None = None,
     ) -> None:
         self.model, self.layers = model, list(layers)
         self.reading, self.output = reading, reading.output
@@ -66,6 +70,8 @@ class LayersCapture:
         self.samples: list[Tensor] = []  # how many labels each sample of each batch has
         self._ownership, self._checks = Ownership(always), LinearChecks()
         self._places = SampleChecks(model)
+        self._kind = None if fisher is None else fisher.kind
+        self._expected = None if fisher is None else Expected(fisher)
         self._ran: set[str] = set()
         self._reached: set[str] = set()
 
@@ -93,8 +99,8 @@ class LayersCapture:
             seen: the calls of the layers. logits: [*targets.shape, C].
             independent: raises InputError unless its samples are; called where they share a row.
         """
-        delta = sample_losses(logits, targets).delta
-        signal = on_logits(delta, logits.detach(), targets)
+        found = sample_losses(logits, targets)
+        signal = on_logits(found.delta, logits.detach(), targets)
         self._ran |= {call.layer.name for call in seen.calls}
         labelled = targets.counts > 0
         self.samples.append(labelled)
@@ -109,16 +115,29 @@ class LayersCapture:
                 act, out = next(call.layer.pieces(act[:1], out[:1] if act.shape[0] > 1 else out))
             self._checks.add(call.layer, act, out)
 
-        def backward(weights: Tensor) -> list[Tensor]:
+        def backward(weights: Tensor, signal: Tensor = signal) -> list[Tensor]:
             weighted = signal * weights.to(signal).view(-1, *[1] * (signal.dim() - 1))
             return self._gradients(calls, logits, weighted)[0]
 
+        more: list[Tensor] = []
+        if self._expected is not None and calls:
+            more = list(self._expected.signals(found, logits, targets))
+
+        def whole(base: Sequence[Tensor], weights: Tensor | None = None) -> list[Tensor]:
+            """Beside the gradients at each call those of further signals: [..., C (1 + K)]."""
+            ones = torch.ones(len(targets)) if weights is None else weights
+            columns = [base, *(backward(ones, s) for s in more)]
+            return [torch.cat(of_call, dim=-1) for of_call in zip(*columns, strict=True)]
+
+        widened = whole if more else None
         rows: list[Rows] = []
         if calls and proof is not None and proved:
             assert proof.owners is not None
-            rows = self._as_rows(calls, self._gradients(calls, logits, signal)[0], proof.owners)
+            base = self._gradients(calls, logits, signal)[0]
+            rows = self._as_rows(calls, base, proof.owners, widened)
         elif calls:
-            rows = self._rows(calls, logits, signal, backward, independent, proof)
+            passes = (backward, widened)
+            rows = self._rows(calls, logits, signal, passes, independent, proof)
         for layer in self.layers:
             own = [r for r, call in zip(rows, calls, strict=True) if call.layer == layer]
             self.parts[layer.name].append(_joined(own, layer, labelled))
@@ -146,12 +165,13 @@ class LayersCapture:
         calls: Sequence[Call],
         logits: Tensor,
         signal: Tensor,
-        backward: Backward,
+        passes: tuple[Backward, Widen | None],
         independent: Callable[[str], None],
         proof: Proof | None,
     ) -> list[Rows]:
         """``(delta [R, C], act [R, d], owner [R])`` of each call."""
         n = len(signal)
+        backward, widened = passes
         first = len(self.samples) == 1
         weights = self._whole_weights(calls) if first else None
         base, whole = self._gradients(calls, logits, signal, weights)
@@ -167,16 +187,25 @@ class LayersCapture:
             independent(name)
             logger.info("layer %r: samples share its rows; one backward pass each", name)
             acts = [self._act(call, g.shape[:-1]) for call, g in zip(calls, base, strict=True)]
+            if widened is not None:
+                return one_sample_at_a_time(lambda w: widened(backward(w), w), acts, n)
             return one_sample_at_a_time(backward, acts, n)
         if proof is not None:
             proof.whole |= first
             if self._ownership.last is not None:
                 proof.passed(owners, *self._ownership.last)
-        return self._as_rows(calls, base, owners)
+        return self._as_rows(calls, base, owners, widened)
 
     def _as_rows(
-        self, calls: Sequence[Call], base: Sequence[Tensor], owners: Sequence[Tensor]
+        self,
+        calls: Sequence[Call],
+        base: Sequence[Tensor],
+        owners: Sequence[Tensor],
+        widened: Widen | None,
     ) -> list[Rows]:
+        if widened is not None:
+            base = widened(base)
+            check_owned([call.layer.name for call in calls], base, owners)
         acts = [self._act(call, g.shape[:-1]) for call, g in zip(calls, base, strict=True)]
         return [
             (g.reshape(-1, g.shape[-1]), act.reshape(-1, act.shape[-1]), owner.flatten())
@@ -255,7 +284,9 @@ class LayersCapture:
         return [self._factors(layer) for layer in self.layers]
 
     def _factors(self, layer: LinearLayer) -> LayerFactors:
-        delta, act, counts = (torch.cat([p[i] for p in self.parts[layer.name]]) for i in range(3))
+        parts = self.parts[layer.name]
+        act, counts = (torch.cat([part[i] for part in parts]) for i in (1, 2))
+        delta, signals = divided([part[0] for part in parts], self._kind, layer)
         dtype = torch.float64 if delta.dtype == torch.float64 else torch.float32
         check_finite_rows(f"gradient of {layer.name}", delta, "position")
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
@@ -272,6 +303,7 @@ class LayersCapture:
                 feature_dim=layer.weight.shape[1],
                 has_bias=layer.bias is not None,
                 name=layer.name,
+                curvature=signals,
             )
             return unfolded.by_columns() if unfolded.columns_are_smaller else unfolded
         check_finite_rows(f"input of {layer.name}", act, "position")
@@ -281,6 +313,7 @@ class LayersCapture:
             offsets=offsets,
             has_bias=layer.bias is not None,
             name=layer.name,
+            curvature=signals,
         )
 
 
@@ -331,11 +364,12 @@ def capture_layers(
     layers: Sequence[LinearLayer],
     reading: Reading,
     progress: bool,
+    fisher: Expectation | None = None,
 ) -> list[LayerFactors]:
     """Factors of the layers in their order, see :func:`imu_fast.model.capture.capture`."""
 
     def captured(always: bool) -> list[LayerFactors]:
-        seen = LayersCapture(model, layers, reading, always)
+        seen = LayersCapture(model, layers, reading, always, fisher)
         with evaluated(model) as run:
             for layer in layers:
                 weight = layer.module._parameters.get("weight")

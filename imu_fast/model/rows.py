@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from imu_fast.errors import InputError
+
 # Weights [n] of the samples' losses -> the gradient at each call, [..., C].
 Backward = Callable[[Tensor], Sequence[Tensor]]
 
@@ -243,6 +245,21 @@ def one_sample_at_a_time(
         )
         for parts in found
     ]
+
+
+def check_owned(names: Sequence[str], wide: Sequence[Tensor], owners: Sequence[Tensor]) -> None:
+    """Raise InputError where a signal reaches a row that no gradient has given to a sample.
+
+    Args:
+        names: of the calls' layers. wide: gradients and further signals at each, [..., C (1 + K)].
+    """
+    for name, g, owner in zip(names, wide, owners, strict=True):
+        nobody = owner == NOBODY
+        if bool(nobody.any()) and bool(g[nobody.to(g.device)].any()):
+            raise InputError(
+                f"layers={name!r}: the model's predictions reach rows that no sample's loss does, "
+                "and whose they are cannot be told; leave fisher out, or this layer"
+            )
 
 
 def packed(

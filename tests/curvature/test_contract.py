@@ -18,6 +18,7 @@ OTHER = {
     "solver": "cg",
     "tolerance": 1e-9,
     "preconditioner": "none",
+    "fisher": "empirical",
 }
 
 

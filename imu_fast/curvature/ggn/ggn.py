@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from imu_fast import distributed
 from imu_fast.curvature.base import Fitted, Layer, Saved, self_influence
-from imu_fast.curvature.damping import Damped
+from imu_fast.curvature.gauss_newton import GaussNewton, signals_of, warn_of_rounding
 from imu_fast.curvature.ggn.costs import (
     MAX_DENSE_ORDER,
     choose_preconditioner,
@@ -21,6 +21,7 @@ from imu_fast.curvature.ggn.costs import (
 )
 from imu_fast.curvature.ggn.direct import Direct
 from imu_fast.curvature.ggn.iterative import Iterative
+from imu_fast.curvature.ggn.signals import FittedSignalGGN
 from imu_fast.errors import InputError, check_finite_rows, check_positive, one_of
 from imu_fast.factors.chunked import pack_chunks, unpack_chunks
 from imu_fast.factors.gradient_factors import GradientFactors
@@ -43,16 +44,19 @@ _MANY = 32
 
 
 @options
-class GGN(Damped):
+class GGN(GaussNewton):
     """``1/n sum_t B_t (x) a~_t a~_t^T + lam I``, solved exactly, with a certificate.
 
     B_t is the second derivative of a sample's loss in the outputs, ``diag(p) - p p^T`` of
-    cross-entropy: of a linear head M is the Hessian of the mean loss.
+    cross-entropy: of a linear head M is the Hessian of the mean loss. Of an inner layer M is its
+    block of the whole network's GGN, ``1/n sum_ik g_ik g_ik^T`` over its signals' gradients.
 
     Attributes:
         damping, damping_mode: of lam: see :class:`Damped`.
+        fisher: over whose labels: see :class:`imu_fast.curvature.gauss_newton.GaussNewton`.
         solver: "primal" (damped Cholesky of size (C-1) D), "dual" (of size N C, all factors in
-            memory; both in C blocks where outputs do not meet in the loss), "cg" (conjugate
+            memory; both in C blocks where outputs do not meet in the loss; of inner layers of sizes
+            C D and n times the signals), "cg" (conjugate
             gradient), or "auto": the cheapest by :func:`solver_costs`.
         tolerance: of the true relative residual of a solve.
         preconditioner: of conjugate gradient: "none", "kfac" (from the moment that it pays, see
@@ -65,13 +69,16 @@ class GGN(Damped):
     tolerance: float = option(default=1e-6, check=check_positive)
     preconditioner: Preconditioner = option(default="auto", check=one_of(*get_args(Preconditioner)))
 
-    def fit(self, factors: Factors) -> FittedGGN:
+    def fit(self, factors: Factors) -> FittedGGN | FittedSignalGGN:
         """Nothing is factored before the first solve.
 
         Raises:
             InputError: no curvature of the loss is known; a dense solver beyond MAX_DENSE_ORDER;
                 lam relative to a mean that is zero or not finite.
         """
+        factors = self.expected(factors)
+        if (found := signals_of(factors)) is not None:
+            return self._of_signals(factors, factors.n * found.s.shape[1])
         sizes = (factors.num_tokens, factors.num_classes, factors.width)
         outputs = Remembered(output_curvature)
         form = _form(factors, outputs)  # refused before any work
@@ -88,6 +95,13 @@ class GGN(Damped):
         lam = self.absolute(factors, lambda: trace(factors))
         solve = (lam, self.solver, self.tolerance, chosen)
         return FittedGGN(factors, outputs, form, *solve)
+
+    def _of_signals(self, factors: Factors, rank: int) -> FittedSignalGGN:
+        """rank: at most that of the undamped matrix."""
+        lam = self.absolute(factors, lambda: trace(factors))
+        if rank < factors.num_classes * factors.width:
+            warn_of_rounding(self.name, factors, lam, trace(factors) / rank, 0.0)
+        return FittedSignalGGN(factors, lam, self.solver, self.tolerance, self.preconditioner)
 
 
 def _form(factors: Factors, outputs: Remembered[OutputCurvature]) -> Form:
