@@ -62,7 +62,7 @@ def llama(width: int) -> nn.Module:
 
 def ours(model: nn.Module, ids: Tensor, layers: list[str]) -> dict[str, Work]:
     import imu_fast as imu
-    from imu_fast.curvature.base import gradients
+    from imu_fast.curvature.gradients import gradients
 
     def captured(some: Tensor) -> list[imu.GradientFactors]:
         batches = [{"input_ids": x, "labels": x} for x in some.split(BATCH)]

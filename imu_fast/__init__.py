@@ -62,6 +62,7 @@ _EXPORTS = {
     "parameter_importance": "importance.importance",
     "pairwise_similarity": "attribution.similarity",
     "Permuted": "unlearning.ascent.weights",
+    "ProcessError": "errors",
     "record_backends": "backend",
     "Refusal": "unlearning.ascent.objectives",
     "Retain": "unlearning.ascent.retain",
@@ -114,6 +115,7 @@ if TYPE_CHECKING:
     from imu_fast.data.text import load_text as load_text
     from imu_fast.errors import ImuFastError as ImuFastError
     from imu_fast.errors import InputError as InputError
+    from imu_fast.errors import ProcessError as ProcessError
     from imu_fast.evaluation.evaluate import evaluate as evaluate
     from imu_fast.evaluation.validate import validate as validate
     from imu_fast.factors.gradient_factors import GradientFactors as GradientFactors

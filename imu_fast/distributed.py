@@ -1,21 +1,38 @@
-"""Sums over the processes of torch.distributed.
+"""Sums over the processes of torch.distributed, and how these keep in step.
 
 Nothing here looks for a process group by itself: a group that happens to exist belongs to the
 user's own training. Only factors that say that they are shared among processes call this.
+
+Every exchange of numbers begins with an exchange of four integers: whether a process has failed,
+and what each is about to do. So a process that raises takes the others with it, and processes that
+do different things hear of it instead of waiting for each other.
 """
 
 from __future__ import annotations
 
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from imu_fast.errors import InputError
+from imu_fast.errors import InputError, ProcessError, brief
 
 T = TypeVar("T")
 Group = Any
 """A ``torch.distributed.ProcessGroup``, or None for all processes."""
+
+# An attribute of errors that all processes have been told of.
+_TOLD = "_imu_fast_told"
+
+
+def text_of(value: Any) -> str:
+    """A value as text that is the same in every process: without addresses and devices."""
+    return re.sub(r" at 0x[0-9a-fA-F]+|, device='[^']*'", "", repr(value))
 
 
 def check_group(group: Group) -> None:
@@ -25,8 +42,118 @@ def check_group(group: Group) -> None:
             "there is no process group to share factors among; start with torchrun and call "
             "torch.distributed.init_process_group() first, or use the factors as they are"
         )
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise InputError(
+            f"group={group!r} is a {type(group).__name__}; pass a torch.distributed process group, "
+            "such as torch.distributed.group.WORLD"
+        )
     if dist.get_rank(group) < 0:
         raise InputError("this process does not belong to the group that it was given")
+
+
+def rank_of(group: Group = None) -> int:
+    """Of this process in the group."""
+    return dist.get_rank(group)
+
+
+def size_of(group: Group = None) -> int:
+    """How many processes the group has."""
+    return dist.get_world_size(group)
+
+
+def home_of(group: Group = None) -> torch.device:
+    """Where what these processes exchange has to be: their GPU with NCCL, else the CPU."""
+    if dist.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    """What torch raises where another process is gone, or too late."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        gone = ProcessError(
+            "another process of the group has ended, or has not answered within the group's "
+            f"timeout ({brief(error, 160)}); its own output says why"
+        )
+        raise _told(gone) from error
+
+
+def is_told(error: BaseException) -> bool:
+    """Whether all processes have raised this error, or heard of it."""
+    return hasattr(error, _TOLD)
+
+
+def _told(error: Exception) -> Exception:
+    setattr(error, _TOLD, True)
+    return error
+
+
+def in_step(doing: str, group: Group = None, failure: Exception | None = None) -> None:
+    """All processes are about to do the same, or all of them raise.
+
+    Each of them has to call this, in the same order.
+
+    Args:
+        doing: what, in words that are the same in every process.
+        failure: why this one cannot; the caller raises it.
+
+    Raises:
+        InputError: processes do different things, or another one refuses what it was given.
+        ProcessError: another one has failed, has ended, or does not answer.
+    """
+    tag = int.from_bytes(hashlib.blake2b(doing.encode(), digest_size=7).digest(), "big")
+    head = torch.tensor([failure is not None, tag, -tag], dtype=torch.int64, device=home_of(group))
+    with _answered():
+        dist.all_reduce(head, dist.ReduceOp.MAX, group=group)
+    failed, largest, smallest = head.tolist()
+    if not failed and largest == -smallest:
+        return
+    said = None if failure is None else (isinstance(failure, InputError), _text(failure))
+    found = _gathered((doing, said), group)
+    if failure is not None:
+        _told(failure)
+        return
+    for place, (_, why) in enumerate(found):
+        if why is not None:
+            kind = InputError if why[0] else ProcessError
+            raise _told(kind(f"process {place} of {len(found)}: {why[1]}"))
+    each = "; ".join(f"process {place}: {what}" for place, (what, _) in enumerate(found))
+    raise _told(
+        InputError(f"processes that share samples have to make the same calls, and do not: {each}")
+    )
+
+
+def _text(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
+
+
+@contextmanager
+def together(doing: str, group: Group = None) -> Iterator[None]:
+    """The body's failure in one process is that of all; they begin and end it in step.
+
+    Raises:
+        As :func:`in_step`; what the body raises.
+    """
+    in_step(doing, group)
+    try:
+        yield
+    except Exception as error:
+        if not hasattr(error, _TOLD):
+            in_step(doing, group, error)
+        raise
+    in_step(f"the end of {doing}", group)
+
+
+def _sent(tensor: Tensor, group: Group) -> Tensor:
+    """The tensor, or a copy, as the group's backend takes it."""
+    home = home_of(group)
+    return (tensor.to(home) if home.type == "cuda" else tensor).contiguous()
 
 
 def sum_(tensor: Tensor, group: Group = None) -> Tensor:
@@ -34,13 +161,101 @@ def sum_(tensor: Tensor, group: Group = None) -> Tensor:
 
     Each of them has to call this, in the same order.
     """
-    whole = tensor.contiguous()
-    dist.all_reduce(whole, group=group)
+    whole = _sent(tensor, group)
+    with _answered():
+        dist.all_reduce(whole, group=group)
     return tensor if whole is tensor else tensor.copy_(whole)
+
+
+def summed_over(make: Callable[[], Any], group: Group = None) -> Any:
+    """What ``make`` gives in every process, a tensor or a tuple of them, added up in place.
+
+    Raises:
+        As :func:`in_step`: shapes or dtypes differ.
+    """
+    try:
+        found = make()
+    except Exception as error:
+        if not hasattr(error, _TOLD):
+            in_step("a sum", group, error)
+        raise
+    tensors = (found,) if isinstance(found, Tensor) else found
+    kinds = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in tensors)
+    in_step(f"a sum of {kinds}", group)
+    for tensor in tensors:
+        sum_(tensor, group)
+    return found
 
 
 def gather(value: T, group: Group = None) -> list[T]:
     """What each process passed, in the order of their ranks; for small Python values."""
+    in_step("a gathering", group)
+    return _gathered(value, group)
+
+
+def _gathered(value: T, group: Group) -> list[T]:
     found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, value, group=group)
+    with _answered():
+        dist.all_gather_object(found, value, group=group)
     return found
+
+
+def rows_of_all(rows: Tensor, group: Group = None) -> Tensor:
+    """The rows of all processes in the order of their ranks, however many each has.
+
+    Args:
+        rows: [k, ...], of one dtype and the same further axes everywhere.
+    """
+    in_step(f"a gathering of rows of {rows.dtype} {list(rows.shape[1:])}", group)
+    counts = _gathered(len(rows), group)
+    out = rows.new_empty(sum(counts), *rows.shape[1:], device=_sent(rows[:0], group).device)
+    first = 0
+    for rank, count in enumerate(counts):
+        part = out[first : first + count]
+        first += count
+        if not part.numel():
+            continue
+        if rank == dist.get_rank(group):
+            part.copy_(rows)
+        _broadcast(part, group, rank)
+    return out.to(rows.device)
+
+
+def from_first(tensor: Tensor, group: Group = None) -> Tensor:
+    """The tensor of the first process, in place in all of them."""
+    in_step(f"a copy of {tensor.dtype} {list(tensor.shape)}", group)
+    return _broadcast(tensor, group, 0)
+
+
+def _broadcast(tensor: Tensor, group: Group, rank: int) -> Tensor:
+    whole = _sent(tensor, group)
+    source = rank if group is None else dist.get_global_rank(group, rank)
+    with _answered():
+        dist.broadcast(whole, source, group=group)
+    return tensor if whole is tensor else tensor.copy_(whole)
+
+
+def alike(tensor: Tensor, group: Group = None) -> bool:
+    """Whether all processes have the same numbers, to rounding.
+
+    Compared are three sums, of which one weighs every element differently.
+    """
+    in_step("a comparison", group)
+    flat = tensor.detach().flatten()
+    sums = torch.zeros(3, dtype=torch.float64)
+    for start in range(0, len(flat), 1 << 20):
+        piece = flat[start : start + (1 << 20)].double()
+        weights = torch.arange(len(piece), dtype=torch.float64, device=piece.device)
+        weights = (0.7 * (weights + start)).cos()
+        parts = torch.stack([piece.sum(), piece.abs().sum(), weights @ piece])
+        sums += parts.cpu()
+    kind = (tuple(tensor.shape), str(tensor.dtype))
+    found = _gathered((kind, sums.tolist()), group)
+    if any(other != kind for other, _ in found):
+        return False
+    each = torch.tensor([of for _, of in found], dtype=torch.float64)
+    if not bool(each.isfinite().all()):
+        return all(str(of) == str(found[0][1]) for _, of in found)
+    coarse = tensor.dtype if tensor.is_floating_point() else torch.float64
+    bound = 64 * torch.finfo(coarse).eps * each[:, 1].max()
+    return bool(((each - each[0]).abs() <= bound).all())

@@ -62,6 +62,14 @@ class SingularMatrixError(ImuFastError, ArithmeticError):
         self.smallest_damping = smallest_damping
 
 
+class ProcessError(ImuFastError, RuntimeError):
+    """Another process that shares the samples has failed, has ended, or does not answer."""
+
+
+class NoSamplesError(InputError):
+    """The data has no sample; where samples are shared among processes one may have none."""
+
+
 class InfeasibleError(ImuFastError, ArithmeticError):
     """The constraints of an optimisation problem contradict each other."""
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from imu_fast.attribution.newton import Objective, Point
+from imu_fast.distributed import Group
 from imu_fast.errors import InputError, check_choice, check_flag, check_positive
 from imu_fast.factors.probabilities import augmented
 from imu_fast.losses.base import Loss
@@ -69,6 +70,7 @@ def leave_one_out(
     tolerance: float = 0.1,
     head: Any = "head",
     progress: bool = False,
+    group: Group = None,
     **reading: Unpack[ReadingOptions],
 ) -> LeaveOneOut:
     """What the head would say of each sample had it been trained without it; no retraining.
@@ -92,7 +94,7 @@ def leave_one_out(
         refit: put the head at the optimum of that objective first, by Newton's method. Without it
             the head must be there already.
         tolerance: of the head's ``distance`` from its optimum, see :class:`LeaveOneOut`.
-        head, reading: as in :func:`imu_fast.capture_features`.
+        head, group, reading: as in :func:`imu_fast.capture_features`.
 
     Returns:
         A :class:`LeaveOneOut`. It holds H^-1, ``(C D)^2`` numbers, D no more than n + 1.
@@ -108,7 +110,7 @@ def leave_one_out(
     check_flag("decay_bias", decay_bias)
     check_flag("refit", refit)
     check_positive("tolerance", tolerance)
-    found = capture_features(model, data, head, progress=progress, **reading)
+    found = capture_features(model, data, head, progress=progress, group=group, **reading)
     _check(found)
     loss = found.loss
     assert loss is not None

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from imu_fast.curvature.base import check_whole
 from imu_fast.curvature.identity import Identity
 from imu_fast.errors import check_choice
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.operands import check_result
-from imu_fast.factors.source import Factors
+from imu_fast.factors.protocol import is_shared
+from imu_fast.factors.source import Factors, in_memory
 from imu_fast.influence.scores import (
     Layers,
     as_layers,
@@ -102,13 +102,12 @@ def pairwise_similarity(source: Layers, queries: Layers, *, metric: Metric = "co
         source: factors of n samples. queries: of m samples, of the same layers.
 
     Raises:
-        InputError: unknown metric, factors that do not fit, or queries shared among processes.
+        InputError: unknown metric, factors that do not fit.
     """
     check_choice("metric", metric, get_args(Metric))
     all_layers, all_queries = as_layers(source, "source"), as_layers(queries, "queries")
     check_like("queries", all_layers, all_queries)
-    for query in all_queries:
-        check_whole("queries", query)
+    all_queries = [in_memory(q, "queries") if is_shared(q) else q for q in all_queries]
     if metric == "product":
         return products(all_layers, all_queries)
     left, right = _Unit(all_layers), _Unit(all_queries)

@@ -10,6 +10,7 @@ from typing import Any
 
 import typer
 
+from imu_fast.cli.processes import speaks
 from imu_fast.errors import ImuFastError
 
 
@@ -22,17 +23,20 @@ def clean_errors(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         _write_any_name()
+        failure: Exception
         try:
             command(*args, **kwargs)
         except ImuFastError as error:
-            said = str(error)
+            said, failure = str(error), error
         except OSError as error:  # no such name can be, links go in a circle, it is not ours
             if error.filename is None:
                 raise
+            failure = error
             said = f"{error.filename!r} cannot be used ({error.strerror}); choose another"
         else:
             return
-        typer.echo("error: " + " ".join(said.split()), err=True)
+        if speaks(failure):
+            typer.echo("error: " + " ".join(said.split()), err=True)
         raise typer.Exit(2) from None
 
     return wrapped

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from imu_fast.cli.arguments import Force, ForgetData, Images, Texts, grouped, is_text, layer_names
 from imu_fast.cli.devices import DeviceName, device_named
+from imu_fast.cli.processes import joined
 
 
 @grouped
@@ -43,6 +44,12 @@ def score(
     batch_size: Annotated[
         int | None, typer.Option(help="Samples per batch; default 64 images, 8 texts.")
     ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Go on from, and keep each part of the samples that is done in, this folder."
+        ),
+    ] = None,
     device: DeviceName = None,
     force: Force = False,
 ) -> None:
@@ -60,22 +67,39 @@ def score(
     spec = CURVATURES.choose(curvature, damping=damping, damping_mode=damping_mode)
     chosen = "head" if layers is None else layer_names(layers)
     text, place = is_text(images, texts), device_named(device)
-    if text:
-        from imu_fast.cli.text import score_lines
+    with joined(place, "imu-fast score") as here:
+        kept = None
+        if checkpoint is not None:
+            kept = _checkpoint(checkpoint, images, texts, data, f"{chosen} {batch_size}")
+        if text:
+            from imu_fast.cli.text import score_lines
 
-        score_lines(texts, data, out, spec, chosen, self_influence, batch_size, place, force)
-        return
-    from imu_fast.cli.image_models import opened
-    from imu_fast.cli.influences import influences, said
+            how = (spec, chosen, self_influence)
+            score_lines(texts, data, out, how, batch_size, place, force, here, kept)
+            return
+        from imu_fast.cli.image_models import opened
+        from imu_fast.cli.influences import influences, said
 
-    out = Path("scores.csv") if out is None else out
-    check_ending(out)
-    check_apart("out", out, data=data, weights=images.weights)
-    check_out(out)
-    check_free(out, force)
-    size = 64 if batch_size is None else batch_size
-    model, loader, names = opened(images, data, size, place)
-    columns, _ = influences(model, loader, spec, chosen, self_influence)
-    named = {"influence": columns.pop("score"), **columns}
-    write_or_rescue(out, lambda path: save_scores(path, names, named))
-    said(named["influence"], out)
+        out = Path("scores.csv") if out is None else out
+        check_ending(out)
+        check_apart("out", out, data=data, weights=images.weights)
+        check_out(out)
+        check_free(out, force)
+        size = 64 if batch_size is None else batch_size
+        model, loader, names = opened(images, data, size, place)
+        columns, _ = influences(model, loader, spec, chosen, self_influence, here, kept)
+        named = {"influence": columns.pop("score"), **columns}
+        if here.first:
+            write_or_rescue(out, lambda path: save_scores(path, names, named))
+        said(named["influence"], out)
+
+
+def _checkpoint(folder: Path, images: Images, texts: Texts, data: Path, rest: str) -> Any:
+    """What parts of this run are of; the model's weights come once it is there."""
+    from imu_fast.cli.chunks import Checkpoint, digest_of
+    from imu_fast.errors import InputError
+
+    if not data.exists():
+        raise InputError(f"data={str(data)!r} does not exist; check the name")
+    belongs = {"reading": f"{images} {texts} {rest}", "data": digest_of(data)}
+    return Checkpoint(folder, belongs)

@@ -10,8 +10,10 @@ import torch
 import typer
 
 from imu_fast.cli.arguments import Texts
+from imu_fast.cli.chunks import Checkpoint
 from imu_fast.cli.influences import influences, said, wide
 from imu_fast.cli.language_models import LanguageModel, Source, check_vocabulary, load
+from imu_fast.cli.processes import Processes
 from imu_fast.cli.score_files import (
     check_apart,
     check_ending,
@@ -153,14 +155,19 @@ def score_lines(
     texts: Texts,
     data: Path,
     out: Path | None,
-    spec: Any,
-    layers: Any,
-    self_influence: bool,
+    how: tuple[Any, Any, bool],
     batch_size: int | None,
     device: torch.device,
     force: bool,
+    here: Processes,
+    checkpoint: Checkpoint | None = None,
 ) -> None:
-    """``imu-fast score --model``: scores beside each line, in the file's order."""
+    """``imu-fast score --model``: scores beside each line, in the file's order.
+
+    Args:
+        how: the curvature, the layers, and whether self-influence is asked for.
+    """
+    spec, layers, self_influence = how
     out = Path("scores.jsonl") if out is None else out
     check_ending(out, ".jsonl")
     check_out(out)
@@ -177,11 +184,16 @@ def score_lines(
                 )
     reader = opened(texts, batch_size, device)
     found = reader.read(data)
-    columns, factors = influences(reader.made.model, found.loader, spec, layers, self_influence)
+    model = reader.made.model
+    columns, factors = influences(
+        model, found.loader, spec, layers, self_influence, here, checkpoint
+    )
     losses = getattr(factors, "losses", None)
     if losses is None:  # of layers that are not the head
-        losses = _losses(reader.made.model, found)
-    columns |= {"loss": wide(losses), "tokens": torch.tensor(found.tokens)}
+        losses = _losses(model, here.share(found.loader), columns["score"])
+    columns |= {"loss": here.whole(wide(losses)), "tokens": torch.tensor(found.tokens)}
+    if not here.first:
+        return
     if out.suffix == ".jsonl":
         write_or_rescue(out, lambda path: save_lines(path, found.records.objects, columns))
     else:
@@ -192,8 +204,10 @@ def score_lines(
     said(columns["score"], out)
 
 
-def _losses(model: torch.nn.Module, data: TextData) -> torch.Tensor:
+def _losses(model: torch.nn.Module, loader: Any, scores: torch.Tensor) -> torch.Tensor:
+    if not len(loader):  # of a process without lines
+        return scores.new_empty(0)
     from imu_fast.model.outputs import measured
     from imu_fast.model.reading import Reading
 
-    return measured(model, data.loader, Reading(), "score").loss
+    return measured(model, loader, Reading(), "score").loss.to(scores.dtype)

@@ -6,7 +6,6 @@ import json
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,15 +13,19 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from imu_fast import distributed
 from imu_fast.ambient import no_autocast
+from imu_fast.curvature.gradients import gradient_slabs
+from imu_fast.curvature.in_step import the_same
 from imu_fast.curvature.parameters import scipy_operator
 from imu_fast.errors import InputError, check_flag, check_tensor, is_finite
 from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.factors.joint import joint
 from imu_fast.factors.operands import check_result
 from imu_fast.factors.outputs import sum_of_outputs
-from imu_fast.factors.source import Factors
+from imu_fast.factors.sharded import ShardedFactors
+from imu_fast.factors.source import Factors, in_memory
 from imu_fast.ops.bilinear_scores import bilinear_scores
-from imu_fast.ops.mean_gradient import mean_gradient
 from imu_fast.options import Options
 from imu_fast.storage import save_tensors, writable
 
@@ -101,6 +104,12 @@ class Fitted(ABC):
         self.shape, self.has_bias = (layer.num_classes, layer.width), layer.has_bias
         self.device, self.residual = layer.device, 0.0
 
+    @property
+    def reads(self) -> Factors | None:
+        """The samples that products and solves go on reading, if any."""
+        return None
+
+    @joint
     @no_autocast
     @torch.no_grad()
     def product(self, v: Tensor) -> Tensor:
@@ -109,16 +118,18 @@ class Fitted(ABC):
         Half precision is multiplied and added up in float32 or better, and rounded once.
 
         Raises:
-            InputError: v has another shape, is elsewhere, not finite or no floating-point tensor;
-                the result is beyond the range of v's dtype.
+            InputError: v has another shape, is elsewhere, not finite or no floating-point tensor,
+                or another in each of the processes that share M's samples; the result is beyond
+                the range of v's dtype.
         """
-        self._check("v", v)
+        v = self._check("v", v)
         found = _rounded("M v", self._product(_at_least_single(v)), v.dtype)
         return _finite("M v", found)
 
     def __matmul__(self, v: Tensor) -> Tensor:
         return self.product(v)
 
+    @joint
     @no_autocast
     @torch.no_grad()
     def solve(self, v: Tensor, out: Tensor | None = None) -> Tensor:
@@ -137,7 +148,7 @@ class Fitted(ABC):
             InputError: as :meth:`product`.
             SingularMatrixError: M is not positive definite in float64.
         """
-        self._check("v", v)
+        v = self._check("v", v)
         if out is not None:
             check_tensor("out", out, "floating", "of v's shape")
         if out is not None and out.shape != v.shape:
@@ -151,6 +162,7 @@ class Fitted(ABC):
             return _rounded("M^-1 v", x, v.dtype)
         return out if x is out else out.copy_(_rounded("M^-1 v", x, out.dtype, "out"))
 
+    @joint
     @no_autocast
     @torch.no_grad()
     def diagonal(self) -> Tensor:
@@ -182,7 +194,7 @@ class Fitted(ABC):
         loaded gives the same bits as this on the same machine. Its size: nothing of ``identity``,
         8 C D bytes of ``fisher_diag`` (4 from float32), 8 (C D + C^2 + D^2) of ``kfac`` and
         ``ekfac``; ``ggn``, ``ggn_block`` and ``fisher`` keep their samples' factors, about
-        N (C + d) numbers in these's dtype (``fisher`` in float64) and the curvature of their loss
+        N (C + d) numbers in these's dtype, and the curvature of their loss
         where delta does not tell it, and factor anew.
 
         Raises:
@@ -204,6 +216,7 @@ class Fitted(ABC):
         }
         save_tensors(path, tensors, {"operator": json.dumps(found)})
 
+    @joint
     @no_autocast
     @torch.no_grad()
     def self_influence(self, factors: Factors) -> Tensor:
@@ -215,20 +228,42 @@ class Fitted(ABC):
         self._check_layer("factors", factors)
         return check_result("self-influence", self._self_influence(factors), factors)
 
+    @joint
     @no_autocast
     @torch.no_grad()
     def pairwise(self, factors: Factors, queries: Factors) -> Tensor:
         """``g_i^T M^-1 h_j`` of the samples of both sets: [n, m].
 
-        ``residual`` is the largest, where queries are solved for.
+        ``residual`` is the largest, where queries are solved for. Queries that are shared among
+        processes are gathered in each; others may be each process's own.
 
         Raises:
-            InputError: as :meth:`self_influence`, or queries are shared among processes.
+            InputError: as :meth:`self_influence`.
         """
         self._check_layer("factors", factors)
         self._check_layer("queries", queries)
-        check_whole("queries", queries)
-        return check_result("influence", self._pairwise(factors, queries), factors, queries)
+        if isinstance(queries, ShardedFactors):
+            queries, own = queries.gathered(), slice(None)
+        else:
+            queries, own = self._of_all(queries)
+        found = self._pairwise(factors, queries)[:, own]
+        return check_result("influence", found, factors, queries)
+
+    def _of_all(self, factors: Factors) -> tuple[Factors, slice]:
+        """Samples to be solved for one by one, which processes that share M's have to do in step.
+
+        Returns:
+            Those of all processes where each has its own, and the places of this one's.
+        """
+        if not isinstance(self.reads, ShardedFactors):
+            return factors, slice(None)
+        if not isinstance(factors, ShardedFactors):
+            whole, group = in_memory(factors, "queries"), self.reads.group
+            same = [distributed.alike(x, group) for x in (whole.delta, whole.act)]
+            if all(same):
+                return whole, slice(None)
+            factors = ShardedFactors(whole, group)
+        return factors.gathered(), factors.here
 
     @abstractmethod
     def _product(self, v: Tensor) -> Tensor:
@@ -268,7 +303,8 @@ class Fitted(ABC):
         self.residual = worst
         return out
 
-    def _check(self, argument: str, v: Tensor) -> None:
+    def _check(self, argument: str, v: Tensor) -> Tensor:
+        """v; where M's samples are shared among processes, the same bits in all of them."""
         check_tensor(argument, v, "floating", "[C, D]")
         if v.dim() not in (2, 3) or tuple(v.shape[-2:]) != self.shape or not len(v):
             classes, width = self.shape
@@ -280,6 +316,7 @@ class Fitted(ABC):
             raise InputError(f"{argument} is on {v.device}, M on {self.device}; move it with .to()")
         if not is_finite(v):
             raise InputError(f"{argument} is not finite; remove the NaN or infinite entries")
+        return v if self.reads is None else the_same(argument, v, self.reads)
 
     def _check_layer(self, argument: str, factors: Factors) -> None:
         found = Layer.of(factors)
@@ -338,46 +375,6 @@ def scores(factors: Factors, x: Tensor) -> Tensor:
         )
 
     return check_result("influence", sum_of_outputs(factors, term), factors)
-
-
-def check_whole(argument: str, factors: Factors) -> None:
-    """Raise InputError where they are shared among processes."""
-    if factors.n_here != factors.n:
-        raise InputError(
-            f"{argument} are shared among processes ({factors.n_here} of {factors.n} samples are "
-            "here), which one solve per sample cannot be; pass all of them to every process"
-        )
-
-
-# Elements of the per-sample gradients [k, C, D] that exist at once: 128 MB in float64.
-_ELEMENTS = 1 << 24
-
-
-def gradients(chunk: GradientFactors) -> Tensor:
-    """Per-sample gradients [n, C, D]."""
-    if not chunk.is_flat:
-        # A sample's own gradient: the mean over a set of one.
-        return torch.stack([_gradient(chunk.samples(i, i + 1)) for i in range(chunk.n)])
-    out = chunk.delta.new_empty(chunk.n, chunk.num_classes, chunk.width)
-    d = chunk.feature_dim
-    torch.mul(chunk.delta[:, :, None], chunk.act[:, None, :], out=out[..., :d])
-    if chunk.has_bias:
-        out[..., d] = chunk.delta
-    return out
-
-
-def _gradient(one: GradientFactors) -> Tensor:
-    return mean_gradient(one.delta, one.act, one.offsets, one.has_bias)
-
-
-def gradient_slabs(
-    chunk: GradientFactors, elements: int = _ELEMENTS
-) -> Iterator[tuple[slice, Tensor]]:
-    """Per-sample gradients ``(samples, [k, C, D])``, about so many elements at a time."""
-    step = max(1, elements // (chunk.num_classes * chunk.width))
-    for start in range(0, chunk.n, step):
-        stop = min(start + step, chunk.n)
-        yield slice(start, stop), gradients(chunk.samples(start, stop))
 
 
 def self_influence(fitted: Fitted, factors: Factors) -> tuple[Tensor, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from imu_fast.curvature.damping import Damped
 from imu_fast.errors import InputError, check_positive
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.source import Factors, in_memory
+from imu_fast.factors.sums import joined, summed
 from imu_fast.ops.bilinear_scores import bilinear_scores, gradient_norms
-from imu_fast.ops.gram import gram
+from imu_fast.ops.gram import Operands, cross_gram, gram
 from imu_fast.ops.mean_gradient import add_gradients
 from imu_fast.ops.tokens import sample_of_token
 from imu_fast.options import option, options
@@ -23,6 +25,9 @@ from imu_fast.solvers.conjugate_gradient import refine
 
 # The Gram matrix and its factor are [n, n] float64: 20,000 samples are 3.2 GB each.
 MAX_SAMPLES = 20_000
+# Elements of the factors that are in float64 at once, where they are not kept so: 8 MB; a GPU
+# needs more to be filled.
+_ELEMENTS, _GPU_ELEMENTS = 1 << 20, 1 << 26
 
 
 @options
@@ -49,21 +54,55 @@ class Fisher(Damped):
                 f"curvature='fisher' with n={factors.n} needs an [n, n] matrix; use at most "
                 f"{MAX_SAMPLES} samples, or 'fisher_diag'"
             )
-        f = in_memory(factors, "curvature='fisher'").to(dtype=torch.float64)
+        f = in_memory(factors, "curvature='fisher'")
 
-        def trace() -> Tensor:
-            return gradient_norms(f.delta, f.act, f.offsets, f.has_bias).sum() / f.n
+        def trace() -> float:
+            norms = (gradient_norms(*_operands(piece), f.has_bias).sum() for piece in _pieces(f))
+            return float(sum(norms)) / f.n
 
         return FittedFisher(f, self.absolute(f, trace), self.tolerance)
+
+
+def _pieces(factors: GradientFactors) -> Iterator[GradientFactors]:
+    """The samples in float64: all at once where they are that, else some at a time."""
+    if factors.dtype == torch.float64:
+        yield factors
+        return
+    elements = _ELEMENTS if factors.device.type == "cpu" else _GPU_ELEMENTS
+    for piece in factors.chunks(max(1, elements // (factors.num_classes + factors.feature_dim))):
+        delta, act = piece.delta.double(), piece.act.double()
+        yield GradientFactors(delta, act, piece.offsets, piece.has_bias)
+
+
+def _operands(piece: GradientFactors) -> Operands:
+    return piece.delta, piece.act, piece.offsets
+
+
+def _gram(factors: GradientFactors) -> Tensor:
+    """``K`` in float64 [n, n], piece by piece of rows and columns."""
+    if factors.dtype == torch.float64:
+        return gram(*_operands(factors), factors.has_bias)
+    k = factors.delta.new_empty(factors.n, factors.n, dtype=torch.float64)
+    first = 0
+    for left in _pieces(factors):
+        rows = slice(first, first + left.n)
+        k[rows, rows] = gram(*_operands(left), left.has_bias)
+        first = start = rows.stop
+        for right in _pieces(factors.samples(first, factors.n)) if first < factors.n else ():
+            columns = slice(start, start + right.n)
+            k[rows, columns] = cross_gram(_operands(left), _operands(right), left.has_bias)
+            k[columns, rows] = k[rows, columns].t()
+            start = columns.stop
+    return k
 
 
 class FittedFisher(Fitted):
     """Woodbury with one damped Cholesky of ``K/n + lam I``, K the gradients' Gram matrix.
 
-    Everything is in float64: Woodbury's difference cancels by the condition number.
+    Everything is computed in float64: Woodbury's difference cancels by the condition number.
 
     Args:
-        factors: float64.
+        factors: kept as they are.
 
     Attributes:
         residual: relative residual of the last solve, recomputed in float64 (the largest of
@@ -72,23 +111,28 @@ class FittedFisher(Fitted):
 
     def __init__(self, factors: GradientFactors, damping: float, tolerance: float) -> None:
         super().__init__(Fisher.name, Layer.of(factors), damping)
+        factors = factors.with_delta(factors.delta)  # no loss and no curvature of it
         self.factors, self.tolerance = factors, tolerance
-        f = factors
-        self._token_sample = sample_of_token(f.offsets, f.delta.device)
-        k = gram(f.delta, f.act, f.offsets, f.has_bias)
-        self._cholesky = damped_cholesky(k.div_(f.n), damping, overwrite=True)
+        k = _gram(factors).div_(factors.n)
+        self._cholesky = damped_cholesky(k, damping, overwrite=True)
 
     def _forward(self, v: Tensor) -> Tensor:
         """``G v``: [n, m] for v [m, C, D]."""
-        f = self.factors
-        return bilinear_scores(f.delta, f.act, v, f.offsets, f.has_bias)
+        found = [
+            bilinear_scores(piece.delta, piece.act, v, piece.offsets, piece.has_bias)
+            for piece in _pieces(self.factors)
+        ]
+        return joined(found)
 
     def _add_adjoint(self, out: Tensor, alpha: Tensor, scale: float) -> Tensor:
         """``out + scale G^T alpha``, in place: out [m, C, D], alpha [n, m]."""
-        f = self.factors
-        for one, column in zip(out, alpha.t(), strict=True):
-            weighted = f.delta * column[self._token_sample, None]
-            add_gradients(one, weighted, f.act, f.has_bias, beta=1.0, alpha=scale)
+        first = 0
+        for piece in _pieces(self.factors):
+            of_token = first + sample_of_token(piece.offsets, piece.device)
+            for one, column in zip(out, alpha.t(), strict=True):
+                weighted = piece.delta * column[of_token, None]
+                add_gradients(one, weighted, piece.act, piece.has_bias, beta=1.0, alpha=scale)
+            first += piece.n
         return out
 
     def _product(self, v: Tensor) -> Tensor:
@@ -98,7 +142,7 @@ class FittedFisher(Fitted):
 
     def _approximate(self, r: Tensor, _: float) -> tuple[Tensor, int]:
         alpha = self._cholesky.solve(self._forward(r))
-        return self._add_adjoint(r.clone(), alpha, -1 / self.factors.n) / self.damping, 0
+        return self._add_adjoint(r.clone(), alpha, -1 / self.factors.n).div_(self.damping), 0
 
     def _solve(self, v: Tensor, out: Tensor | None) -> Tensor:
         many = v if v.dim() == 3 else v[None]
@@ -107,7 +151,9 @@ class FittedFisher(Fitted):
         return solution.x if v.dim() == 3 else solution.x[0]
 
     def _diagonal(self) -> Tensor:
-        return self.factors.fisher_diagonal().add_(self.damping)
+        n = self.factors.n
+        parts = (p.fisher_diagonal().mul_(p.n / n) for p in _pieces(self.factors))
+        return summed(parts).add_(self.damping)
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         f = self.factors

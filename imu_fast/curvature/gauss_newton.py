@@ -16,6 +16,7 @@ from imu_fast.errors import InputError, one_of
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.implicit_head import ImplicitHead
 from imu_fast.factors.probabilities import pseudo_samples
+from imu_fast.factors.protocol import is_shared
 from imu_fast.factors.source import Factors
 from imu_fast.factors.sums import S
 from imu_fast.losses.signals import EmpiricalSignals, GroupedRows, Signals
@@ -59,6 +60,12 @@ class GaussNewton(Damped):
         Raises:
             InputError: they were captured with another expectation.
         """
+        if is_shared(factors) and (self.fisher == "empirical" or signals_of(factors) is not None):
+            raise InputError(
+                f"fisher={self.fisher!r} of curvature={self.name!r}: signals of samples that are "
+                "shared among processes; use the head's own curvature, 'fisher', 'fisher_diag', or "
+                "factors.gathered()"
+            )
         if self.fisher == "empirical":
             if self.of_rows and isinstance(kept_of(factors), GroupedRows):
                 raise InputError(

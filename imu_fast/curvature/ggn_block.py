@@ -84,6 +84,11 @@ class FittedGGNBlock(Fitted):
             self._tokens(chunk)
             break
 
+    @property
+    def reads(self) -> Factors:
+        """Those that M is of."""
+        return self._source
+
     def _weigh(self, chunk: GradientFactors) -> tuple[Tensor, Tensor]:
         """``B_t[c, c] / n`` [N, C] and a~ [N, D]."""
         variance = output_curvature(chunk).diagonal().div_(self._source.n)

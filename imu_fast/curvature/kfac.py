@@ -29,7 +29,7 @@ from imu_fast.options import options
 # Elements of a~ that exist at once: large enough for products at full speed.
 _CHUNK_ELEMENTS = 1 << 18
 
-Outputs = Remembered[OutputCurvature] | Remembered[OutputCurvature | Signals]
+Outputs = Callable[[GradientFactors], OutputCurvature | Signals]
 
 
 class KroneckerEigenbasis(Fitted):
@@ -54,18 +54,23 @@ class KroneckerEigenbasis(Fitted):
         self.basis_out, self.basis_in, self.damped = basis_out, basis_in, damped
 
     def _product(self, v: Tensor) -> Tensor:
-        rotated = self.basis_out.T @ v.to(self.damped) @ self.basis_in
-        return self.basis_out @ (rotated * self.damped) @ self.basis_in.T
+        # Matrices of this size are what a solve's memory is: no more of them than are needed.
+        x = self.basis_out.T @ v.to(self.damped)
+        x = (x @ self.basis_in).mul_(self.damped)
+        x = self.basis_out @ x
+        return x @ self.basis_in.T
 
     def apply_inverse(self, v: Tensor) -> Tensor:
         """``M^-1 v`` in the bases' dtype; v [..., C, D]."""
-        rotated = self.basis_out.T @ v @ self.basis_in
-        return self.basis_out @ (rotated / self.damped) @ self.basis_in.T
+        x = self.basis_out.T @ v
+        x = (x @ self.basis_in).div_(self.damped)
+        x = self.basis_out @ x
+        return x @ self.basis_in.T
 
     def _solve(self, v: Tensor, out: Tensor | None) -> Tensor:
         v = v.double()
         x = self.apply_inverse(v)
-        error = (self._product(x) - v).flatten(-2).norm(dim=-1)
+        error = self._product(x).sub_(v).flatten(-2).norm(dim=-1)
         size = v.flatten(-2).norm(dim=-1)
         self.residual = float((error / size.where(size > 0, 1.0)).max())
         return x
@@ -207,14 +212,15 @@ class KFAC(GaussNewton):
             InputError: the factors have no curvature of their loss; lam relative to a mean that is
                 zero or not finite.
         """
-        outputs, factors = Remembered(signals_or_curvature), self.expected(factors)
+        # Not remembered: they would take memory beside the eigendecompositions.
+        factors = self.expected(factors)
 
         def damping(values: Tensor) -> float:
             lam = self.absolute(factors, values.sum)
             _warn(self.name, factors, lam, values)
             return lam
 
-        return _kfac(factors, damping, outputs)
+        return _kfac(factors, damping, signals_or_curvature)
 
 
 @options

@@ -20,6 +20,7 @@ from imu_fast.curvature.ggn_block import GGNBlock
 from imu_fast.curvature.identity import Identity
 from imu_fast.curvature.kfac import EKFAC, KFAC
 from imu_fast.errors import InputError
+from imu_fast.factors.joint import joint, said
 from imu_fast.factors.source import Factors, is_factors
 from imu_fast.options import Table
 
@@ -60,6 +61,7 @@ def curvatures() -> list[str]:
     return sorted(CURVATURES)
 
 
+@joint
 @no_autocast
 def fit(
     curvature: CurvatureName | Curvature,
@@ -85,6 +87,7 @@ def fit(
     """
     spec = CURVATURES.choose(curvature, **options)
     check_factors(factors)
+    said(factors, f"fit({spec!r})")
     return spec.fit(factors)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.packed import packed, unpacked
+from imu_fast.factors.protocol import is_shared
 from imu_fast.factors.source import MAX_GATHERED, Factors
 from imu_fast.factors.sums import S, joined, summed
 from imu_fast.losses.base import Loss
@@ -29,6 +30,12 @@ class ChunkedFactors:
         self.num_classes, self.feature_dim = first.num_classes, first.feature_dim
         self.width, self.has_bias, self.name = first.width, first.has_bias, first.name
         self.device, self.dtype = first.device, first.dtype
+
+    @property
+    def losses(self) -> Tensor | None:
+        """Each sample's loss [n], where it is known."""
+        there = [chunk.losses for chunk in self._chunks if chunk.losses is not None]
+        return torch.cat(there) if len(there) == len(self._chunks) else None
 
     def chunks(self, max_tokens: int | None = None) -> Iterator[GradientFactors]:
         """As they are, or cut further."""
@@ -58,10 +65,10 @@ def pack_chunks(source: Factors, what: str) -> tuple[dict[str, Tensor], dict[str
         InputError: they are shared among processes, beyond MAX_GATHERED bytes, or their loss is
             none that can be named in a file.
     """
-    if source.n_here != source.n:
+    if is_shared(source):
         raise InputError(
             f"{what} holds its samples, which are shared among processes ({source.n_here} of "
-            f"{source.n} are here); fit it in one process, or save 'fisher_diag' or 'kfac'"
+            f"{source.n} are here); fit it on factors.gathered(), or save 'fisher_diag' or 'kfac'"
         )
     size = source.num_tokens * (source.num_classes + source.feature_dim) * source.dtype.itemsize
     if size > MAX_GATHERED:

@@ -21,11 +21,13 @@ from imu_fast.errors import (
 )
 from imu_fast.factors.implicit_head import IMPLICIT_BYTES, ImplicitHead
 from imu_fast.factors.operands import (
+    Array,
     check_finite,
     check_offsets,
     check_operands,
     check_result,
     remaining,
+    tensor_of,
 )
 from imu_fast.factors.packed import packed, unpacked
 from imu_fast.factors.samples import Stored
@@ -75,6 +77,10 @@ class GradientFactors(Stored["GradientFactors"]):
     curvature: StoredCurvature | Tensor | None = None
 
     def __post_init__(self) -> None:
+        for name in ("delta", "act", "offsets", "labels", "losses"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Tensor):
+                object.__setattr__(self, name, tensor_of(name, value))
         delta, act, offsets = self.delta, self.act, self.offsets
         check_tensor("delta", delta, "floating", "[N, C]")
         check_tensor("act", act, "floating", "[N, d]")
@@ -132,11 +138,11 @@ class GradientFactors(Stored["GradientFactors"]):
     @classmethod
     def from_head(
         cls,
-        features: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        offsets: Tensor | None = None,
+        features: Array,
+        weight: Array,
+        bias: Array | None,
+        labels: Array,
+        offsets: Array | None = None,
         *,
         implicit: Literal[False],
         loss: LossName | Loss = ...,
@@ -148,11 +154,11 @@ class GradientFactors(Stored["GradientFactors"]):
     @classmethod
     def from_head(
         cls,
-        features: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        offsets: Tensor | None = None,
+        features: Array,
+        weight: Array,
+        bias: Array | None,
+        labels: Array,
+        offsets: Array | None = None,
         *,
         implicit: bool | None = None,
         loss: LossName | Loss = ...,
@@ -164,11 +170,11 @@ class GradientFactors(Stored["GradientFactors"]):
     @no_autocast
     def from_head(
         cls,
-        features: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        offsets: Tensor | None = None,
+        features: Array,
+        weight: Array,
+        bias: Array | None,
+        labels: Array,
+        offsets: Array | None = None,
         *,
         loss: LossName | Loss = "cross_entropy",
         ignore_index: int | None = None,
@@ -177,6 +183,8 @@ class GradientFactors(Stored["GradientFactors"]):
         implicit: bool | None = None,
     ) -> HeadFactors:
         """Factors of a linear head under the mean of a loss over tokens: no backward pass.
+
+        Tensors, arrays of numpy (``numpy.memmap`` too, which stays on the disk) or lists.
 
         Args:
             features: [N, d], the head's input. Half precision is computed in float32.
@@ -197,6 +205,10 @@ class GradientFactors(Stored["GradientFactors"]):
             InputError: empty input, shapes or devices that do not match, labels out of range,
                 non-finite features, weights or logits (says which sample).
         """
+        features, weight = tensor_of("features", features), tensor_of("weight", weight)
+        bias = None if bias is None else tensor_of("bias", bias)
+        labels = tensor_of("labels", labels)
+        offsets = None if offsets is None else tensor_of("offsets", offsets)
         check_operands(features, weight, bias, labels)
         chosen = LOSSES.choose(loss, ignore_index=ignore_index)
         if isinstance(chosen, CrossEntropy) and chosen.shift is True:

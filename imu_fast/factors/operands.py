@@ -2,18 +2,52 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from imu_fast.errors import (
     InputError,
+    brief,
     check_finite_rows,
     check_same_device,
     check_tensor,
     is_finite,
 )
+
+Array = Tensor | np.ndarray[Any, Any] | Sequence[Any]
+"""What is taken for a tensor: one, an array of numpy, mapped files too, or (nested) lists."""
+
+
+def tensor_of(name: str, value: Array) -> Tensor:
+    """A value as a tensor; of an array in the same memory, where torch can have it.
+
+    Lists of floating numbers are float64, as Python has them.
+
+    Raises:
+        InputError: it is neither a tensor nor an array or list of numbers.
+    """
+    if isinstance(value, Tensor):
+        return value
+    if not isinstance(value, np.ndarray | list | tuple):
+        raise InputError(
+            f"{name} is a {type(value).__name__}; pass a tensor, an array of numpy or a list"
+        )
+    try:
+        array = np.asarray(value)
+        plain = np.asarray(array, array.dtype.newbyteorder("="))
+        if any(stride < 0 for stride in plain.strides):
+            plain = plain.copy()
+        with warnings.catch_warnings():
+            # Of memory that may only be read; nothing here writes to its operands.
+            warnings.filterwarnings("ignore", message=".*not writable")
+            return torch.from_numpy(plain)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} holds no numbers of torch ({brief(error, 100)})") from error
 
 
 def check_offsets(offsets: Tensor, num_tokens: int) -> None:

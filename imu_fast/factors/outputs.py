@@ -13,7 +13,8 @@ from typing import Any, Generic, Protocol, TypeGuard
 
 from torch import Tensor
 
-from imu_fast.factors.protocol import C, Source
+from imu_fast import distributed
+from imu_fast.factors.protocol import C, Source, is_shared
 from imu_fast.factors.sums import S, summed
 
 
@@ -70,10 +71,15 @@ class SomeOutputs(Generic[C]):
         return self._source.each(lambda chunk: statistic(self._of(chunk)))
 
 
-def cuts_of_outputs(*sources: Source[Any]) -> list[slice]:
+def cuts_of_outputs(*sources: Any) -> list[slice]:
     """Which outputs to deal with at a time: all, unless a source says fewer."""
     classes = sources[0].num_classes
     step = min(s.outputs_at_once if is_wide(s) else classes for s in sources)
+    # Of other factors each process may have its own, and all have to cut in the same places.
+    for source in sources if len(sources) > 1 else ():
+        if is_shared(source):
+            step = min(distributed.gather(step, source.group))
+            break
     return [slice(c, min(c + step, classes)) for c in range(0, classes, step)]
 
 

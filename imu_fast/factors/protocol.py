@@ -84,6 +84,11 @@ class Source(Protocol[C_co]):
         ...
 
 
+def is_shared(value: Any) -> bool:
+    """Whether these are factors whose samples several processes share."""
+    return hasattr(type(value), "gathered")
+
+
 def mean_of(source: Source[C], statistic: Callable[[C], Tensor]) -> Tensor:
     """The mean over all samples, from the mean over each chunk's.
 

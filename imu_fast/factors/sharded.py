@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from copy import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,47 +12,94 @@ from torch import Tensor
 from imu_fast import distributed
 from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.factors.none_here import NoneHere, one_sample
 from imu_fast.factors.outputs import at_outputs, is_wide
 from imu_fast.factors.samples import Means
-from imu_fast.factors.source import Factors
+from imu_fast.factors.source import MAX_GATHERED, Factors, in_memory, is_factors
 from imu_fast.factors.sums import S
 
 
 class ShardedFactors(Means):
     """One process's share of the samples; sums are over those of all processes.
 
-    What is fitted on them is the same in every process; scores are of the samples that are here.
-    Each process has to make the same calls in the same order: those that read sums wait for all.
+    What is fitted on them is the same in every process; scores are of the samples that are here,
+    in their order. Each process has to make the same calls in the same order; a call that fails in
+    one of them fails in all. What is no sum over samples (``curvature="fisher"``, the GGN's dual)
+    gathers all of them in every process, up to 4 GB.
 
     Args:
-        local: the share of this process: ``factors.shard(rank, world)``, or captured from its part
-            of the data.
+        local: the share of this process, captured from its part of the data, or
+            ``factors.shard(rank, world)``; None where it has no samples.
         group: the processes; None: all.
 
     Raises:
-        InputError: no process group, or shares of different layers.
+        InputError: no process group, shares of different layers, no samples at all, or processes
+            that compute with different numbers of threads, whose rounding differs.
     """
 
-    def __init__(self, local: Factors, group: distributed.Group = None) -> None:
+    def __init__(self, local: Factors | None, group: distributed.Group = None) -> None:
         distributed.check_group(group)
-        self.local, self.group = local, group
-        layer = (local.num_classes, local.feature_dim, local.has_bias, str(local.dtype))
+        self.group = group
+        with distributed.together("ShardedFactors()", group):
+            if local is not None and (not is_factors(local) or isinstance(local, ShardedFactors)):
+                raise InputError(
+                    f"local is a {type(local).__name__}; pass the factors of this process's "
+                    "samples, of one layer, or None where it has none"
+                )
+            self.local = self._like_others(local)
+            self._agree()
+
+    def _like_others(self, local: Factors | None) -> Factors:
+        """This process's share; where it is empty, one of the kind that the others have."""
+        here = distributed.gather(local is not None and local.n > 0, self.group)
+        if not any(here):
+            raise InputError("local=None: no process has a sample; pass at least one in all")
+        if all(here):
+            assert local is not None
+            return local
+        first = here.index(True) == distributed.rank_of(self.group)
+        kinds = distributed.gather(one_sample(local) if first and local else None, self.group)
+        if local is not None and local.n > 0:
+            return local
+        like = next(kind for kind in kinds if kind is not None)
+        return NoneHere(like.to(distributed.home_of(self.group) if local is None else local.device))
+
+    def _agree(self) -> None:
+        local = self.local
+        loss = next(iter(local.chunks(1))).loss
+        sizes = (local.num_classes, local.feature_dim, local.has_bias)
+        layer = (*sizes, str(local.dtype), local.name, distributed.text_of(loss))
+        # Where processes add up in different orders, they may stop iterating at different places.
+        threads = torch.get_num_threads() if local.device.type == "cpu" else 0
         at_once = local.outputs_at_once if is_wide(local) else local.num_classes
-        found = distributed.gather((local.n, local.num_tokens, layer, at_once), group)
-        for rank, (_, _, other, _) in enumerate(found):
+        mine = (local.n, local.num_tokens, layer, threads, at_once)
+        found = distributed.gather(mine, self.group)
+        for rank, (_, _, other, others_threads, _) in enumerate(found):
             if other != found[0][2]:
                 raise InputError(
-                    f"local: process {rank} has (C, d, bias, dtype) {other}, process 0 has "
-                    f"{found[0][2]}; capture all from the same model and layer"
+                    f"local: process {rank} has (C, d, bias, dtype, name, loss) {other}, process "
+                    f"0 has {found[0][2]}; capture all from the same model and layer"
                 )
-        self._n = sum(n for n, _, _, _ in found)
-        self._num_tokens = sum(tokens for _, tokens, _, _ in found)
-        self._at_once = min(at_once for _, _, _, at_once in found)
+            if others_threads != found[0][3]:
+                raise InputError(
+                    f"local: process {rank} computes with {others_threads} threads, process 0 with "
+                    f"{found[0][3]}; call torch.set_num_threads with the same number in all"
+                )
+        self.counts = [n for n, *_ in found]
+        self._num_tokens = sum(tokens for _, tokens, *_ in found)
+        self._at_once = min(at_once for *_, at_once in found)
 
     @property
     def n(self) -> int:
         """Samples of all processes."""
-        return self._n
+        return sum(self.counts)
+
+    @property
+    def here(self) -> slice:
+        """The places of this process's samples among those of all, in the order of the ranks."""
+        rank = distributed.rank_of(self.group)
+        first = sum(self.counts[:rank])
+        return slice(first, first + self.counts[rank])
 
     @property
     def n_here(self) -> int:
@@ -115,11 +163,48 @@ class ShardedFactors(Means):
 
     def sums(self, statistic: Callable[[GradientFactors], S]) -> S:
         """Over all processes; all of them get the same bits."""
-        found = self.local.sums(statistic)
-        for tensor in (found,) if isinstance(found, Tensor) else found:
-            distributed.sum_(tensor, self.group)
+        found: S = distributed.summed_over(lambda: self.local.sums(statistic), self.group)
         return found
 
     def each(self, statistic: Callable[[GradientFactors], Tensor]) -> Tensor:
         """Of the samples of this process."""
         return self.local.each(statistic)
+
+    def mean_gradient(self) -> Tensor:
+        """``gbar = 1/n sum_i g_i`` over all processes: [C, D], in the factors' dtype."""
+        with distributed.together("mean_gradient()", self.group):
+            return super().mean_gradient()
+
+    def fisher_diagonal(self) -> Tensor:
+        """``1/n sum_i g_i * g_i`` over all processes: [C, D]."""
+        with distributed.together("fisher_diagonal()", self.group):
+            return super().fisher_diagonal()
+
+    def gathered(self) -> GradientFactors:
+        """The samples of all processes in each of them, in the order of the ranks.
+
+        Raises:
+            InputError: their signals and inputs are beyond 4 GB.
+        """
+        with distributed.together("gathered()", self.group):
+            size = self.num_tokens * (self.num_classes + self.feature_dim) * self.dtype.itemsize
+            if size > MAX_GATHERED:
+                raise InputError(
+                    f"factors of {size / 1e9:.1f} GB cannot be gathered in every process, which "
+                    f"is done up to {MAX_GATHERED / 1e9:.1f} GB; share fewer samples"
+                )
+            return self._gathered()
+
+    def _gathered(self) -> GradientFactors:
+        mine = in_memory(self.local, "gathered()")
+        tokens, samples = self.local.num_tokens, self.local.n  # of NoneHere mine is of no sample's
+
+        def rows(x: Tensor, count: int = tokens) -> Tensor:
+            return distributed.rows_of_all(x[:count], self.group)
+
+        # In every process the same optional ones are there: the loss's own.
+        counts = rows(mine.offsets.diff(), samples)
+        changed = mine._changed(rows)
+        losses = None if mine.losses is None else rows(mine.losses, samples)
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return replace(mine, **changed, offsets=offsets, losses=losses)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
-from imu_fast.factors.protocol import Source
+from imu_fast.factors.protocol import Source, is_shared
 from imu_fast.factors.protocol import mean_of as mean_of
 from imu_fast.losses.output_curvature import StoredCurvature
 
@@ -57,27 +57,25 @@ def _curvature(parts: list[Any]) -> StoredCurvature | None:
 
 
 def in_memory(source: Factors, what: str) -> GradientFactors:
-    """All samples as one, for what is no sum over them.
+    """All samples as one, for what is no sum over them; of shared ones, in every process.
 
     Args:
         what: needs that, for the message.
 
     Raises:
-        InputError: they are shared among processes, or beyond MAX_GATHERED bytes.
+        InputError: they are beyond MAX_GATHERED bytes.
     """
     if isinstance(source, GradientFactors):
         return source
-    if source.n_here != source.n:
-        raise InputError(
-            f"{what} needs all samples in one process, and these are shared among several; "
-            "use 'fisher_diag', 'kfac', or 'ggn' with solver='cg'"
-        )
     size = source.num_tokens * (source.num_classes + source.feature_dim) * source.dtype.itemsize
     if size > MAX_GATHERED:
         raise InputError(
             f"{what} needs all factors in memory, which are {size / 1e9:.1f} GB; use fewer "
             "samples, or 'fisher_diag', 'kfac', or 'ggn' with solver='cg'"
         )
+    if is_shared(source):
+        gathered: GradientFactors = source.gathered()  # type: ignore[attr-defined]
+        return gathered
     chunks = list(source.chunks())
     counts = torch.cat([chunk.offsets.diff() for chunk in chunks])
     return GradientFactors(

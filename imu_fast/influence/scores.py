@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from imu_fast.curvature.base import Curvature, Layer, check_whole, solved
+from imu_fast.curvature.base import Curvature, Layer, solved
 from imu_fast.curvature.base import scores as scores_of
 from imu_fast.curvature.gauss_newton import fisher_for
+from imu_fast.curvature.in_step import check_whole, the_same
 from imu_fast.curvature.named import CURVATURES, CurvatureName, OwnOptions
 from imu_fast.errors import InputError, check_choice, check_tensor
+from imu_fast.factors.joint import said
 from imu_fast.factors.outputs import at_outputs, cuts_of_outputs, for_inputs
+from imu_fast.factors.protocol import is_shared
 from imu_fast.factors.source import Factors, is_factors
 from imu_fast.factors.statistics import mean_gradient
 from imu_fast.factors.token_rows import token_rows
@@ -139,9 +142,18 @@ def _vector(goal: Goal, part: Factors, classes: slice, *, check: bool = True) ->
     Args:
         check: whether it is finite, which else shows in the scores.
     """
+    if goal is None:
+        return mean_gradient(part, check=check)
     if isinstance(goal, Tensor):
-        return goal[classes].to(part.device, part.dtype)
-    return mean_gradient(part if goal is None else at_outputs(goal, classes), check=check)
+        return the_same("target", goal[classes].to(part.device, part.dtype), part)
+    mean = mean_gradient(at_outputs(goal, classes), check=check)
+    return mean if is_shared(goal) else the_same("target", mean, part)
+
+
+def _of_kind(target: Any) -> str:
+    """As processes that share samples have to have it alike."""
+    parts = target if isinstance(target, list | tuple) else [target]
+    return "shared" if any(map(is_shared, parts)) else type(target).__name__
 
 
 @door
@@ -198,6 +210,7 @@ def influence_scores(
         raise InputError("first_row_is_mean=True is of samples; leave it out with per='token'")
     if first_row_is_mean:
         check_whole("first_row_is_mean=True: source", all_layers[0])
+    said(all_layers, f"influence_scores({spec!r}, target={_of_kind(target)})")
     goals = _goals(target, all_layers)
     scores: Tensor | None = None
     first = 0.0
@@ -245,6 +258,7 @@ def self_influence(
     reading, own = taken(options)
     spec = CURVATURES.choose(curvature, damping=damping, **own)
     all_layers = factors_of(source, data, layers, progress, reading, spec)
+    said(all_layers, f"self_influence({spec!r})")
     total: Tensor | None = None
     for layer in all_layers:
         for classes in _cuts(spec, layer):
@@ -326,6 +340,7 @@ def pairwise_influence(
     if len(all_layers) != len(all_queries):
         raise InputError(f"queries has {len(all_queries)} layers, source {len(all_layers)}")
     check_like("queries", all_layers, all_queries)
+    said(all_layers, f"pairwise_influence({spec!r})")
     total: Tensor | None = None
     for layer, query in zip(all_layers, all_queries, strict=True):
         for classes in _cuts(spec, layer, query):

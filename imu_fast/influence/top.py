@@ -8,9 +8,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from imu_fast.curvature.base import Curvature, check_whole
+from imu_fast import distributed
+from imu_fast.curvature.base import Curvature
+from imu_fast.curvature.in_step import the_same
 from imu_fast.curvature.named import CurvatureName, OwnOptions
 from imu_fast.errors import InputError, check_choice, check_count
+from imu_fast.factors.joint import said
+from imu_fast.factors.sharded import ShardedFactors
 from imu_fast.factors.source import in_memory
 from imu_fast.influence.scores import (
     Layers,
@@ -50,28 +54,36 @@ def top_influences(
 
     Returns:
         values [m, k], influences in that order, and indices [m, k] int64 of the samples; of equal
-        ones the lower index first.
+        ones the lower index first. Of samples that processes share, indices are among those of all,
+        in the order of the ranks, and queries have to be the same in each process.
 
     Raises:
-        InputError: as :func:`imu_fast.pairwise_influence`; k is out of range; samples are shared
-            among processes.
+        InputError: as :func:`imu_fast.pairwise_influence`; k is out of range.
     """
     check_choice("by", by, get_args(By))
     all_layers, asked = as_layers(source, "source"), as_layers(queries, "queries")
     if len(all_layers) != len(asked):
         raise InputError(f"queries has {len(asked)} layers, source {len(all_layers)}")
     check_like("queries", all_layers, asked)
-    check_whole("source", all_layers[0])
+    shared = all_layers[0] if isinstance(all_layers[0], ShardedFactors) else None
     n = all_layers[0].n
     if check_count("k", k) > n:
         raise InputError(f"k={k} is more than the {n} samples of source; pass at most {n}")
     spec = curvature_of_pairs(all_layers, curvature, {"damping": damping, **options})
     whole = [in_memory(query, "queries") for query in asked]
+    if shared is not None:
+        said(shared, f"top_influences(k={k}, by={by!r})")
+        for query in whole:
+            the_same("queries", query.delta, shared)
+            the_same("queries", query.act, shared)
     m, step = whole[0].n, max(1, _ELEMENTS // n)
     values, indices = [], []
     for first in range(0, m, step):
         some = [query.samples(first, min(first + step, m)) for query in whole]
-        found = pairwise_influence(all_layers, some, curvature=spec).T
+        found = pairwise_influence(all_layers, some, curvature=spec)
+        if shared is not None:
+            found = distributed.rows_of_all(found, shared.group)
+        found = found.T
         keys = found.abs() if by == "magnitude" else found
         order = torch.sort(keys, dim=1, descending=by != "helpful", stable=True).indices[:, :k]
         values.append(found.gather(1, order))

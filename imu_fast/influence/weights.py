@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
+from imu_fast import distributed
 from imu_fast.errors import (
     EmptySelectionError,
     InputError,
@@ -18,6 +20,7 @@ from imu_fast.errors import (
     check_seed,
     check_tensor,
 )
+from imu_fast.factors.operands import Array, tensor_of
 
 QUANTILE_OVER = ("kept", "all")
 # Numbers up to one, and their differences from one, are known to this.
@@ -25,7 +28,7 @@ _ROUNDING = Fraction(1, 2**52)
 
 
 def influence_weights(
-    scores: Tensor,
+    scores: Array,
     top_fraction: float = 1.0,
     clip_quantile: float = 0.93,
     *,
@@ -33,6 +36,7 @@ def influence_weights(
     on_empty: str = "error",
     permute: bool = False,
     seed: int = 0,
+    group: distributed.Group = None,
 ) -> tuple[Tensor, Tensor]:
     """Select the samples that support forgetting, and weigh them (IMU, arXiv 2508.01620).
 
@@ -42,7 +46,7 @@ def influence_weights(
     fraction is that number: 0.29 of 100 samples are 29, though ``int(0.29 * 100)`` is 28.
 
     Args:
-        scores: [n], floating.
+        scores: [n], floating; an array of numpy or a list will do.
         top_fraction: in (0, 1]. clip_quantile: in (0, 1]; 1 clips nothing.
         quantile_over: the weights whose quantile it is: the ``"kept"`` ones, or ``"all"`` n, zero
             where not kept, as the authors' code for language models (TOFU) has it.
@@ -50,16 +54,36 @@ def influence_weights(
             sample, with a warning.
         permute: shuffle the weights among the selected samples (by ``seed``): the random-weights
             control with the same distribution.
+        group: of ``torch.distributed``: scores are of this process's samples, [0] where it has
+            none, and the selection and the quantile are among those of all.
 
     Returns:
         indices [k] int64, positions in the scores' order, and weights [k] in the scores' dtype;
-        both by descending magnitude of the influence, ties in the scores' order.
+        both by descending magnitude of the influence, ties in the scores' order. With ``group``
+        the selected ones of this process, by their positions in its scores; there may be none.
 
     Raises:
         EmptySelectionError: nothing is negative and ``on_empty="error"``.
         InputError: scores not [n] floating and finite, a fraction outside (0, 1], or a quantile
             over all that is zero, so that it would clip every weight to nothing.
     """
+    if group is not None:
+        return _of_all(
+            scores,
+            group,
+            lambda whole: influence_weights(
+                whole,
+                top_fraction,
+                clip_quantile,
+                quantile_over=quantile_over,
+                on_empty=on_empty,
+                permute=permute,
+                seed=seed,
+            ),
+            f"influence_weights({top_fraction}, {clip_quantile}, {quantile_over!r}, {on_empty!r}, "
+            f"permute={permute}, seed={seed})",
+        )
+    scores = tensor_of("scores", scores)
     check_tensor("scores", scores, "floating", "[n]")
     if scores.dim() != 1 or scores.numel() == 0 or not scores.is_floating_point():
         raise InputError(
@@ -101,6 +125,25 @@ def influence_weights(
         generator = torch.Generator().manual_seed(seed)
         weights = weights[torch.randperm(len(weights), generator=generator).to(weights.device)]
     return indices, weights
+
+
+def _of_all(
+    given: Array,
+    group: distributed.Group,
+    select: Callable[[Tensor], tuple[Tensor, Tensor]],
+    said: str,
+) -> tuple[Tensor, Tensor]:
+    """What is selected of all processes' scores, as far as it is of this one's."""
+    distributed.check_group(group)
+    with distributed.together(said, group):
+        scores = tensor_of("scores", given)
+        if scores.dim() != 1:
+            raise InputError(f"scores has shape {tuple(scores.shape)}; pass a floating [n]")
+        counts = distributed.gather(len(scores), group)
+        first = sum(counts[: distributed.rank_of(group)])
+        indices, weights = select(distributed.rows_of_all(scores, group))
+        own = (indices >= first) & (indices < first + len(scores))
+        return indices[own] - first, weights[own]
 
 
 def _quantile(descending: Tensor, count: int, q: float) -> Tensor:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from torch import nn
 from typing_extensions import Unpack
 
-from imu_fast.errors import InputError, check_finite_rows
+from imu_fast.distributed import Group
+from imu_fast.errors import InputError, NoSamplesError, check_finite_rows
 from imu_fast.factors.gradient_factors import HeadFactors
+from imu_fast.factors.sharded import ShardedFactors
 from imu_fast.model.batches import device_of, empty_message, warn_of_order
 from imu_fast.model.expectation import Expectation, check_one_group
 from imu_fast.model.features import HeadCapture
 from imu_fast.model.features import HeadFeatures as HeadFeatures
 from imu_fast.model.guard import door
 from imu_fast.model.head import LinearLayer, resolve
+from imu_fast.model.kept import bytes_of
 from imu_fast.model.layers import LayerFactors, capture_layers
 from imu_fast.model.loss import check_labelled
 from imu_fast.model.reading import Reading, ReadingOptions
 from imu_fast.model.run import evaluated, full_precision, read
 from imu_fast.model.selection import selected
+from imu_fast.model.shared import shared_factors, shared_features
 from imu_fast.ops.tokens import is_flat
 
 
@@ -34,14 +38,15 @@ def _capture_head(
     head: Any,
     reading: Reading,
     progress: bool,
+    max_memory: int | None = None,
 ) -> HeadCapture:
     warn_of_order(loader)
-    seen = HeadCapture(model, _explicit(model, head), reading)
+    seen = HeadCapture(model, _explicit(model, head), reading, max_memory)
     with evaluated(model) as run:
         for batch in read(model, loader, progress):
             seen.add(run, batch)
     if not seen.samples:
-        raise InputError(empty_message(loader))
+        raise NoSamplesError(empty_message(loader))
     check_labelled(int(seen.offsets[-1]), seen.samples, seen.loss)
     seen.finish()
     return seen
@@ -70,6 +75,7 @@ def capture_features(
     head: Any = "head",
     *,
     progress: bool = False,
+    group: Group = None,
     **reading: Unpack[ReadingOptions],
 ) -> HeadFeatures:
     """The classifier's inputs over a loader, in one batched forward pass in evaluation mode.
@@ -78,6 +84,8 @@ def capture_features(
         loader: DataLoader, iterable of ``(inputs, labels)`` or dict batches, or tensors (X, y).
         head: ``"head"``: the linear layer whose output is the model's logits, found while the
             first batch runs; or a module, or its name, which must produce the logits.
+        group: of ``torch.distributed``: each process reads its own part of the data, some may have
+            none, and all get the features of all, in the order of the ranks.
         reading: how the model is read.
 
             * ``output``: where the logits are in what the model returns: a key, an attribute, an
@@ -97,6 +105,13 @@ def capture_features(
         NoHeadFoundError: no linear layer, or not the given one, produces the logits, or it is
             not ``act W^T + b``.
     """
+    if group is not None:
+        return shared_features(
+            model,
+            loader,
+            group,
+            lambda part: capture_features(model, part, head, progress=progress, **reading),
+        )
     how = Reading.of("capture_features()", reading).following(model)
     found = _capture_head(model, loader, head, how, progress).features()
     whose = len(found.features) == len(found.offsets) - 1 and is_flat(found.offsets)
@@ -104,18 +119,52 @@ def capture_features(
     return found
 
 
-@door
+Wanted = str | nn.Module | Sequence[str | nn.Module]
+Captured = HeadFactors | LayerFactors | list[LayerFactors]
+
+
+@overload
 def capture(
     model: nn.Module,
     loader: Any,
-    layers: str | nn.Module | Sequence[str | nn.Module] = "head",
+    layers: Wanted = "head",
     *,
     fisher: Literal["exact", "sampled"] | None = None,
     draws: int | None = None,
     seed: int | None = None,
     progress: bool = False,
+    group: None = None,
+    max_memory: int | str | None = None,
     **reading: Unpack[ReadingOptions],
-) -> HeadFactors | LayerFactors | list[LayerFactors]:
+) -> Captured: ...
+@overload
+def capture(
+    model: nn.Module,
+    loader: Any,
+    layers: Wanted = "head",
+    *,
+    fisher: Literal["exact", "sampled"] | None = None,
+    draws: int | None = None,
+    seed: int | None = None,
+    progress: bool = False,
+    group: Group,
+    max_memory: int | str | None = None,
+    **reading: Unpack[ReadingOptions],
+) -> ShardedFactors | list[ShardedFactors]: ...
+@door
+def capture(
+    model: nn.Module,
+    loader: Any,
+    layers: Wanted = "head",
+    *,
+    fisher: Literal["exact", "sampled"] | None = None,
+    draws: int | None = None,
+    seed: int | None = None,
+    progress: bool = False,
+    group: Group = None,
+    max_memory: int | str | None = None,
+    **reading: Unpack[ReadingOptions],
+) -> Captured | ShardedFactors | list[ShardedFactors]:
     """Gradient factors of a model's head, or of any of its linear layers.
 
     The head is the linear layer whose outputs are the logits, or become them by steps that do not
@@ -137,6 +186,13 @@ def capture(
             needs none, and ``fisher="empirical"`` of these curvatures takes the data's labels.
         draws, seed: of ``"sampled"``: labels drawn at each position (1), and their seed (0): the
             same samples in the same order have the same draws, in whatever batches.
+        group: of ``torch.distributed``, such as ``torch.distributed.group.WORLD``: each process
+            captures its own part of the data, some may have none, and what comes of it are
+            :class:`imu_fast.ShardedFactors`, whose sums are over all.
+        max_memory: bytes, or a text such as ``"1.5GiB"``, of a head's capture on the CPU and what
+            is made of it: features go to a temporary file (of TMPDIR) where they would take more
+            than a quarter, and the signal is made where it is needed. Of each process, with
+            ``group``. At least 512 MiB; batches and the model itself are not counted.
         reading: ``output``, ``loss`` and its options, as in :func:`capture_features`.
 
     Returns:
@@ -146,10 +202,30 @@ def capture(
         stored. Of a convolution, UnfoldedFactors, which keep its inputs as they are, but of a
         grouped one whose gradients [C, D] are smaller than these, as of a depthwise one: those.
         Their ``labels`` are None where the loss's curvature in the layer's outputs is not known.
+        With ``group`` ShardedFactors of these, or a list.
 
     Raises:
-        As :func:`capture_features`; also where rows of a layer belong to no single sample.
+        As :func:`capture_features`; also where rows of a layer belong to no single sample. With
+        ``group``, where processes have other weights, layers or dtypes: in all of them.
     """
+    limit = None if max_memory is None else bytes_of("max_memory", max_memory)
+    if limit is not None and layers != "head":
+        raise InputError(
+            f"max_memory={max_memory!r} is of layers='head', whose inputs a file can hold; leave "
+            "it out, or capture fewer samples at a time"
+        )
+    if group is not None:
+        if fisher is not None or draws is not None or seed is not None:
+            raise InputError(
+                f"fisher={fisher!r} with group: its signals are of one process; leave one of the "
+                "two out"
+            )
+
+        def own() -> Captured:
+            more: Any = dict(reading, max_memory=max_memory)
+            return capture(model, loader, layers, progress=progress, **more)
+
+        return shared_factors(model, group, own)
     how = Reading.of("capture()", reading).following(model)
     expectation = Expectation.of(fisher, draws, seed)
     if isinstance(layers, str) and layers == "head":
@@ -158,7 +234,7 @@ def capture(
                 f"fisher={fisher!r} with layers='head', whose curvature is in closed form; leave "
                 "fisher out, or name the layer"
             )
-        found = _capture_head(model, loader, "head", how, progress)
+        found = _capture_head(model, loader, "head", how, progress, limit)
         found.say()
         with full_precision(device_of(model)):
             return found.factors()

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from imu_fast.errors import InputError, NoHeadFoundError, check_finite_rows
 from imu_fast.factors.gradient_factors import GradientFactors, HeadFactors
-from imu_fast.losses.base import Loss
+from imu_fast.losses.cross_entropy import CrossEntropy
 from imu_fast.losses.output_curvature import StoredCurvature
 from imu_fast.model import head as heads
 from imu_fast.model.between import Between, Piece, bias_columns, plain_piece, side_by_side
 from imu_fast.model.calls import Seen
 from imu_fast.model.causal import settled
 from imu_fast.model.head import LinearLayer, no_head, say_of_weight, shared_with
+from imu_fast.model.head_features import HeadFeatures as HeadFeatures
 from imu_fast.model.independence import SampleChecks, some_samples
+from imu_fast.model.kept import Rows
 from imu_fast.model.logits import chosen
 from imu_fast.model.loss import Targets, targets_of
 from imu_fast.model.reading import Reading
@@ -31,57 +33,6 @@ from imu_fast.model.verify import LinearChecks
 logger = logging.getLogger("imu_fast")
 
 
-@dataclass(frozen=True)
-class HeadFeatures:
-    """What a linear head saw.
-
-    Attributes:
-        name: of the layer; of several that make the logits together, joined by ``+``.
-        head: a linear layer with ``head(features)`` the logits, where ``linear``. It is the model's
-            own, or shares its memory (a 1x1 convolution's), unless ``write_back`` says otherwise.
-        features: [N, d], the head's inputs, in the model's dtype unless they had to be computed.
-        labels: [N] int64, or [N, C] where the loss has a label for each output.
-        offsets: [n+1] int64 on the CPU, tokens of each sample.
-        linear: whether ``head(features)`` is the model's logits. If not, features are only what
-            the layer saw (rows need not be one per label), and ``between`` says what follows.
-        between: what stands between the head's output and the logits; empty if nothing.
-        write_back: why writing ``head.weight`` is not enough to change the model's logits to
-            ``head(features)``; empty if it is.
-        parts: the layers themselves, each with its columns of ``[features, 1]``'s weight.
-        output: where the logits are in the model's output, for ``logits_of(..., choice=output)``.
-        computed: the dtype in which the model computes the head, coarser than the weight's where
-            its forward has an autocast of its own.
-        sequences: whether a sample has labels at positions, and not one of its own.
-        loss: that of one row and its label.
-    """
-
-    name: str
-    head: nn.Linear
-    features: Tensor
-    labels: Tensor
-    offsets: Tensor
-    linear: bool = True
-    between: str = ""
-    write_back: str = ""
-    parts: tuple[tuple[LinearLayer, slice], ...] = ()
-    output: Any = None
-    computed: torch.dtype = torch.float64
-    sequences: bool = False
-    loss: Loss | None = None
-
-    @property
-    def plain(self) -> bool:
-        """Whether the model ends in this layer and in nothing else: it may be trained alone."""
-        return not self.why
-
-    @property
-    def why(self) -> str:
-        """Why not ``plain``; empty if it is."""
-        if self.between:
-            return f"between the head {self.name!r} and the logits: {self.between}"
-        return self.write_back
-
-
 class HeadCapture:
     """What the batches say of the head, one after another."""
 
@@ -90,8 +41,11 @@ class HeadCapture:
         model: nn.Module,
         explicit: Sequence[LinearLayer],
         reading: Reading,
+        max_memory: int | None = None,
     ) -> None:
         self.model, self.explicit, self.reading = model, explicit, reading
+        self.max_memory = max_memory
+        self._acts = Rows(None if max_memory is None else max_memory // 2)
         self.pieces: list[Piece] = []
         self.samples = 0
         self._checks = LinearChecks()
@@ -127,8 +81,23 @@ class HeadCapture:
             if not self.samples:
                 raise
             raise type(error)(f"samples from {self.samples} on: {error}") from None
-        self.pieces.append(piece)
+        self.pieces.append(piece if self.max_memory is None else self._moved(piece))
         self.samples += len(piece.counts)
+
+    def _moved(self, piece: Piece) -> Piece:
+        """The piece without its features, which :class:`Rows` keep.
+
+        Raises:
+            InputError: it has more than features.
+        """
+        if piece.kind != "plain":
+            raise InputError(
+                f"max_memory: between the head {self.head.name!r} and the logits: "
+                f"{piece.steps or 'rows that move'}, so that more than its features is kept of "
+                "each sample; leave max_memory out"
+            )
+        self._acts.add(piece.act)
+        return replace(piece, act=piece.act[:0].clone())
 
     def _probe(self, run: Run, batch: Batch) -> None:
         """Look at some samples of a first batch whose logits are large.
@@ -309,9 +278,19 @@ class HeadCapture:
         head, only, offsets = self.head, self.only, self.offsets
         labels = torch.cat([piece.labels for piece in self.pieces])
         if only is not None and all(piece.kind == "plain" for piece in self.pieces):
-            act = torch.cat([piece.act for piece in self.pieces])
+            stored = self.max_memory is not None
+            act = self._acts.tensor() if stored else torch.cat([p.act for p in self.pieces])
+            self._acts, self.pieces = Rows(None), []
+            implicit = self._implicit(len(act) * len(only.weight) * act.itemsize, labels)
             return GradientFactors.from_head(
-                act, only.weight, only.bias, labels, offsets, loss=self.loss, name=head.name
+                act,
+                only.weight,
+                only.bias,
+                labels,
+                offsets,
+                loss=self.loss,
+                name=head.name,
+                implicit=implicit,
             )
         done = [self._with_signal(piece) for piece in self.pieces]
         delta = torch.cat([piece.delta for piece in done])
@@ -329,6 +308,19 @@ class HeadCapture:
             loss=None if tokens else self.loss,
             curvature=None if tokens else _joined([piece.curvature for piece in done]),
         )
+
+    def _implicit(self, size: int, labels: Tensor) -> bool | None:
+        """Whether a signal of so many bytes has to be made where it is needed; None: as usual."""
+        if self.max_memory is None or 4 * size <= self.max_memory:
+            return None
+        plain = isinstance(self.loss, CrossEntropy) and self.loss.plain and labels.dim() == 1
+        if not plain:
+            raise InputError(
+                f"max_memory: the signal of {self.loss!r} is stored, {size / 1e9:.1f} GB; it is "
+                "made anew where it is needed of a plain loss='cross_entropy' alone. Raise "
+                f"max_memory to {4 * size}, or take fewer samples"
+            )
+        return True
 
     def _with_signal(self, piece: Piece) -> _Signal:
         """delta and losses, also of a piece that left them to be computed from the features."""

@@ -20,7 +20,7 @@ def innermost(model: nn.Module) -> nn.Module:
     while True:
         inner = getattr(model, "_orig_mod", None)
         wraps = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
-        if wraps or type(model).__name__ == "FullyShardedDataParallel":
+        if wraps:
             inner = model.module
         if not isinstance(inner, nn.Module):
             return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from imu_fast.ambient import finish, plain_torch
 from imu_fast.errors import InputError, brief
+from imu_fast.factors.joint import joined
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,14 +45,20 @@ def exclusive(model: nn.Module) -> Iterator[None]:
 
 
 def door(function: Callable[P, R]) -> Callable[P, R]:
-    """For functions whose first argument may be a model: :func:`exclusive` and plain arithmetic."""
+    """For functions whose first argument may be a model: :func:`exclusive` and plain arithmetic.
+
+    Of samples that processes share, an error in one is that of all.
+    """
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         model = args[0] if args else kwargs.get("model", kwargs.get("source"))
         with ExitStack() as stack:
+            if (step := joined(function, args, kwargs)) is not None:
+                stack.enter_context(step)
             if isinstance(model, nn.Module):
                 check_modes(model)
+                check_whole_parameters(model)
                 stack.enter_context(exclusive(model))
                 stack.enter_context(plain_torch(_devices(model)))
             else:
@@ -98,6 +106,31 @@ def check_modes(model: nn.Module) -> None:
             ) from error
         except ValueError:  # no signature to be had
             continue
+
+
+def check_whole_parameters(model: nn.Module) -> None:
+    """Raise InputError where processes hold a part of each parameter.
+
+    Their forward passes are collective: each process would have to make as many, and how many are
+    made here follows from the data.
+    """
+    if "torch.distributed" not in sys.modules:
+        return
+    for module in model.modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise _sharded("model", "FullyShardedDataParallel")
+    for name, parameter in model.named_parameters():
+        if type(parameter).__name__ == "DTensor":
+            raise _sharded(f"model: {name}", "a DTensor, of fully_shard or tensor parallelism")
+
+
+def _sharded(what: str, kind: str) -> InputError:
+    return InputError(
+        f"{what} is {kind}: each process holds a part of the weights, and influence needs them "
+        "whole; load the full state (torch.distributed.checkpoint.state_dict.get_model_state_dict "
+        "with full_state_dict=True) into a plain model in each process, and share the samples by "
+        "group="
+    )
 
 
 Modes = list[tuple[nn.Module, bool]]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from imu_fast.errors import InputError, check_finite_rows
+from imu_fast.errors import InputError, NoSamplesError, check_finite_rows
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.unfolded import UnfoldedFactors
 from imu_fast.model.called import from_sample
@@ -265,7 +265,7 @@ class LayersCapture:
 
     def factors(self) -> list[LayerFactors]:
         if not self.samples:
-            raise InputError("loader is empty; pass at least one batch of forget samples")
+            raise NoSamplesError("loader is empty; pass at least one batch of forget samples")
         labelled = torch.cat(self.samples)
         check_labelled(int(labelled.sum()), len(labelled), self.reading.loss)
         self._checks.finish()

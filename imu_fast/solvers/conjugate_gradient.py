@@ -118,10 +118,12 @@ def refine(
             scale = residual[active].flatten(1).norm(dim=1).view(column)
             scale = scale.where(scale > 0, 1.0)
             goal = tolerance / float(relative[active].max())
-            correction, iterations = approximate(residual[active] / scale, goal)
+            # In place of the copies that indexing makes: these are the memory of a solve.
+            correction, iterations = approximate(residual[active].div_(scale), goal)
             total += iterations
-            candidate = x[active] + correction.double() * scale
-            new_residual = v[active] - apply64(candidate)
+            candidate = x[active].add_(correction.double() * scale)
+            del correction
+            new_residual = v[active].sub_(apply64(candidate))
             new = new_residual.flatten(1).norm(dim=1) / norms[active].where(norms[active] > 0, 1.0)
             better, old = new < relative[active], relative[active]
             rows = active[better]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from imu_fast.backend import record_backends
+from imu_fast.distributed import Group
 from imu_fast.errors import InputError, check_flag, check_seed
 from imu_fast.model.batches import ForgetSet, as_batches, rereadable
 from imu_fast.model.causal import settled_on
@@ -30,6 +31,7 @@ from imu_fast.unlearning.identity import of_data, of_forget_set, of_model
 from imu_fast.unlearning.method import Job, Method
 from imu_fast.unlearning.named import METHODS, MethodName, MethodOptions
 from imu_fast.unlearning.result import UnlearnResult
+from imu_fast.unlearning.shared import unlearn_shared
 from imu_fast.unlearning.subject import naming
 from imu_fast.unlearning.trajectory import Callback
 
@@ -59,6 +61,7 @@ def unlearn(
     seed: int = 0,
     progress: bool = False,
     inplace: bool = True,
+    group: Group = None,
     **options: Unpack[UnlearnOptions],
 ) -> UnlearnResult:
     """Make a model forget, with the forget set only (IMU, arXiv 2508.01620).
@@ -88,6 +91,9 @@ def unlearn(
             methods that have epochs.
         seed: of the batch order, dropout, wrong labels and permuted weights.
         inplace: change the user's model; otherwise a copy.
+        group: of ``torch.distributed``: each process has its own part of ``data`` and of watched
+            sets, and all change alike, as one process with all of it would. For methods that change
+            a head alone; callbacks and checkpoints are the first process's.
         options: of the named method, flat; an object has its own. An option that the method does
             not have is an error that lists those it has. None is the default. Those of ``Ascent``:
 
@@ -144,6 +150,24 @@ def unlearn(
     how = METHODS.choose(method, **own)
     if callback is not None and not callable(callback):
         raise InputError(f"callback={callback!r} cannot be called; pass a function of a record")
+    if group is not None:
+        return unlearn_shared(
+            unlearn,
+            model,
+            data,
+            how,
+            reading,
+            group,
+            rules=(stop, milestones),
+            watch=watch or {},
+            inplace=inplace,
+            on_milestone=on_milestone,
+            callback=callback,
+            checkpoint=checkpoint,
+            resume=resume,
+            seed=seed,
+            progress=progress,
+        )
     forget: ForgetSet | None = None
     if isinstance(how, Auto):
         forget = ForgetSet(data, how.batches_of, model)

@@ -22,6 +22,20 @@ def gradients(f):
     return reference.sample_gradients(f.delta, f.act, f.offsets, f.has_bias).flatten(1)
 
 
+@pytest.mark.parametrize("case", [CASES[1], CASES[7], CASES[8]], ids=lambda case: case.why)
+def test_some_samples_at_a_time(case, monkeypatch):
+    """Factors in float32 are made float64 by the piece."""
+    f = make(case, torch.float32)
+    v = torch.randn(case.classes, f.width, dtype=torch.float64)
+    whole = imu.fit("fisher", f.to(dtype=torch.float64), tolerance=1e-12)
+    monkeypatch.setattr(sys.modules["imu_fast.curvature.fisher"], "_ELEMENTS", 3 * 12)
+    pieces = imu.fit("fisher", f, tolerance=1e-12)
+    for name in ("product", "solve"):
+        found, truth = getattr(pieces, name)(v), getattr(whole, name)(v)
+        torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(pieces.diagonal(), whole.diagonal(), rtol=1e-12, atol=1e-15)
+
+
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 @pytest.mark.parametrize("damping", [1e-1, 1e-4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -239,10 +239,6 @@ def test_what_a_file_cannot_hold_is_refused_before_it_is_written(tmp_path, monke
     with pytest.raises(InputError, match="loss=Mine.*, which no file can name"):
         imu.fit("ggn", mine).save(tmp_path / "m")
     imu.fit("kfac", mine).save(tmp_path / "k")
-    shared = Pieces(f, 2)
-    shared.n_here = 3
-    with pytest.raises(InputError, match=r"shared among processes \(3 of 13"):
-        imu.fit("ggn_block", shared).save(tmp_path / "m")
     monkeypatch.setattr(sys.modules["imu_fast.factors.chunked"], "MAX_GATHERED", 100)
     with pytest.raises(InputError, match="holds its samples' factors, which are .* GB"):
         imu.fit("ggn", f).save(tmp_path / "m")

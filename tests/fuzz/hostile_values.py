@@ -39,8 +39,6 @@ _INTEGERS = [getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits i
 WRONG: dict[str, Callable[[Tensor], Any]] = {
     "none": lambda t: None,
     "string": lambda t: "features",
-    "list": lambda t: t.tolist(),
-    "array": lambda t: t.detach().numpy(),
     "number": lambda t: 3,
     "object": lambda t: object(),
     "empty": lambda t: t[:0],
@@ -58,6 +56,8 @@ WRONG: dict[str, Callable[[Tensor], Any]] = {
 }
 # Right, or refused.
 ODD: dict[str, Callable[[Tensor], Any]] = {
+    "list": lambda t: t.tolist(),
+    "array": lambda t: t.detach().numpy(),
     "requires_grad": lambda t: t.double().requires_grad_() if t.is_floating_point() else t,
     "subclass": lambda t: t.as_subclass(Plain),
     "parameter": lambda t: torch.nn.Parameter(t, requires_grad=False),

@@ -237,7 +237,7 @@ def test_a_quantile_that_would_clip_everything_to_zero_is_refused():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(scores=[-1.0]), "scores is a list"),
+        (dict(scores=None), "scores is a NoneType"),
         (dict(scores=torch.zeros(0)), r"scores has shape \(0,\)"),
         (dict(scores=torch.zeros(2, 2)), r"scores has shape \(2, 2\)"),
         (dict(scores=torch.tensor(-1.0)), r"scores has shape \(\)"),

@@ -43,7 +43,7 @@ def test_the_example_of_shared_samples_runs():
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", str(EXAMPLES / "sharded_scores.py")),
+            *("--nproc-per-node", "2", str(EXAMPLES / "torchrun_scores.py")),
         ],
         capture_output=True,
         text=True,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from imu_fast.curvature.base import gradient_slabs
 from imu_fast.curvature.ggn.costs import dense_orders
 from imu_fast.curvature.ggn.dense import contrasts, dual_blocks, primal_blocks
+from imu_fast.curvature.gradients import gradient_slabs
 from imu_fast.errors import SingularMatrixError
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.probabilities import augmented
@@ -44,6 +44,7 @@ class Direct:
         self._made: dict[tuple[str, torch.dtype], DampedCholesky] = {}
         self.made: str | None = None
         self._weighted_norms: float | None = None
+        self._all: GradientFactors | None = None
 
     def weighted_norms(self) -> float:
         """``1/n sum_t size_t ||a~_t||^2``: at least the trace of the undamped M, twice its norm."""
@@ -82,7 +83,9 @@ class Direct:
         return [in_float32, *wide]
 
     def _whole(self) -> GradientFactors:
-        return in_memory(self._source, "solver='dual'")
+        if self._all is None:
+            self._all = in_memory(self._source, "solver='dual'")
+        return self._all
 
     def _features(self, chunk: GradientFactors, dtype: torch.dtype) -> Tensor:
         return augmented(chunk.act, chunk.has_bias, dtype)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from imu_fast.curvature.base import Fitted, Layer, Saved, check_whole, self_influence
+from imu_fast import distributed
+from imu_fast.curvature.base import Fitted, Layer, Saved, self_influence
 from imu_fast.curvature.gauss_newton import GaussNewton, signals_of, warn_of_rounding
 from imu_fast.curvature.ggn.costs import (
     MAX_DENSE_ORDER,
@@ -25,6 +26,7 @@ from imu_fast.errors import InputError, check_finite_rows, check_positive, one_o
 from imu_fast.factors.chunked import pack_chunks, unpack_chunks
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.probabilities import output_curvature
+from imu_fast.factors.sharded import ShardedFactors
 from imu_fast.factors.source import Factors, Remembered
 from imu_fast.factors.statistics import ggn_diagonal, trace
 from imu_fast.losses.output_curvature import OutputCurvature, Softmax
@@ -72,8 +74,7 @@ class GGN(GaussNewton):
 
         Raises:
             InputError: no curvature of the loss is known; a dense solver beyond MAX_DENSE_ORDER;
-                "dual" where samples are shared among processes; lam relative to a mean that is
-                zero or not finite.
+                lam relative to a mean that is zero or not finite.
         """
         factors = self.expected(factors)
         if (found := signals_of(factors)) is not None:
@@ -88,8 +89,6 @@ class GGN(GaussNewton):
                 f"solver={self.solver!r} needs {what} of order {order}; use 'cg' beyond "
                 f"{MAX_DENSE_ORDER}"
             )
-        if self.solver == "dual":
-            check_whole("solver='dual': factors", factors)
         chosen: str = self.preconditioner
         if chosen == "auto":
             chosen = choose_preconditioner(*sizes)
@@ -155,6 +154,11 @@ class FittedGGN(Fitted):
         self.direct = Direct(factors, outputs, form, damping)
         self.iterative = Iterative(self._product, factors, outputs, damping, preconditioner)
 
+    @property
+    def reads(self) -> Factors:
+        """Those that M is of."""
+        return self._factors
+
     def _product(self, v: Tensor) -> Tensor:
         n = self._factors.n
 
@@ -174,9 +178,8 @@ class FittedGGN(Fitted):
         if self.direct.made:
             return self.direct.made
         f = self._factors
-        whole = f.n_here == f.n
         sizes = (f.num_tokens, f.num_classes, f.width)
-        return choose_solver(*sizes, solves, dual=whole, form=self._form)
+        return choose_solver(*sizes, solves, form=self._form)
 
     def _solve(self, v: Tensor, out: Tensor | None) -> Tensor:
         many = v if v.dim() == 3 else v[None]
@@ -229,19 +232,14 @@ class FittedGGN(Fitted):
     def _self_influence(self, factors: Factors) -> Tensor:
         """``g_i^T M^-1 g_i``: [n]; all at once where M is dense, else by one solve each.
 
-        Raises:
-            InputError: by one solve each, and M is of samples that are shared among processes.
+        Processes that share M's samples make the solves of all of them in step.
         """
-        bound = self.direct.backward_error()
-        if self._choose(factors.n) != "primal" or bound > self.tolerance:
-            if any(f.n_here != f.n for f in (factors, self._factors)):
-                raise InputError(
-                    "self-influence by one solve per sample, which processes that share samples "
-                    "cannot do in step; use solver='primal' with a tolerance of at least "
-                    f"{bound:.2g} where its order is at most {MAX_DENSE_ORDER}, or 'ggn_block' or "
-                    "'kfac'"
-                )
-            values, self.residual = self_influence(self, factors)
-            return values
+        bound, solves = self.direct.backward_error(), factors.n
+        if isinstance(self.reads, ShardedFactors):
+            solves = max(distributed.gather(solves, self.reads.group))
+        if self._choose(solves) != "primal" or bound > self.tolerance:
+            each, own = self._of_all(factors)
+            values, self.residual = self_influence(self, each)
+            return values[own]
         self.residual, self.iterations = bound, 0
         return self.direct.self_influence(factors)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from imu_fast.curvature.base import Fitted, Layer, Saved, check_whole, self_influence
+from imu_fast.curvature.base import Fitted, Layer, Saved, self_influence
 from imu_fast.curvature.gauss_newton import signal_gradients
 from imu_fast.curvature.ggn.costs import (
     ASSUMED_ITERATIONS,
@@ -17,6 +17,7 @@ from imu_fast.curvature.ggn.costs import (
     choose_preconditioner,
 )
 from imu_fast.curvature.ggn.iterative import Iterative
+from imu_fast.curvature.in_step import check_whole
 from imu_fast.errors import InputError, check_finite_rows
 from imu_fast.factors.chunked import pack_chunks, unpack_chunks
 from imu_fast.factors.gradient_factors import GradientFactors

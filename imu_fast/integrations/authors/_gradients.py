@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from imu_fast.curvature.base import gradients, scores
+from imu_fast.curvature.base import scores
 from imu_fast.curvature.fisher_diag import DampingMode, FisherDiag
+from imu_fast.curvature.gradients import gradients
 from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.source import in_memory

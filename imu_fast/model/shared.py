@@ -1,0 +1,152 @@
+"""Captures of what each process of a group has, made one set of samples."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imu_fast import distributed
+from imu_fast.errors import InputError, NoSamplesError
+from imu_fast.factors.sharded import ShardedFactors
+from imu_fast.factors.source import Factors
+from imu_fast.model.batches import as_batches
+from imu_fast.model.features import HeadFeatures
+from imu_fast.model.forward import innermost
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def check_same_model(model: Any, group: distributed.Group) -> None:
+    """Raise InputError where processes have other weights or buffers: compared bit by bit, summed.
+
+    Buffers make features, too: DistributedDataParallel leaves each process the running statistics
+    of its own last batch.
+    """
+    sums = checksums(model) if isinstance(model, nn.Module) else {}
+    digest = hashlib.blake2b(repr(sums).encode(), digest_size=16).hexdigest()
+    if len(set(distributed.gather(digest, group))) == 1:
+        return
+    found = distributed.gather(sums, group)
+    names = list(dict.fromkeys(name for one in found for name in one))
+    odd = [name for name in names if any(one.get(name) != found[0].get(name) for one in found)]
+    raise InputError(
+        f"model: {odd[0]} (and {len(odd) - 1} others) differs among the processes, which share "
+        "samples of one model; load the same state in each, or copy the first one's: "
+        "for t in model.state_dict().values(): torch.distributed.broadcast(t, 0)"
+    )
+
+
+def checksums(model: nn.Module) -> dict[str, Any]:
+    """Of each parameter and buffer: shape, dtype, and the sum of its bits."""
+    inner = innermost(model)
+    return {name: _checksum(x) for name, x in (*inner.named_parameters(), *inner.named_buffers())}
+
+
+def _checksum(tensor: Tensor) -> Any:
+    kind = (tuple(tensor.shape), str(tensor.dtype))
+    flat = tensor.detach()
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+        return kind
+    flat = torch.view_as_real(flat) if flat.is_complex() else flat
+    bits = flat.contiguous().flatten().view(_BITS[flat.itemsize])
+    return (*kind, int(bits.sum(dtype=torch.int64)))
+
+
+def shared_factors(
+    model: Any, group: distributed.Group, capture: Callable[[], Any]
+) -> ShardedFactors | list[ShardedFactors]:
+    """What ``capture`` gives in each process, or NoSamplesError in some, as one set.
+
+    Raises:
+        InputError: models, layers or dtypes differ, one process's data is refused, or there is none
+            at all.
+    """
+    check_same_model(model, group)
+    found: Any = None
+    try:
+        found = capture()
+    except NoSamplesError:
+        pass
+    several = len(found) if isinstance(found, list) else 0
+    counts = distributed.gather(None if found is None else several, group)
+    known = {count for count in counts if count is not None}
+    if not known:
+        raise InputError("loader is empty in every process; pass at least one sample in all")
+    if len(known) > 1:
+        raise InputError(f"layers: processes capture {counts} of them; name the same in each")
+    count = known.pop()
+    layers: list[Factors | None] = [None] * max(1, count)
+    if found is not None:
+        layers = found if count else [found]
+    shared = [ShardedFactors(layer, group) for layer in layers]
+    return shared if count else shared[0]
+
+
+def shared_features(
+    model: Any, loader: Any, group: distributed.Group, capture: Callable[[Any], HeadFeatures]
+) -> HeadFeatures:
+    """The head's inputs of all processes in each of them, in the order of the ranks.
+
+    A process without samples reads one of another's, to find the head, and leaves it out.
+
+    Args:
+        capture: of any form of data.
+
+    Raises:
+        InputError: as :func:`shared_factors`.
+    """
+    check_same_model(model, group)
+    found: HeadFeatures | None = None
+    try:
+        found = capture(loader)
+    except NoSamplesError:
+        pass
+    here = distributed.gather(found is not None, group)
+    if not any(here):
+        raise InputError("loader is empty in every process; pass at least one sample in all")
+    count = 0 if found is None else len(found.offsets) - 1
+    if not all(here):
+        lends = here.index(True) == distributed.rank_of(group)
+        lent = distributed.gather(_first_sample(model, loader) if lends else None, group)
+        if found is None:
+            found = capture([next(one for one in lent if one is not None)])
+    assert found is not None
+    return _joined(found, count, group)
+
+
+def _first_sample(model: nn.Module, loader: Any) -> Any:
+    one = next(iter(as_batches(loader, model))).taken([0])
+    return one.mapped(lambda x: x.detach().cpu() if isinstance(x, Tensor) else x)
+
+
+def _joined(found: HeadFeatures, count: int, group: distributed.Group) -> HeadFeatures:
+    said_of = distributed.text_of((found.output, found.loss))
+    read = (found.name, found.sequences, said_of)
+    said = (read, found.linear, found.between, found.write_back)
+    each = distributed.gather(said, group)
+    for rank, (other, *_) in enumerate(each):
+        if other != each[0][0]:
+            raise InputError(
+                f"process {rank} reads (head, sequences, output and loss) {other}, process 0 "
+                f"{each[0][0]}; pass the same layers, output and loss to all"
+            )
+    tokens = int(found.offsets[count])
+
+    def rows(x: Tensor, kept: int = tokens) -> Tensor:
+        return distributed.rows_of_all(x[:kept], group)
+
+    counts = rows(found.offsets.diff(), count)
+    between = dict.fromkeys(between for _, _, between, _ in each if between)
+    return replace(
+        found,
+        features=rows(found.features.detach()),
+        labels=rows(found.labels),
+        offsets=torch.cat([counts.new_zeros(1), counts.cumsum(0)]),
+        linear=all(linear for _, linear, _, _ in each),
+        between=", ".join(between),
+    )
