@@ -123,8 +123,9 @@ def test_scores_beside_each_line(folders, tmp_path, kind):
 
 def test_other_layers_and_other_endings(folders, data, tmp_path):
     options = ["score", "--model", folders / "llama", "--data", data, "--layers", "q_proj, v_proj"]
-    run(*options, "--out", tmp_path / "s.jsonl", "--curvature", "ggn", code=2)
+    run(*options, "--out", tmp_path / "ggn.jsonl", "--curvature", "ggn")
     run(*options, "--out", tmp_path / "s.jsonl")
+    assert of(read_lines(tmp_path / "ggn.jsonl"), "score").isfinite().all()
     words = transformers.AutoTokenizer.from_pretrained(folders / "llama")
     model = AUTO["llama"].from_pretrained(folders / "llama").eval()
     truth = copy.deepcopy(model).double()

@@ -22,6 +22,7 @@ def new_figure(**size: Any) -> Any:
 
 def save(figure: Any, path: Path) -> str:
     """Write the figure atomically, dollars as dollars; returns the file's name."""
+    check_installed("a figure", "matplotlib")
     from matplotlib import rc_context
     from matplotlib.text import Text
 
