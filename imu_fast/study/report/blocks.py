@@ -294,7 +294,8 @@ def verdict(test: dict[str, Any]) -> str:
         return f"{said}; too few seeds to say more"
     said += f" (95 %: {low * scale:+.2f} to {high * scale:+.2f})"
     if number(test["t_p_holm"]) < SIGNIFICANT:
-        found = f"significant, p = {p_value(test['t_p_holm'])}"
+        p = p_value(test["t_p_holm"])
+        found = f"significant, p {p if p.startswith('<') else '= ' + p}"
     elif test["equivalent"]:
         margin = test["margin"] * scale
         found = f"not significant, and equal within {margin:g} {unit[:-1] if margin == 1 else unit}"
