@@ -221,16 +221,17 @@ def run_arguments(sets: dict[str, Problem], method: str) -> dict[str, str]:
     return found
 
 
+def verdicts_of(sets: dict[str, Problem], method: str) -> dict[str, str]:
+    """Option -> verdict."""
+    known = sorted(typing.get_type_hints(MethodOptions))
+    assert set(known) == set(VALUES), set(known) ^ set(VALUES)
+    return {option: verdict(sets, method, option) for option in known} | run_arguments(sets, method)
+
+
 def table() -> dict[str, dict[str, str]]:
     """Method -> option -> verdict."""
     sets = problems()
-    known = sorted(typing.get_type_hints(MethodOptions))
-    assert set(known) == set(VALUES), set(known) ^ set(VALUES)
-    return {
-        method: {option: verdict(sets, method, option) for option in known}
-        | run_arguments(sets, method)
-        for method in METHODS
-    }
+    return {method: verdicts_of(sets, method) for method in METHODS}
 
 
 def main() -> int:

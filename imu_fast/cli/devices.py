@@ -30,6 +30,8 @@ def device_named(name: str | None) -> torch.device:
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if count() == 1:
+            return torch.device(name)
     if count() > 1 and name == "cuda":
         name = f"cuda:{local_rank()}"
     elif count() > 1 and name.startswith("cuda:"):
@@ -37,8 +39,6 @@ def device_named(name: str | None) -> torch.device:
             f"device={name!r} would be that of {count()} processes; pass --device cuda, of which "
             "each takes its own"
         )
-    if name == "cpu":
-        return torch.device(name)
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()
