@@ -7,25 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import sys
 from pathlib import Path
 
+import torch.distributed as dist
 from processes import forked
 
 from imu_fast.cli.app import app
 
 WORLD = 2
-
-
-def ports(count):
-    taken = [socket.socket() for _ in range(count)]
-    for one in taken:
-        one.bind(("127.0.0.1", 0))
-    found = [one.getsockname()[1] for one in taken]
-    for one in taken:
-        one.close()
-    return found
 
 
 def main():
@@ -36,13 +26,17 @@ def main():
             commands.append([])
         else:
             commands[-1].append(argument)
-    known = ports(len(commands))
+    # Held here, as torchrun's agent does: a port that is free now need not be free later.
+    stores = [
+        dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in commands
+    ]
 
     def body(rank):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RESTART_COUNT": "0"}
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         for number, command in enumerate(commands):
-            os.environ["MASTER_PORT"] = str(known[number])
+            os.environ["MASTER_PORT"] = str(stores[number].port)
             with open(folder / f"said-{rank}-{number}", "w") as said:
                 with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
                     code = app(command, standalone_mode=False)

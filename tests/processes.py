@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from dataclasses import replace
@@ -319,8 +320,15 @@ def forked(world, body):
                 sys.stderr.flush()
                 os._exit(code)
         children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    sys.exit(max(map(abs, codes)))
+    worst = 0
+    while children:
+        child, status = os.wait()
+        children.remove(child)
+        if code := abs(os.waitstatus_to_exitcode(status)):
+            worst = max(worst, code)
+            for other in children:  # which may wait for it for ever
+                os.kill(other, signal.SIGKILL)
+    sys.exit(worst)
 
 
 if __name__ == "__main__":
