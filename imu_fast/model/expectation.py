@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from imu_fast.errors import InputError, check_choice, check_count, check_finite_rows
+from imu_fast.errors import InputError, check_choice, check_count, check_finite_rows, check_seed
 from imu_fast.losses.base import Signal, mean_scale
 from imu_fast.losses.output_curvature import OutputCurvature, Softmax, complement
 from imu_fast.losses.signals import KINDS, Signals
@@ -51,7 +51,7 @@ class Expectation:
                         f"{name} out"
                     )
         draws = 1 if draws is None else check_count("draws", draws)
-        seed = 0 if seed is None else check_count("seed", seed, minimum=0)
+        seed = 0 if seed is None else check_seed("seed", seed)
         return None if fisher is None else cls(fisher, draws, seed)
 
 

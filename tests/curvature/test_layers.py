@@ -249,6 +249,7 @@ def test_what_does_not_fit_is_refused():
         ({"fisher": "exact", "draws": 3}, "draws=3 is of fisher='sampled'"),
         ({"seed": 3}, "seed=3 is of fisher='sampled'"),
         ({"fisher": "sampled", "draws": 0}, "draws=0"),
+        ({"fisher": "sampled", "seed": 2**70}, "seed=.*2\\^32"),
     ):
         with pytest.raises(InputError, match=match):
             imu.capture(model, data, "a", **given)
