@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from imu_fast.curvature.base import Curvature, Layer, solved
 from imu_fast.curvature.base import scores as scores_of
-from imu_fast.curvature.gauss_newton import fisher_for
+from imu_fast.curvature.gauss_newton import fisher_for, kept_of
 from imu_fast.curvature.in_step import check_whole, the_same
 from imu_fast.curvature.named import CURVATURES, CurvatureName, OwnOptions
 from imu_fast.errors import InputError, check_choice, check_tensor
@@ -23,6 +23,7 @@ from imu_fast.factors.source import Factors, is_factors
 from imu_fast.factors.statistics import mean_gradient
 from imu_fast.factors.token_rows import token_rows
 from imu_fast.influence.default import attribution_curvature
+from imu_fast.losses.signals import GroupedRows
 from imu_fast.model.guard import door
 from imu_fast.model.reading import ReadingOptions, taken
 
@@ -189,7 +190,8 @@ def influence_scores(
         per: ``"token"``: of one layer, the share of each of its N packed tokens,
             ``- delta_t^T X a~_t``: tokens ``offsets[i]:offsets[i+1]`` of the factors are sample i's
             and add up to its score. At the head these are the positions that have a label, in
-            order; at inner layers the rows that have a gradient, in order.
+            order; at inner layers the rows that have a gradient, in order. A layer of several
+            groups has no such rows.
         options: others of the named curvature, such as ``damping_mode="clamp"``; and, with a model,
             how it is read: ``output``, ``loss``, ``ignore_index``, ``shift``, as of
             :func:`imu_fast.capture_features`.
@@ -273,7 +275,8 @@ def rows_to_score(layers: list[Factors], per: Per) -> Callable[[Factors], Factor
     """What scores are of: samples, or the tokens of one layer.
 
     Raises:
-        InputError: tokens of several layers, whose rows differ, or shared among processes.
+        InputError: tokens of several layers, whose rows differ, of a layer of several groups, or
+            shared among processes.
     """
     if per == "sample":
         return lambda part: part
@@ -283,6 +286,12 @@ def rows_to_score(layers: list[Factors], per: Per) -> Callable[[Factors], Factor
             "layer at a time: samples' scores add up over layers"
         )
     check_whole("per='token': source", layers[0])
+    if isinstance(kept_of(layers[0]), GroupedRows):
+        raise InputError(
+            f"per='token' of layer {layers[0].name!r}, which has several groups: its factors are "
+            "columns of gradients or parts of positions, and no tokens of a sample; use "
+            "per='sample', or another layer"
+        )
     return token_rows
 
 

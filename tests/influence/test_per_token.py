@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from dense_layers import Attention
+from torch import nn
 from torch.nn import functional as F
 
 import imu_fast as imu
@@ -83,3 +84,16 @@ def test_what_has_no_tokens_is_refused():
         imu.influence_scores(layers[0], per="tokens")
     with pytest.raises(InputError, match="first_row_is_mean=True"):
         imu.influence_scores(layers[0], per="token", first_row_is_mean=True)
+
+
+@pytest.mark.parametrize("size", [2, 6], ids=["by group", "by column"])
+def test_a_layer_of_several_groups_has_no_tokens(size):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(4, 4, 2, groups=2), nn.Flatten(), nn.Linear(4 * (size - 1) ** 2, 3)
+    )
+    data = torch.randn(3, 4, size, size), torch.tensor([0, 1, 2])
+    f = imu.capture(model, data, "0")
+    for made in (imu.influence_scores, lambda x, **how: imu.pairwise_influence(x, x, **how)):
+        with pytest.raises(InputError, match="per='token' of layer '0'.*several groups.*'sample'"):
+            made(f, per="token")
