@@ -199,8 +199,9 @@ def save_tensors(
             raise OSError(brief(error)) from error
 
 
-# What reading damaged bytes raises, in safetensors, in json and in torch.
-_DAMAGE: tuple[type[Exception], ...] = (
+# What reading damaged bytes raises, in safetensors, in json and in torch (a RecursionError is a
+# RuntimeError, an error of an encoding a ValueError).
+DAMAGE: tuple[type[Exception], ...] = (
     OSError,
     ValueError,
     RuntimeError,
@@ -235,7 +236,7 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     """
     from safetensors import SafetensorError, safe_open
 
-    damage: tuple[type[Exception], ...] = (SafetensorError, *_DAMAGE)
+    damage: tuple[type[Exception], ...] = (SafetensorError, *DAMAGE)
     shown = f"path={os.fspath(path)!r}"
     if not os.path.exists(path):
         raise InputError(f"{shown} does not exist; check the name")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, get_args
 
@@ -15,10 +15,10 @@ from imu_fast.curvature.damping import Damped
 from imu_fast.errors import InputError, one_of
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.implicit_head import ImplicitHead
+from imu_fast.factors.mapped import MappedFactors
 from imu_fast.factors.probabilities import pseudo_samples
 from imu_fast.factors.protocol import is_shared
 from imu_fast.factors.source import Factors
-from imu_fast.factors.sums import S
 from imu_fast.losses.signals import EmpiricalSignals, GroupedRows, Signals
 from imu_fast.options import option, options
 
@@ -117,32 +117,11 @@ def _own(chunk: GradientFactors) -> GradientFactors:
     return replace(chunk, curvature=own, loss=None, labels=None)
 
 
-class _OwnSignals:
-    """Factors whose signals are their delta, chunk by chunk."""
-
-    def __init__(self, source: Factors) -> None:
-        self._source = source
-        self.n, self.n_here, self.num_tokens = source.n, source.n_here, source.num_tokens
-        self.num_classes, self.feature_dim = source.num_classes, source.feature_dim
-        self.width, self.has_bias, self.name = source.width, source.has_bias, source.name
-        self.device, self.dtype = source.device, source.dtype
-
-    def chunks(self, max_tokens: int | None = None) -> Iterator[GradientFactors]:
-        """The source's."""
-        return map(_own, self._source.chunks(max_tokens))
-
-    def sums(self, statistic: Callable[[GradientFactors], S]) -> S:
-        """See :class:`imu_fast.factors.source.Factors`."""
-        return self._source.sums(lambda chunk: statistic(_own(chunk)))
-
-    def each(self, statistic: Callable[[GradientFactors], Tensor]) -> Tensor:
-        """See :class:`imu_fast.factors.source.Factors`."""
-        return self._source.each(lambda chunk: statistic(_own(chunk)))
-
-
 def with_own_signals(factors: Factors) -> Factors:
     """The factors as those of an empirical Fisher."""
-    return _own(factors) if isinstance(factors, GradientFactors) else _OwnSignals(factors)
+    if isinstance(factors, GradientFactors):
+        return _own(factors)
+    return MappedFactors(factors, _own)
 
 
 def fisher_for(spec: Any, layers: Any) -> Expectation | None:

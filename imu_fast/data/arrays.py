@@ -12,20 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from imu_fast.errors import InputError, brief
+from imu_fast.storage import DAMAGE
 
-# What numpy and the archive's reader raise on what is no archive, cut short, damaged, encrypted, of
-# Python objects, or says sizes that no array has (a RecursionError is a RuntimeError, an error of
-# an encoding a ValueError).
-_DAMAGE = (
-    OSError,
+# What numpy and the archive's reader raise besides on what is no archive, cut short, damaged,
+# encrypted, of Python objects, or says sizes that no array has.
+_DAMAGE: tuple[type[Exception], ...] = (
+    *DAMAGE,
     EOFError,
-    ValueError,
-    RuntimeError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    MemoryError,
     SyntaxError,
     struct.error,
     tokenize.TokenError,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from imu_fast import distributed
-from imu_fast.curvature.base import Fitted, Layer, Saved, self_influence
+from imu_fast.curvature.base import Layer, Saved, self_influence
 from imu_fast.curvature.gauss_newton import GaussNewton, signals_of, warn_of_rounding
 from imu_fast.curvature.ggn.costs import (
     MAX_DENSE_ORDER,
@@ -21,6 +20,7 @@ from imu_fast.curvature.ggn.costs import (
 )
 from imu_fast.curvature.ggn.direct import Direct
 from imu_fast.curvature.ggn.iterative import Iterative
+from imu_fast.curvature.ggn.refined import RefinedGGN
 from imu_fast.curvature.ggn.signals import FittedSignalGGN
 from imu_fast.errors import InputError, check_finite_rows, check_positive, one_of
 from imu_fast.factors.chunked import pack_chunks, unpack_chunks
@@ -32,9 +32,6 @@ from imu_fast.factors.statistics import ggn_diagonal, trace
 from imu_fast.losses.output_curvature import OutputCurvature, Softmax
 from imu_fast.ops.ggn_product import Form, ggn_product
 from imu_fast.options import option, options
-from imu_fast.solvers.conjugate_gradient import refine
-
-logger = logging.getLogger("imu_fast")
 
 Solver = Literal["auto", "primal", "dual", "cg"]
 Preconditioner = Literal["auto", "none", "kfac", "nystrom"]
@@ -122,7 +119,7 @@ def _top(outputs: OutputCurvature) -> Tensor | None:
     return outputs.top() if isinstance(outputs, Softmax) else None
 
 
-class FittedGGN(Fitted):
+class FittedGGN(RefinedGGN):
     """The GGN of a head.
 
     Attributes:
@@ -197,16 +194,8 @@ class FittedGGN(Fitted):
             approximates, goal = self.iterative.approximates(), self.tolerance
         else:
             approximates, goal = self.direct.approximates(solver), self.direct.goal(self.tolerance)
-        solution = refine(self._product, approximates, many, tolerance=goal)
-        self.residual, self.iterations = solution.residual, solution.iterations
-        if self.residual > self.tolerance:
-            logger.warning(
-                "ggn: relative residual %.2g is above the tolerance %.2g at damping %g",
-                self.residual,
-                self.tolerance,
-                self.damping,
-            )
-        return solution.x if v.dim() == 3 else solution.x[0]
+        x = self._refined(approximates, many, goal)
+        return x if v.dim() == 3 else x[0]
 
     def _diagonal(self) -> Tensor:
         return ggn_diagonal(self._factors).add_(self.damping)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from imu_fast.curvature.base import Fitted, Layer, Saved, self_influence
+from imu_fast.curvature.base import Layer, Saved, self_influence
 from imu_fast.curvature.gauss_newton import signal_gradients
 from imu_fast.curvature.ggn.costs import (
     ASSUMED_ITERATIONS,
@@ -17,6 +16,7 @@ from imu_fast.curvature.ggn.costs import (
     choose_preconditioner,
 )
 from imu_fast.curvature.ggn.iterative import Iterative
+from imu_fast.curvature.ggn.refined import RefinedGGN
 from imu_fast.curvature.in_step import check_whole
 from imu_fast.errors import InputError, check_finite_rows
 from imu_fast.factors.chunked import pack_chunks, unpack_chunks
@@ -30,9 +30,6 @@ from imu_fast.ops.gram import gram
 from imu_fast.ops.mean_gradient import add_gradients
 from imu_fast.ops.tokens import sample_of_token
 from imu_fast.solvers.cholesky.cholesky import DampedCholesky, damped_cholesky
-from imu_fast.solvers.conjugate_gradient import refine
-
-logger = logging.getLogger("imu_fast")
 
 
 def _signals(chunk: GradientFactors) -> Signals:
@@ -41,7 +38,7 @@ def _signals(chunk: GradientFactors) -> Signals:
     return found
 
 
-class FittedSignalGGN(Fitted):
+class FittedSignalGGN(RefinedGGN):
     """``1/n sum_ik g_ik g_ik^T + lam I``, in float64.
 
     Args:
@@ -157,16 +154,8 @@ class FittedSignalGGN(Fitted):
         solver = self._choose(len(many))
         ways = {"primal": [self._primal], "dual": [self._dual]}
         approximates = ways.get(solver) or self._iterative.approximates()
-        solution = refine(self._product, approximates, many, tolerance=self.tolerance)
-        self.residual, self.iterations = solution.residual, solution.iterations
-        if self.residual > self.tolerance:
-            logger.warning(
-                "ggn: relative residual %.2g is above the tolerance %.2g at damping %g",
-                self.residual,
-                self.tolerance,
-                self.damping,
-            )
-        return solution.x if v.dim() == 3 else solution.x[0]
+        x = self._refined(approximates, many, self.tolerance)
+        return x if v.dim() == 3 else x[0]
 
     def _diagonal(self) -> Tensor:
         return ggn_diagonal(self._source).add_(self.damping)
