@@ -94,7 +94,7 @@ class Rows:
                     )
                 flat = rows.detach().contiguous().flatten().view(torch.uint8)
                 # Not by numpy's tofile, which loses what a full disk refuses at the end.
-                left = memoryview(flat.numpy())
+                left = flat.numpy().data
                 while len(left):
                     left = left[self._file.write(left) :]
                 self._written += rows.nbytes
