@@ -42,13 +42,16 @@ def check_group(group: Group) -> None:
             "there is no process group to share factors among; start with torchrun and call "
             "torch.distributed.init_process_group() first, or use the factors as they are"
         )
-    if group is not None and not isinstance(group, dist.ProcessGroup):
+    outside = group is dist.GroupMember.NON_GROUP_MEMBER  # what new_group() gives in the others
+    if group is not None and not outside and not isinstance(group, dist.ProcessGroup):
         raise InputError(
             f"group={group!r} is a {type(group).__name__}; pass a torch.distributed process group, "
             "such as torch.distributed.group.WORLD"
         )
-    if dist.get_rank(group) < 0:
-        raise InputError("this process does not belong to the group that it was given")
+    if outside or dist.get_rank(group) < 0:
+        raise InputError(
+            "group: this process does not belong to it; make the call in the processes that do"
+        )
 
 
 def rank_of(group: Group = None) -> int:

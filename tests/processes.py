@@ -205,6 +205,27 @@ def models(rank, world):
     other = network()
     other[1].running_mean += rank
     refused(lambda: imu.capture(other, data, group=world_group), "1.running_mean")
+    one = imu.capture_features(model, iter([(x, y)] if rank else []), group=world_group)
+    same(one.features, imu.capture_features(model, (x, y)).features, "of an iterator")
+    swapped = network()
+    if rank:  # two classes change places, and all weights their sign
+        weight = swapped[3].weight.detach()
+        weight.copy_(-weight[[1, 0, 2, 3]])
+    refused(lambda: imu.capture(swapped, data, group=world_group), "3.weight")
+    ids = torch.arange(20).view(4, 5) % 7
+    text = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 7)).double()
+    with torch.no_grad():
+        text[0].weight.copy_(torch.arange(35.0).view(7, 5).sin())
+        text[1].weight.copy_(torch.arange(35.0).view(7, 5).cos())
+        text[1].bias.zero_()
+    for call in (imu.capture, imu.capture_features):
+        labels = ids if rank else 6 - ids
+        refused(
+            lambda c=call, t=labels: c(text, (ids, t), group=world_group), "process 1 shift=True"
+        )
+    none = dist.new_group([0])
+    if rank:
+        refused(lambda: imu.capture(model, data, group=none), "does not belong to it")
     partly(model, x, y)
 
 
@@ -270,6 +291,8 @@ def failures(rank, world):
     refused(lambda: imu.unlearn(model, data, group=dist.group.WORLD, seed=seed), "seed=2")
     layers = "0" if rank == 1 else "3"
     refused(lambda: imu.capture(model, data, layers, group=dist.group.WORLD), "same model")
+    numbers = torch.tensor([-1, 2], dtype=torch.int64 if rank == 1 else torch.float64)
+    refused(lambda: imu.influence_weights(numbers, group=dist.group.WORLD), "scores has dtype")
     labels = data[1] + 9 * (rank == 1)
     world_group = dist.group.WORLD
     refused(lambda: imu.capture(model, (data[0], labels), group=world_group), "label")

@@ -37,6 +37,11 @@ def tensor_of(name: str, value: Array) -> Tensor:
         raise InputError(
             f"{name} is a {type(value).__name__}; pass a tensor, an array of numpy or a list"
         )
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        raise InputError(
+            f"{name} has masked entries, which a tensor does not have; pass {name}.filled(value), "
+            "or leave these samples out"
+        )
     try:
         array = np.asarray(value)
         plain = np.asarray(array, array.dtype.newbyteorder("="))

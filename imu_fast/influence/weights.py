@@ -137,6 +137,7 @@ def _of_all(
     distributed.check_group(group)
     with distributed.together(said, group):
         scores = tensor_of("scores", given)
+        check_tensor("scores", scores, "floating", "[n]")
         if scores.dim() != 1:
             raise InputError(f"scores has shape {tuple(scores.shape)}; pass a floating [n]")
         counts = distributed.gather(len(scores), group)

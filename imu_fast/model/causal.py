@@ -12,6 +12,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +42,8 @@ _WAY_OUT = "shift=True or shift=False says it"
 
 Run = Callable[[Any], Any]
 
+_decisions: ContextVar[set[bool] | None] = ContextVar("decisions", default=None)
+
 
 def settled(
     reading: Reading, model: nn.Module, run: Run, batch: Any, logits: Tensor, choice: Any
@@ -64,7 +67,20 @@ def settled(
     shift = own.shift()
     if shift is None:
         return reading
+    if (seen := _decisions.get()) is not None:
+        seen.add(shift)
     return replace(reading, loss=replace(loss, shift=shift))
+
+
+@contextmanager
+def decisions() -> Iterator[set[bool]]:
+    """What :func:`settled` decides on inside, to be compared with other processes'."""
+    found: set[bool] = set()
+    token = _decisions.set(found)
+    try:
+        yield found
+    finally:
+        _decisions.reset(token)
 
 
 def settled_on(reading: Reading, model: nn.Module, loader: Any) -> Reading:

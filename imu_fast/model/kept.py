@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import re
 import tempfile
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def bytes_of(name: str, value: Any) -> int:
     if isinstance(value, str):
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
         if found is not None and found[2].lower() in _UNITS:
-            number = int(float(found[1]) * _UNITS[found[2].lower()])
+            number = int(Fraction(found[1]) * _UNITS[found[2].lower()])
     if number is None:
         raise InputError(f"{name}={value!r}; pass a number of bytes, or a text such as '1.5GiB'")
     if number < LEAST:
@@ -82,17 +83,21 @@ class Rows:
     def _write(self) -> None:
         try:
             if self._file is None:
-                self._file = tempfile.NamedTemporaryFile(prefix="imu-fast-", suffix=".features")
+                self._file = tempfile.NamedTemporaryFile(
+                    buffering=0, prefix="imu-fast-", suffix=".features"
+                )
             for rows in self._parts:
                 if rows.device.type != "cpu":
                     raise InputError(
                         f"max_memory is of the main memory, and features are on {rows.device}; "
                         "leave it out, or capture on the CPU"
                     )
-                flat = rows.detach().contiguous().view(torch.uint8)
-                flat.numpy().tofile(self._file)
+                flat = rows.detach().contiguous().flatten().view(torch.uint8)
+                # Not by numpy's tofile, which loses what a full disk refuses at the end.
+                left = flat.numpy().data
+                while len(left):
+                    left = left[self._file.write(left) :]
                 self._written += rows.nbytes
-            self._file.flush()
         except OSError as error:
             raise WriteError(
                 f"max_memory: {tempfile.gettempdir()} does not take the features "

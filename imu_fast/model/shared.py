@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -14,11 +16,15 @@ from imu_fast import distributed
 from imu_fast.errors import InputError, NoSamplesError
 from imu_fast.factors.sharded import ShardedFactors
 from imu_fast.factors.source import Factors
-from imu_fast.model.batches import as_batches
+from imu_fast.model.batches import ForgetSet, Reread, as_batches
+from imu_fast.model.causal import decisions
 from imu_fast.model.features import HeadFeatures
 from imu_fast.model.forward import innermost
+from imu_fast.model.reader import Reader
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
+# Elements that are weighed at once, and what the sums of one block after another are taken times.
+_BLOCK, _NEXT = 1 << 18, 0x9E3779B97F4A7C15
 
 
 def check_same_model(model: Any, group: distributed.Group) -> None:
@@ -42,19 +48,29 @@ def check_same_model(model: Any, group: distributed.Group) -> None:
 
 
 def checksums(model: nn.Module) -> dict[str, Any]:
-    """Of each parameter and buffer: shape, dtype, and the sum of its bits."""
+    """Of each parameter and buffer: shape, dtype, and a sum of its bits that weighs each place."""
     inner = innermost(model)
-    return {name: _checksum(x) for name, x in (*inner.named_parameters(), *inner.named_buffers())}
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(-(1 << 62), 1 << 62, (_BLOCK,), generator=generator)
+    named = (*inner.named_parameters(), *inner.named_buffers())
+    return {name: _checksum(tensor, weights) for name, tensor in named}
 
 
-def _checksum(tensor: Tensor) -> Any:
+def _checksum(tensor: Tensor, weights: Tensor) -> Any:
+    """Modulo 2^64, where a product of 32 bits and a random weight keeps all of them: without
+    weights classes that change places, and pairs of changed signs, would add up to the same."""
     kind = (tuple(tensor.shape), str(tensor.dtype))
     flat = tensor.detach()
     if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
         return kind
     flat = torch.view_as_real(flat) if flat.is_complex() else flat
     bits = flat.contiguous().flatten().view(_BITS[flat.itemsize])
-    return (*kind, int(bits.sum(dtype=torch.int64)))
+    weights, total = weights.to(bits.device), 0
+    for start in range(0, len(bits), _BLOCK):
+        piece = bits[start : start + _BLOCK].long()
+        found = int((piece * weights[: len(piece)]).sum())
+        total = (total * _NEXT + found) % (1 << 64)
+    return (*kind, total)
 
 
 def shared_factors(
@@ -68,10 +84,9 @@ def shared_factors(
     """
     check_same_model(model, group)
     found: Any = None
-    try:
+    with decisions() as shifts, suppress(NoSamplesError):
         found = capture()
-    except NoSamplesError:
-        pass
+    _check_shift(shifts, group)
     several = len(found) if isinstance(found, list) else 0
     counts = distributed.gather(None if found is None else several, group)
     known = {count for count in counts if count is not None}
@@ -101,26 +116,55 @@ def shared_features(
         InputError: as :func:`shared_factors`.
     """
     check_same_model(model, group)
+    loader, first = _lendable(model, loader)
     found: HeadFeatures | None = None
-    try:
+    with decisions() as shifts, suppress(NoSamplesError):
         found = capture(loader)
-    except NoSamplesError:
-        pass
+    _check_shift(shifts, group)
     here = distributed.gather(found is not None, group)
     if not any(here):
         raise InputError("loader is empty in every process; pass at least one sample in all")
     count = 0 if found is None else len(found.offsets) - 1
     if not all(here):
         lends = here.index(True) == distributed.rank_of(group)
-        lent = distributed.gather(_first_sample(model, loader) if lends else None, group)
+        lent = distributed.gather(_one_sample(first()) if lends else None, group)
         if found is None:
             found = capture([next(one for one in lent if one is not None)])
     assert found is not None
     return _joined(found, count, group)
 
 
-def _first_sample(model: nn.Module, loader: Any) -> Any:
-    one = next(iter(as_batches(loader, model))).taken([0])
+def _check_shift(shifts: set[bool], group: distributed.Group) -> None:
+    """Raise InputError where labels of one process are the next position's, of another their own.
+
+    Each finds out by its own first batch, as one process with all samples would by one alone.
+    """
+    each = distributed.gather(shifts, group)
+    if len(set().union(*each)) > 1:
+        said = "; ".join(
+            f"process {rank} shift={', '.join(map(str, sorted(one)))}"
+            for rank, one in enumerate(each)
+            if one
+        )
+        raise InputError(
+            f"loss: processes find different places for the labels ({said}); say it to all, by "
+            "loss=imu.CrossEntropy(shift=True) or shift=False"
+        )
+
+
+def _lendable(model: nn.Module, loader: Any) -> tuple[Any, Callable[[], Any]]:
+    """The data to read, and what gives their first batch again, though they be an iterator."""
+    if isinstance(model, nn.Module) and not isinstance(loader, ForgetSet | Reread):
+        reader = Reader(loader, model)
+        if isinstance(reader.loader, Iterator):
+            rest = iter(reader)
+            first = list(islice(rest, 1))
+            return Reread(lambda: chain(first, rest)), lambda: first[0]
+    return loader, lambda: next(iter(as_batches(loader, model)))
+
+
+def _one_sample(batch: Any) -> Any:
+    one = batch.taken([0])
     return one.mapped(lambda x: x.detach().cpu() if isinstance(x, Tensor) else x)
 
 

@@ -40,3 +40,9 @@ def test_weights_of_arrays_and_lists():
 def test_what_is_no_numbers_is_refused(value):
     with pytest.raises(InputError, match="features"):
         imu.GradientFactors.from_head(value, torch.ones(2, 2), None, torch.tensor([0]))
+
+
+def test_masked_entries_are_refused():
+    scores = np.ma.masked_array([-1.0, 2.0], mask=[True, False])
+    with pytest.raises(InputError, match="scores has masked entries"):
+        imu.influence_weights(scores)

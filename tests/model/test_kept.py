@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import resource
+import signal
+
 import pytest
 import torch
 from torch import nn
 
 import imu_fast as imu
-from imu_fast.errors import InputError
+from imu_fast.errors import InputError, WriteError
 from imu_fast.model import kept
 
 
@@ -45,6 +48,7 @@ def test_memory_that_is_no_number_of_bytes_is_refused(value, message):
 
 def test_what_a_file_cannot_hold_is_refused(monkeypatch):
     assert kept.bytes_of("max_memory", " 1.5 GiB") == 3 << 29
+    assert kept.bytes_of("max_memory", "9" * 400) > 1 << 1000
     monkeypatch.setattr(kept, "LEAST", 1)
     x, y = torch.randn(40, 3), torch.arange(40) % 2
     with pytest.raises(InputError, match="layers='head'"):
@@ -54,3 +58,20 @@ def test_what_a_file_cannot_hold_is_refused(monkeypatch):
         imu.capture(cooled, (x, y), max_memory=100)
     with pytest.raises(InputError, match="the signal of .*Squared"):
         imu.capture(nn.Linear(3, 2), (x, torch.randn(40, 2)), max_memory=100, loss="squared_error")
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
+    """Of a batch smaller than a block, too, which is refused when its file is closed."""
+    monkeypatch.setattr(kept, "LEAST", 1)
+    monkeypatch.setattr(kept.tempfile, "tempdir", str(tmp_path))
+    batches = [(torch.randn(10, 16), torch.arange(10) % 4) for _ in range(20)]
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12700, limits[1]))  # of 12800
+    try:
+        with pytest.raises(WriteError, match="max_memory.*TMPDIR"):
+            imu.capture(nn.Linear(16, 4), batches, max_memory=100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert not list(tmp_path.iterdir())
