@@ -54,6 +54,7 @@ class Checkpoint:
         from torch.utils.data import DataLoader, Subset
         from tqdm.auto import tqdm
 
+        from imu_fast.distributed import text_of
         from imu_fast.factors.chunked import ChunkedFactors
         from imu_fast.factors.gradient_factors import GradientFactors
         from imu_fast.model.capture import capture
@@ -75,6 +76,13 @@ class Checkpoint:
             parts.append([GradientFactors.load(path) for path in paths])
         if not parts:
             return None
+        # Each part found out for itself how the model is read.
+        ways = {text_of([layer.loss for layer in part]) for part in parts}
+        if len(ways) > 1:
+            raise InputError(
+                "checkpoint: parts of the samples are read in different ways, "
+                f"{' and '.join(sorted(ways))}; leave --checkpoint out"
+            )
         found = [ChunkedFactors(layer) for layer in zip(*parts, strict=True)]
         return found if len(found) > 1 else found[0]
 

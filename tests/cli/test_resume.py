@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from toy_command import run
 
 from imu_fast.cli import chunks
 from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.losses.cross_entropy import CrossEntropy
 
 
 def test_a_run_goes_on_from_its_last_part(toy, monkeypatch):
@@ -60,3 +63,18 @@ def test_parts_of_another_run_are_refused(toy):
     (folder / "mine" / "notes").write_text("")
     how[how.index(folder / "parts")] = folder / "mine"
     assert "other files" in run(*how, *out, code=2)
+
+
+def test_parts_that_are_read_in_different_ways_are_refused(toy, monkeypatch):
+    folder, options, _ = toy
+    monkeypatch.setattr(chunks, "SAMPLES", 4)
+    real, seen = GradientFactors.load, []
+
+    def loads(path):
+        found = real(path)
+        seen.append(path)
+        return replace(found, loss=CrossEntropy(label_smoothing=0.1 * (len(seen) > 1)))
+
+    monkeypatch.setattr(GradientFactors, "load", loads)
+    how = ["score", *options, "--batch-size", 2, "--checkpoint", folder / "parts"]
+    assert "different ways" in run(*how, "--out", folder / "scores.npz", code=2)
