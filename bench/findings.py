@@ -94,6 +94,14 @@ class Findings:
                 found["equal" if test["equivalent"] else "open"] += 1
         return found
 
+    def significant(self, question: str, metric: str, methods: tuple[str, ...]) -> list[str]:
+        """Those tests of a question that found a difference, in words."""
+        return [
+            f"{self.where(test)}, {test['method']}: {verdict(test)}"
+            for test in self.tests(question, metric)
+            if test["method"] in methods and number(test["t_p_holm"]) < 0.05
+        ]
+
     def nearest(self, block: Block) -> str:
         """Who is nearest to retraining of all, floors beside, in words."""
         best = block.best
