@@ -1,10 +1,11 @@
 // imu_fast._C: raw pointers and shapes in, checked by who calls: imu_fast/solvers/cholesky/,
-// imu_fast/ops/squared_products.py.
+// imu_fast/ops/squared_products.py. imu_fast/ops/extension.py loads it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "cholesky_cpu.h"
 #include "cholesky_small.h"
+#include "parallel.h"
 #include "squared_products.h"
 
 namespace py = pybind11;
@@ -71,6 +72,9 @@ void squared_products(std::array<Address, 4> left, std::array<Address, 4> right,
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Damped Cholesky and squared products on raw pointers; use imu_fast.";
   m.attr("__compiler__") = __VERSION__;
+  m.def("use_openmp", [](Address run) {  // of GOMP_parallel; 0: threads of its own
+    imu_fast::openmp = reinterpret_cast<imu_fast::OpenMP>(run);
+  });
   m.def("factor_f32", &factor<float>);
   m.def("factor_f64", &factor<double>);
   m.def("solve_f32", &solve<float>);

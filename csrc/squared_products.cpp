@@ -64,13 +64,9 @@ struct Squares {
                                    int64_t count, T* total, int64_t stride, int64_t high,
                                    int64_t wide) {
     alignas(64) T sums[ROWS * COLUMNS] = {};
-    const bool whole = high == ROWS && wide == COLUMNS;
-    if (whole)
-      IMU_FAST_UNROLL for (int r = 0; r < ROWS; ++r)
-        std::memcpy(sums + r * COLUMNS, total + r * stride, COLUMNS * sizeof(T));
-    else
-      for (int64_t r = 0; r < high; ++r)
-        std::memcpy(sums + r * COLUMNS, total + r * stride, wide * sizeof(T));
+    for (int64_t r = 0; r < high; ++r)  // it is in memory by the time that it is added to
+      for (int64_t c = 0; c < wide; c += 64 / sizeof(T))
+        __builtin_prefetch(total + r * stride + c, 1);
     for (int64_t i = 0; i < count; ++i) {
       Vector product[ROWS][VECTORS] = {};
       for (int64_t t = 0; t < lengths[i]; ++t, left += ROWS, right += COLUMNS) {
@@ -84,12 +80,15 @@ struct Squares {
           sum = product[r][v] * product[r][v] + sum;
         }
     }
-    if (whole)
+    if (high == ROWS && wide == COLUMNS)
       IMU_FAST_UNROLL for (int r = 0; r < ROWS; ++r)
-        std::memcpy(total + r * stride, sums + r * COLUMNS, COLUMNS * sizeof(T));
+        IMU_FAST_UNROLL for (int v = 0; v < VECTORS; ++v) {
+          Vector& sum = reinterpret_cast<Vector*>(total + r * stride)[v];
+          sum += reinterpret_cast<const Vector*>(sums)[r * VECTORS + v];
+        }
     else
       for (int64_t r = 0; r < high; ++r)
-        std::memcpy(total + r * stride, sums + r * COLUMNS, wide * sizeof(T));
+        for (int64_t c = 0; c < wide; ++c) total[r * stride + c] += sums[r * COLUMNS + c];
   }
 
   // The left panels of rows [row, last), of all samples: side by side, since lines are shared.

@@ -62,6 +62,7 @@ def report() -> dict[str, Any]:
 
 def diagnose() -> list[Component]:
     """Every component: what is there, and what it is for or how to get it."""
+    from imu_fast.ops.extension import openmp
     from imu_fast.solvers.cholesky.cusolver import find_cusolver
     from imu_fast.solvers.cholesky.lapack import find_lapack
 
@@ -72,12 +73,13 @@ def diagnose() -> list[Component]:
         why = "no NVIDIA GPU, or a CPU build of torch; all runs on the CPU"
         found.append(Component("CUDA", "none", False, why))
     extension, compiled = backends()["extension"], backends()["cuda"]
+    threads = "torch's threads" if openmp() else "threads of its own"
     found.append(
         _built(
             "imu_fast._C",
             extension.available,
-            extension.reason,
-            "damped Cholesky on the CPU",
+            f"{extension.reason}, on {threads}",
+            "damped Cholesky and squared products on the CPU",
             "install a C++ compiler, then IMU_FAST_BUILD_EXT=1 pip install --no-cache-dir .",
         )
     )

@@ -6,8 +6,6 @@ product of torch is squared from the cache where the extension is not.
 
 from __future__ import annotations
 
-import logging
-from functools import lru_cache
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -16,8 +14,7 @@ import torch
 from torch import Tensor
 
 from imu_fast import backend
-
-logger = logging.getLogger("imu_fast")
+from imu_fast.ops.extension import load
 
 # Elements of a sample's product, for each thread, that are squared before the next are computed: so
 # many stay in its cache. A product of fewer rows than these is slow for its size.
@@ -27,25 +24,11 @@ _COPIED_ELEMENTS = 1 << 22
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
 
-@lru_cache(maxsize=1)
-def _loaded() -> Any:
-    """The compiled module; None, and the reason logged, if amiss."""
-    try:
-        from imu_fast import _C
-    except ImportError as error:
-        logger.info("imu_fast._C does not load (%s); torch squares products instead", error)
-        return None
-    if not hasattr(_C, "squared_products_f32"):
-        logger.info("imu_fast._C was built by an older version; torch squares products instead")
-        return None
-    return _C
-
-
 def extension(tensor: Tensor) -> Any:
     """The compiled module for what lies where this tensor does; None: torch."""
     if tensor.device.type != "cpu" or tensor.dtype not in _SUFFIX:
         return None
-    return None if backend.current_backend() == "reference" else _loaded()
+    return None if backend.current_backend() == "reference" else load()
 
 
 def add_squared_products(

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-import types
 from itertools import pairwise
 
 import pytest
 import torch
 
-import imu_fast
 from imu_fast.ops import squared_products
 from imu_fast.ops.squared_products import add_squared_products
 
@@ -117,16 +114,3 @@ def test_not_a_number_stays_where_it_is(way):
     add_squared_products(total, left, right)
     assert bool(total[12].isnan().all()) and bool(total[:12, 18].isinf().all())
     assert bool((total[:12, :18] == 75).all())
-
-
-@pytest.mark.skipif(not HAS, reason="no compiled module")
-def test_an_older_module_is_not_used(monkeypatch, caplog):
-    squared_products._loaded.cache_clear()
-    monkeypatch.setattr(imu_fast, "_C", types.ModuleType("_C"))
-    monkeypatch.setitem(sys.modules, "imu_fast._C", imu_fast._C)
-    try:
-        with caplog.at_level("INFO", "imu_fast"):
-            assert squared_products.extension(torch.zeros(1)) is None
-        assert "older version" in caplog.text
-    finally:
-        squared_products._loaded.cache_clear()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from imu_fast.backend import logger
+from imu_fast.ops.extension import load
 
 # Up to this order the extension's own factorisation beats LAPACK's on one matrix, and in a batch up
 # to _SIDE_BY_SIDE; its solve takes a vector at a time, so only a few of them.
@@ -88,16 +89,14 @@ def find_lapack() -> Lapack | None:
 @lru_cache(maxsize=1)
 def extension() -> tuple[Any, Lapack] | None:
     """The compiled module and the LAPACK that it calls; None, and the reason logged, if amiss."""
-    try:
-        from imu_fast import _C
-    except ImportError as error:
-        logger.info("imu_fast._C does not load (%s); torch factors instead", error)
+    module = load()
+    if module is None:
         return None
     lapack = find_lapack()
     if lapack is None:
         logger.info("no LAPACK found for imu_fast._C; torch factors instead")
         return None
-    return _C, lapack
+    return module, lapack
 
 
 def _loaded() -> tuple[Any, Lapack]:

@@ -1,0 +1,42 @@
+"""The compiled module, loaded once: its loops run on the threads that torch's own run on."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+logger = logging.getLogger("imu_fast")
+
+
+@lru_cache(maxsize=1)
+def load() -> Any:
+    """``imu_fast._C``; None, and the reason logged, if it is amiss."""
+    try:
+        from imu_fast import _C
+    except ImportError as error:
+        logger.info("imu_fast._C does not load (%s); torch does its work instead", error)
+        return None
+    if not hasattr(_C, "use_openmp"):
+        logger.info("imu_fast._C was built by an older version; torch does its work instead")
+        return None
+    _C.use_openmp(openmp())
+    return _C
+
+
+def openmp() -> int:
+    """Address of ``GOMP_parallel`` in the OpenMP library that torch loaded; 0 if it has none.
+
+    Its threads spin for a while after each of torch's loops, and threads of another kind would wait
+    beside them.
+    """
+    try:
+        # A symbol is looked for in what a library needs, too.
+        symbol = ctypes.CDLL(torch._C.__file__).GOMP_parallel
+    except (OSError, AttributeError) as error:
+        logger.debug("no OpenMP of torch's: %s", error)
+        return 0
+    return ctypes.cast(symbol, ctypes.c_void_p).value or 0

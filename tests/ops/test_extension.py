@@ -1,0 +1,68 @@
+"""The compiled module: which one is taken, and on whose threads it runs."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+
+import imu_fast
+from imu_fast.ops import extension
+from imu_fast.ops.squared_products import add_squared_products
+from imu_fast.solvers.cholesky import lapack
+
+needed = pytest.mark.skipif(extension.load() is None, reason="no compiled module")
+
+
+@needed
+def test_an_older_module_is_not_used(monkeypatch, caplog):
+    monkeypatch.setattr(imu_fast, "_C", types.ModuleType("_C"))
+    monkeypatch.setitem(sys.modules, "imu_fast._C", imu_fast._C)
+    caches = (extension.load, lapack.extension)
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        with caplog.at_level("INFO", "imu_fast"):
+            assert extension.load() is None and lapack.extension() is None
+        assert "older version" in caplog.text
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+
+
+@needed
+@pytest.mark.parametrize("whose", ["torch's", "its own"])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_change_nothing(whose, threads):
+    """Torch's own come and go between, in teams of other sizes."""
+    module, run = extension.load(), extension.openmp()
+    if whose == "torch's" and not run:
+        pytest.skip("torch has no OpenMP that exports GOMP_parallel")
+    x, y = torch.randn(3, 40, 65, dtype=torch.float64), torch.randn(3, 40, 300, dtype=torch.float64)
+    want = torch.einsum("ntr,ntk->nrk", x, y).square().sum(dim=0)
+    a = torch.randn(7, 30, 30, dtype=torch.float64)
+    a = a @ a.mT
+    b = torch.randn(7, 30, dtype=torch.float64)
+    solved = torch.linalg.solve(a + 0.5 * torch.eye(30, dtype=torch.float64), b)
+    before = torch.get_num_threads()
+    module.use_openmp(run if whose == "torch's" else 0)
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(3):
+            total = torch.zeros_like(want)
+            add_squared_products(total, x, y)
+            torch.testing.assert_close(total, want, rtol=1e-12, atol=1e-12)
+            found = imu_fast.damped_cholesky_solve(a, b, 0.5)
+            torch.testing.assert_close(found, solved, rtol=1e-9, atol=1e-9)
+            torch.randn(1 << 18).exp_()
+    finally:
+        torch.set_num_threads(before)
+        module.use_openmp(run)
+
+
+def test_torch_with_openmp_lends_its_threads():
+    if sys.platform != "linux" or "OpenMP" not in torch.__config__.parallel_info():
+        pytest.skip("no OpenMP, or none that is known to export GOMP_parallel")
+    assert extension.openmp()
