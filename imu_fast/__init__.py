@@ -17,6 +17,7 @@ _EXPORTS = {
     "backends": "backend",
     "batch_weights": "influence.batch",
     "BinaryCrossEntropy": "losses.binary_cross_entropy",
+    "build_index": "attribution.index",
     "capture": "model.capture",
     "capture_features": "model.capture",
     "CrossEntropy": "losses.cross_entropy",
@@ -35,6 +36,7 @@ _EXPORTS = {
     "GGN": "curvature.ggn.ggn",
     "GGNBlock": "curvature.ggn_block",
     "GradientFactors": "factors.gradient_factors",
+    "GradientIndex": "attribution.gradient_index",
     "Head": "unlearning.ascent.scopes",
     "Identity": "curvature.identity",
     "ImplicitHead": "factors.implicit_head",
@@ -50,6 +52,7 @@ _EXPORTS = {
     "LeaveOneOut": "attribution.leave_one_out",
     "linear_layers_matching": "model.head",
     "live_weights": "influence.live",
+    "load_index": "attribution.index",
     "load_operator": "curvature.stored",
     "load_text": "data.text",
     "LossWeights": "unlearning.ascent.weights",
@@ -89,6 +92,9 @@ _EXPORTS = {
 __all__ = ["__version__", *sorted(_EXPORTS)]
 
 if TYPE_CHECKING:
+    from imu_fast.attribution.gradient_index import GradientIndex as GradientIndex
+    from imu_fast.attribution.index import build_index as build_index
+    from imu_fast.attribution.index import load_index as load_index
     from imu_fast.attribution.leave_one_out import LeaveOneOut as LeaveOneOut
     from imu_fast.attribution.leave_one_out import leave_one_out as leave_one_out
     from imu_fast.attribution.similarity import pairwise_similarity as pairwise_similarity

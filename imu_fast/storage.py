@@ -264,3 +264,28 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     # Only now: a copy would make a whole True of a damaged one.
     aligned = {key: _aligned(tensor) for key, tensor in tensors.items()}
     return aligned, {k: v for k, v in metadata.items() if not k.startswith(_OURS)}
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes, read some at a time."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def mapped_tensors(
+    path: str | os.PathLike[str], prefix: str = ""
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Some tensors of a safetensors file, mapped: for a file whose bytes were verified.
+
+    Args:
+        prefix: of the names of those that are wanted; left out in what is returned.
+    """
+    from safetensors import safe_open
+
+    with safe_open(os.fspath(path), framework="pt") as file:
+        wanted = [key for key in file.keys() if key.startswith(prefix)]
+        tensors = {key.removeprefix(prefix): _aligned(file.get_tensor(key)) for key in wanted}
+        return tensors, dict(file.metadata() or {})

@@ -41,7 +41,7 @@ def by_column(delta: Tensor, act: Tensor, offsets: Tensor, groups: int, has_bias
         delta: [P, C]. act: [P, G * d], what each group sees. offsets: [n+1].
         has_bias: whether D = d + 1.
     """
-    columns = _gradients(delta, act, offsets, groups).transpose(1, 2)
+    columns = gradients_of_groups(delta, act, offsets, groups).transpose(1, 2)
     d = columns.shape[1]
     inputs = torch.eye(d, dtype=delta.dtype, device=delta.device)
     if has_bias:
@@ -60,7 +60,7 @@ def by_column(delta: Tensor, act: Tensor, offsets: Tensor, groups: int, has_bias
     )
 
 
-def _gradients(delta: Tensor, act: Tensor, offsets: Tensor, groups: int) -> Tensor:
+def gradients_of_groups(delta: Tensor, act: Tensor, offsets: Tensor, groups: int) -> Tensor:
     """The weight's gradients of n samples: [n, C, d]."""
     left, right = delta.unflatten(1, (groups, -1)), act.unflatten(1, (groups, -1))
     if length := equal_length(offsets):

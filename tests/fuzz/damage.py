@@ -110,6 +110,15 @@ def _arrays(path: Path) -> None:
         np.savez(file, x=np.ones((6, 4), "f4"), y=np.arange(6) % 3)
 
 
+def _indexed(path: Path) -> None:
+    torch.manual_seed(0)
+    imu.build_index(nn.Linear(4, 3), (torch.randn(6, 4), torch.arange(6) % 3), path.parent)
+
+
+def _read_index(folder: Path) -> Any:
+    return next(iter(imu.load_index(folder).factors()[0].chunks())).delta
+
+
 _LINES = [{"question": f"q{i}?", "answer": f"a{i}"} for i in range(9)]
 
 FORMATS: dict[str, Format] = {
@@ -121,6 +130,12 @@ FORMATS: dict[str, Format] = {
         lambda path: _factors().save(path), lambda path: imu.GradientFactors.load(path).delta
     ),
     **{f"operator, {name}": _operator(name) for name in ("fisher_diag", "kfac", "ggn")},
+    "chunk of an index": Format(
+        _indexed, lambda path: _read_index(path.parent), file="index/chunk-000000.safetensors"
+    ),
+    "manifest of an index": Format(
+        _indexed, lambda path: _read_index(path.parent), sealed=False, file="index/index.json"
+    ),
     "checkpoint of a run": Format(_resumed, _resumed),
     "cell of a comparison": Format(_measure, _known, sealed=False),
     "results of a comparison": Format(

@@ -93,6 +93,16 @@ def _saved(delta: Tensor, act: Tensor, offsets: Tensor) -> Any:
         return imu.load_operator(path).diagonal()
 
 
+def _indexed(**options: Any) -> Callable[[nn.Module, Any], Any]:
+    def call(model: nn.Module, data: Any) -> Tensor:
+        with tempfile.TemporaryDirectory() as folder:
+            imu.build_index(model, data, Path(folder) / "index", chunk_size=4, **options)
+            index = imu.load_index(Path(folder) / "index")
+            return index.scores(index.capture(model, data), curvature="identity")
+
+    return call
+
+
 def _live_call(logits: Tensor, labels: Tensor) -> Tensor:
     """Of logits that the model has made, as they are or moved to what was passed."""
     made = model()
@@ -243,6 +253,10 @@ DOORS: dict[str, Door] = {
             )
         ),
         data,
+    ),
+    "build_index": Door(_model_and_data(_indexed()), data),
+    "build_index(projection)": Door(
+        _model_and_data(_indexed(layers=["0", "2"], projection=8)), data
     ),
     "capture(layers)": Door(
         _model_and_data(
