@@ -92,11 +92,10 @@ def min_k_scores(model: nn.Module, rows: Sequences, fraction: float = 0.2) -> Te
     check_fraction("fraction", fraction)
     found = []
     for batch in rows.batches():
-        log_p, targets = log_probabilities(model, batch), batch["labels"][:, 1:]
-        own = log_p.gather(2, targets.clamp_min(0)[..., None])[..., 0]
-        for one, target in zip(own, targets, strict=True):
-            kept = one[target != IGNORE_INDEX].sort().values
-            found.append(kept[: max(1, int(fraction * len(kept)))].mean())
+        log_p, targets, counts = _counted(model, batch)
+        own = log_p.gather(1, targets[:, None])[:, 0]
+        for one in own.split(counts.tolist()):
+            found.append(one.sort().values[: max(1, int(fraction * len(one)))].mean())
     return torch.stack(found)
 
 
@@ -104,11 +103,18 @@ def token_divergence(reference: nn.Module, ours: nn.Module, rows: Sequences) -> 
     """Mean over rows of the mean over tokens that count of ``KL(reference || ours)``, in nats."""
     found = []
     for batch in rows.batches():
-        log_p, log_q = (log_probabilities(model, batch) for model in (reference, ours))
-        counts = batch["labels"][:, 1:] != IGNORE_INDEX
-        far = (log_p.exp() * (log_p - log_q)).sum(dim=-1) * counts
-        found.append(far.sum(dim=1) / counts.sum(dim=1))
-    return float(torch.cat(found).mean())
+        log_p, _, counts = _counted(reference, batch)
+        log_q, _, _ = _counted(ours, batch)
+        far = (log_p.exp() * (log_p - log_q)).sum(dim=1)
+        found += [one.mean() for one in far.split(counts.tolist())]
+    return float(torch.stack(found).mean())
+
+
+def _counted(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the tokens that count: log-probabilities [N, V], labels [N], and how many of each row."""
+    targets = batch["labels"][:, 1:]
+    counts = targets != IGNORE_INDEX
+    return log_probabilities(model, batch, counts), targets[counts], counts.sum(dim=1)
 
 
 def truth_ratios(model: nn.Module, right: Sequences, wrong: Sequences) -> Tensor:
@@ -125,7 +131,7 @@ def truth_ratios(model: nn.Module, right: Sequences, wrong: Sequences) -> Tensor
 
 
 def relearning_steps(
-    model: nn.Module, rows: Sequences, *, target: float, seed: int, most: int = 50
+    model: nn.Module, rows: Sequences, *, target: float, seed: int, most: int
 ) -> int:
     """Steps of AdamW on the forget set, all parameters, until its token accuracy is back.
 

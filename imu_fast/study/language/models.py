@@ -106,11 +106,18 @@ def descend(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str,
     optimizer.step()
 
 
-def log_probabilities(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Of what follows each position but the last: [b, T - 1, V] float64."""
+def log_probabilities(
+    model: nn.Module, batch: dict[str, Tensor], rows: Tensor | None = None
+) -> Tensor:
+    """Of what follows each position but the last: [b, T - 1, V] float64.
+
+    Args:
+        rows: a mask [b, T - 1] of the positions that are wanted, for [N, V]; None: all.
+    """
     with torch.no_grad():
         logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    found: Tensor = logits[:, :-1].double().log_softmax(dim=-1)
+    logits = logits[:, :-1] if rows is None else logits[:, :-1][rows]
+    found: Tensor = logits.double().log_softmax(dim=-1)
     return found
 
 

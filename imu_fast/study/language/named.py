@@ -18,8 +18,8 @@ _QUICK: dict[str, dict[str, Any]] = {
         **{"layers": 1, "width": 16, "epochs": 8, "max_steps": 12},
     },
     Tofu.name: {
-        **{"forget": 1, "kept": 1, "unseen": 1, "measured": 4, "vocabulary": 300},
-        **{"layers": 1, "width": 16, "epochs": 4, "max_steps": 6},
+        **{"forget": 1, "kept": 1, "unseen": 1, "measured": 4, "relearned": 2, "vocabulary": 300},
+        **{"layers": 1, "width": 16, "epochs": 2, "max_steps": 3},
     },
 }
 

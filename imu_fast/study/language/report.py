@@ -72,8 +72,8 @@ def _tests_table(results: dict[str, Any]) -> list[str]:
     for test in results["tests"]:
         name = test["metric"]
         # A gap is said in points, and needs two decimals fewer.
-        said = verdict(test, max(1, digits[name] - 2 * (name == "gap")))
-        found.setdefault((test["question"], test["method"]), {})[name] = said
+        verdict_there = verdict(test, max(1, digits[name] - 2 * (name == "gap")))
+        found.setdefault((test["question"], test["method"]), {})[name] = verdict_there
     columns = [f"difference in {labels[name]}" for name in metrics]
     lines = [_tables_row(["question", "method", "against", *columns])]
     lines.append("|" + " --- |" * (3 + len(metrics)))

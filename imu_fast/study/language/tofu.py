@@ -88,7 +88,8 @@ class Tofu(Experiment):
         path: of the questions.
         forget: groups of ``forget10`` that are forgotten, each all lines of 20 indices.
         kept, unseen: authors of ``retain`` that are trained on, and that no model is.
-        measured: kept questions that are measured.
+        measured: kept questions that are measured, and questions that are answered for ROUGE-L.
+        relearned: steps of relearning at most.
     """
 
     name: ClassVar[str] = "tofu"
@@ -124,25 +125,36 @@ class Tofu(Experiment):
             "Kolmogorov-Smirnov distance to the retrained model of a proxy of the truth ratio, "
             "whose wrong answers are those to other questions",
         ),
-        Metric("relearn", "relearn", 1, "steps until 0.9 of forget accuracy is back; at most 50"),
+        Metric("relearn", "relearn", 1, "steps until 0.9 of forget accuracy is back; at most 20"),
     )
     margins: ClassVar[dict[str, float]] = {"gap": 0.01, "kl_forget": 0.05, "kl_kept": 0.05}
 
     path: str = ""
-    forget: int = 2
-    kept: int = 10
-    unseen: int = 5
-    measured: int = 40
-    vocabulary: int = 2000
+    forget: int = 1
+    kept: int = 5
+    unseen: int = 3
+    measured: int = 20
+    relearned: int = 20
+    vocabulary: int = 1200
     layers: int = 2
-    width: int = 96
-    epochs: int = 25
+    width: int = 64
+    epochs: int = 40
     lr: float = 3e-3
+    max_steps: int = 40
     batch_size: int = 16
 
     def __post_init__(self) -> None:
         check_installed("compare-language --data tofu", "scipy", "sklearn")
-        for name in ("forget", "kept", "unseen", "measured", "layers", "width", "epochs"):
+        for name in (
+            "forget",
+            "kept",
+            "unseen",
+            "measured",
+            "relearned",
+            "layers",
+            "width",
+            "epochs",
+        ):
             check_count(name, getattr(self, name))
         check_count("vocabulary", self.vocabulary, minimum=258)
         self._lines()
@@ -248,6 +260,7 @@ class Tofu(Experiment):
         from scipy.stats import ks_2samp
 
         sets, more = material.sets, material.more
+        few = slice(0, self.measured)
         learned = evaluate(original, material.forget.batches())["accuracy"]
 
         def seen(model: nn.Module) -> Json:
@@ -257,7 +270,8 @@ class Tofu(Experiment):
                 )
                 for name, rows in sets.items()
             }
-            row |= {f"{n}_rouge": rouge(model, sets[n], more.tokenizer) for n in ("forget", "kept")}
+            for name in ("forget", "kept"):
+                row[f"{name}_rouge"] = rouge(model, sets[name][few], more.tokenizer)
             scores = (min_k_scores(model, sets[name]) for name in ("forget", "unseen"))
             return row | {"min_k": roc_auc(*scores)}
 
@@ -272,7 +286,9 @@ class Tofu(Experiment):
             ours = truth_ratios(model, material.forget, more.wrong).numpy()
             row["truth_ks"] = float(ks_2samp(ours, ratios, method="asymp").statistic)
             target = _RELEARNED * learned
-            row["relearn"] = relearning_steps(model, material.forget, target=target, seed=seed)
+            row["relearn"] = relearning_steps(
+                model, material.forget, target=target, seed=seed, most=self.relearned
+            )
             return row
 
         return measured
