@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from imu_fast.errors import InputError
+from imu_fast.errors import InputError, check_installed
 from imu_fast.storage import load_tensors, save_tensors
 from imu_fast.study.cells import Json
 from imu_fast.study.language.sequences import Sequences
@@ -46,6 +46,7 @@ class Network:
 
     def made(self, seed: int) -> nn.Module:
         """The model with the weights of a seed, in evaluation mode."""
+        check_installed("a language experiment", "transformers", install="'imu_fast[text]'")
         from transformers import GPT2Config, GPT2LMHeadModel
 
         config = GPT2Config(

@@ -64,6 +64,7 @@ def made_tokenizer(texts: Sequence[str], vocabulary: int) -> Any:
     Args:
         vocabulary: tokens at most; 256 bytes, padding and the end of a text are among them.
     """
+    check_installed("a tokenizer", "tokenizers", "transformers", install="'imu_fast[text]'")
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -144,7 +145,6 @@ class Tofu(Experiment):
     batch_size: int = 16
 
     def __post_init__(self) -> None:
-        check_installed("compare-language --data tofu", "scipy", "sklearn")
         for name in (
             "forget",
             "kept",
@@ -257,6 +257,7 @@ class Tofu(Experiment):
     def measure(
         self, material: Material, original: nn.Module, retrained: nn.Module, seed: int
     ) -> Measure:
+        check_installed("the truth ratio", "scipy")
         from scipy.stats import ks_2samp
 
         sets, more = material.sets, material.more

@@ -11,7 +11,6 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("scipy")
-pytest.importorskip("sklearn")
 
 from imu_fast.errors import InputError
 from imu_fast.study.entries import ORIGINAL, RETRAINED, TWIN
