@@ -111,13 +111,13 @@ class Tofu(Experiment):
         Metric(
             "kl_forget", "KL, forget", 3, "divergence in nats from the retrained model, a token"
         ),
-        Metric("kl_kept", "kept", 3, "the same on kept questions"),
-        Metric("kl_unseen", "unseen", 3, "the same on unseen ones"),
+        Metric("kl_kept", "KL, kept", 3, "the same on kept questions"),
+        Metric("kl_unseen", "KL, unseen", 3, "the same on unseen ones"),
         Metric("forget_probability", "p, forget", 3, "answer probability, length-normalised"),
-        Metric("kept_probability", "kept", 3, "the same on kept questions"),
-        Metric("unseen_probability", "unseen", 3, "the same on unseen ones"),
+        Metric("kept_probability", "p, kept", 3, "the same on kept questions"),
+        Metric("unseen_probability", "p, unseen", 3, "the same on unseen ones"),
         Metric("forget_rouge", "ROUGE-L, forget", 3, "recall of greedy answers"),
-        Metric("kept_rouge", "kept", 3, "the same on kept questions"),
+        Metric("kept_rouge", "ROUGE-L, kept", 3, "the same on kept questions"),
         Metric("min_k", "Min-K% AUC", 3, "how well the least likely 20 % tell forget from unseen"),
         Metric(
             "truth_ks",
