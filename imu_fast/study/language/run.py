@@ -298,7 +298,7 @@ def run(
                 continue
             if row := cell.get(name, [dict(entry.options), rate["lr"]]):
                 rows.append(where | {"method": name} | row)
-    results = _collected(experiment, entries, rows, stops, seeds)
+    results = _collected(experiment, entries, rows, stops)
     for name, text in (
         ("results.json", json.dumps(results, indent=1) + "\n"),
         ("table.md", markdown(results)),
@@ -309,11 +309,7 @@ def run(
 
 
 def _collected(
-    experiment: Experiment,
-    entries: dict[str, Entry],
-    rows: list[Json],
-    stops: list[str],
-    seeds: int,
+    experiment: Experiment, entries: dict[str, Entry], rows: list[Json], stops: list[str]
 ) -> Json:
     """Rows, their summary, and the planned tests."""
     if not rows:
@@ -324,7 +320,7 @@ def _collected(
         "experiment": experiment.name,
         "title": experiment.title,
         "settings": experiment.settings(),
-        "seeds": seeds,
+        "seeds": len({row["seed"] for row in rows}),
         "rule": RULE,
         "depth": experiment.depth,
         "stops": stops,

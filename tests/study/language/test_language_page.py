@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("transformers")
-from imu_fast.study.entries import ORIGINAL, TWIN
+from imu_fast.study.entries import ORIGINAL, RETRAINED, TWIN
 from imu_fast.study.language.markov import BEST_OF_ALL
 from imu_fast.study.language.named import experiment_named
 from imu_fast.study.language.report import markdown
@@ -79,3 +79,28 @@ def test_its_words_about_chains_follow_from_the_numbers():
             assert tests[question, f"{name}, {place}", "kl_retrained"]["t_p_holm"] > 0.05
     shuffled = tests["weights, shuffled, network", "imu, network", "kl_retrained"]
     assert shuffled["difference"] > 0 and shuffled["t_p_holm"] < 0.05
+
+
+def test_its_words_about_questions_follow_from_the_numbers():
+    results = results_of("tofu")
+    lines = {line["method"]: line for line in results["summary"]}
+    original, retrained = lines[ORIGINAL], lines[RETRAINED]
+    assert original["forget_probability_mean"] > 0.85 and original["forget_rouge_mean"] > 0.95
+    assert retrained["forget_probability_mean"] < 0.01 and retrained["kept_probability_mean"] > 0.75
+    there = {n: line for n, line in lines.items() if line["gap_mean"] is not None}
+    assert set(results["methods"]) - set(there) == {"simnpo, head", "simnpo + kept data, network"}
+    methods = {n: there[n] for n in results["methods"] if n in there}
+    for name, line in methods.items():
+        if "kept data" not in name:
+            assert line["kept_probability_mean"] < 0.03
+        if name.endswith("network"):
+            assert line["min_k_mean"] > 0.9 and 4.5 < line["relearn_mean"] < 8
+    ascents = {n: methods[f"{n}, head"] for n in ("uniform", "imu", "permuted")}
+    network = min(
+        m["gap_mean"] for n, m in methods.items() if n.endswith(", network") and "+" not in n
+    )
+    assert all(m["gap_mean"] < network and m["kl_kept_mean"] > 20 for m in ascents.values())
+    for test in results["tests"]:
+        if test["question"].startswith("weights"):
+            assert test["t_p_holm"] is None or test["t_p_holm"] > 0.05, test
+    assert lines[TWIN]["kl_forget_mean"] > 2 and lines[TWIN]["kl_unseen_mean"] > 2
