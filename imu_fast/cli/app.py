@@ -131,6 +131,42 @@ def compare(
 
 @app.command()
 @clean_errors
+def compare_language(
+    data: Annotated[str, typer.Option(help="markov (drawn here) or tofu.")] = "markov",
+    data_path: Annotated[
+        Path | None, typer.Option(help="tofu: .jsonl of split, index, question, answer.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of results, table, cells and cache.")] = Path(
+        "imu-fast-compare-language"
+    ),
+    seeds: Annotated[int, typer.Option(help="Originals, each with two retrained models.")] = 5,
+    methods: Annotated[str, typer.Option(help="Names with semicolons between, or all.")] = "all",
+    workers: Annotated[int, typer.Option(help="Processes side by side.")] = 1,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Begin nothing more after that long; the same command goes on.", min=0),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny, for a first look.")] = False,
+) -> None:
+    """Small language models, trained here: methods at matched depth with retraining."""
+    check_installed("compare-language", "transformers", install="'imu_fast[demo,text]'")
+    check_installed("compare-language", "scipy")
+    from imu_fast.cli.score_files import check_folder, writing
+    from imu_fast.study.language.named import experiment_named
+    from imu_fast.study.language.report import language_table
+    from imu_fast.study.language.run import run
+
+    experiment = experiment_named(data, data_path, quick=quick)
+    names = tuple(name.strip() for name in methods.split(";"))
+    check_folder(out, out)
+    with writing(out):
+        results = run(experiment, out, seeds=seeds, methods=names, workers=workers, minutes=minutes)
+    console().print(language_table(results))
+    typer.echo(f"results.json and table.md are in {out}/")
+
+
+@app.command()
+@clean_errors
 def validate(
     data: Annotated[str, typer.Option(help="digits or cifar10.")] = "digits",
     data_path: Annotated[Path | None, typer.Option(help="CIFAR-10 files.")] = None,

@@ -9,13 +9,10 @@ whose time was up, goes on where it was.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ from imu_fast.study.cells import Json, digest, pack
 from imu_fast.study.configuration import TUNING_SEED, Configuration
 from imu_fast.study.data.tasks import Dataset, ForgetTask, kind_of, load_dataset, make_task
 from imu_fast.study.entries import FLIPS, ORIGINAL, RETRAINED, TWIN, Entry, entries_named
+from imu_fast.study.pool import all_done, process_pool
 from imu_fast.study.results import collect, write_results
 from imu_fast.study.runs import KINDS, Reached, Setting, Shadow
 from imu_fast.unlearning.result import DivergedError
@@ -52,25 +50,6 @@ def _tuning_task(config: Configuration, kind: str) -> str | None:
 def _load(config: Configuration, seed: int) -> Dataset:
     path = None if config.data_path is None else Path(config.data_path)
     return load_dataset(config.data, path, config.train, seed)
-
-
-class _Here(Executor):
-    """Runs what is submitted at once, in this process."""
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(fn(*args, **kwargs))
-        return future
-
-
-def _pool(workers: int) -> Executor:
-    """Processes that share the cores among them; one is this one."""
-    if workers == 1:
-        return _Here()
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    return ProcessPoolExecutor(
-        workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
-    )
 
 
 @dataclass(frozen=True)
@@ -256,12 +235,6 @@ def _rows(
     return {"rows": pack(rows), "way": way}
 
 
-def _all_done(futures: Iterable[Future[Any]], bar: tqdm) -> None:
-    for future in as_completed(list(futures)):
-        future.result()
-        bar.update()
-
-
 def run(
     config: Configuration, out: Path, *, minutes: float | None = None, progress: bool = True
 ) -> Json:
@@ -300,12 +273,12 @@ def run(
     for tier in _TIERS:
         stages.append([(choose_rates, arch, k, tier) for k in kinds for arch in config.archs])
         stages.append([(run_cell, *cell, tier) for cell in cells])
-    pool = _pool(config.workers)
+    pool = process_pool(config.workers)
     total = sum(len(stage) for stage in stages)
     with tqdm(total=total, desc="compare", unit="part", disable=not progress) as bar:
         try:
             for stage in stages:
-                _all_done([pool.submit(job[0], sitting, *job[1:]) for job in stage], bar)
+                all_done([pool.submit(job[0], sitting, *job[1:]) for job in stage], bar)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     found: list[tuple[Json, Json]] = []

@@ -282,17 +282,17 @@ def factorial(block: Block) -> list[Cell]:
     return found
 
 
-def verdict(test: dict[str, Any]) -> str:
+def verdict(test: dict[str, Any], digits: int = 2) -> str:
     """A planned test in words: how large the difference is, and what may be said of it."""
     points = test["metric"] == "gap" or "accuracy" in test["metric"]
     unit, scale = ("points", 100) if points else ("nats", 1)
     low, high = number(test["low"]), number(test["high"])
     if math.isnan(number(test["difference"])):
         return "no run in common"
-    said = f"{number(test['difference']) * scale:+.2f} {unit}"
+    said = f"{number(test['difference']) * scale:+.{digits}f} {unit}"
     if math.isnan(low):
         return f"{said}; too few seeds to say more"
-    said += f" (95 %: {low * scale:+.2f} to {high * scale:+.2f})"
+    said += f" (95 %: {low * scale:+.{digits}f} to {high * scale:+.{digits}f})"
     if number(test["t_p_holm"]) < SIGNIFICANT:
         p = p_value(test["t_p_holm"])
         found = f"significant, p {p if p.startswith('<') else '= ' + p}"
