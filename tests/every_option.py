@@ -13,6 +13,7 @@ import sys
 import tempfile
 import typing
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -172,14 +173,33 @@ def refused(said: str, option: str) -> bool:
     return said.startswith("InputError") and f"no option {option}" in said
 
 
-def verdict(sets: dict[str, Problem], method: str, option: str) -> str:
-    """``used``, ``used with ...``, ``refused`` or ``IGNORED``."""
+Outcome = Callable[..., str]
+
+
+def remembered() -> Outcome:
+    """:func:`outcome`, each once."""
+    known: dict[typing.Any, str] = {}
+
+    def once(problem: Problem, method: str, **company: typing.Any) -> str:
+        key = (id(problem), method, repr(sorted(company.items())))
+        if key not in known:
+            known[key] = outcome(problem, method, **company)
+        return known[key]
+
+    return once
+
+
+def verdict(
+    sets: dict[str, Problem], method: str, option: str, without: Outcome | None = None
+) -> str:
+    """``used``, ``used with ...``, ``refused`` or ``IGNORED``; without: what is without it."""
+    without = without or outcome
     first = ""
     for company in ({}, COMPANY.get(option, {})):
         for problem, value in itertools.product(sets.values(), VALUES[option]):
             if option in company and company is not COMPANY.get(option):
                 continue
-            bare = outcome(problem, method, **company)
+            bare = without(problem, method, **company)
             if any(f"no option {name}" in bare for name in company):
                 continue
             said = outcome(problem, method, **{**company, option: value})
@@ -225,7 +245,9 @@ def verdicts_of(sets: dict[str, Problem], method: str) -> dict[str, str]:
     """Option -> verdict."""
     known = sorted(typing.get_type_hints(MethodOptions))
     assert set(known) == set(VALUES), set(known) ^ set(VALUES)
-    return {option: verdict(sets, method, option) for option in known} | run_arguments(sets, method)
+    without = remembered()
+    found = {option: verdict(sets, method, option, without) for option in known}
+    return found | run_arguments(sets, method)
 
 
 def table() -> dict[str, dict[str, str]]:
