@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from functools import lru_cache
+import os
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ def load() -> Any:
         logger.info("imu_fast._C was built by an older version; torch does its work instead")
         return None
     _C.use_openmp(openmp())
+    if hasattr(os, "register_at_fork"):
+        # A forked process has none of the threads, and libgomp waits for them for ever.
+        os.register_at_fork(after_in_child=partial(_C.use_openmp, 0))
     return _C
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import types
 
@@ -60,6 +62,35 @@ def test_threads_change_nothing(whose, threads):
     finally:
         torch.set_num_threads(before)
         module.use_openmp(run)
+
+
+FORKED = """
+import os, signal, torch
+import imu_fast as imu
+from imu_fast.ops.squared_products import add_squared_products
+torch.set_num_threads(2)
+a = torch.eye(30).expand(6, 30, 30)
+x = torch.ones(3, 40, 65)
+
+def both():
+    add_squared_products(torch.zeros(65, 65), x, x)
+    return float(imu.damped_cholesky_solve(a, torch.ones(6, 30), 1.0).sum())
+
+torch.randn(1 << 20).exp()
+there = both()
+child = os.fork()
+if not child:
+    signal.alarm(20)
+    os._exit(both() != there)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@needed
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+def test_a_forked_process_does_not_wait_for_threads_that_it_does_not_have():
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_torch_with_openmp_lends_its_threads():
