@@ -217,7 +217,12 @@ def check_finite_rows(name: str, tensor: Tensor, what: str = "sample") -> None:
 
 
 # What modules are called where they are installed from, where that is another name.
-_DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}
+_DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "rouge_score": "rouge-score",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}
 
 
 def check_installed(what: str, *modules: str, install: str = "'imu_fast[demo]'") -> None:

@@ -150,7 +150,7 @@ def compare_language(
 ) -> None:
     """Small language models, trained here: methods at matched depth with retraining."""
     check_installed("compare-language", "transformers", install="'imu_fast[demo,text]'")
-    check_installed("compare-language", "scipy")
+    check_installed("compare-language", "scipy", "rouge_score")
     from imu_fast.cli.score_files import check_folder, writing
     from imu_fast.study.language.named import experiment_named
     from imu_fast.study.language.report import language_table
