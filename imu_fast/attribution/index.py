@@ -40,7 +40,7 @@ def build_index(
     *,
     layers: Any = "head",
     projection: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     dtype: torch.dtype | None = None,
     chunk_size: int = 512,
     progress: bool = False,
@@ -64,7 +64,8 @@ def build_index(
             2024, arXiv 2405.13954). Inner products of projections are unbiased; the relative
             standard deviation of one token's squared norm is at most ``sqrt((1 + 2/a) (1 + 2/b) -
             1)``. A layer of at most k parameters is kept whole.
-        seed: of the signs, in [0, 2^32): the same on every machine.
+        seed: of the signs, in [0, 2^32): the same on every machine. None: 0. Refused without
+            ``projection``, where nothing is drawn.
         dtype: what signals and inputs, or projections, are held in: ``torch.float64``,
             ``torch.float32`` or ``torch.bfloat16`` (half the bytes, rounded to 8 bits). Nothing is
             widened. None: as captured, float32 or float64.
@@ -88,8 +89,14 @@ def build_index(
     check_count("chunk_size", chunk_size)
     check_flag("progress", progress)
     made = Projection(
-        1 if projection is None else check_count("projection", projection), check_seed("seed", seed)
+        1 if projection is None else check_count("projection", projection),
+        check_seed("seed", 0 if seed is None else seed),
     )
+    if projection is None and seed is not None:
+        raise InputError(
+            f"seed={seed} with projection=None: nothing is drawn; leave seed out, or pass "
+            "projection"
+        )
     if dtype is not None and dtype not in _DTYPES:
         raise InputError(
             f"dtype={dtype!r} is none of torch.float64, torch.float32 and torch.bfloat16; choose "

@@ -159,7 +159,7 @@ class IndexFolder:
         if odd:
             raise InputError(
                 f"model: {self.shown} holds gradients of other weights: {odd[0]!r} (and "
-                f"{len(odd) - 1} others) differs; pass the model that the index was built with, or "
+                f"{len(odd) - 1} more) differs; pass the model that the index was built with, or "
                 "build an index of this one"
             )
 

@@ -41,7 +41,7 @@ def check_same_model(model: Any, group: distributed.Group) -> None:
     names = list(dict.fromkeys(name for one in found for name in one))
     odd = [name for name in names if any(one.get(name) != found[0].get(name) for one in found)]
     raise InputError(
-        f"model: {odd[0]} (and {len(odd) - 1} others) differs among the processes, which share "
+        f"model: {odd[0]} (and {len(odd) - 1} more) differs among the processes, which share "
         "samples of one model; load the same state in each, or copy the first one's: "
         "for t in model.state_dict().values(): torch.distributed.broadcast(t, 0)"
     )

@@ -234,7 +234,8 @@ def test_folders_that_are_no_index(tmp_path):
 BAD = {
     "projection": (dict(projection=0), "projection=0"),
     "projection, no integer": (dict(projection=2.5), "projection=2.5"),
-    "seed": (dict(seed=-1), "seed=-1"),
+    "seed": (dict(projection=6, seed=-1), "seed=-1"),
+    "seed of nothing": (dict(seed=3), "seed=3 with projection=None"),
     "dtype": (dict(dtype=torch.float16), "dtype=torch.float16 is none of"),
     "dtype, a name": (dict(dtype="float32"), "dtype='float32' is none of"),
     "chunk_size": (dict(chunk_size=0), "chunk_size=0"),
