@@ -185,7 +185,8 @@ def check_choice(name: str, value: object, known: Iterable[str]) -> str:
     """Return ``value``, or raise InputError that lists the known choices."""
     choices = list(known)
     if value not in choices:
-        raise InputError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")
+        between = "; " if any("," in choice for choice in choices) else ", "
+        raise InputError(f"{name}={value!r} is unknown; choose one of {between.join(choices)}")
     return str(value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import Any
 
 from rich.table import Table
@@ -12,6 +13,11 @@ from imu_fast.study.report.escapes import markdown_text
 
 def _digits(results: dict[str, Any]) -> dict[str, int]:
     return {metric["name"]: metric["digits"] for metric in results["metrics"]}
+
+
+def _tested(results: dict[str, Any]) -> list[str]:
+    """Metrics that methods are compared in, in order."""
+    return list(dict.fromkeys(test["metric"] for test in results["tests"]))
 
 
 def _lines(results: dict[str, Any]) -> list[list[str]]:
@@ -67,7 +73,7 @@ def _tests_table(results: dict[str, Any]) -> list[str]:
     """The planned comparisons: a line a method, a column a metric."""
     digits = _digits(results)
     labels = {metric["name"]: metric["label"] for metric in results["metrics"]}
-    metrics = list(dict.fromkeys(test["metric"] for test in results["tests"]))
+    metrics = _tested(results)
     found: dict[tuple[str, str], dict[str, str]] = {}
     for test in results["tests"]:
         name = test["metric"]
@@ -85,10 +91,17 @@ def _tests_table(results: dict[str, Any]) -> list[str]:
 
 
 def language_table(results: dict[str, Any]) -> Table:
-    """The main table for a terminal."""
-    table = Table(title=results["title"], caption=f"Depth: {results['depth']}")
-    for heading in headings(results):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
+    """For a terminal, which is not wide enough for all metrics: those that are compared."""
+    table = Table(
+        title=results["title"],
+        caption=f"Depth: {results['depth']}. All metrics are in the Markdown.",
+    )
+    tested = set(_tested(results))
+    metrics = [metric["name"] in tested for metric in results["metrics"]]
+    kept = [True, True, *metrics, True]  # method, reached; steps
+    for heading in compress(headings(results), kept):
+        name = heading == "method"
+        table.add_column(heading, justify="left" if name else "right", no_wrap=name)
     for line in _lines(results):
-        table.add_row(*line)
+        table.add_row(*compress(line, kept))
     return table

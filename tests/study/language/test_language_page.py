@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 pytest.importorskip("transformers")
 from imu_fast.study.entries import ORIGINAL, RETRAINED, TWIN
 from imu_fast.study.language.markov import BEST_OF_ALL
 from imu_fast.study.language.named import experiment_named
-from imu_fast.study.language.report import markdown
+from imu_fast.study.language.report import language_table, markdown
 from imu_fast.study.language.run import Seed, Sitting
 
 ROOT = Path(__file__).parents[3]
@@ -104,3 +106,12 @@ def test_its_words_about_questions_follow_from_the_numbers():
         if test["question"].startswith("weights"):
             assert test["t_p_holm"] is None or test["t_p_holm"] > 0.05, test
     assert lines[TWIN]["kl_forget_mean"] > 2 and lines[TWIN]["kl_unseen_mean"] > 2
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_the_terminals_table_has_whole_names_and_numbers(name):
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(language_table(results_of(name)))
+    text = console.export_text()
+    assert "…" not in text
+    assert all(method in text for method in results_of(name)["methods"])
