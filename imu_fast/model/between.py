@@ -23,7 +23,8 @@ from imu_fast.losses.output_curvature import StoredCurvature
 from imu_fast.model.calls import Call, steps_of
 from imu_fast.model.head import LinearLayer
 from imu_fast.model.loss import Targets, on_logits, sample_losses
-from imu_fast.model.rows import Layout, Mixed, Ownership, packed
+from imu_fast.model.packing import packed
+from imu_fast.model.rows import Layout, Mixed, Ownership
 
 # Operations that move numbers about and leave them as they are.
 _MOVES = re.compile(

@@ -24,10 +24,11 @@ class Call:
     """One call of a layer.
 
     Attributes:
-        act: [..., d], detached; a copy, or the model's own tensor where ``shared``.
+        act: [..., d], detached; a copy, or the model's own memory.
         out: what the layer returned, untouched by what came after unless it is ``given``.
         leaf: the same memory, asking for a gradient; None where the output was only kept.
         given: the tensor that the model went on with; version: of it, at that moment.
+        act_version: of act, at that moment.
     """
 
     layer: LinearLayer
@@ -36,6 +37,7 @@ class Call:
     leaf: Tensor | None
     given: Tensor
     version: int
+    act_version: int = 0
     # Its output went into another layer with weights: not the head's.
     upstream: bool = False
 
@@ -44,6 +46,13 @@ class Call:
         """What a gradient is taken with respect to."""
         assert self.leaf is not None
         return self.leaf
+
+    @property
+    def is_overwritten(self) -> bool:
+        """Whether what is kept has been written to since, which copies are not."""
+        return self.act._version != self.act_version or (
+            self.out is self.given and self.given._version != self.version
+        )
 
     def rows(self, gradient: Tensor | None) -> Tensor:
         """A gradient of the output as [..., C]; zeros where there is none."""
@@ -112,6 +121,7 @@ def watched(
     leaves: bool | None,
     trained: bool = False,
     traced: bool = False,
+    copied: bool = True,
 ) -> Iterator[Seen]:
     """Record each call of these layers; the hooks are always removed.
 
@@ -125,6 +135,8 @@ def watched(
             come from one backward pass); otherwise each output starts a graph of its own.
         traced: only to see what comes from which layer: a leaf is one number that is added, 0, and
             nothing else is kept.
+        copied: False: of layers whose output has a graph, inputs and outputs are kept as they are,
+            as autograd keeps them; whoever reads them asks for ``is_overwritten`` first.
     """
     seen = Seen()
     active = True
@@ -173,7 +185,13 @@ def watched(
             leaf = output.new_zeros(()).requires_grad_()
             seen.calls.append(Call(layer, leaf, leaf, leaf, leaf, 0))
             return output.detach().add_(leaf)  # no copy
-        leaf = output if trained and output.requires_grad else output.detach().requires_grad_()
+        with_graph = trained and output.requires_grad
+        if with_graph and not copied and not act.is_inference():
+            seen.calls.append(
+                Call(layer, act, output, output, output, output._version, act._version)
+            )
+            return None
+        leaf = output if with_graph else output.detach().requires_grad_()
         given = leaf.clone()
         seen.calls.append(Call(layer, act.clone(), output, leaf, given, given._version))
         return given

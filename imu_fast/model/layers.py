@@ -21,6 +21,7 @@ from imu_fast.model.head import LinearLayer, say_of_weight, shared_with, uses_of
 from imu_fast.model.independence import SampleChecks, apart, coarsest_of, some_samples
 from imu_fast.model.logits import chosen
 from imu_fast.model.loss import Targets, check_labelled, on_logits, sample_losses, targets_of
+from imu_fast.model.packing import Inputs, Joined, Packed, Packing, packed
 from imu_fast.model.proofs import Proof, proof_of
 from imu_fast.model.reading import Reading
 from imu_fast.model.rows import (
@@ -30,7 +31,6 @@ from imu_fast.model.rows import (
     Ownership,
     check_owned,
     one_sample_at_a_time,
-    packed,
 )
 from imu_fast.model.run import Batch, evaluated, full_precision, read
 from imu_fast.model.search import Run, locate
@@ -72,12 +72,12 @@ class LayersCapture:
         self._places = SampleChecks(model)
         self._kind = None if fisher is None else fisher.kind
         self._expected = None if fisher is None else Expected(fisher)
+        self._copied = False
         self._ran: set[str] = set()
         self._reached: set[str] = set()
 
     def add(self, run: Run, batch: Batch) -> None:
-        with watched(self.layers, leaves=True, trained=True) as seen:
-            output = run(batch)
+        seen, output = self._run(run, batch)
         check_readable(seen)
         self.output = locate(self.model, run, batch, output, self.output)
         logits = chosen(output, self.output)
@@ -89,6 +89,16 @@ class LayersCapture:
             _check_independent(self.model, run, batch, logits, name, self.output)
 
         self.take(seen, logits, targets, independent)
+
+    def _run(self, run: Run, batch: Batch) -> tuple[Seen, Any]:
+        """Without copies of what the layers read and return, until a model writes to these."""
+        with watched(self.layers, leaves=True, trained=True, copied=self._copied) as seen:
+            output = run(batch)
+        if any(call.is_overwritten for call in seen.calls):
+            del seen, output
+            self._copied = True
+            return self._run(run, batch)
+        return seen, output
 
     def take(
         self, seen: Seen, logits: Tensor, targets: Targets, independent: Callable[[str], None]
@@ -138,9 +148,13 @@ class LayersCapture:
         elif calls:
             passes = (backward, widened)
             rows = self._rows(calls, logits, signal, passes, independent, proof)
+        of_layers: dict[str, list[Rows]] = {layer.name: [] for layer in self.layers}
+        for call, found_there in zip(calls, rows, strict=True):
+            of_layers[call.layer.name].append(found_there)
+        inputs = Inputs()
         for layer in self.layers:
-            own = [r for r, call in zip(rows, calls, strict=True) if call.layer == layer]
-            self.parts[layer.name].append(_joined(own, layer, labelled))
+            own = of_layers[layer.name]
+            self.parts[layer.name].append(_joined(own, layer, labelled, inputs))
 
     def _gradients(
         self,
@@ -217,7 +231,7 @@ class LayersCapture:
         if not isinstance(call.layer, Convolution):
             return call.act
         kept = self.images.setdefault(call.layer.name, [])
-        kept.append(call.act)
+        kept.append(call.act.clone() if call.out is call.given else call.act)
         return call.layer.places(rows, len(kept) - 1, call.act).to(call.act.device)
 
     def _whole_weights(self, calls: Sequence[Call]) -> dict[str, Tensor]:
@@ -281,11 +295,12 @@ class LayersCapture:
                     "layer %r does not reach the loss of any sample: its gradient is zero",
                     layer.name,
                 )
-        return [self._factors(layer) for layer in self.layers]
+        joined = Joined()
+        return [self._factors(layer, joined) for layer in self.layers]
 
-    def _factors(self, layer: LinearLayer) -> LayerFactors:
+    def _factors(self, layer: LinearLayer, joined: Joined) -> LayerFactors:
         parts = self.parts[layer.name]
-        act, counts = (torch.cat([part[i] for part in parts]) for i in (1, 2))
+        counts = torch.cat([part[2] for part in parts])
         delta, signals = divided([part[0] for part in parts], self._kind, layer)
         dtype = torch.float64 if delta.dtype == torch.float64 else torch.float32
         check_finite_rows(f"gradient of {layer.name}", delta, "position")
@@ -296,7 +311,7 @@ class LayersCapture:
                 check_finite_rows(f"input of {layer.name}", kept, "image")
             unfolded = UnfoldedFactors(
                 delta=delta.to(dtype),
-                places=act,
+                places=torch.cat([part[1] for part in parts]),
                 inputs=images,
                 offsets=offsets,
                 unfolding=layer.unfolding,
@@ -306,10 +321,12 @@ class LayersCapture:
                 curvature=signals,
             )
             return unfolded.by_columns() if unfolded.columns_are_smaller else unfolded
-        check_finite_rows(f"input of {layer.name}", act, "position")
+        act, first = joined([part[1] for part in parts], dtype)
+        if first:
+            check_finite_rows(f"input of {layer.name}", act, "position")
         return GradientFactors(
             delta=delta.to(dtype),
-            act=act.to(dtype),
+            act=act,
             offsets=offsets,
             has_bias=layer.bias is not None,
             name=layer.name,
@@ -317,7 +334,7 @@ class LayersCapture:
         )
 
 
-def _joined(rows: Sequence[Rows], layer: LinearLayer, labelled: Tensor) -> Rows:
+def _joined(rows: Sequence[Rows], layer: LinearLayer, labelled: Tensor, inputs: Inputs) -> Packed:
     """One layer's rows of one batch in the order of their samples, and how many each has."""
     if not rows:
         weight = layer.weight
@@ -325,10 +342,12 @@ def _joined(rows: Sequence[Rows], layer: LinearLayer, labelled: Tensor) -> Rows:
         if isinstance(layer, Convolution):
             act = torch.zeros(0, 3, dtype=torch.int64, device=delta.device)
         return packed(delta, act, torch.zeros(0, dtype=torch.int64), labelled)
-    delta, act, owner = rows[0]
     if len(rows) > 1:
         delta, act, owner = (torch.cat([r[i] for r in rows]) for i in range(3))
-    return packed(delta.detach(), act.detach(), owner, labelled)
+        return packed(delta.detach(), act.detach(), owner, labelled)
+    delta, act, owner = rows[0]
+    packing = Packing.of(delta, owner, labelled)
+    return packing(delta.detach()), inputs.packed(act.detach(), packing), packing.counts
 
 
 def _check_independent(

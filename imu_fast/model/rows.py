@@ -260,37 +260,3 @@ def check_owned(names: Sequence[str], wide: Sequence[Tensor], owners: Sequence[T
                 f"layers={name!r}: the model's predictions reach rows that no sample's loss does, "
                 "and whose they are cannot be told; leave fisher out, or this layer"
             )
-
-
-def packed(
-    delta: Tensor, act: Tensor, owner: Tensor, labelled: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows in the order of their samples, without those that have no gradient.
-
-    Args:
-        delta: [R, C]. act: [R, d]. owner: [R] and labelled: [n] bool, on the CPU.
-
-    Returns:
-        delta [N, C], act [N, d], and the number of rows of each sample [n]. A labelled sample that
-        is left without rows gets one of zeros: having no gradient is not having no label.
-    """
-    n = len(labelled)
-    if len(owner) == n and bool(labelled.all()) and torch.equal(owner, torch.arange(n)):
-        return delta, act, torch.ones(n, dtype=torch.int64)
-    # The largest of a row tells as much as any() does, and is vectorised; NaN is not zero either.
-    alive = delta.abs().amax(dim=1) != 0 if delta.numel() else delta.any(dim=1)
-    kept = torch.nonzero((owner != NOBODY) & alive.cpu()).flatten()
-    counts = torch.bincount(owner[kept], minlength=n)
-    missing = torch.nonzero(labelled & (counts == 0)).flatten()
-    if len(kept) < len(owner):
-        rows = kept.to(delta.device)
-        delta, act, owner = delta.index_select(0, rows), act.index_select(0, rows), owner[kept]
-    if len(missing):
-        delta = torch.cat([delta, delta.new_zeros(len(missing), delta.shape[1])])
-        act = torch.cat([act, act.new_zeros(len(missing), act.shape[1])])
-        owner = torch.cat([owner, missing])
-        counts[missing] = 1
-    if bool((owner.diff() < 0).any()):
-        order = torch.argsort(owner, stable=True).to(delta.device)
-        delta, act = delta[order], act[order]
-    return delta, act, counts
