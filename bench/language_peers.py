@@ -84,7 +84,12 @@ def ours(model: nn.Module, parts: Parts, layers: list[str]) -> dict[str, Work]:
         return -imu.pairwise_influence(train, queries, curvature="identity")
 
     def rows() -> Tensor:
-        return torch.cat([gradients(layer).flatten(1) for layer in captured(parts[0])], dim=1)
+        train = captured(parts[0])
+        sizes = [layer.num_classes * layer.width for layer in train]
+        out = torch.empty(len(parts[0]), sum(sizes))
+        for layer, own in zip(train, out.split(sizes, dim=1), strict=True):
+            gradients(layer, out=own.unflatten(1, (layer.num_classes, layer.width)))
+        return out
 
     return {"products": products, "gradients": rows}
 

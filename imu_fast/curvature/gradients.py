@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from imu_fast.factors.gradient_factors import GradientFactors
-from imu_fast.ops.mean_gradient import mean_gradient
+from imu_fast.ops.tokens import equal_length, sum_over_tokens
 
 # Elements of the per-sample gradients [k, C, D] that exist at once: 128 MB in float64.
 _ELEMENTS = 1 << 24
 
 
-def gradients(chunk: GradientFactors) -> Tensor:
-    """Per-sample gradients [n, C, D]."""
-    if not chunk.is_flat:
-        # A sample's own gradient: the mean over a set of one.
-        return torch.stack([_gradient(chunk.samples(i, i + 1)) for i in range(chunk.n)])
-    out = chunk.delta.new_empty(chunk.n, chunk.num_classes, chunk.width)
-    d = chunk.feature_dim
-    torch.mul(chunk.delta[:, :, None], chunk.act[:, None, :], out=out[..., :d])
+def gradients(chunk: GradientFactors, out: Tensor | None = None) -> Tensor:
+    """Per-sample gradients [n, C, D].
+
+    Args:
+        out: where they go; new memory without.
+    """
+    n, d = chunk.n, chunk.feature_dim
+    if out is None:
+        out = chunk.delta.new_empty(n, chunk.num_classes, chunk.width)
+    length = equal_length(chunk.offsets)
+    if length == 1:
+        torch.mul(chunk.delta[:, :, None], chunk.act[:, None, :], out=out[..., :d])
+    elif length:
+        signal, inputs = (x.unflatten(0, (n, length)) for x in (chunk.delta, chunk.act))
+        torch.bmm(signal.transpose(1, 2), inputs, out=out[..., :d])
+    else:
+        for one, (first, last) in zip(out, pairwise(chunk.offsets.tolist()), strict=True):
+            torch.mm(chunk.delta[first:last].t(), chunk.act[first:last], out=one[:, :d])
     if chunk.has_bias:
-        out[..., d] = chunk.delta
+        out[..., d] = sum_over_tokens(chunk.delta, chunk.offsets)
     return out
-
-
-def _gradient(one: GradientFactors) -> Tensor:
-    return mean_gradient(one.delta, one.act, one.offsets, one.has_bias)
 
 
 def gradient_slabs(

@@ -23,7 +23,7 @@ from imu_fast.losses.output_curvature import StoredCurvature
 from imu_fast.model.calls import Call, steps_of
 from imu_fast.model.head import LinearLayer
 from imu_fast.model.loss import Targets, on_logits, sample_losses
-from imu_fast.model.packing import packed
+from imu_fast.model.packing import BatchPacker
 from imu_fast.model.rows import Layout, Mixed, Ownership
 
 # Operations that move numbers about and leave them as they are.
@@ -274,7 +274,9 @@ class Between:
             deltas.append(torch.nn.functional.pad(flat, (0, width - flat.shape[1])))
             rows.append(owner.flatten())
         labelled = targets.counts > 0
-        delta, act, counts = packed(torch.cat(deltas), torch.cat(acts), torch.cat(rows), labelled)
+        delta, act, counts = BatchPacker(labelled)(
+            torch.cat(deltas), torch.cat(acts), torch.cat(rows)
+        )
         wide = _wide(delta, act)
         found = (delta.to(wide), losses, None, False, steps or _MOVED)
         return Piece("tokens", act, targets.labels, counts, *found)

@@ -21,7 +21,7 @@ from imu_fast.model.head import LinearLayer, say_of_weight, shared_with, uses_of
 from imu_fast.model.independence import SampleChecks, apart, coarsest_of, some_samples
 from imu_fast.model.logits import chosen
 from imu_fast.model.loss import Targets, check_labelled, on_logits, sample_losses, targets_of
-from imu_fast.model.packing import Inputs, Joined, Packed, Packing, packed
+from imu_fast.model.packing import BatchPacker, Joined, Packed
 from imu_fast.model.proofs import Proof, proof_of
 from imu_fast.model.reading import Reading
 from imu_fast.model.rows import (
@@ -151,10 +151,9 @@ class LayersCapture:
         of_layers: dict[str, list[Rows]] = {layer.name: [] for layer in self.layers}
         for call, found_there in zip(calls, rows, strict=True):
             of_layers[call.layer.name].append(found_there)
-        inputs = Inputs()
+        pack = BatchPacker(labelled)
         for layer in self.layers:
-            own = of_layers[layer.name]
-            self.parts[layer.name].append(_joined(own, layer, labelled, inputs))
+            self.parts[layer.name].append(_joined(of_layers[layer.name], layer, pack))
 
     def _gradients(
         self,
@@ -334,20 +333,18 @@ class LayersCapture:
         )
 
 
-def _joined(rows: Sequence[Rows], layer: LinearLayer, labelled: Tensor, inputs: Inputs) -> Packed:
+def _joined(rows: Sequence[Rows], layer: LinearLayer, pack: BatchPacker) -> Packed:
     """One layer's rows of one batch in the order of their samples, and how many each has."""
     if not rows:
         weight = layer.weight
         delta, act = (weight.new_zeros(0, size) for size in weight.shape)
         if isinstance(layer, Convolution):
             act = torch.zeros(0, 3, dtype=torch.int64, device=delta.device)
-        return packed(delta, act, torch.zeros(0, dtype=torch.int64), labelled)
+        return pack(delta, act, torch.zeros(0, dtype=torch.int64))
+    delta, act, owner = rows[0]
     if len(rows) > 1:
         delta, act, owner = (torch.cat([r[i] for r in rows]) for i in range(3))
-        return packed(delta.detach(), act.detach(), owner, labelled)
-    delta, act, owner = rows[0]
-    packing = Packing.of(delta, owner, labelled)
-    return packing(delta.detach()), inputs.packed(act.detach(), packing), packing.counts
+    return pack(delta.detach(), act.detach(), owner)
 
 
 def _check_independent(

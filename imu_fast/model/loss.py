@@ -115,7 +115,9 @@ def sample_losses(logits: Tensor, targets: Targets) -> Signal:
         float64 for float64 logits, otherwise float32. And what the loss keeps of those rows.
     """
     rows, scale = logits.detach(), None
-    rows = rows.flatten(0, -2) if bool(targets.valid.all()) else rows[targets.valid]
+    rows = rows.flatten(0, -2)
+    if not bool(targets.valid.all()):
+        rows = rows.index_select(0, torch.nonzero(targets.valid.flatten()).flatten())
     counts = targets.counts
     if targets.valid.dim() > 1:
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -131,8 +133,10 @@ def on_logits(delta: Tensor, logits: Tensor, targets: Targets) -> Tensor:
     """The signal delta [N, C] of the rows that have a loss, at all rows; in the logits' dtype."""
     if delta.shape[:-1].numel() == targets.valid.numel():
         return delta.to(logits.dtype).view(logits.shape)
-    out = torch.zeros_like(logits)
-    out[targets.valid] = delta.to(logits.dtype)
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    valid, rows = targets.valid.flatten(), out.flatten(0, -2)
+    rows.index_copy_(0, torch.nonzero(valid).flatten(), delta.to(logits.dtype))
+    rows.index_fill_(0, torch.nonzero(~valid).flatten(), 0)
     return out
 
 

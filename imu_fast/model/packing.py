@@ -20,56 +20,47 @@ class Packing:
     """Which rows of a call are kept, and where.
 
     Attributes:
-        index: [N] int64 on the CPU, the row that comes at each place, or -1 for zeros; None: all
-            rows, as they are. counts: [n], of each sample.
+        index: [N] int64 on the CPU, the row that comes at each place; None: all, as they are.
+        counts: [n], of each sample.
+        padded: whether the index goes to a row of zeros, which comes after the last.
     """
 
     index: Tensor | None
     counts: Tensor
+    padded: bool = False
 
     @classmethod
-    def of(cls, delta: Tensor, owner: Tensor, labelled: Tensor) -> Packing:
+    def of(cls, alive: Tensor, owner: Tensor, labelled: Tensor) -> Packing:
         """Rows in the order of their samples, without those that have no gradient.
 
         A labelled sample that is left without rows gets one of zeros: having no gradient is not
         having no label.
 
         Args:
-            delta: [R, C]. owner: [R] and labelled: [n] bool, on the CPU.
+            alive: [R] bool, whether a row has a gradient. owner: [R] int64. labelled: [n] bool.
+                All on the CPU.
         """
-        n = len(labelled)
-        if len(owner) == n and bool(labelled.all()) and torch.equal(owner, torch.arange(n)):
-            return cls(None, torch.ones(n, dtype=torch.int64))
-        index = torch.nonzero((owner != NOBODY) & _alive(delta).cpu()).flatten()
+        index = torch.nonzero((owner != NOBODY) & alive).flatten()
         owner = owner[index]
-        counts = torch.bincount(owner, minlength=n)
+        counts = torch.bincount(owner, minlength=len(labelled))
         missing = torch.nonzero(labelled & (counts == 0)).flatten()
         if len(missing):
-            index = torch.cat([index, torch.full_like(missing, -1)])
+            index = torch.cat([index, torch.full_like(missing, len(alive))])
             owner = torch.cat([owner, missing])
             counts[missing] = 1
         if bool((owner.diff() < 0).any()):
             index = index[torch.argsort(owner, stable=True)]
-        if len(index) == len(delta) and torch.equal(index, torch.arange(len(delta))):
+        if len(index) == len(alive) and torch.equal(index, torch.arange(len(alive))):
             return cls(None, counts)
-        return cls(index, counts)
+        return cls(index, counts, len(missing) > 0)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """``rows`` [R, ...] so: a copy, always."""
         if self.index is None:
             return rows.clone()
-        if len(self.index) and int(self.index.min()) < 0:
+        if self.padded:
             rows = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
-            index = self.index.where(self.index >= 0, len(rows) - 1)
-        else:
-            index = self.index
-        return rows.index_select(0, index.to(rows.device))
-
-    def is_like(self, other: Packing) -> bool:
-        """Whether it makes the same of the same rows."""
-        if self.index is None or other.index is None:
-            return self.index is other.index
-        return torch.equal(self.index, other.index)
+        return rows.index_select(0, self.index.to(rows.device))
 
 
 def _alive(delta: Tensor) -> Tensor:
@@ -84,32 +75,41 @@ def _alive(delta: Tensor) -> Tensor:
     return alive
 
 
-def packed(delta: Tensor, act: Tensor, owner: Tensor, labelled: Tensor) -> Packed:
-    """The rows of one layer as :meth:`Packing.of` has them; copies."""
-    packing = Packing.of(delta, owner, labelled)
-    return packing(delta), packing(act), packing.counts
+class BatchPacker:
+    """Rows of one batch's layers as :meth:`Packing.of` has them, what they share made once.
 
+    The inputs of layers that read the same memory and keep the same rows, as the queries, keys and
+    values of an attention do, are one tensor. What was given has to stay alive meanwhile.
 
-@dataclass
-class Inputs:
-    """The inputs of one batch's layers: once, where several read the same memory and keep the same
-    rows, as the queries, keys and values of an attention do.
-
-    Tensors that were asked for have to stay alive meanwhile.
+    Args:
+        labelled: [n] bool, on the CPU.
     """
 
-    _seen: dict[Hashable, list[tuple[Packing, Tensor]]] = field(default_factory=dict)
+    def __init__(self, labelled: Tensor) -> None:
+        self._labelled, self._all = labelled, bool(labelled.all())
+        self._packings: list[tuple[Tensor, Tensor, Packing]] = []
+        # What was read stays alive beside what was made of it, or its place could be another's.
+        self._inputs: dict[Hashable, tuple[Tensor, Tensor]] = {}
 
-    def packed(self, act: Tensor, packing: Packing) -> Tensor:
-        """``packing(act)``; act [R, d]."""
-        key = (act.data_ptr(), tuple(act.shape), act.stride(), act.dtype, act.device)
-        kept = self._seen.setdefault(key, [])
-        for other, rows in kept:
-            if packing.is_like(other):
-                return rows
-        rows = packing(act)
-        kept.append((packing, rows))
-        return rows
+    def __call__(self, delta: Tensor, act: Tensor, owner: Tensor) -> Packed:
+        """delta [R, C], act [R, d], owner [R] on the CPU."""
+        packing = self._packing(delta, owner)
+        place = (act.data_ptr(), tuple(act.shape), act.stride(), act.dtype, act.device)
+        key = (*place, id(packing))
+        if key not in self._inputs:
+            self._inputs[key] = act, packing(act)
+        return packing(delta), self._inputs[key][1], packing.counts
+
+    def _packing(self, delta: Tensor, owner: Tensor) -> Packing:
+        n = len(self._labelled)
+        one_each = len(owner) == n and self._all and torch.equal(owner, torch.arange(n))
+        alive = torch.ones(n, dtype=torch.bool) if one_each else _alive(delta).cpu()
+        for other, others, packing in self._packings:
+            if torch.equal(other, alive) and torch.equal(others, owner):
+                return packing
+        packing = Packing.of(alive, owner, self._labelled)
+        self._packings.append((alive, owner, packing))
+        return packing
 
 
 @dataclass

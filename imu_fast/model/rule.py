@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from imu_fast.ambient import default_device_back
 from imu_fast.errors import brief
-from imu_fast.model.forward import Forward
+from imu_fast.model.forward import Forward, innermost
 from imu_fast.model.guard import preserved
 from imu_fast.model.labels import is_integer
 from imu_fast.model.logits import tensors_of
@@ -100,14 +101,33 @@ def _outputs(model: nn.Module, parts: Parts, more: dict[str, Any]) -> dict[Any, 
         return {}
 
 
+# What models were found to do with labels, by their code and what they were asked with.
+_found: WeakKeyDictionary[nn.Module, dict[Hashable, bool]] = WeakKeyDictionary()
+
+
 def needs_labels(model: nn.Module, parts: Parts, name: str) -> bool:
     """Whether a model's outputs at each label are made from the labels, which it takes as ``name``.
 
     So do those that make their decoder's input of them (BART, T5), and those that leave out
-    positions otherwise. The model is asked, with and without, on one sample.
+    positions otherwise. The model is asked, with and without, on one sample; once for each form of
+    its inputs, until it has another ``forward`` or ``config``.
     """
     if parts.labels.dim() < 2 or not is_integer(parts.labels.dtype):
         return False
+    inner = innermost(model)
+    if "forward" in vars(inner):  # of this object alone, which may hold the model itself
+        return _asked(model, parts, name)
+    config = getattr(inner, "config", None)
+    settings = str(getattr(config, "__dict__", config))
+    form = (len(parts.args), tuple(sorted(parts.kwargs)), name)
+    asked = (type(inner), type(inner).forward, settings, form)
+    known = _found.setdefault(model, {})
+    if asked not in known:
+        known[asked] = _asked(model, parts, name)
+    return known[asked]
+
+
+def _asked(model: nn.Module, parts: Parts, name: str) -> bool:
     has = (parts.labels >= 0).reshape(parts.n, -1).any(dim=1)
     try:
         one = parts.taken([int(has.int().argmax())])

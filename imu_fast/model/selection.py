@@ -36,25 +36,35 @@ def selected(model: nn.Module, layers: Any) -> tuple[list[LinearLayer], bool]:
     found: set[str] = set()
     several = False
     for entry in wanted:
-        many = _many(model, entry, there)
+        whole = isinstance(entry, str) and entry in there and not _is_pattern(entry)
+        many = None if whole else _many(model, entry, there)
         several |= many is not None
         if many is not None:
             found |= set(many)
             continue
-        try:
-            layer = resolve(model, entry, among=there)
-        except NoHeadFoundError as error:
-            if not _has_parameters(model, entry):
-                raise
-            raise NoHeadFoundError(
-                f"{error}; for the mean squared gradients of parameters of any kind call "
-                "imu.parameter_importance(model, loader)"
-            ) from None
+        layer = there[entry] if whole else _resolved(model, entry, there)
         if layer.name in named:
             raise InputError(f"layers names {layer.name!r} twice; its scores would count double")
         named.append(layer.name)
     found |= set(named)
     return [layer for name, layer in there.items() if name in found], one and not several
+
+
+def _is_pattern(entry: str) -> bool:
+    return any(sign in entry for sign in "*?[")
+
+
+def _resolved(model: nn.Module, entry: Any, there: dict[str, LinearLayer]) -> LinearLayer:
+    """The layer that an entry, no pattern, stands for."""
+    try:
+        return resolve(model, entry, among=there)
+    except NoHeadFoundError as error:
+        if not _has_parameters(model, entry):
+            raise
+        raise NoHeadFoundError(
+            f"{error}; for the mean squared gradients of parameters of any kind call "
+            "imu.parameter_importance(model, loader)"
+        ) from None
 
 
 def _has_parameters(model: nn.Module, entry: Any) -> bool:
@@ -71,7 +81,7 @@ def _many(model: nn.Module, entry: Any, there: dict[str, LinearLayer]) -> list[s
     """What a pattern, or the end of names, chooses; None where the entry is neither."""
     if not isinstance(entry, str):
         return None
-    pattern = any(sign in entry for sign in "*?[")
+    pattern = _is_pattern(entry)
     modules = dict(model.named_modules(remove_duplicate=False))
     if not pattern and (entry in modules or entry in there or entry in _inside(model)):
         return None
