@@ -274,12 +274,12 @@ class Between:
             deltas.append(torch.nn.functional.pad(flat, (0, width - flat.shape[1])))
             rows.append(owner.flatten())
         labelled = targets.counts > 0
-        delta, act, counts = BatchPacker(labelled)(
-            torch.cat(deltas), torch.cat(acts), torch.cat(rows)
-        )
-        wide = _wide(delta, act)
+        pack = BatchPacker(labelled)
+        part = pack(torch.cat(deltas), torch.cat(acts), torch.cat(rows))
+        delta = part.delta
+        wide = _wide(delta, part.act)
         found = (delta.to(wide), losses, None, False, steps or _MOVED)
-        return Piece("tokens", act, targets.labels, counts, *found)
+        return Piece("tokens", part.act, targets.labels, part.counts, *found)
 
 
 def _scaled(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from imu_fast.model.head import LinearLayer, say_of_weight, shared_with, uses_of
 from imu_fast.model.independence import SampleChecks, apart, coarsest_of, some_samples
 from imu_fast.model.logits import chosen
 from imu_fast.model.loss import Targets, check_labelled, on_logits, sample_losses, targets_of
-from imu_fast.model.packing import BatchPacker, Joined, Packed
+from imu_fast.model.packing import BatchPacker, Joined, Part, delta_of
 from imu_fast.model.proofs import Proof, proof_of
 from imu_fast.model.reading import Reading
 from imu_fast.model.rows import (
@@ -65,7 +66,7 @@ class LayersCapture:
     ) -> None:
         self.model, self.layers = model, list(layers)
         self.reading, self.output = reading, reading.output
-        self.parts: dict[str, list[Rows]] = {layer.name: [] for layer in layers}
+        self.parts: dict[str, list[Part]] = {layer.name: [] for layer in layers}
         self.images: dict[str, list[Tensor]] = {}  # of convolutions, call by call
         self.samples: list[Tensor] = []  # how many labels each sample of each batch has
         self._ownership, self._checks = Ownership(always), LinearChecks()
@@ -299,10 +300,15 @@ class LayersCapture:
 
     def _factors(self, layer: LinearLayer, joined: Joined) -> LayerFactors:
         parts = self.parts[layer.name]
-        counts = torch.cat([part[2] for part in parts])
-        delta, signals = divided([part[0] for part in parts], self._kind, layer)
-        dtype = torch.float64 if delta.dtype == torch.float64 else torch.float32
-        check_finite_rows(f"gradient of {layer.name}", delta, "position")
+        counts = torch.cat([part.counts for part in parts])
+        computed = functools.reduce(torch.promote_types, (part.signal.dtype for part in parts))
+        dtype = torch.float64 if computed == torch.float64 else torch.float32
+        if self._kind is None:
+            delta, signals = delta_of(parts, dtype), None
+        else:
+            delta, signals = divided([part.delta for part in parts], self._kind, layer)
+        if not all(part.finite for part in parts):
+            check_finite_rows(f"gradient of {layer.name}", delta, "position")
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
         if isinstance(layer, Convolution):
             images = self.images.get(layer.name, [])
@@ -310,7 +316,7 @@ class LayersCapture:
                 check_finite_rows(f"input of {layer.name}", kept, "image")
             unfolded = UnfoldedFactors(
                 delta=delta.to(dtype),
-                places=torch.cat([part[1] for part in parts]),
+                places=torch.cat([part.act for part in parts]),
                 inputs=images,
                 offsets=offsets,
                 unfolding=layer.unfolding,
@@ -320,7 +326,7 @@ class LayersCapture:
                 curvature=signals,
             )
             return unfolded.by_columns() if unfolded.columns_are_smaller else unfolded
-        act, first = joined([part[1] for part in parts], dtype)
+        act, first = joined([part.act for part in parts], dtype)
         if first:
             check_finite_rows(f"input of {layer.name}", act, "position")
         return GradientFactors(
@@ -333,7 +339,7 @@ class LayersCapture:
         )
 
 
-def _joined(rows: Sequence[Rows], layer: LinearLayer, pack: BatchPacker) -> Packed:
+def _joined(rows: Sequence[Rows], layer: LinearLayer, pack: BatchPacker) -> Part:
     """One layer's rows of one batch in the order of their samples, and how many each has."""
     if not rows:
         weight = layer.weight

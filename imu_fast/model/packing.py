@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from imu_fast.model.rows import NOBODY
 
-Packed = tuple[Tensor, Tensor, Tensor]
-"""delta [N, C], act [N, d], and the number of rows of each sample [n]."""
+# A signal waits for its one copy as it came, unless it holds memory of so much more than its rows.
+_HELD = 4 / 3
 
 
 @dataclass(frozen=True)
@@ -62,17 +63,69 @@ class Packing:
             rows = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
         return rows.index_select(0, self.index.to(rows.device))
 
+    def put(self, rows: Tensor, out: Tensor) -> None:
+        """The same into ``out``, without a second copy."""
+        if self.index is None:
+            out.copy_(rows)
+        elif self.padded or out.dtype != rows.dtype:
+            out.copy_(self(rows))
+        else:
+            torch.index_select(rows, 0, self.index.to(rows.device), out=out)
 
-def _alive(delta: Tensor) -> Tensor:
-    """Where a row [C] is not all zeros: [R]; one that is not finite is not."""
+    def is_worth_holding(self, rows: Tensor) -> bool:
+        """Whether ``rows`` [R, C] hold little more memory than what is made of them."""
+        kept = int(self.counts.sum()) * rows.shape[1] * rows.itemsize
+        return rows.untyped_storage().nbytes() <= _HELD * kept
+
+
+@dataclass(frozen=True)
+class Part:
+    """One batch's rows of a layer.
+
+    Attributes:
+        signal: rows that ``packing`` makes delta [N, C] of. act: [N, d]. counts: [n], of each
+            sample. finite: whether the signal is known to be.
+    """
+
+    signal: Tensor
+    packing: Packing
+    act: Tensor
+    counts: Tensor
+    finite: bool
+
+    @property
+    def delta(self) -> Tensor:
+        """[N, C], a copy."""
+        return self.packing(self.signal)
+
+
+def delta_of(parts: Sequence[Part], dtype: torch.dtype) -> Tensor:
+    """Batches' signals one after another: [N, C]."""
+    sizes = [int(part.counts.sum()) for part in parts]
+    first = parts[0].signal
+    out = torch.empty(sum(sizes), first.shape[1], dtype=dtype, device=first.device)
+    for part, rows in zip(parts, out.split(sizes), strict=True):
+        part.packing.put(part.signal, rows)
+    return out
+
+
+def _alive(delta: Tensor) -> tuple[Tensor, bool]:
+    """Where a row [C] is not all zeros, or not finite: [R]; and whether all are known to be finite.
+
+    A row's norm says both, in one fast pass, but for squares that vanish or overflow.
+    """
     if not delta.numel():
-        return delta.any(dim=1)
-    # Its norm says so, in one fast pass, but for squares that vanish.
-    alive = torch.linalg.vector_norm(delta, dim=1) != 0
+        return delta.any(dim=1), True
+    norms = torch.linalg.vector_norm(delta, dim=1, dtype=_norm_dtype(delta))
+    alive = norms != 0
     rest = torch.nonzero(~alive).flatten()
     if len(rest):
         alive[rest] = delta[rest].any(dim=1)
-    return alive
+    return alive, math.isfinite(float(norms.sum()))
+
+
+def _norm_dtype(delta: Tensor) -> torch.dtype:
+    return torch.promote_types(delta.dtype, torch.float32)
 
 
 class BatchPacker:
@@ -91,25 +144,31 @@ class BatchPacker:
         # What was read stays alive beside what was made of it, or its place could be another's.
         self._inputs: dict[Hashable, tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, delta: Tensor, act: Tensor, owner: Tensor) -> Packed:
-        """delta [R, C], act [R, d], owner [R] on the CPU."""
-        packing = self._packing(delta, owner)
+    def __call__(self, delta: Tensor, act: Tensor, owner: Tensor) -> Part:
+        """delta [R, C], which nobody writes to any more; act [R, d]; owner [R] on the CPU."""
+        packing, finite = self._packing(delta, owner)
         place = (act.data_ptr(), tuple(act.shape), act.stride(), act.dtype, act.device)
         key = (*place, id(packing))
         if key not in self._inputs:
             self._inputs[key] = act, packing(act)
-        return packing(delta), self._inputs[key][1], packing.counts
+        made = self._inputs[key][1]
+        if packing.is_worth_holding(delta):
+            return Part(delta, packing, made, packing.counts, finite)
+        return Part(packing(delta), Packing(None, packing.counts), made, packing.counts, finite)
 
-    def _packing(self, delta: Tensor, owner: Tensor) -> Packing:
-        n = len(self._labelled)
-        one_each = len(owner) == n and self._all and torch.equal(owner, torch.arange(n))
-        alive = torch.ones(n, dtype=torch.bool) if one_each else _alive(delta).cpu()
+    def _packing(self, delta: Tensor, owner: Tensor) -> tuple[Packing, bool]:
+        n, finite = len(self._labelled), False
+        if len(owner) == n and self._all and torch.equal(owner, torch.arange(n)):
+            alive = torch.ones(n, dtype=torch.bool)
+        else:
+            found, finite = _alive(delta)
+            alive = found.cpu()
         for other, others, packing in self._packings:
             if torch.equal(other, alive) and torch.equal(others, owner):
-                return packing
+                return packing, finite
         packing = Packing.of(alive, owner, self._labelled)
         self._packings.append((alive, owner, packing))
-        return packing
+        return packing, finite
 
 
 @dataclass

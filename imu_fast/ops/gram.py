@@ -16,8 +16,9 @@ from imu_fast.ops.tokens import equal_length, is_flat, sum_over_tokens
 # Elements of each of the two [rows, N] products that exist at once, and as many as a cache holds
 # until they are summed: so many where that leaves rows enough for a product at full speed.
 _TILE_ELEMENTS, _CACHED_ELEMENTS, _TILE_ROWS = 1 << 22, 1 << 18, 128
-# Where gradients are formed: elements of the right set's that exist at once, of the left set's, and
-# the fewest outputs of a layer among them, as products of fewer rows are slow for their size.
+# Where gradients are formed: elements of the right set's that exist at once at most; those of one
+# product, of either set, as a cache holds them; and the fewest outputs of a layer among them, as
+# products of fewer rows are slow for their size.
 _HELD_ELEMENTS, _FORMED_ELEMENTS, _FORMED_ROWS = 1 << 22, 1 << 20, 64
 # Samples in a strip of rows of the symmetric K, of which only what is right of it is computed.
 _STRIP = 256
@@ -104,7 +105,7 @@ def _sizes(left: Operands, right: Operands, has_bias: bool) -> tuple[int, int, i
 
 def _held(m: int, classes: int, width: int) -> tuple[int, int]:
     """Of the right set: outputs at a time, and samples."""
-    rows = min(classes, max(_FORMED_ROWS, _HELD_ELEMENTS // (m * width)))
+    rows = min(classes, max(_FORMED_ROWS, _FORMED_ELEMENTS // (m * width)))
     return rows, min(m, max(1, _HELD_ELEMENTS // (rows * width)))
 
 
