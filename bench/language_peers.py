@@ -21,6 +21,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import resource
@@ -326,17 +327,15 @@ def main() -> int:
         f"{'width':5} {'layers':10} {'quantity':10} {'':11} {'ms':>9} {'of ours':>8} "
         f"{'first ms':>9} {'MB':>8} {'differ':>8}"
     )
+    versions = {t: importlib.metadata.version(t) for t in tools if t != "imu_fast"}
     rows: list[Row] = []
-    for width in options.width:
-        for kind in options.layers:
-            for what in options.what:
-                found = compared(tools, what, kind, width, options.length, options.repeats)
-                rows += found
-                print("\n".join(map(line, found)), flush=True)
-    if options.out:
-        versions = {t: importlib.metadata.version(t) for t in tools if t != "imu_fast"}
-        said = {"torch": torch.__version__, **versions, "rows": rows}
-        options.out.write_text(json.dumps(said, indent=1) + "\n")
+    for width, kind, what in itertools.product(options.width, options.layers, options.what):
+        found = compared(tools, what, kind, width, options.length, options.repeats)
+        rows += found
+        print("\n".join(map(line, found)), flush=True)
+        if options.out:
+            said = {"torch": torch.__version__, **versions, "rows": rows}
+            options.out.write_text(json.dumps(said, indent=1) + "\n")
     return 0
 
 

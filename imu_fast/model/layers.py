@@ -22,6 +22,7 @@ from imu_fast.model.head import LinearLayer, say_of_weight, shared_with, uses_of
 from imu_fast.model.independence import SampleChecks, apart, coarsest_of, some_samples
 from imu_fast.model.logits import chosen
 from imu_fast.model.loss import Targets, check_labelled, on_logits, sample_losses, targets_of
+from imu_fast.model.nested import mapped
 from imu_fast.model.packing import BatchPacker, Joined, Part, delta_of
 from imu_fast.model.proofs import Proof, proof_of
 from imu_fast.model.reading import Reading
@@ -92,9 +93,13 @@ class LayersCapture:
         self.take(seen, logits, targets, independent)
 
     def _run(self, run: Run, batch: Batch) -> tuple[Seen, Any]:
-        """Without copies of what the layers read and return, until a model writes to these."""
+        """Without copies of what the layers read and return, until a model writes to these.
+
+        It gets a copy of the batch then, which may be what a layer reads, and is run again.
+        """
+        given = batch if self._copied else _copy_of(batch)
         with watched(self.layers, leaves=True, trained=True, copied=self._copied) as seen:
-            output = run(batch)
+            output = run(given)
         if any(call.is_overwritten for call in seen.calls):
             del seen, output
             self._copied = True
@@ -337,6 +342,19 @@ class LayersCapture:
             name=layer.name,
             curvature=signals,
         )
+
+
+def _copy_of(batch: Batch) -> Batch:
+    args, kwargs, labels = batch
+    return (
+        [mapped(value, _copied) for value in args],
+        {key: mapped(value, _copied) for key, value in kwargs.items()},
+        labels,
+    )
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _joined(rows: Sequence[Rows], layer: LinearLayer, pack: BatchPacker) -> Part:
