@@ -185,3 +185,30 @@ def apart(a: Tensor, b: Tensor, coarsest: torch.dtype) -> float | None:
     bound = max(64 * torch.finfo(wide).eps ** 0.75, 16 * eps) * (a.abs().max() + b.abs().max())
     off = (a - b).abs().max()
     return float(off) if bool(off > bound) else None
+
+
+def check_independent(
+    model: nn.Module, run: Run, batch: Batch, logits: Tensor, name: str, output: Any
+) -> None:
+    """Raise InputError unless a sample's logits are the same without the rest of its batch.
+
+    Then its gradient is its own too, even at rows that all samples share.
+    """
+    n = len(batch[2])
+    for sample in {0, n - 1}:
+        try:
+            one = some_samples(batch, range(sample, sample + 1))
+            found = chosen(run(one), output)[0]
+        except Exception as error:
+            raise _mixes(name, f"and a sample cannot be run alone ({error})") from error
+        here = logits[sample]
+        same = found.shape == here.shape
+        if not same or apart(found, here, coarsest_of(model, here.dtype)) is not None:
+            raise _mixes(name, "and a sample's logits change with the rest of its batch")
+
+
+def _mixes(name: str, why: str) -> InputError:
+    return InputError(
+        f"layers={name!r}: the gradient at a row comes from several samples, {why}; there is no "
+        "gradient of one sample at this layer. Choose another, or batches of one sample"
+    )

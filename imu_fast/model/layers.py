@@ -19,10 +19,9 @@ from imu_fast.model.causal import settled
 from imu_fast.model.convolution import Convolution
 from imu_fast.model.expectation import Expectation, Expected, divided
 from imu_fast.model.head import LinearLayer, say_of_weight, shared_with, uses_of
-from imu_fast.model.independence import SampleChecks, apart, coarsest_of, some_samples
+from imu_fast.model.independence import SampleChecks, check_independent
 from imu_fast.model.logits import chosen
 from imu_fast.model.loss import Targets, check_labelled, on_logits, sample_losses, targets_of
-from imu_fast.model.nested import mapped
 from imu_fast.model.packing import BatchPacker, Joined, Part, delta_of
 from imu_fast.model.proofs import Proof, proof_of
 from imu_fast.model.reading import Reading
@@ -34,7 +33,7 @@ from imu_fast.model.rows import (
     check_owned,
     one_sample_at_a_time,
 )
-from imu_fast.model.run import Batch, evaluated, full_precision, read
+from imu_fast.model.run import Batch, copy_of, evaluated, full_precision, read
 from imu_fast.model.search import Run, locate
 from imu_fast.model.verify import LinearChecks, is_known
 
@@ -88,7 +87,7 @@ class LayersCapture:
         targets = targets_of(batch[2], logits, self.reading.loss)
 
         def independent(name: str) -> None:
-            _check_independent(self.model, run, batch, logits, name, self.output)
+            check_independent(self.model, run, batch, logits, name, self.output)
 
         self.take(seen, logits, targets, independent)
 
@@ -97,7 +96,7 @@ class LayersCapture:
 
         It gets a copy of the batch then, which may be what a layer reads, and is run again.
         """
-        given = batch if self._copied else _copy_of(batch)
+        given = batch if self._copied else copy_of(batch)
         with watched(self.layers, leaves=True, trained=True, copied=self._copied) as seen:
             output = run(given)
         if any(call.is_overwritten for call in seen.calls):
@@ -344,19 +343,6 @@ class LayersCapture:
         )
 
 
-def _copy_of(batch: Batch) -> Batch:
-    args, kwargs, labels = batch
-    return (
-        [mapped(value, _copied) for value in args],
-        {key: mapped(value, _copied) for key, value in kwargs.items()},
-        labels,
-    )
-
-
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
-
-
 def _joined(rows: Sequence[Rows], layer: LinearLayer, pack: BatchPacker) -> Part:
     """One layer's rows of one batch in the order of their samples, and how many each has."""
     if not rows:
@@ -369,33 +355,6 @@ def _joined(rows: Sequence[Rows], layer: LinearLayer, pack: BatchPacker) -> Part
     if len(rows) > 1:
         delta, act, owner = (torch.cat([r[i] for r in rows]) for i in range(3))
     return pack(delta.detach(), act.detach(), owner)
-
-
-def _check_independent(
-    model: nn.Module, run: Run, batch: Batch, logits: Tensor, name: str, output: Any
-) -> None:
-    """Raise InputError unless a sample's logits are the same without the rest of its batch.
-
-    Then its gradient is its own too, even at rows that all samples share.
-    """
-    n = len(batch[2])
-    for sample in {0, n - 1}:
-        try:
-            one = some_samples(batch, range(sample, sample + 1))
-            found = chosen(run(one), output)[0]
-        except Exception as error:
-            raise _mixes(name, f"and a sample cannot be run alone ({error})") from error
-        here = logits[sample]
-        same = found.shape == here.shape
-        if not same or apart(found, here, coarsest_of(model, here.dtype)) is not None:
-            raise _mixes(name, "and a sample's logits change with the rest of its batch")
-
-
-def _mixes(name: str, why: str) -> InputError:
-    return InputError(
-        f"layers={name!r}: the gradient at a row comes from several samples, {why}; there is no "
-        "gradient of one sample at this layer. Choose another, or batches of one sample"
-    )
 
 
 def capture_layers(

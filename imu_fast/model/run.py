@@ -17,6 +17,7 @@ from imu_fast.model.batches import as_batches, device_of, split_batch, to_device
 from imu_fast.model.called import called
 from imu_fast.model.forward import innermost as innermost
 from imu_fast.model.guard import check_trainable, preserved
+from imu_fast.model.nested import mapped
 
 logger = logging.getLogger("imu_fast")
 
@@ -35,6 +36,20 @@ def read(model: nn.Module, loader: Any, progress: bool) -> Iterator[Batch]:
 def _usable(value: Any) -> Any:
     """A tensor made under inference_mode cannot be saved for a backward pass; its copy can."""
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+
+def copy_of(batch: Batch) -> Batch:
+    """The same with inputs in memory of their own."""
+
+    def leaf(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) else value
+
+    args, kwargs, labels = batch
+    return (
+        [mapped(value, leaf) for value in args],
+        {key: mapped(value, leaf) for key, value in kwargs.items()},
+        labels,
+    )
 
 
 def _check_runs(model: nn.Module) -> None:
