@@ -184,7 +184,7 @@ def models(rank, world):
     same(left.logits, imu.leave_one_out(model, (x, y), **options).logits, "leave one out")
     kept = imu.Retain(data=(x[mine], y[mine]))
     named = imu.Ascent(scope=imu.Head(layer="3"), max_steps=2)
-    for method in ("imu", "margin_edit", named, replace(named, retain=kept)):
+    for method in ("imu", "margin_edit", "newton_removal", named, replace(named, retain=kept)):
         own, alone = network(), network()
         stop = imu.StopRule(forget_accuracy=0.2)
         watch = {"again": data}
