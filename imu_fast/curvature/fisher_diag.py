@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -48,10 +49,17 @@ class FisherDiag(Curvature):
             InputError: lam relative to a mean that is zero or not finite, or beyond the range of
                 the factors' dtype.
         """
-        relative = self.damping_mode == "relative"
+        relative, given = self.damping_mode == "relative", None
         if not relative:  # refused before any work
-            absolute_damping(self, self.damping, None, factors.dtype)
-        diagonal = rows_of_outputs(factors, _diagonal)
+            given = absolute_damping(self, self.damping, None, factors.dtype)
+
+        def share(chunk: GradientFactors) -> Tensor:
+            operands = chunk.delta, chunk.act, chunk.offsets, chunk.has_bias
+            found = fisher_diagonal(*operands)
+            lam = given or self.damping * float(found.mean()) * chunk.n / factors.n  # or more
+            return found if _has_squares(chunk, lam) else _in_float64(fisher_diagonal, chunk)
+
+        diagonal = rows_of_outputs(factors, lambda part: mean_of(part, share))
         if not _surely_finite(factors):
             check_result("the Fisher's diagonal", diagonal, factors)
         mean = float(diagonal.mean(dtype=torch.float64)) if relative else None
@@ -102,11 +110,13 @@ class FittedFisherDiag(Fitted):
         def term(part: Factors, classes: slice) -> Tensor:
             damped = self.damped[classes]
             inverse = (damped if unit == 1 else damped / unit).reciprocal().to(factors.dtype)
-            return part.each(
-                lambda chunk: quadratic_scores(
-                    chunk.delta, chunk.act, inverse, chunk.offsets, chunk.has_bias
-                )
-            )
+            return part.each(lambda chunk: forms(chunk, inverse))
+
+        def forms(chunk: GradientFactors, inverse: Tensor) -> Tensor:
+            if not _has_squares(chunk, self.damping):
+                return _in_float64(quadratic_scores, chunk, inverse.double())
+            operands = chunk.delta, chunk.act, inverse, chunk.offsets, chunk.has_bias
+            return quadratic_scores(*operands)
 
         found = sum_of_outputs(factors, term)
         return found if unit == 1 else found.div_(unit)
@@ -125,9 +135,22 @@ def _surely_finite(factors: Factors) -> bool:
     return one * one < torch.finfo(factors.dtype).max / 2
 
 
-def _diagonal(source: Factors) -> Tensor:
-    """Undamped: [C, D]."""
-    return mean_of(
-        source,
-        lambda chunk: fisher_diagonal(chunk.delta, chunk.act, chunk.offsets, chunk.has_bias),
-    )
+def _has_squares(chunk: GradientFactors, lam: float) -> bool:
+    """Whether squares of delta and act that underflow are nothing beside lam.
+
+    Each is squared by itself, so that a signal of 1e-24 at an input of 1e18 would be lost in
+    float32, whose product is a number like others.
+    """
+    if chunk.dtype == torch.float64 or not chunk.num_tokens:
+        return True
+    known = torch.finfo(chunk.dtype)
+    # At least the largest entry, twenty times as fast as that.
+    sizes = [float(torch.linalg.vector_norm(x)) for x in (chunk.delta, chunk.act)]
+    largest = max(*sizes, float(chunk.has_bias))
+    return largest * largest * known.tiny <= known.eps * lam
+
+
+def _in_float64(operation: Callable[..., Tensor], chunk: GradientFactors, *x: Tensor) -> Tensor:
+    """Of the same samples, in the chunk's dtype."""
+    wide = chunk.delta.double(), chunk.act.double(), *x, chunk.offsets, chunk.has_bias
+    return operation(*wide).to(chunk.dtype)

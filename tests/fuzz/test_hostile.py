@@ -84,3 +84,17 @@ def test_a_large_damping_underflows_nothing_on_the_way() -> None:
     )
     own = imu.self_influence(factors, curvature="fisher_diag", damping=1e17)
     torch.testing.assert_close(own, torch.full((2,), 1e-17), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("damping_mode", ["add", "clamp", "relative"])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_squares_underflow_in_neither_of_two_factors(damping_mode: str, has_bias: bool) -> None:
+    """Of a signal of 1e-24 at an input of 1e18, whose product is 1e-6."""
+    generator = torch.Generator().manual_seed(0)
+    delta, act = (torch.randn(5, k, generator=generator) for k in (3, 4))
+    factors = imu.GradientFactors(delta * 1e-24, act * 1e18, torch.arange(6), has_bias)
+    wide = factors.to(dtype=torch.float64)
+    spec = imu.FisherDiag(damping=1e-20, damping_mode=damping_mode)
+    for call in (imu.influence_scores, imu.self_influence):
+        truth = call(wide, curvature=spec).float()
+        torch.testing.assert_close(call(factors, curvature=spec), truth, rtol=1e-5, atol=0)
