@@ -42,7 +42,7 @@ from imu_fast.ops.softmax_residual import linear_logits
 from imu_fast.ops.tokens import cuts, picked, sum_over_tokens
 
 # Rows of logits that exist at once while the residual is computed.
-_CHUNK_TOKENS = 2048
+LOGITS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ class GradientFactors(Stored["GradientFactors"]):
                 "labels that they predict, and a loss without it"
             )
         labels = chosen.prepared(labels.detach(), weight.shape[0])
-        chunk = _CHUNK_TOKENS if chunk_size is None else check_count("chunk_size", chunk_size)
+        chunk = LOGITS_AT_ONCE if chunk_size is None else check_count("chunk_size", chunk_size)
 
         dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
         act, weight = features.detach(), weight.detach()

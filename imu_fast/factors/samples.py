@@ -57,12 +57,12 @@ class Chunks(ABC, Generic[C]):
     def sums(self, statistic: Callable[[C], S]) -> S:
         """``statistic`` of all samples, see :class:`imu_fast.factors.protocol.Source`."""
         with self._arithmetic():
-            return summed(statistic(chunk) for chunk in self.chunks())
+            return summed(map(statistic, self.chunks()))
 
     def each(self, statistic: Callable[[C], Tensor]) -> Tensor:
         """``statistic`` of every sample, see :class:`imu_fast.factors.protocol.Source`."""
         with self._arithmetic():
-            return joined(statistic(chunk) for chunk in self.chunks())
+            return joined(map(statistic, self.chunks()))
 
 
 class Samples(Means, Chunks[C]):
