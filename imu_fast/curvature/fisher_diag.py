@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,8 +16,8 @@ from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.operands import check_result
 from imu_fast.factors.outputs import rows_of_outputs, sum_of_outputs
 from imu_fast.factors.source import Factors, mean_of
+from imu_fast.factors.squares import diagonal_of, has_squares, in_float64
 from imu_fast.ops.bilinear_scores import quadratic_scores
-from imu_fast.ops.fisher_diagonal import fisher_diagonal
 from imu_fast.options import option, options
 
 DampingMode = Literal["add", "clamp", "relative"]
@@ -54,10 +53,7 @@ class FisherDiag(Curvature):
             given = absolute_damping(self, self.damping, None, factors.dtype)
 
         def share(chunk: GradientFactors) -> Tensor:
-            operands = chunk.delta, chunk.act, chunk.offsets, chunk.has_bias
-            found = fisher_diagonal(*operands)
-            lam = given or self.damping * float(found.mean()) * chunk.n / factors.n  # or more
-            return found if _has_squares(chunk, lam) else _in_float64(fisher_diagonal, chunk)
+            return diagonal_of(chunk, given, self.damping)
 
         diagonal = rows_of_outputs(factors, lambda part: mean_of(part, share))
         if not _surely_finite(factors):
@@ -113,8 +109,8 @@ class FittedFisherDiag(Fitted):
             return part.each(lambda chunk: forms(chunk, inverse))
 
         def forms(chunk: GradientFactors, inverse: Tensor) -> Tensor:
-            if not _has_squares(chunk, self.damping):
-                return _in_float64(quadratic_scores, chunk, inverse.double())
+            if not has_squares(chunk, self.damping):
+                return in_float64(quadratic_scores, chunk, inverse.double())
             operands = chunk.delta, chunk.act, inverse, chunk.offsets, chunk.has_bias
             return quadratic_scores(*operands)
 
@@ -133,24 +129,3 @@ def _surely_finite(factors: Factors) -> bool:
     delta, act = (float(torch.linalg.vector_norm(x)) for x in (factors.delta, factors.act))
     one = delta * (act + math.sqrt(factors.num_tokens))
     return one * one < torch.finfo(factors.dtype).max / 2
-
-
-def _has_squares(chunk: GradientFactors, lam: float) -> bool:
-    """Whether squares of delta and act that underflow are nothing beside lam.
-
-    Each is squared by itself, so that a signal of 1e-24 at an input of 1e18 would be lost in
-    float32, whose product is a number like others.
-    """
-    if chunk.dtype == torch.float64 or not chunk.num_tokens:
-        return True
-    known = torch.finfo(chunk.dtype)
-    # At least the largest entry, twenty times as fast as that.
-    sizes = [float(torch.linalg.vector_norm(x)) for x in (chunk.delta, chunk.act)]
-    largest = max(*sizes, float(chunk.has_bias))
-    return largest * largest * known.tiny <= known.eps * lam
-
-
-def _in_float64(operation: Callable[..., Tensor], chunk: GradientFactors, *x: Tensor) -> Tensor:
-    """Of the same samples, in the chunk's dtype."""
-    wide = chunk.delta.double(), chunk.act.double(), *x, chunk.offsets, chunk.has_bias
-    return operation(*wide).to(chunk.dtype)

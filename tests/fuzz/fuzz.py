@@ -1,7 +1,8 @@
 """Random inputs of every public function: the number of float64, or an InputError.
 
 ``python tests/fuzz/fuzz.py 2000`` (``make fuzz CASES=2000``) runs so many for each function, or for
-those that are named after the number, and prints what came of them. A case that fails is made smaller, and printed, by hypothesis.
+those that are named after the number, and prints what came of them. A case that fails is made
+smaller, and printed, by hypothesis.
 """
 
 from __future__ import annotations

@@ -71,7 +71,11 @@ def of_head() -> dict[str, Tensor]:
 
 def of_factors() -> dict[str, Tensor]:
     made = factors()
-    return {"delta": made.delta, "act": made.act, "offsets": torch.tensor([0, 2, 3, 6])}
+    return {
+        "delta": made.delta.clone(),
+        "act": made.act.clone(),
+        "offsets": torch.tensor([0, 2, 3, 6]),
+    }
 
 
 def data() -> dict[str, Tensor]:
