@@ -5,7 +5,8 @@ BIN = $(VENV)/bin
 DEMO_OUT ?= imu-fast-demo
 # As the extra [docs] of pyproject.toml, without the package and its torch.
 DOCS = 'mkdocs-material>=9.6' 'mkdocstrings[python]>=1.0' 'ruff'
-PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Bytecode is written as modules are imported, which are few of all that is installed.
+PIP = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test coverage lint docs integration options zoo fuzz bench bench-report studies sanitize roofline clean
 

@@ -13,6 +13,25 @@ def pytest_configure(config):
     """Workers side by side have a thread each."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        _look_through_the_language_once()
+
+
+def _look_through_the_language_once():
+    """Once a launch: Triton's interpreter goes through all of its language anew at every call of a
+    helper, to patch what it has patched already; that is a quarter of its time."""
+    language = pytest.importorskip("triton.language")
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patch_what_is_not(fn):
+        modules = [m for m in fn.__globals__.values() if m is language or m is language.core]
+        if any(language.core.is_builtin(module.load) for module in modules):
+            return patch(fn)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_what_is_not
 
 
 @pytest.fixture(autouse=True)

@@ -33,6 +33,12 @@ method = imu.Ascent(
 imu.unlearn(model, data, method, stop=imu.StopRule(forget_accuracy=0.0))
 imu.unlearn(model, data, optimizer=torch.optim.Adam, lr=1e-3)
 text: str = first.table()
+f: imu.GradientFactors
+imu.influence_scores(f, curvature="ggn", damping=1e-3, tolerance=1e-9, solver="cg")
+imu.self_influence(f, curvature=imu.FisherDiag(damping_mode="clamp"))
+imu.fit("ggn", f, damping=1e-3, preconditioner="kfac").solve(f.delta)
+imu.fit(imu.KFAC(damping=1e-3, damping_mode="relative"), f) @ f.delta
+imu.load_operator("m").linear_operator(inverse=True)
 """
 # A line each, and what is said of it.
 BAD = {
@@ -51,6 +57,12 @@ BAD = {
     "imu.GGN(tollerance=1)": 'Unexpected keyword argument "tollerance" for "GGN"',
     "imu.GGN(1e-2)": 'Too many positional arguments for "GGN"',
     "imu.GGN().damping = 3": "is read-only",
+    'imu.influence_scores(f, curvature="imv")': '"curvature" to "influence_scores"',
+    "imu.influence_scores(f, tollerance=1)": 'Unexpected keyword argument "tollerance"',
+    'imu.fit("ggn", f, solver="lu")': '"solver" to "fit" has incompatible type',
+    'imu.pairwise_influence(f, f, damping="much")': '"damping" to "pairwise_influence"',
+    'imu.Identity(damping_mode="add")': 'Unexpected keyword argument "damping_mode" for "Identity"',
+    'imu.KFAC(damping_mode="clamp")': '"damping_mode" to "KFAC" has incompatible type',
 }
 
 
