@@ -54,12 +54,14 @@ _EXPORTS = {
     "live_weights": "influence.live",
     "load_index": "attribution.index",
     "load_operator": "curvature.stored",
+    "load_summary": "unlearning.summary.summary",
     "load_text": "data.text",
     "LossWeights": "unlearning.ascent.weights",
     "MarginEdit": "unlearning.edit.margin_edit",
     "matrix_to_vector": "curvature.parameters",
     "methods": "unlearning.named",
     "Network": "unlearning.ascent.scopes",
+    "NewtonRemoval": "unlearning.edit.newton",
     "OutputCurvature": "losses.output_curvature",
     "pairwise_influence": "influence.scores",
     "parameter_importance": "importance.importance",
@@ -69,6 +71,7 @@ _EXPORTS = {
     "record_backends": "backend",
     "Refusal": "unlearning.ascent.objectives",
     "Retain": "unlearning.ascent.retain",
+    "save_summary": "unlearning.summary.saving",
     "self_influence": "influence.scores",
     "SGD": "unlearning.ascent.optimizer",
     "ShardedFactors": "factors.sharded",
@@ -80,6 +83,7 @@ _EXPORTS = {
     "top_influences": "influence.top",
     "tracin": "attribution.tracin",
     "tracin_self_influence": "attribution.tracin",
+    "TrainingSummary": "unlearning.summary.summary",
     "UnfoldedFactors": "factors.unfolded",
     "Uniform": "unlearning.ascent.weights",
     "unlearn": "unlearning.unlearn",
@@ -162,11 +166,15 @@ if TYPE_CHECKING:
     from imu_fast.unlearning.auto import Auto as Auto
     from imu_fast.unlearning.depth import StopRule as StopRule
     from imu_fast.unlearning.edit.margin_edit import MarginEdit as MarginEdit
+    from imu_fast.unlearning.edit.newton import NewtonRemoval as NewtonRemoval
     from imu_fast.unlearning.in_turn import unlearn_in_turn as unlearn_in_turn
     from imu_fast.unlearning.named import methods as methods
     from imu_fast.unlearning.result import DivergedError as DivergedError
     from imu_fast.unlearning.result import UnlearnResult as UnlearnResult
     from imu_fast.unlearning.split import split as split
+    from imu_fast.unlearning.summary.saving import save_summary as save_summary
+    from imu_fast.unlearning.summary.summary import TrainingSummary as TrainingSummary
+    from imu_fast.unlearning.summary.summary import load_summary as load_summary
     from imu_fast.unlearning.unlearn import unlearn as unlearn
 
 

@@ -133,6 +133,11 @@ _KINDS: dict[str, tuple[str, Callable[[torch.dtype], bool]]] = {
 }
 
 
+def is_dtensor(value: object) -> bool:
+    """Whether it is torch.distributed's tensor in parts, whose module is not imported for this."""
+    return type(value).__name__ == "DTensor"
+
+
 def check_tensor(name: str, value: object, kind: str = "floating", shape: str = "") -> Tensor:
     """Return ``value``, or raise InputError unless it is a dense tensor with numbers in it.
 
@@ -146,7 +151,7 @@ def check_tensor(name: str, value: object, kind: str = "floating", shape: str = 
     if (
         isinstance(value, Tensor)
         and value.layout == torch.strided
-        and not (value.is_nested or value.is_quantized or value.is_meta)
+        and not (value.is_nested or value.is_quantized or value.is_meta or is_dtensor(value))
         and fits(value.dtype)
     ):
         return value
@@ -155,6 +160,11 @@ def check_tensor(name: str, value: object, kind: str = "floating", shape: str = 
         made = type(value).__name__
         way = "torch.as_tensor() makes one" if hasattr(value, "__len__") else "nothing else fits"
         raise InputError(f"{name} is a {made}, not a tensor; pass {expected} ({way})")
+    if is_dtensor(value):
+        raise InputError(
+            f"{name} is a DTensor, of which each process holds a part; pass {name}.full_tensor(), "
+            "and share the samples among processes (ShardedFactors, group=) instead"
+        )
     if value.is_nested:
         raise InputError(f"{name} is a nested tensor; pass {expected}: rows, and offsets for them")
     if value.is_quantized:

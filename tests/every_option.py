@@ -67,6 +67,10 @@ VALUES: dict[str, list] = {
     "record": ["step"],
     "preset": ["paper"],
     "margin": [0.7],
+    "metric": ["ggn"],
+    "k": [0.5],
+    "then": ["margin_edit"],
+    "summary": [],  # of the problems' model: see problems()
     "beta": [0.3],
     "gamma": [0.5],
     "answer": [[1, 2]],
@@ -103,6 +107,9 @@ SAME = {
 }
 
 
+HALF = imu.StopRule(forget_accuracy=0.5)
+
+
 class Network(nn.Module):
     """A network with all that options speak of."""
 
@@ -124,8 +131,10 @@ class Problem:
 
 
 def with_depth(method: typing.Any, task: str, options: dict) -> dict:
-    """``auto`` asks for a depth where samples are not a class."""
+    """``auto`` asks for a depth where samples are not a class, and a removal without a summary."""
     named = {"stop", "milestones", "unseen"} & options.keys()
+    if method in ("newton_removal", METHODS["newton_removal"]) and not named:
+        return options if options.get("summary") else {"stop": HALF, **options}
     if method not in ("auto", METHODS["auto"]) or task == "a class" or named:
         return options
     return {"stop": imu.StopRule(forget_accuracy=0.0), **options}
@@ -142,6 +151,9 @@ def problems() -> dict[str, Problem]:
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
     model.zero_grad(set_to_none=True)
+    with tempfile.TemporaryDirectory() as folder:
+        summary = imu.save_summary(model, (x, y), Path(folder) / "s", weight_decay=0.01, unseen=0.6)
+    VALUES["summary"] = [summary]
     sure = copy.deepcopy(model)
     with torch.no_grad():  # losses, and so gradients, of exactly zero
         sure.fc2.bias[2] = 1e6

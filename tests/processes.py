@@ -184,7 +184,7 @@ def models(rank, world):
     same(left.logits, imu.leave_one_out(model, (x, y), **options).logits, "leave one out")
     kept = imu.Retain(data=(x[mine], y[mine]))
     named = imu.Ascent(scope=imu.Head(layer="3"), max_steps=2)
-    for method in ("imu", "margin_edit", named, replace(named, retain=kept)):
+    for method in ("imu", "margin_edit", "newton_removal", named, replace(named, retain=kept)):
         own, alone = network(), network()
         stop = imu.StopRule(forget_accuracy=0.2)
         watch = {"again": data}
@@ -248,6 +248,7 @@ def partly(model, x, y):
     """Processes that hold a part of each weight."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -255,6 +256,21 @@ def partly(model, x, y):
     for one in (fully_shard(network(), mesh=mesh), parallel):
         for call in (imu.influence_scores, imu.unlearn, imu.capture, imu.evaluate):
             refused(lambda call=call, one=one: call(one, (x, y)), "DTensor")
+    head, labels = torch.randn(3, 4), torch.arange(len(x)) % 3
+    whole = imu.GradientFactors.from_head(torch.randn(len(x), 4), head, None, labels)
+    part = distribute_tensor(head, mesh, [Shard(0)])
+    for given in (
+        lambda: imu.GradientFactors.from_head(whole.act, part, None, labels),
+        lambda: imu.GradientFactors(part, part, torch.arange(4), False),
+        lambda: imu.influence_scores(whole, target=part),
+        lambda: imu.fit("kfac", whole).solve(part),
+        lambda: imu.influence_weights(part[:, 0]),
+        lambda: imu.damped_cholesky_solve(part.T @ part, head[0], 0.1),
+    ):
+        refused(given, "full_tensor")
+    layers = imu.capture(network(), (x, y), layers=["0"], group=dist.group.WORLD)
+    for name in ("kfac", "ekfac", "ggn", "ggn_block"):
+        refused(lambda name=name: imu.influence_scores(layers, curvature=name), "one process")
 
 
 def failures(rank, world):

@@ -16,8 +16,8 @@ from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.operands import check_result
 from imu_fast.factors.outputs import rows_of_outputs, sum_of_outputs
 from imu_fast.factors.source import Factors, mean_of
+from imu_fast.factors.squares import diagonal_of, has_squares, in_float64
 from imu_fast.ops.bilinear_scores import quadratic_scores
-from imu_fast.ops.fisher_diagonal import fisher_diagonal
 from imu_fast.options import option, options
 
 DampingMode = Literal["add", "clamp", "relative"]
@@ -48,10 +48,14 @@ class FisherDiag(Curvature):
             InputError: lam relative to a mean that is zero or not finite, or beyond the range of
                 the factors' dtype.
         """
-        relative = self.damping_mode == "relative"
+        relative, given = self.damping_mode == "relative", None
         if not relative:  # refused before any work
-            absolute_damping(self, self.damping, None, factors.dtype)
-        diagonal = rows_of_outputs(factors, _diagonal)
+            given = absolute_damping(self, self.damping, None, factors.dtype)
+
+        def share(chunk: GradientFactors) -> Tensor:
+            return diagonal_of(chunk, given, self.damping)
+
+        diagonal = rows_of_outputs(factors, lambda part: mean_of(part, share))
         if not _surely_finite(factors):
             check_result("the Fisher's diagonal", diagonal, factors)
         mean = float(diagonal.mean(dtype=torch.float64)) if relative else None
@@ -102,11 +106,13 @@ class FittedFisherDiag(Fitted):
         def term(part: Factors, classes: slice) -> Tensor:
             damped = self.damped[classes]
             inverse = (damped if unit == 1 else damped / unit).reciprocal().to(factors.dtype)
-            return part.each(
-                lambda chunk: quadratic_scores(
-                    chunk.delta, chunk.act, inverse, chunk.offsets, chunk.has_bias
-                )
-            )
+            return part.each(lambda chunk: forms(chunk, inverse))
+
+        def forms(chunk: GradientFactors, inverse: Tensor) -> Tensor:
+            if not has_squares(chunk, self.damping):
+                return in_float64(quadratic_scores, chunk, inverse.double())
+            operands = chunk.delta, chunk.act, inverse, chunk.offsets, chunk.has_bias
+            return quadratic_scores(*operands)
 
         found = sum_of_outputs(factors, term)
         return found if unit == 1 else found.div_(unit)
@@ -123,11 +129,3 @@ def _surely_finite(factors: Factors) -> bool:
     delta, act = (float(torch.linalg.vector_norm(x)) for x in (factors.delta, factors.act))
     one = delta * (act + math.sqrt(factors.num_tokens))
     return one * one < torch.finfo(factors.dtype).max / 2
-
-
-def _diagonal(source: Factors) -> Tensor:
-    """Undamped: [C, D]."""
-    return mean_of(
-        source,
-        lambda chunk: fisher_diagonal(chunk.delta, chunk.act, chunk.offsets, chunk.has_bias),
-    )

@@ -66,6 +66,14 @@ class GaussNewton(Damped):
                 "shared among processes; use the head's own curvature, 'fisher', 'fisher_diag', or "
                 "factors.gathered()"
             )
+        if is_shared(factors):
+            first = next(iter(factors.chunks()))
+            if first.curvature is None and first.loss is None:
+                raise InputError(
+                    f"curvature={self.name!r} of layer {factors.name!r}, whose samples are shared "
+                    "among processes: the signals that capture(fisher=) brings are of one process; "
+                    "use 'fisher' or 'fisher_diag', or capture the layer in one process"
+                )
         if self.fisher == "empirical":
             if self.of_rows and isinstance(kept_of(factors), GroupedRows):
                 raise InputError(

@@ -44,11 +44,11 @@ class ChunkedFactors:
 
     def sums(self, statistic: Callable[[GradientFactors], S]) -> S:
         """See :class:`imu_fast.factors.source.Factors`."""
-        return summed(statistic(chunk) for chunk in self.chunks())
+        return summed(map(statistic, self.chunks()))
 
     def each(self, statistic: Callable[[GradientFactors], Tensor]) -> Tensor:
         """See :class:`imu_fast.factors.source.Factors`."""
-        return joined(statistic(chunk) for chunk in self.chunks())
+        return joined(map(statistic, self.chunks()))
 
 
 def _named(loss: Loss) -> bool:

@@ -31,18 +31,18 @@ from imu_fast.factors.operands import (
 )
 from imu_fast.factors.packed import packed, unpacked
 from imu_fast.factors.samples import Stored
+from imu_fast.factors.squares import diagonal_of
 from imu_fast.losses.base import Loss, mean_scale
 from imu_fast.losses.cross_entropy import CrossEntropy
 from imu_fast.losses.forms import curvature_like
 from imu_fast.losses.named import LOSSES, LossName
 from imu_fast.losses.output_curvature import StoredCurvature
-from imu_fast.ops.fisher_diagonal import fisher_diagonal
 from imu_fast.ops.mean_gradient import mean_gradient
 from imu_fast.ops.softmax_residual import linear_logits
 from imu_fast.ops.tokens import cuts, picked, sum_over_tokens
 
 # Rows of logits that exist at once while the residual is computed.
-_CHUNK_TOKENS = 2048
+LOGITS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ class GradientFactors(Stored["GradientFactors"]):
                 "labels that they predict, and a loss without it"
             )
         labels = chosen.prepared(labels.detach(), weight.shape[0])
-        chunk = _CHUNK_TOKENS if chunk_size is None else check_count("chunk_size", chunk_size)
+        chunk = LOGITS_AT_ONCE if chunk_size is None else check_count("chunk_size", chunk_size)
 
         dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
         act, weight = features.detach(), weight.detach()
@@ -284,8 +284,7 @@ class GradientFactors(Stored["GradientFactors"]):
 
     def fisher_diagonal(self) -> Tensor:
         """``1/n sum_i g_i * g_i``, the empirical Fisher's diagonal: [C, D]."""
-        found = fisher_diagonal(self.delta, self.act, self.offsets, self.has_bias)
-        return check_result("the Fisher's diagonal", found, self)
+        return check_result("the Fisher's diagonal", diagonal_of(self), self)
 
     def select(self, indices: Tensor) -> GradientFactors:
         """The factors of some samples, in the order given; indices [k] int64."""

@@ -34,10 +34,29 @@ _TILE_BYTES, _GPU_TILE_BYTES = 1 << 25, 1 << 29
 # Fewer classes at a time cost more in slower products than they save in memory.
 _FEWEST_CLASSES = 256
 # Tokens that are swept over, or converted from half precision, at once.
-_TOKENS = 2048
+TOKENS = 2048
 
 F = TypeVar("F", bound=Chunk)  # GradientFactors, whose file imports this one
 Make = Callable[..., F]
+
+
+def is_kept(tokens: int, classes: int, itemsize: int = 4) -> bool:
+    """Whether delta of so many tokens and classes is stored, to be read several times."""
+    return tokens * classes * itemsize <= IMPLICIT_BYTES
+
+
+def tokens_at_once(classes: int, itemsize: int = 4, tile: int = _TILE_BYTES) -> int:
+    """Tokens whose delta over all classes is a tile."""
+    return max(1, tile // (itemsize * classes))
+
+
+def classes_at_once(
+    tokens: int, classes: int, width: int, itemsize: int = 4, tile: int = _TILE_BYTES
+) -> int:
+    """Classes whose delta and two matrices [classes, D] are a tile together, not below 256."""
+    tokens = tokens if is_kept(tokens, _FEWEST_CLASSES, itemsize) else TOKENS
+    fitting = tile // (itemsize * (tokens + 2 * width)) // 64 * 64
+    return min(classes, max(_FEWEST_CLASSES, fitting))
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +113,8 @@ class ImplicitHead(Samples[F]):
         """
         scale = mean_scale(offsets.diff()).to(features.device)
         found = []
-        for start in range(0, max(1, len(features)), _TOKENS):
-            rows = slice(start, start + _TOKENS)
+        for start in range(0, max(1, len(features)), TOKENS):
+            rows = slice(start, start + TOKENS)
             found.append(normaliser(Head(features[rows], weight, bias, labels[rows], scale[rows])))
         known = Normaliser(*map(torch.cat, zip(*found, strict=True)))
         check_finite_rows("logits", known.lse)
@@ -197,7 +216,7 @@ class ImplicitHead(Samples[F]):
         None: as many tokens as 32 MB of delta hold (512 MB on a GPU).
         """
         if max_tokens is None:
-            max_tokens = max(1, self._tile // (self.dtype.itemsize * self.num_classes))
+            max_tokens = tokens_at_once(self.num_classes, self.dtype.itemsize, self._tile)
         check_count("max_tokens", max_tokens)
         losses, every = self.losses, slice(0, self.num_classes)
         for first, last in cuts(self.offsets, max_tokens):
@@ -227,17 +246,12 @@ class ImplicitHead(Samples[F]):
         """Classes whose delta and two matrices [classes, D] are 32 MB together (512 MB on a GPU);
         not below 256, where that is more.
         """
-        tokens = self.num_tokens if self._kept(_FEWEST_CLASSES) else _TOKENS
-        fitting = self._tile // (self.dtype.itemsize * (tokens + 2 * self.width)) // 64 * 64
-        return min(self.num_classes, max(_FEWEST_CLASSES, fitting))
-
-    def _kept(self, classes: int) -> bool:
-        """Whether delta of so many classes is stored, to be read several times."""
-        return self.num_tokens * classes * self.dtype.itemsize <= IMPLICIT_BYTES
+        sizes = (self.num_tokens, self.num_classes, self.width)
+        return classes_at_once(*sizes, self.dtype.itemsize, self._tile)
 
     def outputs(self, classes: slice) -> OutputsOfHead[F]:
         """The same samples at some classes alone; their signal is stored if 256 MB hold it."""
-        kept = self._kept(classes.stop - classes.start)
+        kept = is_kept(self.num_tokens, classes.stop - classes.start, self.dtype.itemsize)
         every = slice(0, self.num_tokens)
         return OutputsOfHead(self, classes, self.signal(every, classes) if kept else None)
 
@@ -249,9 +263,9 @@ class ImplicitHead(Samples[F]):
         """
         self._check_unchanged()
         tiles = [
-            (slice(t, min(t + _TOKENS, rows.stop)), slice(c, min(c + SLAB, classes.stop)))
+            (slice(t, min(t + TOKENS, rows.stop)), slice(c, min(c + SLAB, classes.stop)))
             for c in range(classes.start, classes.stop, SLAB)
-            for t in range(rows.start, rows.stop, _TOKENS)
+            for t in range(rows.start, rows.stop, TOKENS)
         ]
         if len(tiles) == 1:
             return self._tile_of_signal(*tiles[0])
@@ -312,7 +326,7 @@ class OutputsOfHead(Chunks[F]):
         head, delta = self._head, self._delta
         if max_tokens is None:
             whole = delta is not None and head.features.dtype == self.dtype
-            max_tokens = max(1, self.num_tokens) if whole else _TOKENS
+            max_tokens = max(1, self.num_tokens) if whole else TOKENS
         check_count("max_tokens", max_tokens)
         for first, last in cuts(head.offsets, max_tokens):
             rows = slice(int(head.offsets[first]), int(head.offsets[last]))

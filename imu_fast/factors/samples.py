@@ -15,20 +15,20 @@ from imu_fast.errors import InputError, check_count
 from imu_fast.factors.operands import check_result
 from imu_fast.factors.outputs import rows_of_outputs
 from imu_fast.factors.protocol import C, Source, mean_of
+from imu_fast.factors.squares import diagonal_of
 from imu_fast.factors.sums import S, joined, summed
-from imu_fast.ops.fisher_diagonal import fisher_diagonal
 from imu_fast.ops.mean_gradient import mean_gradient
 from imu_fast.ops.tokens import is_flat
 
 
-def _of(operation: Callable[..., Tensor]) -> Callable[[Any], Tensor]:
+def _gradient(c: Any) -> Tensor:
     """Of a chunk, unchecked: what is not finite shows in the mean of all, which is checked once."""
-    return lambda c: operation(c.delta, c.act, c.offsets, c.has_bias)
+    return mean_gradient(c.delta, c.act, c.offsets, c.has_bias)
 
 
 def unchecked_mean_gradient(source: Source[Any]) -> Tensor:
     """``gbar``, finite or not."""
-    return rows_of_outputs(source, lambda part: mean_of(part, _of(mean_gradient)))
+    return rows_of_outputs(source, lambda part: mean_of(part, _gradient))
 
 
 class Means:
@@ -40,7 +40,7 @@ class Means:
 
     def fisher_diagonal(self: Source[Any]) -> Tensor:
         """``1/n sum_i g_i * g_i``, the empirical Fisher's diagonal: [C, D]."""
-        found = rows_of_outputs(self, lambda part: mean_of(part, _of(fisher_diagonal)))
+        found = rows_of_outputs(self, lambda part: mean_of(part, diagonal_of))
         return check_result("the Fisher's diagonal", found, self)
 
 
@@ -57,12 +57,12 @@ class Chunks(ABC, Generic[C]):
     def sums(self, statistic: Callable[[C], S]) -> S:
         """``statistic`` of all samples, see :class:`imu_fast.factors.protocol.Source`."""
         with self._arithmetic():
-            return summed(statistic(chunk) for chunk in self.chunks())
+            return summed(map(statistic, self.chunks()))
 
     def each(self, statistic: Callable[[C], Tensor]) -> Tensor:
         """``statistic`` of every sample, see :class:`imu_fast.factors.protocol.Source`."""
         with self._arithmetic():
-            return joined(statistic(chunk) for chunk in self.chunks())
+            return joined(map(statistic, self.chunks()))
 
 
 class Samples(Means, Chunks[C]):

@@ -227,6 +227,7 @@ def influence_scores(
             scores = found if scores is None else scores.add_(found)
             if first_row_is_mean:
                 first -= float((mean_gradient(part) * x).sum())
+            del part, v, x  # before the next outputs' signal is made beside these
     assert scores is not None
     if first_row_is_mean:
         scores[0] = first
@@ -267,6 +268,7 @@ def self_influence(
             part = at_outputs(layer, classes)
             found = spec.fit(part).self_influence(part)
             total = found if total is None else total.add_(found)
+            del part
     assert total is not None
     return total
 
@@ -356,5 +358,6 @@ def pairwise_influence(
             part = at_outputs(layer, classes)
             found = spec.fit(part).pairwise(rows(part), at_outputs(query, classes))
             total = found if total is None else total.add_(found)
+            del part
     assert total is not None
     return total.neg_()

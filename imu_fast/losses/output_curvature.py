@@ -83,7 +83,7 @@ class OutputCurvature(StoredCurvature):
         _refuse("curvature", uneven, "is not symmetric")
         if len(b) and b.shape[1]:
             _refuse("curvature", torch.linalg.eigvalsh(wide)[:, 0] < -slack, "is indefinite")
-        return Dense(b)
+        return Dense(_wide(b))
 
     @staticmethod
     def diagonal_of(h: Tensor) -> OutputCurvature:
@@ -94,7 +94,7 @@ class OutputCurvature(StoredCurvature):
         """
         _check("curvature", h, 2)
         _refuse("curvature", (h < 0).any(dim=1), "is negative")
-        return Diagonal(h)
+        return Diagonal(_wide(h))
 
     @staticmethod
     def softmax(p: Tensor, weight: Tensor | None = None) -> OutputCurvature:
@@ -114,7 +114,7 @@ class OutputCurvature(StoredCurvature):
         _refuse("weight", weight < 0, "is negative")
         off = (p < 0).any(dim=1) | ((p.double().sum(dim=1) - 1).abs() > 1e-2)
         _refuse("p", off, "is no row of probabilities, which are not negative and sum to one")
-        return Softmax(p, weight)
+        return Softmax(_wide(p, weight), _wide(weight, p))
 
     @property
     @abstractmethod
@@ -161,6 +161,14 @@ def _check(name: str, value: Tensor, dims: int) -> None:
             f"{name} has shape {tuple(value.shape)}; pass a tensor of {dims} axes, none empty"
         )
     check_finite_rows(name, value, "token")
+
+
+def _wide(value: Tensor, *others: Tensor) -> Tensor:
+    """At least float32, and as wide as what it is multiplied with."""
+    dtype = torch.float32
+    for tensor in (value, *others):
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return value.to(dtype)
 
 
 def _refuse(name: str, bad: Tensor, why: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from imu_fast.ambient import finish, plain_torch
-from imu_fast.errors import InputError, brief
+from imu_fast.errors import InputError, brief, is_dtensor
 from imu_fast.factors.joint import joined
 
 P = ParamSpec("P")
@@ -120,7 +120,7 @@ def check_whole_parameters(model: nn.Module) -> None:
         if type(module).__name__ == "FullyShardedDataParallel":
             raise _sharded("model", "FullyShardedDataParallel")
     for name, parameter in model.named_parameters():
-        if type(parameter).__name__ == "DTensor":
+        if is_dtensor(parameter):
             raise _sharded(f"model: {name}", "a DTensor, of fully_shard or tensor parallelism")
 
 

@@ -129,6 +129,16 @@ def quadratic_scores(
     return out
 
 
+def _row_norms(x: Tensor) -> Tensor:
+    """``||x_t||``: [N]; anew in float64 of rows so small that their squares underflow."""
+    norms = torch.linalg.vector_norm(x, dim=1)
+    known = torch.finfo(x.dtype)
+    lost = torch.nonzero(norms * norms < known.tiny / known.eps)[:, 0]
+    if len(lost):
+        norms[lost] = torch.linalg.vector_norm(x[lost].double(), dim=1).to(x.dtype)
+    return norms
+
+
 @operation()
 def gradient_norms(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
     """``||g_i||^2``; of a single token ``||delta||^2 ||a~||^2`` (Goodfellow 2015).
@@ -140,8 +150,10 @@ def gradient_norms(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) 
         [n] in delta's dtype.
     """
     if is_flat(offsets):
-        signal, features = (torch.linalg.vector_norm(x, dim=1).square_() for x in (delta, act))
-        return signal.mul_(features.add_(float(has_bias)))
+        signal, features = _row_norms(delta), _row_norms(act)
+        if has_bias:
+            features = torch.hypot(features, features.new_ones(()))
+        return signal.mul_(features).square_()  # the square of either may underflow
     longest = int(offsets.diff().max())
     if forms_for_norms(longest, delta.shape[1], act.shape[1] + has_bias):
         ones = delta.new_ones(1, 1).expand(delta.shape[1], act.shape[1] + has_bias)

@@ -1,8 +1,9 @@
-"""The best forget-only recipe found so far, by task: ``bench/FINDINGS.md`` has the evidence.
+"""The best recipe found so far, by task: ``bench/FINDINGS.md``, ``docs/recipes.md`` have evidence.
 
 * A class: ascent of the forgotten classes' rows alone. What another row would do for a sample of a
   kept class cannot get worse that way: only the forgotten class's own logit moves.
-* Samples drawn across classes: the margin edit, the smallest disturbance that flips them.
+* Samples drawn across classes: the margin edit, the smallest disturbance that flips them. With a
+  summary of the training set: Newton removal, and the margin edit from there.
 
 Without a stop rule both go to forget accuracy zero, samples with a warning that asks for a depth:
 a model that never saw them predicts them as well as other unseen data, and flipping all ruins much.
@@ -17,7 +18,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from typing_extensions import Self
 from imu_fast.errors import InputError
 from imu_fast.model.batches import ForgetSet
 from imu_fast.model.capture import head_of
+from imu_fast.model.head import resolve
 from imu_fast.model.reading import Reading
 from imu_fast.options import option, options
 from imu_fast.unlearning.ascent.ascent import Ascent
@@ -33,9 +35,12 @@ from imu_fast.unlearning.ascent.optimizer import SGD
 from imu_fast.unlearning.ascent.scopes import Head
 from imu_fast.unlearning.depth import Depths, StopRule
 from imu_fast.unlearning.edit.margin_edit import MarginEdit
+from imu_fast.unlearning.edit.newton import NewtonRemoval
+from imu_fast.unlearning.head_weight import HeadWeight
 from imu_fast.unlearning.method import Job, Method
 from imu_fast.unlearning.result import UnlearnResult
 from imu_fast.unlearning.subject import check_head_layer
+from imu_fast.unlearning.summary.summary import TrainingSummary, check_summary
 
 
 def single_row() -> Ascent:
@@ -61,7 +66,22 @@ def _warn_of_ruin(what: str, stacklevel: int) -> None:
 
 
 Task = Literal["class", "samples"]
-_OWN = ("task", "unseen")
+_OWN = ("task", "unseen", "summary")
+_ROW = "as near to retraining as another retrained model, and moves no other class's logit"
+# The method by the task and by whether there is a summary, and why: docs/recipes.md.
+_BEST: dict[tuple[Task, bool], tuple[str, str]] = {
+    ("class", False): ("single_row", _ROW),
+    ("class", True): ("single_row", f"{_ROW}; a summary made none of the recipes nearer"),
+    ("samples", False): ("margin_edit", "nearest to retraining of those that need no summary"),
+    ("samples", True): (
+        "newton_removal",
+        "with the margin edit after it nearest to retraining, and nearer on the forget set than "
+        "doing nothing",
+    ),
+}
+# Of the removal and the margin edit after it, chosen on development seeds. k is 1 by the derivation
+# where features stay; those of a retrained network do not.
+_K, _MARGIN = 2.0, 0.5
 
 
 def is_class(labels: Tensor, classes: int) -> bool:
@@ -84,6 +104,22 @@ def _check_unseen(name: str, value: Any) -> None:
         StopRule(unseen_accuracy=value)
 
 
+def _check_of(summary: TrainingSummary, model: nn.Module, names: list[str], forget: int) -> None:
+    """Raise InputError unless a summary is of this model, whether its method reads it or not."""
+    layers = [resolve(model, name) for name in names]
+    theta = torch.cat([HeadWeight(x.as_linear(), x.name).read() for x in layers], dim=1)
+    summary.check_head(theta, len(layers) == 1 and layers[0].bias is not None, forget)
+
+
+class Taken(NamedTuple):
+    """A method under its name, how deep it goes, and why it is this one."""
+
+    name: str
+    method: Method
+    depths: Depths
+    why: str
+
+
 @options
 class Auto(Method):
     """Takes a method by the task: see the module.
@@ -94,19 +130,25 @@ class Auto(Method):
             all classes or ``unseen`` is given, else guessed to be a class, which is logged.
         unseen: the depth of samples where no stop rule is given: the model's accuracy on data that
             it never saw, or such data, as ``StopRule(unseen_accuracy=...)``.
+        summary: of the training set, by :func:`imu_fast.save_summary`. Its unseen accuracy is the
+            depth of samples where neither a stop rule nor ``unseen`` is given.
         given: flat options for the method that is taken; those that it does not have are refused.
     """
 
     name = "auto"
     task: Task | None = option(default=None, check=_check_task)
     unseen: Any = option(default=None, check=_check_unseen)
+    summary: TrainingSummary | None = option(default=None, check=check_summary)
     given: Mapping[str, Any] | None = option(default=None)
 
-    @staticmethod
-    def _candidates() -> dict[str, Method]:
+    def _candidates(self) -> dict[str, Method]:
         # A single row moves no other class, so its step may be large: bisection finds the depth.
         large = Ascent(scope=Head(rows="forgotten"), optimizer=SGD(lr=1.0), epochs=1000)
-        return {"single_row": large, "margin_edit": MarginEdit()}
+        removal = NewtonRemoval()
+        if self.summary is not None:
+            then: Any = {"then": "margin_edit", "k": _K, "margin": _MARGIN}
+            removal = NewtonRemoval(summary=self.summary, **then)
+        return {"single_row": large, "margin_edit": MarginEdit(), "newton_removal": removal}
 
     def paths(self) -> dict[str, tuple[str, ...]]:
         """Its own options, and those of whichever method is taken."""
@@ -134,7 +176,8 @@ class Auto(Method):
         """
         whole = self.unseen is None and is_class(labels, classes)
         task: Task = self.task or ("class" if whole else "samples")
-        name = "single_row" if task == "class" else "margin_edit"
+        name, why = _BEST[task, self.summary is not None]
+        logger.info("auto takes %s for %s: %s", name, task, why)
         described = f"method='auto' takes {name!r} for these samples, which"
         return task, name, self._candidates()[name].with_options(described, self.given or {})
 
@@ -151,18 +194,21 @@ class Auto(Method):
             )
         if task == "class":
             return StopRule(forget_accuracy=0.0)
-        if self.unseen is None:
-            _warn_of_ruin("stop=None", stacklevel=6)
-            return StopRule(forget_accuracy=0.0)
-        return StopRule(unseen_accuracy=self.unseen)
+        if self.unseen is not None:
+            return StopRule(unseen_accuracy=self.unseen)
+        if self.summary is not None and self.summary.unseen_accuracy is not None:
+            return StopRule(unseen_accuracy=self.summary.unseen_accuracy)
+        _warn_of_ruin("stop=None", stacklevel=6)
+        return StopRule(forget_accuracy=0.0)
 
     def for_task(
         self, model: nn.Module, forget: ForgetSet, reading: Reading, depths: Depths
-    ) -> tuple[str, Method, Depths]:
+    ) -> Taken:
         """As :meth:`choose`, by the forget set's labels and the model's logits; and how deep.
 
         Raises:
-            InputError: as :meth:`choose`; ``unseen`` beside a stop rule, or for a class.
+            InputError: as :meth:`choose`; ``unseen`` beside a stop rule, or for a class; a summary
+                of another model.
         """
         if self.task == "class" and self.unseen is not None:
             raise InputError(
@@ -178,13 +224,15 @@ class Auto(Method):
                 "unseen= of method='auto' is the depth where there is no stop rule; give it to the "
                 "rule, stop=imu_fast.StopRule(unseen_accuracy=...)"
             )
-        classes = head_of(model, forget, reading, layer or "head")[1]
+        names, classes = head_of(model, forget, reading, layer or "head")
         task, name, method = self.choose(labels, classes)
+        if self.summary is not None:
+            _check_of(self.summary, model, names, len(labels))
         if task == "samples" and any(rule.forget_accuracy == 0 for rule in depths.rules):
             _warn_of_ruin("forget_accuracy=0", stacklevel=5)
         if not depths.rules:
             depths = Depths(self.depth(labels, classes, task))
-        return name, method, depths
+        return Taken(name, method, depths, _BEST[task, self.summary is not None][1])
 
     def run(self, job: Job) -> UnlearnResult:
         raise AssertionError("unlearn runs the method that auto takes")

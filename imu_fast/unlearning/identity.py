@@ -32,6 +32,11 @@ def of_model(model: nn.Module) -> str:
     return _digest(sorted((k, v) for k, v in model.state_dict().items() if isinstance(v, Tensor)))
 
 
+def of_head(theta: Tensor, has_bias: bool) -> str:
+    """Of a head's weight and bias [C, D], in the model's dtype."""
+    return _digest([("theta", theta), ("has_bias", has_bias)])
+
+
 def _leaves(batch: Parts) -> list[tuple[str, Any]]:
     leaves: list[tuple[str, Any]] = []
     for value in (*batch.args, *batch.kwargs.values()):

@@ -35,8 +35,10 @@ from imu_fast.unlearning.ascent.weights import (
     WeightsName,
 )
 from imu_fast.unlearning.auto import Auto, Task, single_row
-from imu_fast.unlearning.edit.margin_edit import MarginEdit
+from imu_fast.unlearning.edit.margin_edit import MarginEdit, MetricName
+from imu_fast.unlearning.edit.newton import NewtonRemoval, Then
 from imu_fast.unlearning.method import Method
+from imu_fast.unlearning.summary.summary import TrainingSummary
 
 _NAMED: dict[str, tuple[str, Callable[[], Method]]] = {
     "auto": ("single_row for a class, margin_edit for samples drawn across classes", Auto),
@@ -69,6 +71,7 @@ _NAMED: dict[str, tuple[str, Callable[[], Method]]] = {
     ),
     "single_row": ("ascent of the forgotten classes' rows alone", single_row),
     "margin_edit": ("smallest edit of the head that flips the forget samples", MarginEdit),
+    "newton_removal": ("Newton step to the head trained without the forget samples", NewtonRemoval),
 }
 MethodName = Literal[
     "auto",
@@ -83,6 +86,7 @@ MethodName = Literal[
     "preconditioned",
     "single_row",
     "margin_edit",
+    "newton_removal",
 ]
 METHODS: Table[Method] = Table(
     "method",
@@ -139,4 +143,8 @@ class MethodOptions(CurvatureOptions, total=False):
     task: Task
     unseen: Any
     margin: float
+    metric: MetricName
     moment: Tensor
+    summary: TrainingSummary
+    k: float
+    then: Then

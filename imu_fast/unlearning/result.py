@@ -37,9 +37,11 @@ class UnlearnResult:
             was asked for), or the stop rule's condition.
         reached: whether the depth that was asked for (stop, or the last milestone) is there, by the
             model's own forward pass; None where none was asked for.
-        step_fraction: how much of the last step was kept by the bisection, in (0, 1].
+        step_fraction: how much of the last step was kept by the bisection, in (0, 1]; of
+            ``"newton_removal"`` its k.
         seconds: wall-clock time of the whole call.
-        settings: the method and every option of it, as used.
+        settings: the method and every option of it, as used; of an edit also its Hessian's kind
+            and the damping that it came to.
         backends: which backend, or backends, ran each operation: see ``imu.record_backends``.
     """
 

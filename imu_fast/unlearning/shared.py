@@ -19,6 +19,7 @@ from imu_fast.unlearning.ascent.retain import RETAIN, Retain
 from imu_fast.unlearning.ascent.scopes import Head
 from imu_fast.unlearning.depth import StopRule
 from imu_fast.unlearning.edit.margin_edit import MarginEdit
+from imu_fast.unlearning.edit.newton import NewtonRemoval
 from imu_fast.unlearning.method import Method
 from imu_fast.unlearning.result import UnlearnResult
 from imu_fast.unlearning.subject import naming
@@ -120,7 +121,7 @@ def _run_alike(
 
 def _on_the_head(method: Method) -> tuple[Any, Method]:
     """Which head, and the method where that is all there is."""
-    if isinstance(method, MarginEdit):
+    if isinstance(method, MarginEdit | NewtonRemoval):
         return method.layer, replace(method, layer=None)
     nearest = isinstance(method, Ascent) and not method.sequences
     if isinstance(method, Ascent) and isinstance(method.scope, Head) and not nearest:
@@ -129,7 +130,7 @@ def _on_the_head(method: Method) -> tuple[Any, Method]:
     raise InputError(
         f"group: processes can share the samples of what changes the head alone, and method="
         f"{method.name or type(method).__name__!r} {what}; use scope='head', 'single_row' or "
-        "'margin_edit', or leave group out"
+        "'margin_edit', 'newton_removal', or leave group out"
     )
 
 

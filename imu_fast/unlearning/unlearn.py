@@ -76,8 +76,10 @@ def unlearn(
             ``"loss_weights"`` and ``"uniform"`` (plain gradient ascent); ``"npo"``,
             ``"random_label"``, ``"boundary_shrink"``, ``"preconditioned"``, ``"single_row"``: all
             of them an ``Ascent``; ``"margin_edit"``, one quadratic program and no ascent;
+            ``"newton_removal"``, one Newton step to the head trained without the forget set;
             ``"auto"``, the best recipe found so far for a class or for random samples
-            (``task="class"`` or ``"samples"`` says which, ``unseen`` how deep samples go).
+            (``task="class"`` or ``"samples"`` says which, ``unseen`` how deep samples go),
+            also with a ``summary`` of the training set; ``result.settings["auto"]`` says why.
         stop: a :class:`StopRule`, tested after every step; the last step is bisected. None: the
             method's budget; of ``"auto"`` forget accuracy 0 for a class, and for samples that on
             ``unseen``, without which they go to 0 and a warning asks for it.
@@ -121,8 +123,11 @@ def unlearn(
               statistics drift and dropout is active), ``alpha=0.2``, ``top_fraction=0.1``.
               Options that are given win.
 
-            Those of ``MarginEdit``: ``margin`` (0.1), ``precondition_eps``, ``precondition`` (a
-            second moment [D, D]), ``layers`` (which head).
+            Those of ``MarginEdit``: ``margin`` (0.1), ``metric`` (``"features"`` or ``"ggn"``),
+            ``precondition_eps``, ``precondition`` (a second moment [D, D]), ``layers`` (which
+            head). Of ``NewtonRemoval``: ``eps``, ``k``, ``then`` (``"scale"`` or
+            ``"margin_edit"``), ``margin``, ``layers``. Of both and of ``Auto``: ``summary``,
+            of the training set, by :func:`imu_fast.save_summary`.
 
             How the model is read, by whatever method, for the forget set and every watched one:
             ``output``, ``loss``, ``ignore_index``, as of :func:`imu_fast.capture_features`.
@@ -169,10 +174,12 @@ def unlearn(
             progress=progress,
         )
     forget: ForgetSet | None = None
+    said: dict[str, Any] = {}
     if isinstance(how, Auto):
         forget = ForgetSet(data, how.batches_of, model)
         _check_forgettable(forget, how, label)
-        label, how, depths = how.for_task(model, forget, reading, depths)
+        label, how, depths, why = how.for_task(model, forget, reading, depths)
+        said = {"auto": why}
     if checkpoint is not None and not how.resumable:
         raise InputError(
             f"checkpoint={os.fspath(checkpoint)!r} with method={label!r}: it has no epochs to go "
@@ -232,7 +239,7 @@ def unlearn(
     warn_unless_reached(result.reached, wanted, result.trajectory[-1])
     result.dataset_indices = forget.dataset_indices
     result.backends = dict(used)
-    result.settings = described
+    result.settings = described | said | result.settings
     result.seconds = time.perf_counter() - started
     return result
 

@@ -28,7 +28,7 @@ def slab(request, monkeypatch):
     """Classes at a time, of which some divide no number of classes."""
     monkeypatch.setattr(implicit_head, "_FEWEST_CLASSES", request.param)
     monkeypatch.setattr(implicit_head, "_TILE_BYTES", 1)  # one token at a time elsewhere
-    monkeypatch.setattr(implicit_head, "_TOKENS", 2)
+    monkeypatch.setattr(implicit_head, "TOKENS", 2)
     monkeypatch.setattr(implicit_head, "SLAB", 2)
     if request.param == 3:  # some classes' signal is not stored either
         monkeypatch.setattr(implicit_head, "IMPLICIT_BYTES", 0)
@@ -222,7 +222,7 @@ def test_nothing_of_the_size_of_the_signal_or_the_weight_exists(name, offsets, m
     tokens, classes, d, step = 200, 4000, 64, 128
     monkeypatch.setattr(implicit_head, "_FEWEST_CLASSES", step)
     monkeypatch.setattr(implicit_head, "_TILE_BYTES", 1)
-    monkeypatch.setattr(implicit_head, "_TOKENS", 50)
+    monkeypatch.setattr(implicit_head, "TOKENS", 50)
     monkeypatch.setattr(implicit_head, "SLAB", step)
     monkeypatch.setattr("imu_fast.ops.linear_softmax.normaliser.body.__defaults__", (step,))
     features, labels = torch.randn(tokens, d), torch.randint(classes, (tokens,))

@@ -81,6 +81,11 @@ def _operator(curvature: str) -> Format:
     )
 
 
+def _summarised(path: Path) -> None:
+    torch.manual_seed(0)
+    imu.save_summary(nn.Linear(4, 3), (torch.randn(6, 4), torch.arange(6) % 3), path)
+
+
 def _resumed(path: Path) -> Any:
     torch.manual_seed(0)
     data = torch.randn(6, 4), torch.arange(6) % 3
@@ -130,6 +135,7 @@ FORMATS: dict[str, Format] = {
         lambda path: _factors().save(path), lambda path: imu.GradientFactors.load(path).delta
     ),
     **{f"operator, {name}": _operator(name) for name in ("fisher_diag", "kfac", "ggn")},
+    "summary of a training set": Format(_summarised, lambda path: repr(imu.load_summary(path))),
     "chunk of an index": Format(
         _indexed, lambda path: _read_index(path.parent), file="index/chunk-000000.safetensors"
     ),

@@ -22,6 +22,9 @@ def test_a_few_cases(name: str) -> None:
 
 
 def test_the_page_is_of_these_formats_jobs_and_functions() -> None:
-    rows = re.findall(r"^\| ([^|]+) \| (\d+)", PAGE.read_text(encoding="utf-8"), re.M)
+    page = PAGE.read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]+) \| (\d+)", page, re.M)
     names = [name.strip("` ") for name, _ in rows]
     assert names == [*FORMATS, *JOBS, *FUNCTIONS]
+    total = sum(int(cases) for _, cases in rows[-len(FUNCTIONS) :])
+    assert f"The figures below are of {total:,} cases in all" in page.replace("\n", " ")

@@ -84,3 +84,34 @@ def test_a_large_damping_underflows_nothing_on_the_way() -> None:
     )
     own = imu.self_influence(factors, curvature="fisher_diag", damping=1e17)
     torch.testing.assert_close(own, torch.full((2,), 1e-17), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("damping_mode", ["add", "clamp", "relative"])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_squares_underflow_in_neither_of_two_factors(damping_mode: str, has_bias: bool) -> None:
+    """Of a signal of 1e-24 at an input of 1e18, whose product is 1e-6."""
+    generator = torch.Generator().manual_seed(0)
+    delta, act = (torch.randn(5, k, generator=generator) for k in (3, 4))
+    factors = imu.GradientFactors(delta * 1e-24, act * 1e18, torch.arange(6), has_bias)
+    wide = factors.to(dtype=torch.float64)
+    diagonal = wide.fisher_diagonal().float()
+    torch.testing.assert_close(factors.fisher_diagonal(), diagonal, rtol=1e-5, atol=0)
+    spec = imu.FisherDiag(damping=1e-20, damping_mode=damping_mode)
+    for call in (imu.influence_scores, imu.self_influence):
+        truth = call(wide, curvature=spec).float()
+        torch.testing.assert_close(call(factors, curvature=spec), truth, rtol=1e-5, atol=0)
+
+
+def test_output_curvatures_of_half_precision_are_of_float32() -> None:
+    p = torch.tensor([[0.5, 0.5], [0.25, 0.75]])
+    large = torch.full((2,), 1e6)  # beyond what half precision holds
+    for dtype in (torch.float16, torch.bfloat16):
+        found = imu.OutputCurvature.softmax(p.to(dtype), large)
+        torch.testing.assert_close(
+            found.diagonal(), imu.OutputCurvature.softmax(p, large).diagonal()
+        )
+        for made in (
+            imu.OutputCurvature.diagonal_of(p.to(dtype)),
+            imu.OutputCurvature.dense(p[:, :, None].mul(p[:, None]).to(dtype)),
+        ):
+            assert made.matrices().dtype == torch.float32

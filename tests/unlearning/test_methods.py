@@ -62,7 +62,7 @@ def test_every_method_reaches_a_depth(problem, name, kind):
     body = changed[0].weight.clone()
     scope = "all" if name == "boundary_shrink" else "head"
     options = dict(scope=scope, lr=0.3 if scope == "head" else 0.05, epochs=400)
-    if name in ("margin_edit", "auto"):
+    if name in ("margin_edit", "newton_removal", "auto"):
         options = {}
     result = imu.unlearn(changed, (x[rows], y[rows]), method=name, stop=stop, **options)
     assert result.stopped_by == "forget_accuracy"

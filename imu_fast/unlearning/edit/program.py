@@ -16,8 +16,8 @@ from imu_fast.errors import (
     check_positive,
     check_same_device,
 )
-from imu_fast.solvers.cholesky.cholesky import DampedCholesky, damped_cholesky
 from imu_fast.solvers.nonnegative_qp import maximise_nonnegative
+from imu_fast.unlearning.edit.metric import FeatureMetric, Metric
 
 logger = logging.getLogger("imu_fast")
 
@@ -96,11 +96,6 @@ def _check(
             )
 
 
-def _energy(step: Tensor, factor: DampedCholesky) -> float:
-    """``1/2 tr(dT H dT^T)`` with ``H = U^T U``: what the edit disturbs."""
-    return 0.5 * float((step @ factor.factor.triu().T).square().sum())
-
-
 def smallest_edit(
     features: Tensor,
     labels: Tensor,
@@ -111,18 +106,20 @@ def smallest_edit(
     margin: float = 0.1,
     eps: float = 1e-2,
     second_moment: Tensor | None = None,
+    metric: Metric | None = None,
     max_rounds: int = 5,
     tolerance: float = 1e-5,
 ) -> Edit:
     """Make ``count`` samples lose their label by the smallest disturbance; no ascent.
 
-        minimise    1/2 tr(dT H dT^T),   H = S + eps tr(S)/D I,   M = H^-1
+        minimise    1/2 <dT, H dT>
         subject to  D_i (theta + dT) a~_i <= -m,   D_i = e_label - e_rival,   for each chosen i
 
-    The chosen are the cheapest by ``margin^2 / (2 a~^T M a~)``, the energy that each would cost
+    The chosen are the cheapest by ``margin^2 / Q_ii``, twice the energy that each would cost
     alone; those already wrong are free, come first, and are held where they are. The dual has one
-    variable per sample and ``Q_ij = (D_i . D_j)(a~_i^T M a~_j)``: a Gram matrix of whitened
-    features times a small integer matrix. Its maximiser gives ``dT = - sum_i alpha_i D_i M a~_i``.
+    variable per sample and ``Q_ij = <D_i (x) a~_i, H^-1 (D_j (x) a~_j)>``. Its maximiser gives
+    ``dT = - sum_i alpha_i H^-1 (D_i (x) a~_i)``. For ``H = I (x) (S + eps tr(S)/D I)`` Q is a Gram
+    matrix of whitened features times a small integer matrix.
 
     The rival is the runner-up. Where, after a round, another class leads it, the constraint moves
     to that class and the program is solved again: the last edit satisfies the new constraints (the
@@ -132,13 +129,15 @@ def smallest_edit(
     (possible once misclassified samples are among the chosen) are replaced in the same way, by the
     classes that lead at the best compromise.
 
-    Everything is float64; memory is about ``32 count^2`` bytes beside the features.
+    Everything is float64; memory is about ``32 count^2`` bytes beside the features, and
+    ``16 count C D`` in another metric than S.
 
     Args:
         features: [n, d]. labels: [n] int64 in [0, C). theta: [C, D] as ``[W, b]``.
         has_bias: whether D = d + 1. count: how many samples to constrain.
         margin: m >= 0; at 0 a sample may end in a tie. eps: relative damping of S, > 0.
         second_moment: S [D, D], say of the training set; else ``mean(a~ a~^T)`` of ``features``.
+        metric: H; None: that of S.
         max_rounds: programs solved at most. tolerance: on ``gap``, see
             :func:`~imu_fast.solvers.nonnegative_qp.maximise_nonnegative`; where it is not reached
             that is logged.
@@ -162,22 +161,18 @@ def smallest_edit(
     if has_bias:
         act = torch.cat([act, act.new_ones(len(act), 1)], dim=1)
     wide = theta.double()
-    moment = act.T @ act / len(act) if second_moment is None else second_moment.double()
-    if not bool(moment.trace() > 0):
-        raise InputError(
-            f"the second moment has trace {float(moment.trace()):g}; it must be positive (are all "
-            "features zero?)"
-        )
-    factor = damped_cholesky(moment, eps * float(moment.trace()) / len(moment))
-    # Rows U^-T a~, so that their inner products are a~^T M a~.
-    white = torch.linalg.solve_triangular(factor.factor.triu().T, act.T, upper=False).T
+    if metric is None:
+        moment = act.T @ act / len(act) if second_moment is None else second_moment
+        metric = FeatureMetric(moment, eps)
+    every = metric.constraints(act)
 
     margins, rivals = _margins(act @ wide.T, labels)
-    reach = 2 * white.square().sum(dim=1)
+    reach = every.reach(_directions(labels, rivals, len(theta)))
     # Signed: the most safely wrong first. Nothing moves a sample whose features are zero.
     cost = torch.where(reach > 0, margins * margins.abs() / reach, torch.inf)
     chosen = torch.argsort(cost, stable=True)[:count]
-    act, white, labels, rivals = act[chosen], white[chosen], labels[chosen], rivals[chosen]
+    act, labels, rivals = act[chosen], labels[chosen], rivals[chosen]
+    constraints = every.select(chosen)
     if bool((reach[chosen] == 0).any()):
         raise InfeasibleError(
             f"count={count} reaches sample {int(chosen[-1])}, whose features are zero, so that no "
@@ -186,16 +181,15 @@ def smallest_edit(
 
     logits = act @ wide.T
     alpha, sweeps = torch.zeros(count, dtype=torch.float64), 0
-    inner = white @ white.T
     for rounds in range(1, max_rounds + 1):
         d = _directions(labels, rivals, len(theta))
-        q = (d @ d.T).mul_(inner).cpu()
+        q = constraints.gram(d).cpu()
         b = (_against(logits, labels, rivals) + m).cpu()
         alone = 0.5 * float((b.clamp_min(0).square() / q.diagonal()).sum())
-        limit = _MAX_ENERGY * (_energy(wide, factor) + alone)
+        limit = _MAX_ENERGY * (metric.energy(wide) + alone)
         found = maximise_nonnegative(q, b, alpha, tolerance=tolerance, limit=limit)
         alpha, sweeps = found.alpha, sweeps + found.sweeps
-        step = -(alpha.to(d.device)[:, None] * d).T @ factor.solve(act.T).T
+        step = -constraints.combined(alpha.to(d.device), d)
         leading = _margins(act @ (wide + step).T, labels)[1]
         last = rounds == max_rounds or bool((leading == rivals).all())
         if found.value > limit:
@@ -211,7 +205,7 @@ def smallest_edit(
         rivals = leading
 
     step = step.to(theta.dtype)
-    gap = _certificate(step.double(), act, logits, labels, rivals, alpha, m, factor)
+    gap = _certificate(step.double(), act, logits, labels, rivals, alpha, m, metric)
     if gap > 10 * tolerance:  # the rounding of a float32 step is not worth a warning
         logger.warning("margin_edit stopped at gap %.2g, above tolerance %.2g", gap, tolerance)
     return Edit(step, chosen, rounds, sweeps, gap)
@@ -225,12 +219,12 @@ def _certificate(
     rivals: Tensor,
     alpha: Tensor,
     margin: float,
-    factor: DampedCholesky,
+    metric: Metric,
 ) -> float:
     """``Edit.gap``: nothing but alpha is taken over from the solver."""
     asked = _against(logits, labels, rivals) + margin
     left = asked + _against(act @ step.T, labels, rivals)
     violation = float(left.max().clamp_min(0) / asked.abs().max())
-    primal = _energy(step, factor)
+    primal = metric.energy(step)
     dual = float(alpha.to(asked.device) @ asked) - primal
     return max(violation, abs(primal - dual) / primal) if primal else violation

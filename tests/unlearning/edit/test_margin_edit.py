@@ -10,10 +10,13 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
+import imu_fast as imu
 from imu_fast import reference
 from imu_fast.errors import InfeasibleError, InputError, SingularMatrixError
 from imu_fast.solvers.nonnegative_qp import maximise_nonnegative
+from imu_fast.unlearning.edit.metric import HessianMetric
 from imu_fast.unlearning.edit.program import smallest_edit as margin_edit
+from imu_fast.unlearning.summary.hessian import head_hessian
 
 EPS = 1e-2
 MARGIN = 0.1
@@ -184,6 +187,51 @@ def test_a_stored_second_moment():
         edit(data, second_moment=stored[:5, :5])
     with pytest.raises(SingularMatrixError):
         edit(data, second_moment=stored - 0.9 * torch.diag(torch.eye(6)[0]) * stored[0, 0] * 3)
+
+
+@pytest.mark.parametrize("kind", ["exact", "blocks", "kfac"])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_scipy_finds_no_smaller_edit_in_the_metric_of_a_ggn(kind, has_bias):
+    data = x, labels, theta, _ = problem(5, 4, 3, has_bias=has_bias)
+    factors = imu.GradientFactors.from_head(
+        x, theta[:, :4], theta[:, 4] if has_bias else None, labels
+    )
+    hessian = head_hessian(factors, kind)
+    metric = HessianMetric.of(hessian, EPS, damping=0.3)
+    eye = torch.eye(theta.numel(), dtype=torch.float64).view(-1, *theta.shape)
+    h = hessian.damped(0.3 + EPS * hessian.mean_eigenvalue).product(eye).flatten(1)
+    found, rivals = edit(data, max_rounds=1, metric=metric), margins(*data)[1]
+    act = reference.augment(x, has_bias)
+    d = torch.nn.functional.one_hot(labels, 3) - torch.nn.functional.one_hot(rivals, 3)
+    rows = torch.einsum("ic,ij->icj", d.double(), act).flatten(1)
+    slack = (-MARGIN - rows @ theta.flatten()).numpy()
+    # The dual, with the dense Q, solved by scipy.
+    q = (rows @ torch.linalg.solve(h, rows.T)).numpy()
+    dual = minimize(
+        lambda a: float(0.5 * a @ q @ a + a @ slack),
+        np.zeros(len(x)),
+        jac=lambda a: q @ a + slack,
+        bounds=[(0, None)] * len(x),
+        method="L-BFGS-B",
+        options={"ftol": 1e-15, "gtol": 1e-12, "maxiter": 5000},
+    )
+    truth = -torch.linalg.solve(h, rows.T @ torch.from_numpy(dual.x)).view_as(theta)
+    torch.testing.assert_close(found.step, truth, rtol=1e-4, atol=1e-5 * float(truth.abs().max()))
+    step = found.step.flatten()
+    assert metric.energy(found.step) == pytest.approx(0.5 * float(step @ h @ step), rel=1e-12)
+    assert found.gap <= 1e-10
+    cost = margins(*data)[0] ** 2 / torch.from_numpy(q.diagonal().copy())
+    assert edit(data, count=2, metric=metric).chosen.tolist() == cost.argsort()[:2].tolist()
+
+
+def test_a_metric_of_nothing_is_refused():
+    factors = imu.GradientFactors(
+        torch.zeros(2, 3), torch.ones(2, 2), torch.arange(3), True, torch.zeros(2, dtype=int)
+    )
+    hessian = head_hessian(factors)
+    object.__setattr__(hessian, "matrix", 0 * hessian.matrix)
+    with pytest.raises(InputError, match="mean eigenvalue 0; it must be positive"):
+        HessianMetric.of(hessian, EPS)
 
 
 def test_more_samples_than_entries_and_than_a_block():

@@ -1,0 +1,1 @@
+"""What is kept of a training set for the day when some of it is to be forgotten."""

@@ -1,0 +1,38 @@
+"""The page about recipes has the tables of what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tabulate")
+import recipes_tables as tables
+
+from imu_fast.study.cells import unpack
+
+RESULTS = json.loads(tables.RESULTS.read_text())
+PAGE = (Path(__file__).parents[2] / "docs/recipes.md").read_text()
+
+
+@pytest.mark.parametrize("data", ["cifar10", "digits"])
+def test_the_page_has_the_numbers_that_were_measured(data):
+    assert tables.overview(RESULTS, data) in PAGE
+    assert tables.differences(RESULTS) in PAGE
+
+
+def test_means_are_those_of_the_rows_and_no_part_shares_its_seeds():
+    rows, means = unpack(RESULTS["rows"]), unpack(RESULTS["means"])
+    found = {(m["part"], m["data"], m["task"], m["method"]): m for m in tables.means(rows)}
+    assert len(found) == len(means)
+    for mean in means:
+        again = found[mean["part"], mean["data"], mean["task"], mean["method"]]
+        assert mean["gap"] == pytest.approx(again["gap"], rel=1e-3, abs=1e-5)
+        assert mean["seeds"] == again["seeds"]
+        if mean["gap_to_auto"] is not None:
+            assert mean["gap_to_auto"] == pytest.approx(again["gap_to_auto"], rel=1e-2, abs=1e-4)
+    parts = RESULTS["about"]["parts"]
+    assert not set(parts["report"][0]) & set(parts["development"][0])
+    assert not set(parts["report"][1]) & set(parts["development"][1])
+    assert tables.RESULTS.stat().st_size < 200_000
