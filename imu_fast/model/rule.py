@@ -110,7 +110,7 @@ def needs_labels(model: nn.Module, parts: Parts, name: str) -> bool:
 
     So do those that make their decoder's input of them (BART, T5), and those that leave out
     positions otherwise. The model is asked, with and without, on one sample; once for each form of
-    its inputs, until it has another ``forward`` or ``config``.
+    its inputs, until it has another ``forward``, ``config`` or setting of its own.
     """
     if parts.labels.dim() < 2 or not is_integer(parts.labels.dtype):
         return False
@@ -118,7 +118,8 @@ def needs_labels(model: nn.Module, parts: Parts, name: str) -> bool:
     if "forward" in vars(inner):  # of this object alone, which may hold the model itself
         return _asked(model, parts, name)
     config = getattr(inner, "config", None)
-    settings = str(getattr(config, "__dict__", config))
+    own = {k: v for k, v in vars(inner).items() if isinstance(v, bool | int | float | str)}
+    settings = str(own) + str(getattr(config, "__dict__", config))
     form = (len(parts.args), tuple(sorted(parts.kwargs)), name)
     asked = (type(inner), type(inner).forward, settings, form)
     known = _found.setdefault(model, {})

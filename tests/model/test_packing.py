@@ -169,31 +169,32 @@ def test_gradients_go_where_they_are_wanted(lengths, has_bias):
 
 
 class Labelled(nn.Module):
-    """A language model of logits, or of none at a label's place: ``config.shifts`` says it."""
+    """A language model that makes its inputs from the labels, where ``shifts`` says so."""
 
     def __init__(self):
         super().__init__()
         self.embedding, self.head = nn.Embedding(C, D), nn.Linear(D, C)
-        self.config, self.asked = type("Config", (), {})(), 0
-        self.config.shifts = False
+        self.config, self.asked = type("Config", (), {})(), []
+        self.config.shifts = self.shifts = False
 
     def forward(self, input_ids, labels=None):
-        self.asked += labels is not None
-        if self.config.shifts and labels is not None:
+        self.asked += [True] * (labels is not None)
+        if (self.shifts or self.config.shifts) and labels is not None:
             input_ids = labels.roll(1, dims=1)
         return {"logits": self.head(self.embedding(input_ids))}
 
 
-def test_a_model_is_asked_once_what_it_does_with_labels_until_it_changes():
+@pytest.mark.parametrize("of", ["config", "model"])
+def test_a_model_is_asked_once_what_it_does_with_labels_until_it_changes(of):
     ids = torch.randint(C, (4, 5))
     batch = {"input_ids": ids, "labels": ids}
     model = Labelled()
 
     def asked():
-        before = model.asked
+        model.asked.clear()
         imu.capture(model, [batch], layers=["head"], shift=True)
-        return model.asked - before
+        return len(model.asked)
 
     assert (asked(), asked()) == (1, 0)
-    model.config.shifts = True
+    {"config": model.config, "model": model}[of].shifts = True
     assert asked() > 1  # once, and then with each batch
