@@ -171,6 +171,8 @@ def test_preconditioner_by_cost():
     assert choose_preconditioner(tokens=522, classes=10, width=513) == "kfac"
     # Its eigenvalues would cost more than the solve.
     assert choose_preconditioner(tokens=5000, classes=2, width=4096) == "none"
+    # Fewer samples than features.
+    assert choose_preconditioner(tokens=500, classes=10, width=513) == "none"
 
 
 def test_bad_options():

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 # Beyond this order the dense matrix is not an option: 8,192^2 float64 is 537 MB.
 MAX_DENSE_ORDER = 8192
-# What conjugate gradient is assumed to take: measured 10 to 330 on heads of 51,300 parameters.
+# What conjugate gradient is assumed to take at a stiffness of _USUAL, and how it grows: fitted to
+# 50 heads of bench/solver_choice.py (theory has at most the square root; eigenvalues fall fast).
 ASSUMED_ITERATIONS = 60
+_USUAL, _GROWTH = 1e4, 0.2
+# With K-FAC, however stiff; and without, before it is made.
+_KFAC_ITERATIONS, _FIRST_ITERATIONS = 40, 8
 # Products that the eigendecompositions of K-FAC may take the time of: an ill-conditioned system
 # takes hundreds, and for several right-hand sides each as many.
 _AFFORDABLE = 300
-# FLOPs that the dozens of small operations of an iteration take the time of; measured by what small
-# problems take (130 samples, C=10, D=33: 3.0 ms, by the dense matrix 1.4 ms).
-_ITERATION = 1_000_000
+# FLOPs that the dozens of small operations of an iteration take the time of: some 0.15 ms.
+_ITERATION = 4_000_000
 
 
 def dense_orders(
@@ -28,8 +31,21 @@ def dense_orders(
     return {"primal": (1, rank * width), "dual": (1, tokens * classes)}
 
 
+def assumed_iterations(stiffness: float) -> float:
+    """Of conjugate gradient without a preconditioner; stiffness: trace of M, undamped, over lam.
+
+    It bounds the condition: ``1 + largest eigenvalue / lam``.
+    """
+    return max(1.0, ASSUMED_ITERATIONS * (stiffness / _USUAL) ** _GROWTH)
+
+
 def solver_costs(
-    tokens: int, classes: int, width: int, solves: int = 1, form: str = "softmax"
+    tokens: int,
+    classes: int,
+    width: int,
+    solves: int = 1,
+    form: str = "softmax",
+    stiffness: float = _USUAL,
 ) -> dict[str, float]:
     """FLOPs of each exact solver; what cannot be held (MAX_DENSE_ORDER) is left out.
 
@@ -37,11 +53,17 @@ def solver_costs(
     half the rate of a plain matrix product, so twice that is counted), factoring ``k P^3 / 3`` and
     each solve ``2 k P^2``. ``dual``: k blocks of order Q (one of N C for a softmax), building takes
     ``2 C k Q^2``, factoring ``k Q^3 / 3`` and each solve ``2 k Q^2`` and two products of
-    ``2 N C D``. ``cg``: each solve takes ``ASSUMED_ITERATIONS`` products of ``4 N C D``, and all in
-    step the time of ``_ITERATION`` FLOPs for small operations.
+    ``2 N C D``. ``cg``: each solve takes :func:`assumed_iterations` of a product of ``4 N C D``,
+    and all in step the time of ``_ITERATION`` FLOPs for small operations; or some of these, K-FAC,
+    and the iterations that it leaves, where it is an option and that is less.
     """
     product = 4 * tokens * classes * width
-    costs = {"cg": float(ASSUMED_ITERATIONS * (solves * product + _ITERATION))}
+    iterations, each = assumed_iterations(stiffness), solves * product + _ITERATION
+    costs = {"cg": iterations * each}
+    if choose_preconditioner(tokens, classes, width) == "kfac":
+        applied = solves * product * kfac_applied(tokens, classes, width) + _ITERATION
+        made = _FIRST_ITERATIONS * each + product * kfac_cost(tokens, classes, width)
+        costs["cg"] = min(costs["cg"], made + min(iterations, _KFAC_ITERATIONS) * applied)
     orders = dense_orders(tokens, classes, width, form)
     for solver, (blocks, order) in orders.items():
         held = blocks * order**2
@@ -61,9 +83,10 @@ def choose_solver(
     *,
     dual: bool = True,
     form: str = "softmax",
+    stiffness: float = _USUAL,
 ) -> str:
     """The cheapest of :func:`solver_costs`; without ``dual`` that is left out."""
-    costs = solver_costs(tokens, classes, width, solves, form)
+    costs = solver_costs(tokens, classes, width, solves, form, stiffness)
     if not dual:
         costs.pop("dual", None)
     return min(costs, key=lambda name: costs[name])
@@ -72,6 +95,7 @@ def choose_solver(
 def choose_preconditioner(tokens: int, classes: int, width: int) -> str:
     """``"kfac"`` where it costs little beside the products it saves, else ``"none"``.
 
+    Of fewer samples than features it saves next to none: its second moment has no full rank then.
     Its two eigendecompositions take about ``10 (C^3 + D^3)`` FLOPs, which must not exceed
     ``_AFFORDABLE`` products of ``4 N C D``. This only allows it: conjugate gradient begins without,
     and the rate of its first iterations says whether K-FAC is made (:func:`kfac_applied`). What it
@@ -79,7 +103,7 @@ def choose_preconditioner(tokens: int, classes: int, width: int) -> str:
     """
     product = 4 * tokens * classes * width
     affordable = 10 * (classes**3 + width**3) <= _AFFORDABLE * product
-    return "kfac" if affordable else "none"
+    return "kfac" if affordable and tokens >= width else "none"
 
 
 def kfac_applied(tokens: int, classes: int, width: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
@@ -176,7 +177,13 @@ class FittedGGN(RefinedGGN):
             return self.direct.made
         f = self._factors
         sizes = (f.num_tokens, f.num_classes, f.width)
-        return choose_solver(*sizes, solves, form=self._form)
+        if solver_costs(*sizes, solves, self._form).keys() == {"cg"}:
+            return "cg"
+        return choose_solver(*sizes, solves, form=self._form, stiffness=self._stiffness)
+
+    @cached_property
+    def _stiffness(self) -> float:
+        return trace(self._factors) / self.damping
 
     def _solve(self, v: Tensor, out: Tensor | None) -> Tensor:
         many = v if v.dim() == 3 else v[None]
