@@ -161,6 +161,9 @@ def test_cost_model():
     # One product of order P against N P^2 for the matrix: many solves repay it.
     assert choose_solver(tokens=400, classes=10, width=65) == "cg"
     assert choose_solver(tokens=400, classes=10, width=65, solves=1000) == "primal"
+    # The stiffer, the more iterations; the dense matrix takes what it takes.
+    stiff = [choose_solver(364, 10, 157, 16, stiffness=s) for s in (1e4, 1e6)]
+    assert stiff == ["cg", "primal"]
     # Few tokens of many features: N C is far below C D.
     assert choose_solver(tokens=20, classes=10, width=2049) == "dual"
 
