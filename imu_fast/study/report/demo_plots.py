@@ -25,7 +25,14 @@ def save(figure: Any, path: Path) -> str:
     check_installed("a figure", "matplotlib")
     from matplotlib import rc_context
     from matplotlib.text import Text
+    from matplotlib.ticker import LogFormatterMathtext, NullFormatter, StrMethodFormatter
 
+    axes = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
+    for axis in axes:  # powers would be written as formulas between dollars
+        if isinstance(axis.get_major_formatter(), LogFormatterMathtext):
+            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        if isinstance(axis.get_minor_formatter(), LogFormatterMathtext):
+            axis.set_minor_formatter(NullFormatter())
     for text in figure.findobj(Text):
         text.set_parse_math(False)
     with replacing(path) as temporary, rc_context({"text.parse_math": False}):
@@ -60,7 +67,7 @@ def histogram(path: Path, title: str, scores: Tensor) -> str:
     negative = int((scores < 0).sum())
     axes.set_xlabel("influence (negative: supports forgetting)")
     axes.set_ylabel("forget samples (log scale)")
-    axes.set_title(f"Forgetting {title}: {negative} of {len(scores)} samples have influence < 0")
+    axes.set_title(f"Forgetting {title}\n{negative} of {len(scores)} samples have influence < 0")
     return save(figure, path)
 
 
