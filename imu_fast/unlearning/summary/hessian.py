@@ -21,6 +21,7 @@ from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.probabilities import augmented, softmax
 from imu_fast.factors.source import Factors
 from imu_fast.factors.sums import S, summed
+from imu_fast.losses.output_curvature import Softmax
 from imu_fast.solvers.cholesky.cholesky import damped_cholesky
 
 Kind = Literal["exact", "blocks", "kfac"]
@@ -116,13 +117,12 @@ class HeadHessian(ABC):
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
-def _sum_over(factors: Factors, term: Callable[[Tensor, Tensor, Tensor], S]) -> S:
-    """A sum over samples; term: of ``p [n, C], weight [n], a~ [n, D]``, float64; new tensors."""
+def _sum_over(factors: Factors, term: Callable[[Softmax, Tensor], S]) -> S:
+    """A sum over samples; term: of their curvature and a~ [n, D], float64; new tensors."""
 
     def parts(chunk: GradientFactors) -> Iterator[S]:
         for part in chunk.chunks(_SAMPLES):
-            found = softmax(part)
-            yield term(found.p, found.weight, augmented(part.act, part.has_bias))
+            yield term(softmax(part), augmented(part.act, part.has_bias))
 
     return factors.sums(lambda chunk: summed(parts(chunk)))
 
@@ -147,7 +147,10 @@ class ExactHessian(HeadHessian):
 
     @classmethod
     def of(cls, factors: Factors) -> Self:
-        return cls(factors.n, _shape(factors), _sum_over(factors, primal_matrix))
+        def term(outputs: Softmax, a: Tensor) -> Tensor:
+            return primal_matrix(outputs.p, outputs.weight, a)
+
+        return cls(factors.n, _shape(factors), _sum_over(factors, term))
 
     @property
     def order(self) -> int:
@@ -209,8 +212,8 @@ class BlockHessian(HeadHessian):
 
     @classmethod
     def of(cls, factors: Factors) -> Self:
-        def term(p: Tensor, weight: Tensor, a: Tensor) -> Tensor:
-            return class_blocks(_variances(p, weight), a)
+        def term(outputs: Softmax, a: Tensor) -> Tensor:
+            return class_blocks(outputs.diagonal(), a)
 
         return cls(factors.n, _shape(factors), _sum_over(factors, term))
 
@@ -238,13 +241,6 @@ class BlockHessian(HeadHessian):
         )
 
 
-def _variances(p: Tensor, weight: Tensor) -> Tensor:
-    """``w p (1 - p)``: [n, C]; no difference that cancels where p is nearly one."""
-    top = p.argmax(dim=1, keepdim=True)
-    others = p.scatter(1, top, 0.0).sum(dim=1, keepdim=True)
-    return (1 - p).scatter_(1, top, others).mul_(p).mul_(weight[:, None])
-
-
 @dataclass(frozen=True, eq=False)
 class KroneckerHessian(HeadHessian):
     """``B (x) A / n``, the sums over samples of the outputs' curvature and of ``a~ a~^T`` (K-FAC).
@@ -262,10 +258,8 @@ class KroneckerHessian(HeadHessian):
 
     @classmethod
     def of(cls, factors: Factors) -> Self:
-        def term(p: Tensor, weight: Tensor, a: Tensor) -> tuple[Tensor, ...]:
-            outputs = (p * -weight[:, None]).T @ p
-            outputs.diagonal().copy_(_variances(p, weight).sum(dim=0))
-            return outputs, a.T @ a
+        def term(outputs: Softmax, a: Tensor) -> tuple[Tensor, ...]:
+            return outputs.sum(torch.float64), a.T @ a
 
         return cls(factors.n, _shape(factors), *_sum_over(factors, term))
 
