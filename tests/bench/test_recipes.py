@@ -22,6 +22,15 @@ def test_the_page_has_the_numbers_that_were_measured(data):
     assert tables.differences(RESULTS) in PAGE
 
 
+def test_what_did_not_come_to_the_depth_has_a_star():
+    short = tables.short_of_depth(unpack(RESULTS["rows"]))
+    assert ("cifar10", "random-5", "class means") in short
+    assert ("cifar10", "class-8", "newton removal, forget set") in short
+    assert not {method for _, _, method in short} & set(tables.AUTO)
+    row = next(x for x in PAGE.splitlines() if x.startswith("| class means") and "1.65" in x)
+    assert row.count("*") == 3
+
+
 def test_means_are_those_of_the_rows_and_no_part_shares_its_seeds():
     rows, means = unpack(RESULTS["rows"]), unpack(RESULTS["means"])
     found = {(m["part"], m["data"], m["task"], m["method"]): m for m in tables.means(rows)}
