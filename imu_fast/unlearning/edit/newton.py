@@ -121,6 +121,12 @@ class NewtonRemoval(Method):
                 "the rest"
             )
         subject = HeadSubject(job.model, self.layer, job.sets, job.progress, job.reading)
+        if subject.tied:
+            raise InputError(
+                f"method='newton_removal': the head {subject.name!r} shares its weight with "
+                f"{', '.join(subject.tied)}, so its features change with it, and the step is of "
+                "features that stay; use method='imu' or 'margin_edit', or untie the weight"
+            )
         if self.summary is not None:
             self.summary.check_head(subject.trained, subject.has_bias, subject.n)
         job.keep([*subject.tensors(), *job.model.buffers()])

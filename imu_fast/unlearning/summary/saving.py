@@ -15,7 +15,9 @@ from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.statistics import second_moment
 from imu_fast.model.capture import capture_features
 from imu_fast.model.guard import door
+from imu_fast.model.head import shared_with
 from imu_fast.model.head_features import HeadFeatures
+from imu_fast.model.labels import class_labels
 from imu_fast.model.outputs import measured
 from imu_fast.model.reading import Reading, ReadingOptions
 from imu_fast.storage import writable
@@ -67,7 +69,8 @@ def save_summary(
 
     Raises:
         InputError, NoHeadFoundError: bad arguments or data, a head that is not linear up to the
-            logits, samples without a label or with several; the path cannot be written.
+            logits or tied to another layer, samples without a label or with several; the path
+            cannot be written.
         WriteError: the file system refuses; what was there is untouched.
     """
     if not isinstance(model, nn.Module):
@@ -81,6 +84,11 @@ def save_summary(
     accuracy = _accuracy(unseen, model, how)
     found = capture_features(model, train_loader, layers, progress=progress, **how.given())
     _check(found)
+    if tied := [name for part, _ in found.parts for name in shared_with(model, part)]:
+        raise InputError(
+            f"the head {found.name!r} shares its weight with {', '.join(tied)}, so its features "
+            "change with it, and a summary is of features that stay; untie the weight"
+        )
     factors = GradientFactors.from_head(
         found.features, found.head.weight, found.head.bias, found.labels, name=found.name
     )
@@ -123,6 +131,7 @@ def _check(found: HeadFeatures) -> None:
             f"a summary is of a head {found.name!r} whose output is the logits; here it is not "
             f"({what})"
         )
+    class_labels(found.labels, (*found.labels.shape[:1], len(found.head.weight)))
     counts = found.offsets.diff()
     if found.sequences or not bool((counts == 1).all()):
         where = "samples have labels at positions"

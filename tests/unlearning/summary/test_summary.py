@@ -191,6 +191,44 @@ def test_data_that_a_summary_cannot_be_of(tmp_path):
     assert not path.exists()
 
 
+class Tied(nn.Module):
+    """Its features change with the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.embedding(x)))
+
+
+def test_a_head_whose_features_change_with_it(tmp_path):
+    x, y = torch.randn(20, 5), torch.randint(5, (20,))
+    model = Tied()
+    before = model.head.weight.detach().clone()
+    message = "'head' shares its weight with embedding.weight, so its features change with it"
+    with pytest.raises(InputError, match=message):
+        imu.save_summary(model, (x, y), tmp_path / "s")
+    with pytest.raises(InputError, match=message):
+        imu.unlearn(model, (x, y), "newton_removal", stop=imu.StopRule(forget_accuracy=0.0))
+    assert torch.equal(model.head.weight, before) and not os.listdir(tmp_path)
+
+
+def test_labels_of_a_dtype_that_are_no_classes(tmp_path):
+    x, y = samples()
+    for labels, message in (
+        (nn.functional.one_hot(y).float(), "one-hot or soft labels"),
+        (y.float(), "labels have dtype torch.float32"),
+        (y > 0, "dtype torch.bool"),
+    ):
+        with pytest.raises(InputError, match=message):
+            imu.save_summary(network(), (x, labels), tmp_path / "s")
+    given = imu.save_summary(network(), (x, y), tmp_path / "s").hessian.trace()
+    again = imu.save_summary(network(), (x, y.to(torch.int16)), tmp_path / "s").hessian.trace()
+    assert given == again
+
+
 def test_a_file_that_was_changed_or_is_another_is_refused(tmp_path):
     model, path = network(), tmp_path / "s"
     imu.save_summary(model, samples(), path)
