@@ -168,6 +168,17 @@ def test_cost_model():
     assert choose_solver(tokens=20, classes=10, width=2049) == "dual"
 
 
+@pytest.mark.parametrize("damping, made", [(1e-5, "primal"), (10.0, None)])
+def test_auto_counts_on_more_iterations_of_a_stiff_system(damping, made):
+    labels = torch.randint(10, (364,))
+    factors = imu.GradientFactors.from_head(
+        torch.randn(364, 156), 0.1 * torch.randn(10, 156), None, labels
+    )
+    fitted = imu.fit("ggn", factors, damping=damping, tolerance=1e-2)
+    fitted.solve(torch.randn(16, 10, 156))
+    assert fitted.direct.made == made
+
+
 def test_preconditioner_by_cost():
     assert choose_preconditioner(tokens=2000, classes=100, width=513) == "kfac"
     # Fewer samples than dimensions are where the rate is worst.

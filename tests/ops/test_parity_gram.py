@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from cases import Call, Case, every_case, every_dtype, factors_of
+from cases import Call, Case, assert_close, every_case, every_dtype, factors_of
 
 from imu_fast import reference
 from imu_fast.ops.bilinear_scores import gradient_norms
@@ -113,3 +113,11 @@ def test_a_norm_is_not_negative_where_tokens_cancel():
     delta = torch.tensor([[1.0, 3.0], [-1.0, -3.0]]) / 3
     act = torch.full((2, 300), 1 / 7)
     assert float(gradient_norms(delta, act, torch.tensor([0, 2]), True)) >= 0
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_small_signal_at_a_large_input_has_its_norm(has_bias):
+    """The square of either is beyond float32, their product's is not."""
+    delta, act = 1e-24 * torch.randn(3, 4), 1e18 * torch.randn(3, 5)
+    args = delta, act, torch.arange(4), has_bias
+    assert_close(gradient_norms(*args), reference.gradient_norms(*args), 9)
