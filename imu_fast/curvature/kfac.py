@@ -14,13 +14,13 @@ from imu_fast.curvature.gauss_newton import GaussNewton, signals_of, warn_of_rou
 from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.probabilities import (
+    Outputs,
     augmented,
     signals_or_curvature,
     token_scale,
 )
 from imu_fast.factors.source import MAX_GATHERED, Factors, Remembered
 from imu_fast.factors.sums import summed
-from imu_fast.losses.output_curvature import OutputCurvature
 from imu_fast.losses.signals import Signals
 from imu_fast.ops.bilinear_scores import quadratic_scores
 from imu_fast.ops.fisher_diagonal import fisher_diagonal
@@ -28,8 +28,6 @@ from imu_fast.options import options
 
 # Elements of a~ that exist at once: large enough for products at full speed.
 _CHUNK_ELEMENTS = 1 << 18
-
-Outputs = Callable[[GradientFactors], OutputCurvature | Signals]
 
 
 class KroneckerEigenbasis(Fitted):

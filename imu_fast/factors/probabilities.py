@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.losses.base import mean_scale
 from imu_fast.losses.output_curvature import OutputCurvature, Softmax, StoredCurvature
 from imu_fast.losses.signals import Signals
+
+# The curvature of the loss in a chunk's outputs, or an inner layer's signals.
+Outputs = Callable[[GradientFactors], OutputCurvature | Signals]
 
 
 def token_scale(chunk: GradientFactors) -> Tensor:

@@ -6,7 +6,12 @@ from torch import Tensor
 
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.outputs import for_inputs
-from imu_fast.factors.probabilities import augmented, pseudo_samples, signals_or_curvature
+from imu_fast.factors.probabilities import (
+    Outputs,
+    augmented,
+    pseudo_samples,
+    signals_or_curvature,
+)
 from imu_fast.factors.samples import Means, unchecked_mean_gradient
 from imu_fast.factors.source import Factors
 from imu_fast.factors.sums import summed
@@ -33,22 +38,25 @@ def second_moment(source: Factors) -> Tensor:
     return for_inputs(source).sums(products) / max(1, source.num_tokens)
 
 
-def trace(source: Factors) -> float:
+def trace(source: Factors, outputs: Outputs = signals_or_curvature) -> float:
     """Of the undamped GGN: ``1/n sum_t tr(B_t) ||a~_t||^2``; of signals ``1/n sum_ik ||g_ik||^2``.
+
+    Args:
+        outputs: the curvature of the loss in a chunk's outputs, or its signals.
 
     Raises:
         InputError: the factors have no curvature of their loss.
     """
 
     def traces(chunk: GradientFactors) -> Tensor:
-        outputs = signals_or_curvature(chunk)
-        if isinstance(outputs, Signals):
+        found = outputs(chunk)
+        if isinstance(found, Signals):
             return summed(
                 gradient_norms(f.delta, f.act, f.offsets, f.has_bias).sum()
-                for f in pseudo_samples(chunk, outputs)
+                for f in pseudo_samples(chunk, found)
             )
         norms = augmented(chunk.act, chunk.has_bias).square().sum(dim=1)
-        return (outputs.diagonal().sum(dim=1) * norms).sum()
+        return (found.diagonal().sum(dim=1) * norms).sum()
 
     return float(source.sums(traces)) / source.n
 

@@ -183,7 +183,7 @@ class FittedGGN(RefinedGGN):
 
     @cached_property
     def _stiffness(self) -> float:
-        return trace(self._factors) / self.damping
+        return trace(self._factors, self._outputs) / self.damping
 
     def _solve(self, v: Tensor, out: Tensor | None) -> Tensor:
         many = v if v.dim() == 3 else v[None]
