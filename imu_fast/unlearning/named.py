@@ -35,6 +35,7 @@ from imu_fast.unlearning.ascent.weights import (
     WeightsName,
 )
 from imu_fast.unlearning.auto import Auto, Task, single_row
+from imu_fast.unlearning.edit.distillation import SelfDistillation
 from imu_fast.unlearning.edit.margin_edit import MarginEdit, MetricName
 from imu_fast.unlearning.edit.newton import NewtonRemoval, Then
 from imu_fast.unlearning.method import Method
@@ -72,6 +73,10 @@ _NAMED: dict[str, tuple[str, Callable[[], Method]]] = {
     "single_row": ("ascent of the forgotten classes' rows alone", single_row),
     "margin_edit": ("smallest edit of the head that flips the forget samples", MarginEdit),
     "newton_removal": ("Newton step to the head trained without the forget samples", NewtonRemoval),
+    "self_distillation": (
+        "the model's own predictions with the labels' logits lowered, by natural gradient",
+        SelfDistillation,
+    ),
 }
 MethodName = Literal[
     "auto",
@@ -87,6 +92,7 @@ MethodName = Literal[
     "single_row",
     "margin_edit",
     "newton_removal",
+    "self_distillation",
 ]
 METHODS: Table[Method] = Table(
     "method",
@@ -148,3 +154,4 @@ class MethodOptions(CurvatureOptions, total=False):
     summary: TrainingSummary
     k: float
     then: Then
+    targets: Tensor
