@@ -117,10 +117,10 @@ def scrub(problem: Problem, lr: float, ascents: int) -> nn.Module:
 
 # The smallest gap of the grid, by kind of task.
 CHOSEN: dict[str, dict[str, dict[str, float]]] = {
-    "fine-tuning": {"random": {"lr": 0.02}, "class": {"lr": 0.02}},
-    "l1-sparse": {"random": {"lr": 0.02, "gamma": 1e-4}, "class": {"lr": 0.02, "gamma": 1e-4}},
-    "salun": {"random": {"lr": 0.02, "share": 0.5}, "class": {"lr": 0.02, "share": 0.5}},
-    "scrub": {"random": {"lr": 0.005, "ascents": 1}, "class": {"lr": 0.005, "ascents": 1}},
+    "fine-tuning": {"random": {"lr": 0.05}, "class": {"lr": 0.05}},
+    "l1-sparse": {"random": {"lr": 0.02, "gamma": 5e-4}, "class": {"lr": 0.02, "gamma": 5e-4}},
+    "salun": {"random": {"lr": 0.02, "share": 0.5}, "class": {"lr": 0.02, "share": 0.3}},
+    "scrub": {"random": {"lr": 0.02, "ascents": 2}, "class": {"lr": 0.005, "ascents": 2}},
 }
 
 

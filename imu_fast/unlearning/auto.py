@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from imu_fast.errors import InputError
-from imu_fast.model.batches import ForgetSet, as_batches
+from imu_fast.model.batches import ForgetSet
 from imu_fast.model.capture import head_of
+from imu_fast.model.convolution import scored_layers
 from imu_fast.model.head import resolve
 from imu_fast.model.outputs import measured
 from imu_fast.model.reading import Reading
@@ -47,7 +48,6 @@ from imu_fast.unlearning.left_alone import LeftAlone, no_better
 from imu_fast.unlearning.method import Job, Method
 from imu_fast.unlearning.result import UnlearnResult
 from imu_fast.unlearning.subject import check_head_layer, naming
-from imu_fast.unlearning.summary.inner import inner_hessians
 from imu_fast.unlearning.summary.summary import TrainingSummary, check_summary
 
 
@@ -326,14 +326,14 @@ class Auto(Method):
             return "the logits are made of several heads"
         if why := why_no_head(model, resolve(model, names[0])):
             return f"the head {names[0]!r} {why}"
-        layers = [layer.name for layer in movable_layers(model, names, None, self.summary)]
-        if not layers:
-            return "there is no layer before the head" + (" in the summary" * bool(self.summary))
-        first = next(iter(as_batches(forget, model)))
-        try:
-            inner_hessians(model, [first], layers, reading, classes)
-        except InputError as error:
-            return str(error)
+        if self.summary is not None:
+            there = scored_layers(model)
+            if other := [name for name in self.summary.inner if name not in there]:
+                return f"the model has no layer {other[0]!r}, which the summary is of"
+        read = model, forget, reading
+        if not movable_layers(read, names, None, self.summary, classes):
+            what = "in the summary" if self.summary is not None else "that can be captured"
+            return f"there is no layer before the head {what}"
         return ""
 
     def run(self, job: Job) -> UnlearnResult:

@@ -155,3 +155,4 @@ class MethodOptions(CurvatureOptions, total=False):
     k: float
     then: Then
     targets: Tensor
+    calibrated: bool

@@ -82,10 +82,16 @@ def test_auto_forgets_what_is_better_than_unseen():
     assert result.settings["unseen_accuracy"] == pytest.approx(0.9)
 
 
-def test_where_there_is_no_layer_before_the_head_auto_edits_it():
+def test_where_there_is_no_layer_before_the_head_auto_edits_it(tmp_path):
     torch.manual_seed(0)
     model = nn.Linear(6, 4)
     x = torch.randn(80, 6)
     result = imu.unlearn(model, (x, model(x).argmax(1)), "auto", unseen=0.5, inplace=False)
     assert result.settings["method"] == "margin_edit"
     assert "no self-distillation: there is no layer before the head" in result.settings["auto"]
+    network, x, y = problem()
+    kept = imu.save_summary(network, (x, y), tmp_path / "s", unseen=0.3)
+    data = network[:2](x[:60]).detach(), network(x[:60]).argmax(1)
+    result = imu.unlearn(network[2:], data, "auto", summary=kept, inplace=False)
+    assert result.settings["method"] == "newton_removal" and result.reached
+    assert "the model has no layer '0', which the summary is of" in result.settings["auto"]

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from imu_fast.errors import InputError, check_count, check_flag, check_positive
+from imu_fast.model.batches import ForgetSet, as_batches
 from imu_fast.model.capture import capture, head_of
 from imu_fast.model.guard import modes
 from imu_fast.model.head import LinearLayer, resolve
 from imu_fast.model.outputs import logits_in_batches
+from imu_fast.model.reading import Reading
 from imu_fast.options import option, options
 from imu_fast.unlearning.confirm import confirm
 from imu_fast.unlearning.depth import StopRule, bisect
@@ -23,7 +25,12 @@ from imu_fast.unlearning.method import Job, Method
 from imu_fast.unlearning.result import DivergedError, UnlearnResult
 from imu_fast.unlearning.subject import NetworkSubject, move, snapshot
 from imu_fast.unlearning.summary.hessian import Damped, HeadHessian, head_hessian
-from imu_fast.unlearning.summary.inner import inner_hessians, inner_layers, why_not
+from imu_fast.unlearning.summary.inner import (
+    capturable,
+    inner_hessians,
+    inner_layers,
+    why_not,
+)
 from imu_fast.unlearning.summary.summary import TrainingSummary, check_summary
 from imu_fast.unlearning.trajectory import Trajectory
 
@@ -144,20 +151,29 @@ class SelfDistillation(Method):
 
 
 def movable_layers(
-    model: nn.Module, head: Sequence[str], named: Any, summary: TrainingSummary | None
+    job_of: tuple[nn.Module, ForgetSet, Reading],
+    head: Sequence[str],
+    named: Any,
+    summary: TrainingSummary | None,
+    classes: int,
 ) -> list[LinearLayer]:
     """The layers that move beside the head; of those that nobody named, none that is frozen.
 
     Args:
-        head: its names. named: what ``layers`` says, or None.
+        job_of: model, forget set, how it is read. head: its names.
+        named: what ``layers`` says, or None. classes: C.
     """
+    model, forget, reading = job_of
     if named is not None:
         return inner_layers(model, named, head)
     wanted: Any = "auto" if summary is None else list(summary.inner) or None
     found = inner_layers(model, wanted, head)
-    if not any(p.requires_grad for p in model.parameters()):
+    if any(p.requires_grad for p in model.parameters()):
+        moving = ((x, x.module.parameters(recurse=False)) for x in found)
+        found = [x for x, own in moving if all(p.requires_grad for p in own)]
+    if summary is not None:
         return found
-    return [x for x in found if all(p.requires_grad for p in x.module.parameters(recurse=False))]
+    return capturable(model, found, next(iter(as_batches(forget, model))), reading, classes)
 
 
 def why_no_head(model: nn.Module, head: LinearLayer) -> str:
@@ -186,7 +202,8 @@ class _Distillation:
                 f"the head {head.name!r} {why}; use method='margin_edit', which edits the head "
                 "alone, or name what may move by requires_grad"
             )
-        inner = movable_layers(model, names, method.layers, summary)
+        read = model, job.forget, job.reading
+        inner = movable_layers(read, names, method.layers, summary, classes)
         if not inner and summary is not None:
             raise InputError(
                 "summary has no K-FAC of a layer before the head, which "

@@ -106,6 +106,21 @@ def inner_hessians(
     return found
 
 
+def capturable(
+    model: nn.Module, layers: Sequence[LinearLayer], batch: Parts, reading: Reading, classes: int
+) -> list[LinearLayer]:
+    """Those that run, and whose rows are each of one sample of the batch; others are said."""
+    found = []
+    for layer in layers:
+        try:
+            inner_hessians(model, [batch], [layer.name], reading, classes)
+        except InputError as error:
+            logger.warning("layer %r is left out: %s", layer.name, error)
+        else:
+            found.append(layer)
+    return found
+
+
 def chunks_of(batches: Iterable[Parts], samples: int) -> Iterator[tuple[int, Reread]]:
     """Batches in runs of at least so many samples, each with the place of its first sample."""
     kept: list[Parts] = []

@@ -24,6 +24,7 @@ from imu_fast.model.head import shared_with
 from imu_fast.model.head_features import HeadFeatures
 from imu_fast.model.labels import class_labels
 from imu_fast.model.outputs import measured
+from imu_fast.model.parts import Parts
 from imu_fast.model.reading import Reading, ReadingOptions
 from imu_fast.storage import writable
 from imu_fast.unlearning.head_weight import HeadWeight
@@ -32,6 +33,7 @@ from imu_fast.unlearning.subject import check_head_layer, naming
 from imu_fast.unlearning.summary.hessian import HESSIANS, HeadHessian, Kind, head_hessian
 from imu_fast.unlearning.summary.inner import (
     Inner,
+    capturable,
     chunks_of,
     inner_hessians,
     inner_layers,
@@ -84,8 +86,8 @@ def save_summary(
             for ``method="self_distillation"``: names, modules or patterns as ``layers`` of
             :func:`imu_fast.capture`. Costs a second forward pass and a backward pass to them for
             each class (beyond 32 classes one, of drawn labels). ``"auto"``: the last three before
-            the head that fit into 100 MB; none, with a warning, where the model's cannot be
-            captured. None: none, and no backward pass.
+            the head that fit into 100 MB, less those, with a warning, that the first batch shows
+            cannot be captured. None: none, and no backward pass.
         reading: ``output``, ``loss``, ``ignore_index``, as of :func:`imu_fast.capture_features`.
 
     Returns:
@@ -143,7 +145,7 @@ class _Sums:
         _check(found)
         first = self.head is None
         if first:
-            self._begin(found)
+            self._begin(found, next(iter(chunk)))
         factors = GradientFactors.from_head(
             found.features, found.head.weight, found.head.bias, found.labels, name=found.name
         )
@@ -156,11 +158,12 @@ class _Sums:
         self._class_sums = sums if first else self._class_sums + sums
         self._counts = counts if first else self._counts + counts
         names = [layer.name for layer in self._chosen]
-        inner = self._inner_of(chunk, names)
-        for name, part in inner.items():
+        of_chunk = inner_hessians(self._model, chunk, names, self._reading, len(self.theta))
+        for name, on_device in of_chunk.items():
+            part = on_device.to(_CPU)
             self._inner[name] = self._inner[name] + part if name in self._inner else part
 
-    def _begin(self, found: HeadFeatures) -> None:
+    def _begin(self, found: HeadFeatures, first: Parts) -> None:
         parts = [part for part, _ in found.parts]
         if tied := [name for part in parts for name in shared_with(self._model, part)]:
             raise InputError(
@@ -169,18 +172,10 @@ class _Sums:
             )
         self.theta = torch.cat([HeadWeight(p.as_linear(), p.name).read() for p in parts], dim=1)
         self.head = replace(found, features=found.features[:0], labels=found.labels[:0])
-        self._chosen = inner_layers(self._model, self._wanted, [part.name for part in parts])
-
-    def _inner_of(self, chunk: Reread, names: list[str]) -> Inner:
-        try:
-            found = inner_hessians(self._model, chunk, names, self._reading, len(self.theta))
-        except InputError as error:
-            if self._wanted != "auto":
-                raise
-            logger.warning("no layer before the head is in the summary: %s", error)
-            self._chosen, self._inner = [], Inner()
-            return {}
-        return {name: hessian.to(_CPU) for name, hessian in found.items()}
+        wanted = inner_layers(self._model, self._wanted, [part.name for part in parts])
+        if self._wanted == "auto":
+            wanted = capturable(self._model, wanted, first, self._reading, len(self.theta))
+        self._chosen = wanted
 
     def summary(self, weight_decay: float, unseen: float | None) -> TrainingSummary:
         """Of all that was added."""
