@@ -155,7 +155,8 @@ class Auto(Method):
     summary: TrainingSummary | None = option(default=None, check=check_summary)
     given: Mapping[str, Any] | None = option(default=None)
 
-    def _candidates(self) -> dict[str, Method]:
+    def _candidates(self, as_unseen: bool = False) -> dict[str, Method]:
+        """as_unseen: whether the depth is the accuracy on unseen data."""
         # A single row moves no other class, so its step may be large: bisection finds the depth.
         large = Ascent(scope=Head(rows="forgotten"), optimizer=SGD(lr=1.0), epochs=1000)
         removal = NewtonRemoval()
@@ -164,7 +165,7 @@ class Auto(Method):
             removal = NewtonRemoval(summary=self.summary, **then)
         return {
             "single_row": large,
-            "margin_edit": MarginEdit(margin=_MARGIN),
+            "margin_edit": MarginEdit(margin=_MARGIN) if as_unseen else MarginEdit(),
             "newton_removal": removal,
             "self_distillation": SelfDistillation(
                 summary=self.summary, calibrated=self.summary is not None
@@ -204,8 +205,8 @@ class Auto(Method):
         edit = "margin_edit" if self.summary is None else "newton_removal"
         return self._named("single_row" if task == "class" else edit)
 
-    def _named(self, name: str) -> tuple[str, Method]:
-        method, given = self._candidates()[name], self.given or {}
+    def _named(self, name: str, as_unseen: bool = False) -> tuple[str, Method]:
+        method, given = self._candidates(as_unseen)[name], self.given or {}
         if name == "left_alone":
             return name, method
         if name == "self_distillation":  # its layers are others than the head, which it finds
@@ -216,7 +217,8 @@ class Auto(Method):
     def _taken(self, task: Task, name: str, depths: Depths, why: str = "") -> Taken:
         why = why or _WHY[name, self.summary is not None]
         logger.info("auto takes %s for %s: %s", name, task, why)
-        return Taken(*self._named(name), depths, why)
+        as_unseen = all(rule.unseen_accuracy is not None for rule in depths.rules)
+        return Taken(*self._named(name, as_unseen), depths, why)
 
     def depth(self, labels: Tensor, classes: int, task: Task) -> StopRule:
         """Where a run of no stop rule ends; warns where that is too deep, or a guess."""
