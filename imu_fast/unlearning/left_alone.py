@@ -11,6 +11,7 @@ from imu_fast.model.outputs import Measurement, measured
 from imu_fast.options import options
 from imu_fast.unlearning.method import Job, Method
 from imu_fast.unlearning.result import UnlearnResult
+from imu_fast.unlearning.subject import naming
 from imu_fast.unlearning.trajectory import Trajectory
 
 
@@ -46,7 +47,8 @@ class _AsItIs:
 
     def measure(self, name: str) -> Measurement:
         job = self._job
-        return measured(job.model, job.sets[name], job.reading, "unlearn()")
+        with naming(name):
+            return measured(job.model, job.sets[name], job.reading, "unlearn()")
 
 
 @options

@@ -74,7 +74,7 @@ _NAMED: dict[str, tuple[str, Callable[[], Method]]] = {
     "margin_edit": ("smallest edit of the head that flips the forget samples", MarginEdit),
     "newton_removal": ("Newton step to the head trained without the forget samples", NewtonRemoval),
     "self_distillation": (
-        "the model's own predictions with the labels' logits lowered, by natural gradient",
+        "distillation of the model's own predictions, the labels' logits lowered",
         SelfDistillation,
     ),
 }

@@ -242,7 +242,7 @@ def test_an_optimizer_gets_the_rates_that_are_given():
         ({"resume": "no"}, "resume='no' must be True or False"),
         ({"checkpoint": 3}, "checkpoint=3"),
         (
-            {"stop": imu.StopRule(membership_auc=0.5, unseen=[])},
+            {"stop": imu.StopRule(membership_auc=0.5, unseen=[], forget_accuracy=0.0)},
             "unseen of a StopRule: loader is empty",
         ),
     ],
