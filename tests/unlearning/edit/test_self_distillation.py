@@ -10,7 +10,7 @@ from torch import nn
 
 import imu_fast as imu
 from imu_fast.errors import InputError
-from imu_fast.unlearning.edit.distillation import lowered, softened
+from imu_fast.unlearning.edit.targets import lowered, softened
 
 LAM, EPS, LR = 1e-2, 0.1, 1e-3
 
