@@ -238,7 +238,7 @@ def unlearn(
         )
     warn_unless_reached(result.reached, wanted, result.trajectory[-1])
     result.dataset_indices = forget.dataset_indices
-    result.backends = dict(used)
+    result.backends, result.precisions = dict(used), dict(used.precisions)
     result.settings = described | said | result.settings
     result.seconds = time.perf_counter() - started
     return result

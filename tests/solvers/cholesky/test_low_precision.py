@@ -13,8 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import imu_fast as imu
-from imu_fast.backend import ask_float32_products, float32_products
 from imu_fast.errors import InputError, SingularMatrixError
+from imu_fast.precision import ask_float32_products, float32_products
 from imu_fast.solvers.cholesky import lapack, low_precision
 from imu_fast.solvers.cholesky.cholesky import damped_cholesky, factor_plain
 
