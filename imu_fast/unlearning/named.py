@@ -138,7 +138,7 @@ class MethodOptions(CurvatureOptions, total=False):
     max_steps: int
     batch_size: int
     alpha: float
-    record: Literal["epoch", "step"]
+    record: Literal["epoch", "step", "ends"] | None
     preset: Literal["paper"]
     task: Task
     unseen: Any
