@@ -41,7 +41,10 @@ from imu_fast.unlearning.method import Method
 from imu_fast.unlearning.summary.summary import TrainingSummary
 
 _NAMED: dict[str, tuple[str, Callable[[], Method]]] = {
-    "auto": ("single_row for a class, margin_edit for samples drawn across classes", Auto),
+    "auto": (
+        "single_row for a class, margin_edit for samples, simnpo for sequences",
+        Auto,
+    ),
     "imu": (
         "ascent weighted by influence at the classifier (IMU)",
         lambda: Ascent(weights=Influence()),
