@@ -256,9 +256,10 @@ class Auto(Method):
         if self.unseen is not None:
             depths = Depths(StopRule(unseen_accuracy=self.unseen))
         auto_sequences.check_depth(depths)
-        given = self.given or {}
-        kept = given.get("retain") is not None
-        name, method = auto_sequences.recipe(model, kept=kept)
+        given = dict(self.given or {})
+        retain = given.pop("retain", None)
+        kept = retain is not None
+        name, method = auto_sequences.recipe(model, retain)
         why = auto_sequences.WHY[kept]
         logger.info("auto takes %s of the whole network for sequences: %s", name, why)
         if not kept:

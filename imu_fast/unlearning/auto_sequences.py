@@ -2,20 +2,24 @@
 
 The whole network, since a head alone ends farther from retraining than doing nothing: features say
 what kind of text it is, and the head has one weight for all. SimNPO where there is the forget set
-alone; with data that is to stay, plain ascent beside descent on these (gradient difference).
+alone; with data that is to stay, plain ascent and a multiple of these data's divergence from the
+model as it was, without which ascent ruins what it is not kept from.
 
 AdamW moves each weight by about its rate a step, so the rate is in units of the weights. Where the
-run ends by its depth, the crossing step bisected, rates a hundred times apart come to the same.
+run ends by its depth, the crossing step bisected, rates some thirty times apart come to the same.
+Chosen on development models: ``python bench/auto_sequences.py``.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from imu_fast.errors import InputError
+from imu_fast.options import Options
 from imu_fast.unlearning.ascent.ascent import Ascent
 from imu_fast.unlearning.ascent.objectives import SimNPO
 from imu_fast.unlearning.ascent.optimizer import Custom
@@ -31,7 +35,9 @@ WIDEST = Ascent(
     retain=Retain(data=()),
 )
 # The rate over the weights' root mean square, and the epochs in which the depth is to be reached.
-RELATIVE_RATE, EPOCHS = 3e-3, 100
+RELATIVE_RATE, EPOCHS = 5e-3, 100
+# Of the divergence of data that is to stay.
+RETAIN_WEIGHT = 5.0
 WHY = {
     False: "nearest to retraining of those that have the forget set alone",
     True: "nearest to retraining of those that have data that is to stay, too",
@@ -48,17 +54,19 @@ def rate_of(model: nn.Module) -> float:
     return RELATIVE_RATE * (size or 1.0)
 
 
-def recipe(model: nn.Module, *, kept: bool) -> tuple[str, Ascent]:
+def recipe(model: nn.Module, retain: Any) -> tuple[str, Ascent]:
     """The method for sequences of this model, its name before it.
 
     Args:
-        kept: whether there is data that is to stay.
+        retain: data that is to stay, or how that is done (``Retain(...)``); None: there is none.
     """
     optimizer = Custom(factory=torch.optim.AdamW, lr=rate_of(model))
-    plain = Ascent(scope=Network(), optimizer=optimizer, epochs=EPOCHS)
-    if kept:
-        return "uniform", plain
-    return "simnpo", Ascent(objective=SimNPO(), scope=Network(), optimizer=optimizer, epochs=EPOCHS)
+    common: Any = {"scope": Network(), "optimizer": optimizer, "epochs": EPOCHS}
+    if retain is None:
+        return "simnpo", Ascent(objective=SimNPO(), **common)
+    if not isinstance(retain, Options):
+        retain = Retain(data=retain, retain_loss="kl", retain_weight=RETAIN_WEIGHT)
+    return "uniform", Ascent(retain=retain, **common)
 
 
 def check_depth(depths: Depths) -> None:

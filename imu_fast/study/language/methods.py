@@ -39,7 +39,7 @@ def _entries() -> dict[str, Entry]:
         found[f"{method} + kept data, {_NETWORK}"] = Entry(wanted, rates=_NETWORK_RATES)
     # By the weights' size, and not by a model of their own: one rate, which is not passed on.
     found[AUTO] = Entry({"method": AUTO}, rates=(1.0,))
-    found[f"{AUTO} + kept data"] = Entry({"method": AUTO, "retain_loss": "ce"}, rates=(1.0,))
+    found[f"{AUTO} + kept data"] = Entry({"method": AUTO, "retain_loss": "kl"}, rates=(1.0,))
     return found
 
 
