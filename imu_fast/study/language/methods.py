@@ -103,8 +103,8 @@ def budget(entry: Entry, max_steps: int) -> int:
 def options_of(entry: Entry, kept: Any, **common: Any) -> dict[str, Any]:
     """Options of ``unlearn``: AdamW on a whole network, the kept data where they are asked for."""
     given = common | dict(entry.options)
-    if entry.options["method"] == AUTO:
-        del given["lr"]
+    if entry.options["method"] == AUTO:  # its rate and its budget are its own
+        given = {k: v for k, v in given.items() if k not in ("lr", "epochs", "max_steps")}
     elif not on_head(entry):
         given["optimizer"] = torch.optim.AdamW
     if "retain_loss" in given:
