@@ -8,10 +8,11 @@
   and no depth is named, the model is left alone: a retrained one is expected to do the same.
 * Samples to another depth, or where self-distillation cannot be: the margin edit, the smallest
   disturbance that flips them. With a summary: Newton removal, and the margin edit from there.
+* Sequences: an ascent of the network (:mod:`imu_fast.unlearning.auto_sequences`).
 
 Without a stop rule or ``unseen`` samples go to forget accuracy zero with a warning that asks for a
 depth: a model that never saw them predicts them as well as other unseen data, and flipping all
-ruins much.
+ruins much. Sequences need a depth.
 
 What the features know of the forgotten may remain, as the probe and the relearning steps of a
 comparison show. Where that matters, ``method="npo", scope="all"`` or retraining is what there is.
@@ -36,6 +37,7 @@ from imu_fast.model.head import resolve
 from imu_fast.model.outputs import measured
 from imu_fast.model.reading import Reading
 from imu_fast.options import option, options
+from imu_fast.unlearning import auto_sequences
 from imu_fast.unlearning.ascent.ascent import Ascent
 from imu_fast.unlearning.ascent.optimizer import SGD
 from imu_fast.unlearning.ascent.scopes import Head
@@ -150,6 +152,7 @@ class Auto(Method):
     """
 
     name = "auto"
+    sequences = True
     task: Task | None = option(default=None, check=_check_task)
     unseen: Any = option(default=None, check=_check_unseen)
     summary: TrainingSummary | None = option(default=None, check=check_summary)
@@ -171,6 +174,7 @@ class Auto(Method):
                 summary=self.summary, calibrated=self.summary is not None
             ),
             "left_alone": LeftAlone(),
+            "sequences": auto_sequences.WIDEST,
         }
 
     def paths(self) -> dict[str, tuple[str, ...]]:
@@ -258,11 +262,7 @@ class Auto(Method):
         given = self.given or {}
         layer = given.get("layers", given.get("layer"))
         check_head_layer("layers", layer)
-        if depths.rules and self.unseen is not None:
-            raise InputError(
-                "unseen= of method='auto' is the depth where there is no stop rule; give it to the "
-                "rule, stop=imu_fast.StopRule(unseen_accuracy=...)"
-            )
+        self._check_one_depth(depths)
         names, classes = head_of(model, forget, reading, layer or "head")
         task = self.task_of(labels, classes)
         if self.summary is not None:
@@ -337,6 +337,44 @@ class Auto(Method):
             what = "in the summary" if self.summary is not None else "that can be captured"
             return f"there is no layer before the head {what}"
         return ""
+
+    def for_sequences(self, model: nn.Module, depths: Depths) -> Taken:
+        """The method for sequences, and how deep it goes.
+
+        Raises:
+            InputError: an option of classifiers alone, or that the method does not have; no depth,
+                or two.
+        """
+        for name in ("task", "summary"):
+            if getattr(self, name) is not None:
+                raise InputError(
+                    f"{name}= of method='auto' is of samples of one label, and each forget sample "
+                    f"is a sequence; leave {name} out"
+                )
+        self._check_one_depth(depths)
+        if self.unseen is not None:
+            depths = Depths(StopRule(unseen_accuracy=self.unseen))
+        auto_sequences.check_depth(depths)
+        given = dict(self.given or {})
+        retain = given.pop("retain", None)
+        kept = retain is not None
+        name, method = auto_sequences.recipe(model, retain)
+        why = auto_sequences.WHY[kept]
+        logger.info("auto takes %s of the whole network for sequences: %s", name, why)
+        if not kept:
+            logger.warning(
+                "method='auto' with the forget set alone: what a language model knows of other "
+                "text may go as well; pass retain=, text that is to stay, or measure that by watch="
+            )
+        described = f"method='auto' takes {name!r} for sequences, which"
+        return Taken(name, method.with_options(described, given), depths, why)
+
+    def _check_one_depth(self, depths: Depths) -> None:
+        if depths.rules and self.unseen is not None:
+            raise InputError(
+                "unseen= of method='auto' is the depth where there is no stop rule; give it to the "
+                "rule, stop=imu_fast.StopRule(unseen_accuracy=...)"
+            )
 
     def run(self, job: Job) -> UnlearnResult:
         raise AssertionError("unlearn runs the method that auto takes")

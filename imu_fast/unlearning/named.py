@@ -42,7 +42,7 @@ from imu_fast.unlearning.method import Method
 from imu_fast.unlearning.summary.summary import TrainingSummary
 
 _NAMED: dict[str, tuple[str, Callable[[], Method]]] = {
-    "auto": ("single_row for a class, self_distillation or an edit for samples", Auto),
+    "auto": ("single_row (class), self_distillation (samples), simnpo (sequences)", Auto),
     "imu": (
         "ascent weighted by influence at the classifier (IMU)",
         lambda: Ascent(weights=Influence()),
@@ -144,7 +144,7 @@ class MethodOptions(CurvatureOptions, total=False):
     max_steps: int
     batch_size: int
     alpha: float
-    record: Literal["epoch", "step"]
+    record: Literal["epoch", "step", "ends"] | None
     preset: Literal["paper"]
     task: Task
     unseen: Any
