@@ -39,6 +39,7 @@ from imu_fast.model.reading import Reading
 from imu_fast.options import option, options
 from imu_fast.unlearning import auto_sequences
 from imu_fast.unlearning.ascent.ascent import Ascent
+from imu_fast.unlearning.ascent.objectives import SimNPO
 from imu_fast.unlearning.ascent.optimizer import SGD
 from imu_fast.unlearning.ascent.scopes import Head
 from imu_fast.unlearning.depth import Depths, StopRule
@@ -174,13 +175,15 @@ class Auto(Method):
                 summary=self.summary, calibrated=self.summary is not None
             ),
             "left_alone": LeftAlone(),
-            "sequences": auto_sequences.WIDEST,
+            "sequences": Ascent(objective=SimNPO()),
         }
 
     def paths(self) -> dict[str, tuple[str, ...]]:
         """Its own options, and those of whichever method is taken."""
         found = {name: way for m in self._candidates().values() for name, way in m.paths().items()}
-        return {**{name: (name,) for name in _OWN}, **found}
+        # There once retain= is.
+        kept = {name: ("retain", name) for name in ("retain_loss", "retain_weight")}
+        return {**{name: (name,) for name in _OWN}, **found, **kept}
 
     def flat(self) -> dict[str, Any]:
         return {**{name: getattr(self, name) for name in _OWN}, **(self.given or {})}
@@ -189,7 +192,7 @@ class Auto(Method):
         for name in given:
             if name in _OWN:
                 continue
-            if not any(name in (*m.paths(), *m.shorthands) for m in self._candidates().values()):
+            if name not in self.paths() and name not in Ascent.shorthands:
                 raise InputError(self._unknown(described, name, self))
         own = {name: given.get(name, getattr(self, name)) for name in _OWN}
         rest = {name: value for name, value in given.items() if name not in _OWN}

@@ -27,13 +27,6 @@ from imu_fast.unlearning.ascent.retain import Retain
 from imu_fast.unlearning.ascent.scopes import Network
 from imu_fast.unlearning.depth import Depths
 
-# Every option that one of the recipes has.
-WIDEST = Ascent(
-    objective=SimNPO(),
-    scope=Network(),
-    optimizer=Custom(factory=torch.optim.AdamW),
-    retain=Retain(data=()),
-)
 # The rate over the weights' root mean square, and the epochs in which the depth is to be reached.
 RELATIVE_RATE, EPOCHS = 5e-3, 100
 # Of the divergence of data that is to stay.
