@@ -10,20 +10,21 @@ TOFU's questions, as of ``compare-language``.
 from __future__ import annotations
 
 import json
-import statistics
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from tabulate import tabulate
 
 import imu_fast as imu
+from imu_fast.evaluation.statistics import t_interval
 from imu_fast.storage import replacing
 from imu_fast.study.cells import rounded
 from imu_fast.study.configuration import TUNING_SEED
-from imu_fast.study.entries import AUTO, Entry
+from imu_fast.study.entries import AUTO, ORIGINAL, TWIN, Entry
 from imu_fast.study.language.methods import ENTRIES
 from imu_fast.study.language.named import experiment_named
 from imu_fast.study.language.run import Seed, Sitting
@@ -53,6 +54,16 @@ CHOSEN = (AUTO, f"{AUTO} + kept data")
 SHOWN = {
     "markov": ("kl_retrained", "kl_retrained_forget", "kl_retrained_kept"),
     "tofu": ("gap", "kl_forget", "kl_kept", "kept_probability"),
+}
+# As docs/language-study.md has them.
+NAMES = {
+    "kl_retrained": "KL to retrained",
+    "kl_retrained_forget": "on forgotten",
+    "kl_retrained_kept": "on kept",
+    "gap": "gap",
+    "kl_forget": "KL, forget",
+    "kl_kept": "KL, kept",
+    "kept_probability": "p, kept",
 }
 
 
@@ -92,18 +103,38 @@ def reported(name: str, folder: Path, tofu: Path | None, number: int) -> list[di
     return [{"seed": number, **found} for found in rows]
 
 
-def means(rows: list[dict[str, Any]], keys: tuple[str, ...]) -> list[list[Any]]:
-    """By method: how many seeds came to the depth, and ``mean +- deviation`` of each metric."""
+def page(results: dict[str, Any], name: str) -> str:
+    """Of the report's seeds: mean and deviation, and what differs from doing nothing, at 95 %."""
+    rows, keys = results[name]["seeds"], SHOWN[name]
+    by = {(r["method"], r["seed"]): r for r in rows}
+    seeds = sorted({r["seed"] for r in rows})
     table = []
-    for method in dict.fromkeys(r["method"] for r in rows):
-        own = [r for r in rows if r["method"] == method and r["reached"]]
-        line: list[Any] = [method, len(own)]
+    for method in (ORIGINAL, TWIN, *CHOSEN):
+        line: list[Any] = [method]
         for key in keys:
-            values = [r[key] for r in own if r.get(key) is not None]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            line.append(f"{statistics.mean(values):.3f} ± {spread:.3f}" if values else "-")
+            own = np.array([by[method, seed][key] for seed in seeds])
+            cell = f"{own.mean():.3f} ± {own.std(ddof=1):.3f}"
+            if method in CHOSEN:
+                less = own - np.array([by[ORIGINAL, seed][key] for seed in seeds])
+                low, high = t_interval(less)
+                cell += f" ({less.mean():+.3f}, {low:+.3f} to {high:+.3f})"
+            line.append(cell)
         table.append(line)
-    return table
+    return tabulate(table, headers=("method", *map(NAMES.get, keys)), tablefmt="github")
+
+
+def development(results: dict[str, Any]) -> str:
+    """Of the candidates that came to the depth on both, what the choice is made by."""
+    both = [{r["method"]: r for r in results[name]["development"]} for name in SHOWN]
+    table = []
+    for method in both[1]:
+        chains, questions = (found.get(method, {}) for found in both)
+        if not (chains.get("reached") and questions.get("reached")) or "retrained" == method:
+            continue
+        shown = [chains["kl_retrained"], *(questions[key] for key in SHOWN["tofu"][:3])]
+        table.append([method, *(f"{value:.3f}" for value in shown)])
+    headers = ("method", "chains: KL", "questions: gap", "KL, forget", "KL, kept")
+    return tabulate(table, headers=headers, tablefmt="github", disable_numparse=True)
 
 
 def main(
@@ -131,9 +162,8 @@ def main(
         keys = ("method", "reached", "steps", *SHOWN[name])
         rows = [[r.get(k) for k in keys] for r in both["development"]]
         print(tabulate(rows, headers=keys, floatfmt=".3g"))
-        print(
-            tabulate(means(both["seeds"], SHOWN[name]), headers=("method", "seeds", *SHOWN[name]))
-        )
+        if seeds > 1:
+            print(page(found, name))
 
 
 if __name__ == "__main__":
