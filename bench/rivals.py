@@ -6,6 +6,8 @@ rounds' ratios theirs / ours (below 1: we lose) and the interval that holds the 
 cached features, with every check, the records of each epoch and the model's own measurement at the
 end, beside a loop of autograd and torch.optim.SGD and one in closed form, which have none of these.
 ``ggn``: a fit and a solve by ``GGN()`` as it chooses, beside its cheapest forced preconditioner.
+``kfac``: from features and labels to every sample's influence by K-FAC, beside the same in float32
+throughout, by torch.linalg.eigh; each with the relative error of its scores, to float64 ones.
 
 ``python bench/rivals.py head --rounds 5 --seconds 10`` runs the rows whose name begins so; a row
 ends early after so many seconds, but for its first three rounds.
@@ -45,6 +47,8 @@ SYSTEMS = [
     (130, 65, 3, 1e-2, 1),
     (2_000, 128, 97, 1e-2, 1),
 ]
+# (n, d, C, damping)
+VOCABULARIES = [(2_000, 128, 2_000, 1e-2), (2_000, 768, 2_000, 1e-4), (2_000, 1_024, 10, 1e-2)]
 Job = Callable[[], object]
 
 
@@ -113,6 +117,43 @@ def ggn_rows() -> Iterator[tuple[str, Job, Job]]:
             yield name, solve, theirs
 
 
+@torch.no_grad()
+def float32_kfac(x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, damping: float) -> Tensor:
+    """Influence on the mean gradient, as anyone writes it: two eigendecompositions in float32."""
+    n = len(x)
+    p = torch.softmax(torch.addmm(bias, x, weight.t()), dim=1)
+    act = torch.cat([x, x.new_ones(n, 1)], dim=1)
+    b = torch.diag(p.mean(dim=0)) - p.t() @ p / n
+    values_b, q_b = torch.linalg.eigh(b)
+    values_a, q_a = torch.linalg.eigh(act.t() @ act / n)
+    delta = p
+    delta[torch.arange(n), y] -= 1
+    v = q_b.t() @ (delta.t() @ act / n) @ q_a
+    v /= torch.outer(values_b, values_a) + damping
+    return -((delta @ (q_b @ v @ q_a.t())) * act).sum(dim=1)
+
+
+def kfac_rows() -> Iterator[tuple[str, Job, Job]]:
+    for n, d, classes, damping in VOCABULARIES:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(n, d, generator=generator)
+        weight = torch.randn(classes, d, generator=generator) / d**0.5
+        bias = torch.zeros(classes)
+        y = torch.randint(classes, (n,), generator=generator)
+
+        def ours(x=x, weight=weight, bias=bias, y=y, damping=damping) -> Tensor:
+            factors = imu.GradientFactors.from_head(x, weight, bias, y)
+            return imu.influence_scores(factors, curvature=imu.KFAC(damping=damping))
+
+        def theirs(x=x, weight=weight, bias=bias, y=y, damping=damping) -> Tensor:
+            return float32_kfac(x, weight, bias, y, damping)
+
+        exact = ours(x.double(), weight.double(), bias.double())
+        errors = [float((job() - exact).norm() / exact.norm()) for job in (theirs, ours)]
+        said = "errors {:.0e} {:.0e}".format(*errors)
+        yield f"kfac n={n} d={d} C={classes} damping={damping:g}, {said}", ours, theirs
+
+
 def cpu_seconds(job: Job) -> float:
     start = time.process_time()
     job()
@@ -152,8 +193,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of a row, about")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{'':62s}{'theirs':>9s}{'ours':>9s}  theirs/ours")
-    for rows in (head_rows, ggn_rows):
+    print(f"{'':76s}{'theirs':>9s}{'ours':>9s}  theirs/ours")
+    for rows in (head_rows, ggn_rows, kfac_rows):
+        if not rows.__name__.startswith(asked.only.split()[0] if asked.only else ""):
+            continue
         for name, ours, theirs in rows():
             if not name.startswith(asked.only):
                 continue
@@ -162,7 +205,7 @@ def main() -> None:
             low, high = interval(ratios)
             middle = statistics.median(ratios)
             print(
-                f"{name:62s}{1e3 * statistics.median(other):7.1f}ms"
+                f"{name:76s}{1e3 * statistics.median(other):7.1f}ms"
                 f"{1e3 * statistics.median(mine):7.1f}ms  {middle:.2f} [{low:.2f}, {high:.2f}]"
                 f"{'  loses' if high < 0.95 else ''}",
                 flush=True,
