@@ -56,7 +56,7 @@ class Stack:
         return whole
 
     def finite(self, dtype: torch.dtype, layer: str) -> Tensor:
-        """:meth:`tensor`; the first time raises InputError, which names the layer, unless finite."""
+        """:meth:`tensor`; raises InputError, which names the layer, unless it is finite."""
         whole = self.tensor(dtype)
         if not self._checked:
             check_finite_rows(f"input of {layer}", whole, "position")
