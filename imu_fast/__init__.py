@@ -90,6 +90,7 @@ _EXPORTS = {
     "unlearn_in_turn": "unlearning.in_turn",
     "UnlearnResult": "unlearning.result",
     "use_backend": "backend",
+    "use_precision": "precision",
     "validate": "evaluation.validate",
     "vector_to_matrix": "curvature.parameters",
 }
@@ -150,6 +151,7 @@ if TYPE_CHECKING:
     from imu_fast.model.head import find_head as find_head
     from imu_fast.model.head import linear_layers_matching as linear_layers_matching
     from imu_fast.model.parts import Data as Data
+    from imu_fast.precision import use_precision as use_precision
     from imu_fast.solvers.cholesky.solve import damped_cholesky_solve as damped_cholesky_solve
     from imu_fast.unlearning.ascent.ascent import Ascent as Ascent
     from imu_fast.unlearning.ascent.objectives import Refusal as Refusal

@@ -66,9 +66,10 @@ class ShardedFactors(Means):
 
     def _agree(self) -> None:
         local = self.local
-        loss = next(iter(local.chunks(1))).loss
+        chunk = next(iter(local.chunks(1)))
         sizes = (local.num_classes, local.feature_dim, local.has_bias)
-        layer = (*sizes, str(local.dtype), local.name, distributed.text_of(loss))
+        dtypes = " beside ".join(dict.fromkeys(map(str, (local.dtype, chunk.act.dtype))))
+        layer = (*sizes, dtypes, local.name, distributed.text_of(chunk.loss))
         # Where processes add up in different orders, they may stop iterating at different places.
         threads = torch.get_num_threads() if local.device.type == "cpu" else 0
         at_once = local.outputs_at_once if is_wide(local) else local.num_classes

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from imu_fast.errors import InputError, NoSamplesError, check_finite_rows
 from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.factors.operands import input_dtype
 from imu_fast.factors.unfolded import UnfoldedFactors
 from imu_fast.model.called import from_sample
 from imu_fast.model.calls import Call, Seen, watched
@@ -308,7 +309,7 @@ class LayersCapture:
 
     def _factors(self, layer: LinearLayer) -> LayerFactors:
         kept = self.kept.pop(layer.name)
-        assert kept.inputs is not None
+        assert kept.inputs is not None and kept.read is not None
         counts, dtype = torch.cat(kept.counts), kept.dtype
         if kept.deltas is None:
             delta, signals = kept.delta(), None
@@ -333,7 +334,7 @@ class LayersCapture:
                 curvature=signals,
             )
             return unfolded.by_columns() if unfolded.columns_are_smaller else unfolded
-        act = kept.inputs.finite(dtype, layer.name)
+        act = kept.inputs.finite(input_dtype(kept.read, dtype), layer.name)
         return GradientFactors(
             delta=delta.to(dtype),
             act=act,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from imu_fast.factors.operands import input_dtype
 from imu_fast.model.rows import NOBODY
 
 
@@ -157,7 +158,7 @@ class BatchPacker:
     def __call__(self, delta: Tensor, act: Tensor, owner: Tensor) -> Part:
         """delta [R, C], which nobody writes to any more; act [R, d]; owner [R] on the CPU."""
         packing, finite = self._packing(delta, owner)
-        dtype = wide(delta.dtype) if act.is_floating_point() else act.dtype
+        dtype = input_dtype(act.dtype, wide(delta.dtype)) if act.is_floating_point() else act.dtype
         place = (act.data_ptr(), tuple(act.shape), act.stride(), act.dtype, act.device)
         key = (*place, id(packing), dtype)
         if key not in self._inputs:

@@ -57,7 +57,7 @@ class Parts(NamedTuple):
 
         def leaf(value: Any) -> Any:
             along = isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == length
-            # As a loader gives them: models view labels, which need their rows in order.
+            # As a loader makes them: models call view() on what they are given.
             return value[:, start:end].contiguous() if along else value
 
         return self.mapped(leaf)

@@ -73,13 +73,15 @@ class LayerRows:
 
     Attributes:
         counts: [n] of each batch's samples, how many rows they have. finite: whether all signals
-            are known to be. dtype: of the factors. deltas: of each batch, where they stay apart.
+            are known to be. dtype: of the signal. read: of what was read. deltas: of each batch,
+            where they stay apart.
     """
 
     def __init__(self, batches: int, apart: bool) -> None:
         self._batches = batches
         self.counts: list[Tensor] = []
         self.finite, self.dtype = True, torch.float32
+        self.read: torch.dtype | None = None
         self.deltas: list[Tensor] | None = [] if apart else None
         self._signal = Stack(batches)
         self.inputs: Stack | None = None
@@ -94,6 +96,8 @@ class LayerRows:
         self.finite &= part.finite
         dtype = wide(part.signal.dtype)
         self.dtype = torch.promote_types(self.dtype, dtype)
+        read = part.input.rows.dtype
+        self.read = read if self.read is None else torch.promote_types(self.read, read)
         if self.deltas is None:
             self._signal.add(part.signal, part.packing, dtype)
         else:

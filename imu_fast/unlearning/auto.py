@@ -4,13 +4,15 @@
   kept class cannot get worse that way: only the forgotten class's own logit moves.
 * Samples drawn across classes: the margin edit, the smallest disturbance that flips them. With a
   summary of the training set: Newton removal, and the margin edit from there.
+* Sequences: an ascent of the network (:mod:`imu_fast.unlearning.auto_sequences`).
 
-Without a stop rule both go to forget accuracy zero, samples with a warning that asks for a depth:
-a model that never saw them predicts them as well as other unseen data, and flipping all ruins much.
+Without a stop rule a class and samples go to forget accuracy zero, samples with a warning that asks
+for a depth: a model that never saw them predicts them as well as other unseen data, and flipping
+all ruins much. Sequences need one.
 
-Both change the head alone: what the features
-know of the forgotten remains, as the probe and the relearning steps of a comparison show. Where
-that matters, ``method="npo", scope="all"`` or retraining is what there is.
+What is taken for a classifier changes the head alone: what the features know of the forgotten
+remains, as the probe and the relearning steps of a comparison show. Where that matters,
+``method="npo", scope="all"`` or retraining is what there is.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from imu_fast.model.capture import head_of
 from imu_fast.model.head import resolve
 from imu_fast.model.reading import Reading
 from imu_fast.options import option, options
+from imu_fast.unlearning import auto_sequences
 from imu_fast.unlearning.ascent.ascent import Ascent
 from imu_fast.unlearning.ascent.optimizer import SGD
 from imu_fast.unlearning.ascent.scopes import Head
@@ -136,6 +139,7 @@ class Auto(Method):
     """
 
     name = "auto"
+    sequences = True
     task: Task | None = option(default=None, check=_check_task)
     unseen: Any = option(default=None, check=_check_unseen)
     summary: TrainingSummary | None = option(default=None, check=check_summary)
@@ -148,7 +152,12 @@ class Auto(Method):
         if self.summary is not None:
             then: Any = {"then": "margin_edit", "k": _K, "margin": _MARGIN}
             removal = NewtonRemoval(summary=self.summary, **then)
-        return {"single_row": large, "margin_edit": MarginEdit(), "newton_removal": removal}
+        return {
+            "single_row": large,
+            "margin_edit": MarginEdit(),
+            "newton_removal": removal,
+            "sequences": auto_sequences.WIDEST,
+        }
 
     def paths(self) -> dict[str, tuple[str, ...]]:
         """Its own options, and those of whichever method is taken."""
@@ -219,11 +228,7 @@ class Auto(Method):
         given = self.given or {}
         layer = given.get("layers", given.get("layer"))
         check_head_layer("layers", layer)
-        if depths.rules and self.unseen is not None:
-            raise InputError(
-                "unseen= of method='auto' is the depth where there is no stop rule; give it to the "
-                "rule, stop=imu_fast.StopRule(unseen_accuracy=...)"
-            )
+        self._check_one_depth(depths)
         names, classes = head_of(model, forget, reading, layer or "head")
         task, name, method = self.choose(labels, classes)
         if self.summary is not None:
@@ -233,6 +238,44 @@ class Auto(Method):
         if not depths.rules:
             depths = Depths(self.depth(labels, classes, task))
         return Taken(name, method, depths, _BEST[task, self.summary is not None][1])
+
+    def for_sequences(self, model: nn.Module, depths: Depths) -> Taken:
+        """The method for sequences, and how deep it goes.
+
+        Raises:
+            InputError: an option of classifiers alone, or that the method does not have; no depth,
+                or two.
+        """
+        for name in ("task", "summary"):
+            if getattr(self, name) is not None:
+                raise InputError(
+                    f"{name}= of method='auto' is of samples of one label, and each forget sample "
+                    f"is a sequence; leave {name} out"
+                )
+        self._check_one_depth(depths)
+        if self.unseen is not None:
+            depths = Depths(StopRule(unseen_accuracy=self.unseen))
+        auto_sequences.check_depth(depths)
+        given = dict(self.given or {})
+        retain = given.pop("retain", None)
+        kept = retain is not None
+        name, method = auto_sequences.recipe(model, retain)
+        why = auto_sequences.WHY[kept]
+        logger.info("auto takes %s of the whole network for sequences: %s", name, why)
+        if not kept:
+            logger.warning(
+                "method='auto' with the forget set alone: what a language model knows of other "
+                "text may go as well; pass retain=, text that is to stay, or measure that by watch="
+            )
+        described = f"method='auto' takes {name!r} for sequences, which"
+        return Taken(name, method.with_options(described, given), depths, why)
+
+    def _check_one_depth(self, depths: Depths) -> None:
+        if depths.rules and self.unseen is not None:
+            raise InputError(
+                "unseen= of method='auto' is the depth where there is no stop rule; give it to the "
+                "rule, stop=imu_fast.StopRule(unseen_accuracy=...)"
+            )
 
     def run(self, job: Job) -> UnlearnResult:
         raise AssertionError("unlearn runs the method that auto takes")

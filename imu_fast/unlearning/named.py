@@ -41,7 +41,10 @@ from imu_fast.unlearning.method import Method
 from imu_fast.unlearning.summary.summary import TrainingSummary
 
 _NAMED: dict[str, tuple[str, Callable[[], Method]]] = {
-    "auto": ("single_row for a class, margin_edit for samples drawn across classes", Auto),
+    "auto": (
+        "single_row for a class, margin_edit for samples, simnpo for sequences",
+        Auto,
+    ),
     "imu": (
         "ascent weighted by influence at the classifier (IMU)",
         lambda: Ascent(weights=Influence()),
@@ -138,7 +141,7 @@ class MethodOptions(CurvatureOptions, total=False):
     max_steps: int
     batch_size: int
     alpha: float
-    record: Literal["epoch", "step"]
+    record: Literal["epoch", "step", "ends"] | None
     preset: Literal["paper"]
     task: Task
     unseen: Any

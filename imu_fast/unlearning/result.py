@@ -43,6 +43,7 @@ class UnlearnResult:
         settings: the method and every option of it, as used; of an edit also its Hessian's kind
             and the damping that it came to.
         backends: which backend, or backends, ran each operation: see ``imu.record_backends``.
+        precisions: what each one's matrix products were made in: see ``imu.use_precision``.
     """
 
     model: nn.Module
@@ -60,6 +61,7 @@ class UnlearnResult:
     settings: dict[str, Any] = field(default_factory=dict)
     backends: dict[str, str] = field(default_factory=dict)
     dataset_indices: list[int] | None = None
+    precisions: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """One line: what was done, and what it did to the forget set."""

@@ -79,7 +79,8 @@ def unlearn(
             ``"newton_removal"``, one Newton step to the head trained without the forget set;
             ``"auto"``, the best recipe found so far for a class or for random samples
             (``task="class"`` or ``"samples"`` says which, ``unseen`` how deep samples go),
-            also with a ``summary`` of the training set; ``result.settings["auto"]`` says why.
+            also with a ``summary`` of the training set, or for sequences (``unseen`` or a stop rule
+            is needed, ``retain`` is used); ``result.settings["auto"]`` says why.
         stop: a :class:`StopRule`, tested after every step; the last step is bisected. None: the
             method's budget; of ``"auto"`` forget accuracy 0 for a class, and for samples that on
             ``unseen``, without which they go to 0 and a warning asks for it.
@@ -177,8 +178,10 @@ def unlearn(
     said: dict[str, Any] = {}
     if isinstance(how, Auto):
         forget = ForgetSet(data, how.batches_of, model)
-        _check_forgettable(forget, how, label)
-        label, how, depths, why = how.for_task(model, forget, reading, depths)
+        if _check_forgettable(forget, how, label):
+            label, how, depths, why = how.for_sequences(model, depths)
+        else:
+            label, how, depths, why = how.for_task(model, forget, reading, depths)
         said = {"auto": why}
     if checkpoint is not None and not how.resumable:
         raise InputError(
@@ -238,7 +241,7 @@ def unlearn(
         )
     warn_unless_reached(result.reached, wanted, result.trajectory[-1])
     result.dataset_indices = forget.dataset_indices
-    result.backends = dict(used)
+    result.backends, result.precisions = dict(used), dict(used.precisions)
     result.settings = described | said | result.settings
     result.seconds = time.perf_counter() - started
     return result
