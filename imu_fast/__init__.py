@@ -73,6 +73,7 @@ _EXPORTS = {
     "Retain": "unlearning.ascent.retain",
     "save_summary": "unlearning.summary.saving",
     "self_influence": "influence.scores",
+    "SelfDistillation": "unlearning.edit.distillation",
     "SGD": "unlearning.ascent.optimizer",
     "ShardedFactors": "factors.sharded",
     "similarity_scores": "attribution.similarity",
@@ -167,6 +168,7 @@ if TYPE_CHECKING:
     from imu_fast.unlearning.ascent.weights import Uniform as Uniform
     from imu_fast.unlearning.auto import Auto as Auto
     from imu_fast.unlearning.depth import StopRule as StopRule
+    from imu_fast.unlearning.edit.distillation import SelfDistillation as SelfDistillation
     from imu_fast.unlearning.edit.margin_edit import MarginEdit as MarginEdit
     from imu_fast.unlearning.edit.newton import NewtonRemoval as NewtonRemoval
     from imu_fast.unlearning.in_turn import unlearn_in_turn as unlearn_in_turn

@@ -14,6 +14,7 @@ from imu_fast.cli.evaluate import evaluate
 from imu_fast.cli.index import index, query
 from imu_fast.cli.score import score
 from imu_fast.cli.split import split
+from imu_fast.cli.summary import summary
 from imu_fast.cli.unlearn import unlearn
 from imu_fast.errors import check_installed, check_seed
 
@@ -68,6 +69,7 @@ def demo(
 app.command()(clean_errors(split))
 app.command()(clean_errors(score))
 app.command()(clean_errors(unlearn))
+app.command()(clean_errors(summary))
 app.command()(clean_errors(evaluate))
 app.command()(clean_errors(index))
 app.command()(clean_errors(query))

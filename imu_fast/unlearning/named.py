@@ -35,16 +35,14 @@ from imu_fast.unlearning.ascent.weights import (
     WeightsName,
 )
 from imu_fast.unlearning.auto import Auto, Task, single_row
+from imu_fast.unlearning.edit.distillation import SelfDistillation
 from imu_fast.unlearning.edit.margin_edit import MarginEdit, MetricName
 from imu_fast.unlearning.edit.newton import NewtonRemoval, Then
 from imu_fast.unlearning.method import Method
 from imu_fast.unlearning.summary.summary import TrainingSummary
 
 _NAMED: dict[str, tuple[str, Callable[[], Method]]] = {
-    "auto": (
-        "single_row for a class, margin_edit for samples, simnpo for sequences",
-        Auto,
-    ),
+    "auto": ("single_row (class), self_distillation (samples), simnpo (sequences)", Auto),
     "imu": (
         "ascent weighted by influence at the classifier (IMU)",
         lambda: Ascent(weights=Influence()),
@@ -75,6 +73,10 @@ _NAMED: dict[str, tuple[str, Callable[[], Method]]] = {
     "single_row": ("ascent of the forgotten classes' rows alone", single_row),
     "margin_edit": ("smallest edit of the head that flips the forget samples", MarginEdit),
     "newton_removal": ("Newton step to the head trained without the forget samples", NewtonRemoval),
+    "self_distillation": (
+        "distillation of the model's own predictions, the labels' logits lowered",
+        SelfDistillation,
+    ),
 }
 MethodName = Literal[
     "auto",
@@ -90,6 +92,7 @@ MethodName = Literal[
     "single_row",
     "margin_edit",
     "newton_removal",
+    "self_distillation",
 ]
 METHODS: Table[Method] = Table(
     "method",
@@ -151,3 +154,5 @@ class MethodOptions(CurvatureOptions, total=False):
     summary: TrainingSummary
     k: float
     then: Then
+    targets: Tensor
+    calibrated: bool
