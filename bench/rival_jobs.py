@@ -308,6 +308,47 @@ def own_rows() -> Iterator[tuple[str, Job, Job]]:
         yield f"self ggn n={n} d={d} C={classes}", ours, theirs
 
 
+# (n, d, C, damping)
+VOCABULARIES = [(2_000, 128, 2_000, 1e-2), (2_000, 768, 2_000, 1e-4), (2_000, 1_024, 10, 1e-2)]
+
+
+@torch.no_grad()
+def float32_kfac(x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, damping: float) -> Tensor:
+    """Influence on the mean gradient, as anyone writes it: two eigendecompositions in float32."""
+    n = len(x)
+    p = torch.softmax(torch.addmm(bias, x, weight.t()), dim=1)
+    act = torch.cat([x, x.new_ones(n, 1)], dim=1)
+    b = torch.diag(p.mean(dim=0)) - p.t() @ p / n
+    values_b, q_b = torch.linalg.eigh(b)
+    values_a, q_a = torch.linalg.eigh(act.t() @ act / n)
+    delta = p
+    delta[torch.arange(n), y] -= 1
+    v = q_b.t() @ (delta.t() @ act / n) @ q_a
+    v /= torch.outer(values_b, values_a) + damping
+    return -((delta @ (q_b @ v @ q_a.t())) * act).sum(dim=1)
+
+
+def kfac_rows() -> Iterator[tuple[str, Job, Job]]:
+    for n, d, classes, damping in VOCABULARIES:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(n, d, generator=generator)
+        weight = torch.randn(classes, d, generator=generator) / d**0.5
+        bias = torch.zeros(classes)
+        y = torch.randint(classes, (n,), generator=generator)
+
+        def ours(x=x, weight=weight, bias=bias, y=y, damping=damping) -> Tensor:
+            factors = imu.GradientFactors.from_head(x, weight, bias, y)
+            return imu.influence_scores(factors, curvature=imu.KFAC(damping=damping))
+
+        def theirs(x=x, weight=weight, bias=bias, y=y, damping=damping) -> Tensor:
+            return float32_kfac(x, weight, bias, y, damping)
+
+        exact = ours(x.double(), weight.double(), bias.double())
+        errors = [float((job() - exact).norm() / exact.norm()) for job in (theirs, ours)]
+        said = "errors {:.0e} {:.0e}".format(*errors)
+        yield f"kfac n={n} d={d} C={classes} damping={damping:g}, {said}", ours, theirs
+
+
 ROWS = (
     head_rows,
     ggn_rows,
@@ -318,4 +359,5 @@ ROWS = (
     iteration_rows,
     cholesky_rows,
     own_rows,
+    kfac_rows,
 )

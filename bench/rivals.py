@@ -6,8 +6,10 @@ rounds' ratios theirs / ours (below 1: we lose) and the interval that holds the 
 cached features, with every check, a measurement before and the model's own at the end, beside a
 loop of autograd and torch.optim.SGD and one in closed form, which have none of these.
 ``ggn``: a fit and a solve by ``GGN()`` as it chooses, beside its cheapest forced preconditioner.
+``kfac``: from features and labels to every sample's influence by K-FAC, beside the same in float32
+throughout; each with the relative error of its scores, to float64 ones.
 The others are lines of plain float32 of the same formula; ours stays exact for confident samples
-and checks what comes in, and K-FAC is float64 (``bench/rival_jobs.py``).
+and checks what comes in, and K-FAC is as exact as in float64 (``bench/rival_jobs.py``).
 
 ``python bench/rivals.py head --rounds 5 --seconds 10`` runs the rows whose name begins so; a row
 ends early after so many seconds, but for its first three rounds. ``--out F`` keeps the rows of all.
@@ -74,7 +76,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     kept = []
-    print(f"{'':62s}{'theirs':>9s}{'ours':>9s}  theirs/ours")
+    print(f"{'':76s}{'theirs':>9s}{'ours':>9s}  theirs/ours")
     for rows in ROWS:
         for name, ours, theirs in rows():
             if not name.startswith(asked.only):
@@ -84,7 +86,7 @@ def main() -> None:
             low, high = interval(ratios)
             middle = statistics.median(ratios)
             print(
-                f"{name:62s}{1e3 * statistics.median(other):7.3g}ms"
+                f"{name:76s}{1e3 * statistics.median(other):7.3g}ms"
                 f"{1e3 * statistics.median(mine):7.3g}ms  {middle:.2f} [{low:.2f}, {high:.2f}]"
                 f"{'  loses' if high < 0.95 else ''}",
                 flush=True,

@@ -42,6 +42,7 @@ from imu_fast.influence.scores import (
     self_influence,
 )
 from imu_fast.influence.top import By, top_influences
+from imu_fast.model.forward import innermost
 from imu_fast.model.guard import door
 
 # What projections are called in a chunk's file.
@@ -271,7 +272,7 @@ def _captured(model: nn.Module, index: GradientIndex, loader: Any, progress: boo
     """:meth:`GradientIndex.capture`, by the door whose first argument is the model."""
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
-    folder, facts = index._folder, index._facts
+    model, folder, facts = innermost(model), index._folder, index._facts
     folder.check_weights(weights_of(model))
     settings = folder.manifest.settings
     how = reading_of(settings["reading"])

@@ -16,6 +16,7 @@ from imu_fast.attribution.index_reading import (
     Samples,
     as_data,
     captured,
+    captured_beside,
     check_way,
     digest_of,
     layer_names,
@@ -26,7 +27,10 @@ from imu_fast.attribution.projection import Projection
 from imu_fast.errors import InputError, NoSamplesError, check_count, check_flag, check_seed
 from imu_fast.factors.indexed import LayerFacts, kept_on_cpu, layer_tensors, narrowed
 from imu_fast.model.batches import empty_message
+from imu_fast.model.forward import innermost
 from imu_fast.model.guard import door
+from imu_fast.model.loss import NoLabelsError
+from imu_fast.model.parts import Parts
 from imu_fast.model.reading import Reading, ReadingOptions
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -80,13 +84,13 @@ def build_index(
 
     Raises:
         InputError: a bad argument; a folder with other files, or with an index of other arguments,
-            weights or data (says which); a loader that shuffles; two layers that are one weight;
-            and as :func:`imu_fast.capture`.
+            weights or data (says which; a finished one takes no more samples); a loader that
+            shuffles; two layers that are one weight; and as :func:`imu_fast.capture`.
         WriteError: the file system refuses; finished chunks stay.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
-    where = folder_of(path)
+    model, where = innermost(model), folder_of(path)  # whose layers have the same names anywhere
     check_count("chunk_size", chunk_size)
     check_flag("progress", progress)
     made = Projection(
@@ -133,6 +137,9 @@ class _Build:
     ) -> None:
         self._model, self._folder, self._how = model, folder, how
         self._projection, self._dtype = projection, dtype
+        # Groups before the first that has labels; and that one.
+        self._waiting: list[list[Parts]] = []
+        self._labelled: list[Parts] | None = None
 
     def run(self, samples: Samples, progress: bool, empty: str) -> None:
         from tqdm.auto import tqdm
@@ -140,30 +147,39 @@ class _Build:
         folder, manifest = self._folder, self._folder.manifest
         done, seen = len(manifest.chunks), 0
         for group in tqdm(samples, desc="index", unit="chunk", disable=not progress):
-            batches, data = [batch.n for batch in group], digest_of(group)
             if seen < done:
-                self._compare(seen, batches, data)
+                self._compare(seen, group)
             elif manifest.complete:
                 raise self._other("it has more samples than the index")
             else:
-                self._add(group, batches, data)
+                self._add(group)
             seen += 1
         if not seen:
             raise NoSamplesError(empty)
         if seen < done:
             raise self._other(f"it has {seen} chunks of samples, the index {done}")
+        if self._waiting:  # none of all has a label, which says so
+            all_of_them = [batch for group in self._waiting for batch in group]
+            captured(self._model, as_data(all_of_them), self._layers, self._how)
         if not manifest.complete:
             manifest.complete = True
             folder.write()
 
-    def _compare(self, number: int, batches: list[int], data: str) -> None:
-        known = self._folder.manifest.chunks[number]
+    @property
+    def _layers(self) -> str | list[str]:
+        found: str | list[str] = self._folder.manifest.settings["layers"]
+        return found
+
+    def _compare(self, number: int, group: list[Parts]) -> None:
+        known, batches = self._folder.manifest.chunks[number], [batch.n for batch in group]
         if known.batches != batches:
             raise self._other(
                 f"batches of chunk {number} have {batches} samples, the index's {known.batches}"
             )
-        if known.data != data:
+        if known.data != digest_of(group):
             raise self._other(f"the samples of chunk {number} are not those of the index")
+        if self._labelled is None and any(known.tokens):
+            self._labelled = group
 
     def _other(self, why: str) -> InputError:
         return InputError(
@@ -171,9 +187,39 @@ class _Build:
             "choose another folder"
         )
 
-    def _add(self, group: list[Any], batches: list[int], data: str) -> None:
-        manifest = self._folder.manifest
-        found, way = captured(self._model, as_data(group), manifest.settings["layers"], self._how)
+    def _add(self, group: list[Parts]) -> None:
+        """And those that wait for a group with labels; before there is one, it waits as well."""
+        try:
+            found, way = self._captured(group)
+        except NoLabelsError:
+            self._waiting.append(group)
+            return
+        if self._labelled is None:
+            self._labelled = group
+        for other in self._waiting:
+            self._write(other, *self._captured(other))
+        self._waiting.clear()
+        self._write(group, found, way)
+
+    def _captured(self, group: list[Parts]) -> tuple[list[Any], dict[str, Any]]:
+        """Errors speak of samples by their places in what is captured at once."""
+        first = sum(chunk.n for chunk in self._folder.manifest.chunks)
+        first += sum(batch.n for other in self._waiting if other is not group for batch in other)
+
+        def capture(data: Any) -> Any:
+            return captured(self._model, data, self._layers, self._how)
+
+        try:
+            return captured_beside(group, self._labelled, capture)
+        except InputError as error:
+            if first and not isinstance(error, NoLabelsError):
+                last = first + sum(batch.n for batch in group) - 1
+                where = f"loader: samples {first} to {last}, counted anew from the first of these"
+                error.args = (f"{where}: {error}",)
+            raise
+
+    def _write(self, group: list[Parts], found: list[Any], way: dict[str, Any]) -> None:
+        manifest, batches = self._folder.manifest, [batch.n for batch in group]
         layers = [asdict(LayerFacts.of(layer, self._dtype)) for layer in found]
         if not manifest.layers:
             manifest.layers, manifest.way = layers, way
@@ -185,10 +231,12 @@ class _Build:
             )
         check_way(manifest.way, way, f"loader: chunk {number}")
         manifest.way["shift"] = sorted({*manifest.way["shift"], *way["shift"]})
-        said = {"n": found[0].n, "batches": batches, "data": data}
+        said = {"n": found[0].n, "batches": batches, "data": digest_of(group)}
         if self._projection is not None:
             rows = narrowed(self._projection.rows(found).cpu(), self._dtype)
-            self._folder.add({ROWS: rows}, [], {**said, "tokens": [found[0].n]})
+            self._folder.add(
+                {ROWS: rows}, [], {**said, "tokens": [layer.num_tokens for layer in found]}
+            )
             return
         tensors: dict[str, Tensor] = {}
         texts, tokens = [], []

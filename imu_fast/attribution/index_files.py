@@ -70,10 +70,17 @@ class Manifest:
 
 
 def folder_of(path: Any) -> Path:
-    """Raise InputError unless ``path`` is one."""
+    """Its absolute path; raises InputError where ``path`` is none that files can be read in."""
     if not isinstance(path, str | os.PathLike):
         raise InputError(f"path is a {type(path).__name__}; pass the name of the index's folder")
-    return Path(path)
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"path={str(path)!r} is not UTF-8, under which no safetensors file can be read; choose "
+            "another name"
+        ) from error
+    return Path(path).absolute()  # the current directory may be another one later
 
 
 class IndexFolder:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 
 from imu_fast.distributed import text_of
 from imu_fast.errors import InputError
+from imu_fast.factors.unfolded import UnfoldedFactors
 from imu_fast.influence.scores import as_layers
 from imu_fast.model.batches import ForgetSet, Parts, Reread, as_batches
 from imu_fast.model.capture import capture
 from imu_fast.model.causal import decisions
+from imu_fast.model.loss import NoLabelsError
 from imu_fast.model.order import shuffling
 from imu_fast.model.reader import Reader
 from imu_fast.model.reading import Reading
@@ -88,6 +91,34 @@ def captured(
         )
     losses = [text_of(getattr(layer, "loss", None)) for layer in found]
     return found, {"losses": losses, "shift": sorted(shifts)}
+
+
+def captured_beside(
+    group: list[Parts], labelled: list[Parts] | None, capture: Callable[[Reread], Any]
+) -> Any:
+    """Of a group's samples what :func:`captured` has; no label at all is no gradient, as of one.
+
+    A group of such samples has a place in the index, and is run beside another one that has labels.
+
+    Args:
+        labelled: other batches; None: there are none yet. capture: of batches.
+
+    Raises:
+        NoLabelsError: the group has no label, and there are no others.
+    """
+    try:
+        return capture(as_data(group))
+    except NoLabelsError:
+        if labelled is None:
+            raise
+    found, way = capture(as_data([*group, *labelled]))
+    n = sum(batch.n for batch in group)
+    return [_without_inputs(layer.samples(0, n)) for layer in found], way
+
+
+def _without_inputs(layer: Any) -> Any:
+    """Samples without tokens need no images of others."""
+    return replace(layer, inputs=[]) if isinstance(layer, UnfoldedFactors) else layer
 
 
 def check_way(known: dict[str, Any], found: dict[str, Any], what: str) -> None:

@@ -11,6 +11,7 @@ import typer
 from imu_fast.cli.check import check
 from imu_fast.cli.console import clean_errors, console
 from imu_fast.cli.evaluate import evaluate
+from imu_fast.cli.index import index, query
 from imu_fast.cli.score import score
 from imu_fast.cli.split import split
 from imu_fast.cli.summary import summary
@@ -70,6 +71,8 @@ app.command()(clean_errors(score))
 app.command()(clean_errors(unlearn))
 app.command()(clean_errors(summary))
 app.command()(clean_errors(evaluate))
+app.command()(clean_errors(index))
+app.command()(clean_errors(query))
 app.command()(clean_errors(check))
 
 

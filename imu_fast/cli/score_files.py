@@ -159,12 +159,11 @@ def save_scores(path: Path, names: Sequence[str], columns: Mapping[str, Tensor])
 
 
 def save_lines(
-    path: Path, objects: Sequence[Mapping[str, Any]], columns: Mapping[str, Tensor]
+    path: Path, objects: Sequence[Mapping[str, Any]], columns: Mapping[str, Sequence[Any]]
 ) -> None:
-    """Write JSON Lines: each object as it was, with its place in each of the columns [n]."""
-    found = [column.tolist() for column in columns.values()]
+    """Write JSON Lines: each object as it was, with its place in each of the columns of n."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        for line, values in zip(objects, zip(*found, strict=True), strict=True):
+        for line, values in zip(objects, zip(*columns.values(), strict=True), strict=True):
             whole = {**line, **dict(zip(columns, values, strict=True))}
             try:
                 text = json.dumps(whole, ensure_ascii=False).encode("utf-8")

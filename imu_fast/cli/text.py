@@ -195,7 +195,8 @@ def score_lines(
     if not here.first:
         return
     if out.suffix == ".jsonl":
-        write_or_rescue(out, lambda path: save_lines(path, found.records.objects, columns))
+        lists = {name: column.tolist() for name, column in columns.items()}
+        write_or_rescue(out, lambda path: save_lines(path, found.records.objects, lists))
     else:
         numbers = [str(number) for number in found.records.numbers]
         named = {"influence": columns["score"], **columns}

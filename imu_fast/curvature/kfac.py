@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
-from imu_fast.curvature.base import Fitted, Layer, Saved
+from imu_fast.curvature.base import Layer
 from imu_fast.curvature.gauss_newton import GaussNewton, signals_of, warn_of_rounding
+from imu_fast.curvature.kronecker import (
+    KroneckerEigenbasis,
+    RefinedKronecker,
+    eigenbasis,
+    in_basis,
+)
 from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.probabilities import (
@@ -22,84 +24,11 @@ from imu_fast.factors.probabilities import (
 from imu_fast.factors.source import MAX_GATHERED, Factors, Remembered
 from imu_fast.factors.sums import summed
 from imu_fast.losses.signals import Signals
-from imu_fast.ops.bilinear_scores import quadratic_scores
 from imu_fast.ops.fisher_diagonal import fisher_diagonal
 from imu_fast.options import options
 
 # Elements of a~ that exist at once: large enough for products at full speed.
 _CHUNK_ELEMENTS = 1 << 18
-
-
-class KroneckerEigenbasis(Fitted):
-    """``(Q_B (x) Q_A) diag(eigenvalues + lam) (Q_B (x) Q_A)^T``, in float64.
-
-    Attributes:
-        basis_out: Q_B [C, C]. basis_in: Q_A [D, D].
-        damped: [C, D], eigenvalues + lam.
-        residual: ``||M X - v|| / ||v||`` of the last solve, recomputed (the largest of several).
-    """
-
-    def __init__(
-        self,
-        curvature: str,
-        layer: Layer,
-        damping: float,
-        basis_out: Tensor,
-        basis_in: Tensor,
-        damped: Tensor,
-    ) -> None:
-        super().__init__(curvature, layer, damping, damped.dtype)
-        self.basis_out, self.basis_in, self.damped = basis_out, basis_in, damped
-
-    def _product(self, v: Tensor) -> Tensor:
-        # Matrices of this size are what a solve's memory is: no more of them than are needed.
-        x = self.basis_out.T @ v.to(self.damped)
-        x = (x @ self.basis_in).mul_(self.damped)
-        x = self.basis_out @ x
-        return x @ self.basis_in.T
-
-    def apply_inverse(self, v: Tensor) -> Tensor:
-        """``M^-1 v`` in the bases' dtype; v [..., C, D]."""
-        x = self.basis_out.T @ v
-        x = (x @ self.basis_in).div_(self.damped)
-        x = self.basis_out @ x
-        return x @ self.basis_in.T
-
-    def _solve(self, v: Tensor, out: Tensor | None) -> Tensor:
-        v = v.double()
-        x = self.apply_inverse(v)
-        error = self._product(x).sub_(v).flatten(-2).norm(dim=-1)
-        size = v.flatten(-2).norm(dim=-1)
-        self.residual = float((error / size.where(size > 0, 1.0)).max())
-        return x
-
-    def _diagonal(self) -> Tensor:
-        return self.basis_out.square() @ self.damped @ self.basis_in.square().T
-
-    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        names = ("basis_out", "basis_in", "damped")
-        # Eigenvectors are column-major, of which products have other bits than of a copy by rows.
-        tensors = {name: getattr(self, name) for name in names}
-        columns = [name for name, x in tensors.items() if not x.is_contiguous()]
-        tensors |= {name: tensors[name].T for name in columns}
-        return tensors, {"columns": columns}
-
-    @classmethod
-    def _restored(cls, saved: Saved) -> Self:
-        tensors = {name: x.to(saved.layer.device) for name, x in saved.tensors.items()}
-        tensors |= {name: tensors[name].T for name in saved.options["columns"]}
-        return cls(saved.curvature, saved.layer, saved.damping, **tensors)
-
-    def _self_influence(self, factors: Factors) -> Tensor:
-        """``g_i^T M^-1 g_i``: [n]; in the eigenbasis the inverse is a diagonal."""
-        inverse = self.damped.reciprocal()
-
-        def rotated(chunk: GradientFactors) -> Tensor:
-            delta = chunk.delta.double() @ self.basis_out
-            act = augmented(chunk.act, chunk.has_bias) @ self.basis_in
-            return quadratic_scores(delta, act, inverse, chunk.offsets, False).to(chunk.delta)
-
-        return factors.each(rotated)
 
 
 def _moments(act: Tensor, has_bias: bool, weight: Tensor) -> Tensor:
@@ -143,19 +72,6 @@ def kronecker_factors(
     return b, a / total.clamp_min(torch.finfo(dtype).tiny)
 
 
-def _eigenbasis(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Raises InputError where factors in float64 are not finite, LinAlgError in float32."""
-    if a.dtype == torch.float64 and not bool(a.isfinite().all() & b.isfinite().all()):
-        raise InputError(
-            "curvature='kfac' and 'ekfac': a mean square of these samples is not finite; leave out "
-            "samples with features beyond 1e150, or scale them down"
-        )
-    values_b, basis_b = torch.linalg.eigh(b)
-    values_a, basis_a = torch.linalg.eigh(a)
-    # Rounding leaves eigenvalues of -1e-17 where the factor is singular.
-    return values_b.clamp_min(0), basis_b, values_a.clamp_min(0), basis_a
-
-
 def fit_kfac(
     source: Factors, damping: float, outputs: Outputs, dtype: torch.dtype = torch.float64
 ) -> KroneckerEigenbasis:
@@ -164,20 +80,8 @@ def fit_kfac(
     Args:
         outputs: the curvature of the loss in a chunk's outputs.
     """
-    return _kfac(source, lambda _: damping, outputs, dtype)
-
-
-def _kfac(
-    source: Factors,
-    damping: Callable[[Tensor], float],
-    outputs: Outputs,
-    dtype: torch.dtype = torch.float64,
-) -> KroneckerEigenbasis:
-    """damping: of the undamped eigenvalues."""
-    values_b, basis_b, values_a, basis_a = _eigenbasis(*kronecker_factors(source, outputs, dtype))
-    values = torch.outer(values_b, values_a)
-    lam = damping(values)
-    return KroneckerEigenbasis(KFAC.name, Layer.of(source), lam, basis_b, basis_a, values + lam)
+    basis = eigenbasis(*kronecker_factors(source, outputs, dtype))
+    return in_basis(KFAC.name, Layer.of(source), damping, basis)
 
 
 def _warn(curvature: str, source: Factors, damping: float, values: Tensor) -> None:
@@ -203,22 +107,23 @@ class KFAC(GaussNewton):
     name = "kfac"
     of_rows = True
 
-    def fit(self, factors: Factors) -> KroneckerEigenbasis:
-        """Two eigendecompositions, ``O(C^3 + D^3)``.
+    def fit(self, factors: Factors) -> KroneckerEigenbasis | RefinedKronecker:
+        """Two eigendecompositions, ``O(C^3 + D^3)``; of float32 factors in float32 where lam lets
+        solves be refined to what float64 gives.
 
         Raises:
             InputError: the factors have no curvature of their loss; lam relative to a mean that is
                 zero or not finite.
         """
         # Not remembered: they would take memory beside the eigendecompositions.
-        factors = self.expected(factors)
-
-        def damping(values: Tensor) -> float:
-            lam = self.absolute(factors, values.sum)
-            _warn(self.name, factors, lam, values)
-            return lam
-
-        return _kfac(factors, damping, signals_or_curvature)
+        factors, layer = self.expected(factors), Layer.of(factors)
+        b, a = kronecker_factors(factors, signals_or_curvature)
+        lam = self.absolute(factors, lambda: b.trace() * a.trace())
+        if factors.dtype == torch.float32 and RefinedKronecker.suits(b, a, lam):
+            return RefinedKronecker(self.name, layer, lam, b, a)
+        fitted = in_basis(self.name, layer, lam, eigenbasis(b, a))
+        _warn(self.name, factors, lam, fitted.damped - lam)
+        return fitted
 
 
 @options
@@ -244,7 +149,7 @@ class EKFAC(GaussNewton):
             InputError: as :meth:`KFAC.fit`.
         """
         outputs, factors = Remembered(signals_or_curvature), self.expected(factors)
-        _, basis_b, _, basis_a = _eigenbasis(*kronecker_factors(factors, outputs))
+        _, basis_b, _, basis_a = eigenbasis(*kronecker_factors(factors, outputs))
 
         def eigenvalues(chunk: GradientFactors) -> Tensor:
             found = outputs(chunk)

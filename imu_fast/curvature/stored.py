@@ -15,7 +15,7 @@ from imu_fast.curvature.ggn.ggn import FittedGGN
 from imu_fast.curvature.ggn.signals import FittedSignalGGN
 from imu_fast.curvature.ggn_block import FittedGGNBlock
 from imu_fast.curvature.identity import FittedIdentity
-from imu_fast.curvature.kfac import KroneckerEigenbasis
+from imu_fast.curvature.kronecker import KroneckerEigenbasis, RefinedKronecker
 from imu_fast.errors import InputError, brief, check_positive
 from imu_fast.storage import load_tensors
 
@@ -31,6 +31,8 @@ FITTED: dict[str, type[Fitted]] = {
 }
 # Of inner layers, where that is another.
 _OF_SIGNALS: dict[str, type[Fitted]] = {"ggn": FittedSignalGGN}
+# By an eigenbasis in float32, which is made anew.
+_REFINED: dict[str, type[Fitted]] = {"kfac": RefinedKronecker}
 # What a file raises whose text and tensors do not belong together.
 _DAMAGE = (
     LookupError,
@@ -82,7 +84,8 @@ def load_operator(path: str | os.PathLike[str], device: torch.device | str = "cp
         if found["curvature"] != "identity":
             check_positive("damping", damping)
         saved = Saved(found["curvature"], layer, damping, tensors, found["options"])
-        kinds = _OF_SIGNALS if saved.options.get("signals") else FITTED
+        refined = _REFINED if saved.options.get("refined") else FITTED
+        kinds = _OF_SIGNALS if saved.options.get("signals") else refined
         fitted = kinds[saved.curvature]._restored(saved)
         _check(fitted, found)
     except _DAMAGE as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from operator import length_hint
 from typing import Any
 
 from torch import nn
@@ -38,6 +39,19 @@ class Reread:
         return self._read()
 
 
+class _Batches(Iterator[Parts]):
+    """Those of a reader, which says about how many come."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._hint, self._batches = length_hint(reader), iter(reader)
+
+    def __length_hint__(self) -> int:
+        return self._hint
+
+    def __next__(self) -> Parts:
+        return next(self._batches)
+
+
 def as_batches(loader: Any, model: nn.Module) -> Iterator[Parts]:
     """All samples of any form of data, in the order in which it gives them.
 
@@ -50,7 +64,7 @@ def as_batches(loader: Any, model: nn.Module) -> Iterator[Parts]:
 
     Returns:
         Batches that have at least one sample. What the loader leaves out (``drop_last``, other
-        processes' shares) is said through the log.
+        processes' shares) is said through the log. Its ``length_hint`` is how many come, if known.
 
     Raises:
         InputError: this is no data, or can be read in two ways.
@@ -59,7 +73,7 @@ def as_batches(loader: Any, model: nn.Module) -> Iterator[Parts]:
         return iter(loader)
     reader = Reader(loader, model)
     say_remarks(reader.loader)
-    return iter(reader)
+    return _Batches(reader)
 
 
 def rereadable(loader: Any, model: nn.Module) -> Iterable[Parts]:

@@ -276,10 +276,10 @@ class Between:
         labelled = targets.counts > 0
         pack = BatchPacker(labelled)
         part = pack(torch.cat(deltas), torch.cat(acts), torch.cat(rows))
-        delta = part.delta
-        wide = _wide(delta, part.act)
+        delta, act = part.delta, part.act
+        wide = _wide(delta, act)
         found = (delta.to(wide), losses, None, False, steps or _MOVED)
-        return Piece("tokens", part.act, targets.labels, part.counts, *found)
+        return Piece("tokens", act, targets.labels, part.counts, *found)
 
 
 def _scaled(

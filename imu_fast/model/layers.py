@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from imu_fast.model.head import LinearLayer, say_of_weight, shared_with, uses_of
 from imu_fast.model.independence import SampleChecks, check_independent
 from imu_fast.model.logits import chosen
 from imu_fast.model.loss import Targets, check_labelled, on_logits, sample_losses, targets_of
-from imu_fast.model.packing import BatchPacker, Joined, Part, delta_of
+from imu_fast.model.packing import BatchPacker, Input, Part
 from imu_fast.model.proofs import Proof, proof_of
 from imu_fast.model.reading import Reading
 from imu_fast.model.rows import (
@@ -36,6 +36,7 @@ from imu_fast.model.rows import (
 )
 from imu_fast.model.run import Batch, copy_of, evaluated, full_precision, read
 from imu_fast.model.search import Run, locate
+from imu_fast.model.stacks import LayerRows, Stack
 from imu_fast.model.verify import LinearChecks, is_known
 
 logger = logging.getLogger("imu_fast")
@@ -67,7 +68,8 @@ class LayersCapture:
     ) -> None:
         self.model, self.layers = model, list(layers)
         self.reading, self.output = reading, reading.output
-        self.parts: dict[str, list[Part]] = {layer.name: [] for layer in layers}
+        self.batches = 1  # as many as come, as far as is known; 0: not at all
+        self.kept: dict[str, LayerRows] = {}
         self.images: dict[str, list[Tensor]] = {}  # of convolutions, call by call
         self.samples: list[Tensor] = []  # how many labels each sample of each batch has
         self._ownership, self._checks = Ownership(always), LinearChecks()
@@ -157,9 +159,12 @@ class LayersCapture:
         of_layers: dict[str, list[Rows]] = {layer.name: [] for layer in self.layers}
         for call, found_there in zip(calls, rows, strict=True):
             of_layers[call.layer.name].append(found_there)
-        pack = BatchPacker(labelled)
+        pack, batch = BatchPacker(labelled), dict[Stack, Input]()
         for layer in self.layers:
-            self.parts[layer.name].append(_joined(of_layers[layer.name], layer, pack))
+            if layer.name not in self.kept:
+                self.kept[layer.name] = LayerRows(self.batches, self._kind is not None)
+            part = _joined(of_layers.pop(layer.name), layer, pack)
+            self.kept[layer.name].add(part, batch)
 
     def _gradients(
         self,
@@ -300,28 +305,26 @@ class LayersCapture:
                     "layer %r does not reach the loss of any sample: its gradient is zero",
                     layer.name,
                 )
-        joined = Joined()
-        return [self._factors(layer, joined) for layer in self.layers]
+        return [self._factors(layer) for layer in self.layers]
 
-    def _factors(self, layer: LinearLayer, joined: Joined) -> LayerFactors:
-        parts = self.parts[layer.name]
-        counts = torch.cat([part.counts for part in parts])
-        computed = functools.reduce(torch.promote_types, (part.signal.dtype for part in parts))
-        dtype = torch.float64 if computed == torch.float64 else torch.float32
-        if self._kind is None:
-            delta, signals = delta_of(parts, dtype), None
+    def _factors(self, layer: LinearLayer) -> LayerFactors:
+        kept = self.kept.pop(layer.name)
+        assert kept.inputs is not None and kept.read is not None
+        counts, dtype = torch.cat(kept.counts), kept.dtype
+        if kept.deltas is None:
+            delta, signals = kept.delta(), None
         else:
-            delta, signals = divided([part.delta for part in parts], self._kind, layer)
-        if not all(part.finite for part in parts):
+            delta, signals = divided(kept.deltas, self._kind, layer)
+        if not kept.finite:
             check_finite_rows(f"gradient of {layer.name}", delta, "position")
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
         if isinstance(layer, Convolution):
             images = self.images.get(layer.name, [])
-            for kept in images:
-                check_finite_rows(f"input of {layer.name}", kept, "image")
+            for image in images:
+                check_finite_rows(f"input of {layer.name}", image, "image")
             unfolded = UnfoldedFactors(
                 delta=delta.to(dtype),
-                places=torch.cat([part.act for part in parts]),
+                places=kept.inputs.tensor(torch.int64),
                 inputs=images,
                 offsets=offsets,
                 unfolding=layer.unfolding,
@@ -331,10 +334,7 @@ class LayersCapture:
                 curvature=signals,
             )
             return unfolded.by_columns() if unfolded.columns_are_smaller else unfolded
-        inputs = functools.reduce(torch.promote_types, (part.act.dtype for part in parts))
-        act, first = joined([part.act for part in parts], input_dtype(inputs, dtype))
-        if first:
-            check_finite_rows(f"input of {layer.name}", act, "position")
+        act = kept.inputs.finite(input_dtype(kept.read, dtype), layer.name)
         return GradientFactors(
             delta=delta.to(dtype),
             act=act,
@@ -376,7 +376,9 @@ def capture_layers(
                 weight = layer.module._parameters.get("weight")
                 if weight is not None:  # keeps torch's fused encoder layers off, which hide theirs
                     weight.requires_grad_()
-            for batch in read(model, loader, progress):
+            batches = read(model, loader, progress)
+            seen.batches = length_hint(batches)
+            for batch in batches:
                 with from_sample(sum(map(len, seen.samples))):
                     seen.add(run, batch)
         return seen.factors()

@@ -41,6 +41,7 @@ def live_factors(
         InputError: a call that cannot be read, or rows that belong to several samples.
     """
     taken = LayersCapture(model, layers, reading, always=False)
+    taken.batches = len(passes)
     with exclusive(model), torch.enable_grad():
         for seen, logits, targets in passes:
             check_readable(seen)

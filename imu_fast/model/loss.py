@@ -50,12 +50,16 @@ class Targets:
         return self.valid.reshape(len(self), -1).sum(dim=1).cpu()
 
 
+class NoLabelsError(InputError):
+    """No sample of these has a label that a loss is of."""
+
+
 def check_labelled(labelled: int, samples: int, loss: Loss) -> None:
-    """Raise InputError where no label of all these samples has a loss."""
+    """Raise NoLabelsError where no label of all these samples has a loss."""
     if labelled == 0:
         ignored = getattr(loss, "ignore_index", None)
         which = "" if ignored is None else f" (labels of ignore_index={ignored} are left out)"
-        raise InputError(
+        raise NoLabelsError(
             f"none of {samples} samples has a label to be predicted{which}; pass their labels, or "
             "another ignore_index="
         )

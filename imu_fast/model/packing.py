@@ -1,19 +1,16 @@
-"""Rows of a layer in the order of their samples, and inputs that several layers read kept once."""
+"""Rows of a layer in the order of their samples, and which layers read the same input."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Hashable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from imu_fast.factors.operands import input_dtype
 from imu_fast.model.rows import NOBODY
-
-# A signal waits for its one copy as it came, unless it holds memory of so much more than its rows.
-_HELD = 4 / 3
 
 
 @dataclass(frozen=True)
@@ -63,6 +60,10 @@ class Packing:
             rows = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
         return rows.index_select(0, self.index.to(rows.device))
 
+    def size(self, rows: Tensor) -> int:
+        """How many of ``rows`` are kept."""
+        return len(rows) if self.index is None else len(self.index)
+
     def put(self, rows: Tensor, out: Tensor) -> None:
         """The same into ``out``, without a second copy."""
         if self.index is None:
@@ -72,41 +73,51 @@ class Packing:
         else:
             torch.index_select(rows, 0, self.index.to(rows.device), out=out)
 
-    def is_worth_holding(self, rows: Tensor) -> bool:
-        """Whether ``rows`` [R, C] hold little more memory than what is made of them."""
-        kept = int(self.counts.sum()) * rows.shape[1] * rows.itemsize
-        return rows.untyped_storage().nbytes() <= _HELD * kept
+
+@dataclass(frozen=True, eq=False)
+class Input:
+    """What a call read, ``rows`` [R, d], and which of them are kept; one object of all that keep
+    the same rows of the same memory in the same ``dtype``.
+    """
+
+    rows: Tensor
+    packing: Packing
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
 class Part:
-    """One batch's rows of a layer.
+    """One batch's rows of a layer, where they came.
 
     Attributes:
-        signal: rows that ``packing`` makes delta [N, C] of. act: [N, d]. counts: [n], of each
-            sample. finite: whether the signal is known to be.
+        signal: rows [R, C] that ``packing`` makes delta [N, C] of. input: act [N, d] is made of it.
+        counts: [n], of each sample. finite: whether the signal is known to be.
     """
 
     signal: Tensor
     packing: Packing
-    act: Tensor
-    counts: Tensor
+    input: Input
     finite: bool
+
+    @property
+    def counts(self) -> Tensor:
+        """[n], of each sample."""
+        return self.packing.counts
 
     @property
     def delta(self) -> Tensor:
         """[N, C], a copy."""
         return self.packing(self.signal)
 
+    @property
+    def act(self) -> Tensor:
+        """[N, d], a copy."""
+        return self.packing(self.input.rows)
 
-def delta_of(parts: Sequence[Part], dtype: torch.dtype) -> Tensor:
-    """Batches' signals one after another: [N, C]."""
-    sizes = [int(part.counts.sum()) for part in parts]
-    first = parts[0].signal
-    out = torch.empty(sum(sizes), first.shape[1], dtype=dtype, device=first.device)
-    for part, rows in zip(parts, out.split(sizes), strict=True):
-        part.packing.put(part.signal, rows)
-    return out
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What factors of such a signal are held in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _alive(delta: Tensor) -> tuple[Tensor, bool]:
@@ -129,10 +140,10 @@ def _norm_dtype(delta: Tensor) -> torch.dtype:
 
 
 class BatchPacker:
-    """Rows of one batch's layers as :meth:`Packing.of` has them, what they share made once.
+    """Rows of one batch's layers as :meth:`Packing.of` has them; nothing is copied yet.
 
     The inputs of layers that read the same memory and keep the same rows, as the queries, keys and
-    values of an attention do, are one tensor. What was given has to stay alive meanwhile.
+    values of an attention do, are one :class:`Input`.
 
     Args:
         labelled: [n] bool, on the CPU.
@@ -141,20 +152,18 @@ class BatchPacker:
     def __init__(self, labelled: Tensor) -> None:
         self._labelled, self._all = labelled, bool(labelled.all())
         self._packings: list[tuple[Tensor, Tensor, Packing]] = []
-        # What was read stays alive beside what was made of it, or its place could be another's.
-        self._inputs: dict[Hashable, tuple[Tensor, Tensor]] = {}
+        # What was read stays alive in them, or its place could be another's.
+        self._inputs: dict[Hashable, Input] = {}
 
     def __call__(self, delta: Tensor, act: Tensor, owner: Tensor) -> Part:
         """delta [R, C], which nobody writes to any more; act [R, d]; owner [R] on the CPU."""
         packing, finite = self._packing(delta, owner)
+        dtype = input_dtype(act.dtype, wide(delta.dtype)) if act.is_floating_point() else act.dtype
         place = (act.data_ptr(), tuple(act.shape), act.stride(), act.dtype, act.device)
-        key = (*place, id(packing))
+        key = (*place, id(packing), dtype)
         if key not in self._inputs:
-            self._inputs[key] = act, packing(act)
-        made = self._inputs[key][1]
-        if packing.is_worth_holding(delta):
-            return Part(delta, packing, made, packing.counts, finite)
-        return Part(packing(delta), Packing(None, packing.counts), made, packing.counts, finite)
+            self._inputs[key] = Input(act, packing, dtype)
+        return Part(delta, packing, self._inputs[key], finite)
 
     def _packing(self, delta: Tensor, owner: Tensor) -> tuple[Packing, bool]:
         n, finite = len(self._labelled), False
@@ -169,18 +178,3 @@ class BatchPacker:
         packing = Packing.of(alive, owner, self._labelled)
         self._packings.append((alive, owner, packing))
         return packing, finite
-
-
-@dataclass
-class Joined:
-    """Batches' parts one after another: once, where several layers have the same parts."""
-
-    _seen: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
-
-    def __call__(self, parts: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, bool]:
-        """Joined in ``dtype``, and whether it is the first time; the parts have to stay alive."""
-        key = (dtype, *map(id, parts))
-        first = key not in self._seen
-        if first:
-            self._seen[key] = torch.cat(list(parts)).to(dtype)
-        return self._seen[key], first

@@ -79,6 +79,20 @@ class Reader:
             raise InputError(f"loader: {whole.n} labels for {n} samples; pass one per sample")
         self.whole = whole
 
+    def __length_hint__(self) -> int:
+        """How many batches there are; 0 where it would take reading them to know."""
+        if self.whole is not None:
+            return -(-self.whole.n // self.size)
+        if self.is_dataset:
+            return -(-len(self.loader) // self.size)
+        try:
+            if isinstance(self.loader, DataLoader):
+                return len(self.loader) if self.loader.batch_sampler is not None else 0
+            plain = isinstance(self.loader, list | tuple) and len(self.loader) > 0
+            return len(self.loader) if plain and self._samples_in(self.loader[0]) is None else 0
+        except (TypeError, NotImplementedError, InputError):  # which reading them says
+            return 0
+
     def cut(self) -> Iterator[Parts]:
         """The whole in batches."""
         assert self.whole is not None

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -24,13 +25,28 @@ logger = logging.getLogger("imu_fast")
 Batch = tuple[list[Any], dict[str, Any], Tensor]
 
 
+class _Read(Iterator[Batch]):
+    """See :func:`read`."""
+
+    def __init__(self, batches: Iterator[Any], device: torch.device, progress: bool) -> None:
+        self._hint = length_hint(batches)
+        self._batches = iter(tqdm(batches, desc="capture", unit="batch", disable=not progress))
+        self._device = device
+
+    def __length_hint__(self) -> int:
+        return self._hint
+
+    def __next__(self) -> Batch:
+        args, kwargs, labels = to_device(split_batch(next(self._batches)), self._device)
+        return [_usable(a) for a in args], {k: _usable(v) for k, v in kwargs.items()}, labels
+
+
 def read(model: nn.Module, loader: Any, progress: bool) -> Iterator[Batch]:
-    """``(positional inputs, keyword inputs, labels)`` of each batch, on the model's device."""
-    device = device_of(model)
-    batches = tqdm(as_batches(loader, model), desc="capture", unit="batch", disable=not progress)
-    for batch in batches:
-        args, kwargs, labels = to_device(split_batch(batch), device)
-        yield [_usable(a) for a in args], {k: _usable(v) for k, v in kwargs.items()}, labels
+    """``(positional inputs, keyword inputs, labels)`` of each batch, on the model's device.
+
+    Its ``length_hint`` is that of :func:`imu_fast.model.batches.as_batches`.
+    """
+    return _Read(as_batches(loader, model), device_of(model), progress)
 
 
 def _usable(value: Any) -> Any:

@@ -275,3 +275,87 @@ def test_forms_of_data(tmp_path):
     ]
     for other in found[1:]:
         torch.testing.assert_close(other, found[0])
+
+
+def unlabelled(rows):
+    y = Y.clone()
+    y[rows] = -100
+    return [(X[i : i + 4], y[i : i + 4]) for i in range(0, 23, 4)], y != -100
+
+
+@pytest.mark.parametrize("options", [{}, {"projection": 10**6}], ids=["factors", "projections"])
+@pytest.mark.parametrize("rows", [range(8), range(8, 16), range(16, 23), range(1, 22)], ids=str)
+def test_a_chunk_whose_samples_have_no_label(rows, options, tmp_path):
+    """Each has a zero gradient and its place, wherever it is, and whenever the build was ended."""
+    data, has = unlabelled(list(rows))
+    whole = build(tmp_path / "whole", data, **options)
+    assert whole.n == 23
+    asked = (X[:3] + 0.1, Y[:3])
+    found = whole.scores(whole.capture(MODEL, asked), curvature="identity")
+    plain = build(tmp_path / "plain", **options)
+    truth = plain.scores(plain.capture(MODEL, asked), curvature="identity") * has[:, None]
+    torch.testing.assert_close(found, truth)
+    for after in range(1, 6):
+        path = tmp_path / f"ended-{after}"
+
+        def ending(after=after):
+            yield from data[:after]
+            raise Ended
+
+        with pytest.raises(Ended):
+            build(path, ending(), **options)
+        build(path, iter(data), **options)
+        again = imu.load_index(path)
+        assert torch.equal(again.scores(again.capture(MODEL, asked), curvature="identity"), found)
+
+
+def test_no_label_at_all_is_refused(tmp_path):
+    with pytest.raises(InputError, match="none of 23 samples has a label"):
+        build(tmp_path / "index", unlabelled(list(range(23)))[0])
+
+
+def test_images_of_a_chunk_without_labels(tmp_path):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(12, 3))
+    x, y = torch.randn(6, 2, 3, 3), torch.tensor([0, 1, -100, -100, 2, 0])
+    data = [(x[i : i + 2], y[i : i + 2]) for i in (0, 2, 4)]
+    index = imu.build_index(model, data, tmp_path / "index", layers=["0"], chunk_size=2)
+    found = index.self_influence(curvature="identity")
+    truth = imu.self_influence(imu.capture(model, data, layers=["0"]), curvature="identity")
+    torch.testing.assert_close(found, truth)
+    assert found[2:4].eq(0).all() and found[:2].gt(0).all()
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
+def test_layers_of_a_wrapped_model_have_the_names_of_its_own(wrap, tmp_path):
+    index = build(tmp_path / "index", model=wrap(MODEL))
+    assert index.layers == ["0", "3"]
+    queries = index.capture(MODEL, DATA[:1])
+    other = index.capture(wrap(MODEL), DATA[:1])
+    assert all(torch.equal(a.delta, b.delta) for a, b in zip(queries, other, strict=True))
+
+
+def test_the_current_directory_may_change(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    build("index")
+    index = imu.load_index("index")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert index.self_influence(curvature="identity").shape == (23,)
+    assert index.path == tmp_path / "index"
+
+
+def test_a_name_that_no_chunk_can_be_read_under(tmp_path):
+    with pytest.raises(InputError, match=r"udcff' is not UTF-8, under which"):
+        build(os.path.join(tmp_path, "a\udcff"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_of_a_later_chunk_say_of_which_samples(tmp_path):
+    y = Y.clone()
+    y[17] = 9
+    data = [(X[i : i + 4], y[i : i + 4]) for i in range(0, 23, 4)]
+    with pytest.raises(
+        InputError, match=r"loader: samples 16 to 22, counted anew .* labels\[1\]=9"
+    ):
+        build(tmp_path / "index", data)

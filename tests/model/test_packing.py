@@ -10,7 +10,8 @@ from torch import nn
 
 import imu_fast as imu
 from imu_fast.curvature.gradients import gradients
-from imu_fast.model.packing import BatchPacker, delta_of
+from imu_fast.model.packing import BatchPacker
+from imu_fast.model.stacks import Stack
 
 N, T, D, C = 6, 3, 5, 4
 
@@ -139,7 +140,10 @@ def test_only_rows_of_zeros_are_left_out():
     assert not part.finite
     expected = torch.cat([delta[[1, 3, 4]], torch.zeros(1, 3)])
     torch.testing.assert_close(part.delta, expected, rtol=0, atol=0, equal_nan=True)
-    whole = delta_of([part, part], torch.float32)
+    stack = Stack(2)
+    for _ in range(2):
+        stack.add(part.signal, part.packing, torch.float32)
+    whole = stack.tensor(torch.float32)
     torch.testing.assert_close(whole, torch.cat([expected] * 2), rtol=0, atol=0, equal_nan=True)
 
 
@@ -198,3 +202,63 @@ def test_a_model_is_asked_once_what_it_does_with_labels_until_it_changes(of):
     assert (asked(), asked()) == (1, 0)
     {"config": model.config, "model": model}[of].shifts = True
     assert asked() > 1  # once, and then with each batch
+
+
+class Reads(nn.Module):
+    """Two layers, of which the second reads what the first reads where ``same`` says so."""
+
+    def __init__(self, same):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.fc = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, C)
+        self.same = same
+
+    def forward(self, x):
+        return self.fc(self.a(x) + self.b(x if self.same(x) else x * 2).tanh()).mean(dim=1)
+
+
+FORMS = {"list": list, "iterator": iter, "loader": lambda batches: Batches(batches)}
+
+
+class Batches:
+    """Of a length that it does not say."""
+
+    def __init__(self, batches):
+        self._batches = batches
+
+    def __iter__(self):
+        return iter(self._batches)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("sizes", [[2, 2, 2], [1, 4, 1], [4, 1, 1], [6]], ids=str)
+@pytest.mark.parametrize("which", ["always", "first", "last", "never"])
+def test_batches_of_any_sizes_and_inputs_that_are_not_always_shared(which, sizes, form):
+    """Lengths of sequences differ as well, so that no batch says how large the others are."""
+    generator = torch.Generator().manual_seed(1)
+    data = [
+        (torch.randn(n, T + i, D, generator=generator), torch.arange(n) % C)
+        for i, n in enumerate(sizes)
+    ]
+    same = {
+        "always": lambda x: True,
+        "first": lambda x: x.shape[1] == T,
+        "last": lambda x: x.shape[1] == T + len(sizes) - 1,
+        "never": lambda x: False,
+    }[which]
+    model = Reads(same)
+    a, b = imu.capture(model, FORMS[form](data), layers=["a", "b"], shift=False)
+    shared = which == "always" or (len(sizes) == 1 and which != "never")
+    assert (a.act.data_ptr() == b.act.data_ptr()) == shared
+    for layer in (a, b):
+        assert layer.act.untyped_storage().nbytes() <= 1.4 * layer.act.nbytes
+        assert layer.delta.untyped_storage().nbytes() <= 1.4 * layer.delta.nbytes
+        expected = []
+        for x, y in data:
+            exact = Reads(same).double()
+            weight = exact.get_submodule(layer.name).weight
+            for one, label in zip(x.double(), y, strict=True):
+                loss = nn.functional.cross_entropy(exact(one[None]), label[None])
+                expected.append(torch.autograd.grad(loss, weight)[0])
+        g = gradients(layer)[..., :D].double()
+        assert (g - torch.stack(expected)).norm() < 1e-5 * torch.stack(expected).norm()

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from imu_fast.curvature.ggn.costs import kfac_applied, kfac_cost
 from imu_fast.curvature.ggn.nystrom import NystromPreconditioner
-from imu_fast.curvature.kfac import KroneckerEigenbasis, fit_kfac
+from imu_fast.curvature.kfac import fit_kfac
+from imu_fast.curvature.kronecker import KroneckerEigenbasis
 from imu_fast.factors.probabilities import Outputs
 from imu_fast.factors.source import Factors
 from imu_fast.solvers.conjugate_gradient import Approximate, Operator, conjugate_gradient
