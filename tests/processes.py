@@ -13,6 +13,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
+import shared_head
 import shared_layers
 import torch
 import torch.distributed as dist
@@ -305,8 +306,8 @@ def failures(rank, world):
 
 
 PARTS = {
-    2: (statistics, single, shared_layers.walk, models, failures),
-    4: (statistics, single, shared_layers.walk, failures),
+    2: (statistics, single, shared_layers.walk, shared_head.walk, models, failures),
+    4: (statistics, single, shared_layers.walk, shared_head.walk, failures),
 }
 
 
