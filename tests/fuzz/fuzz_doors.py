@@ -273,9 +273,7 @@ DOORS: dict[str, Door] = {
         _model_and_data(_indexed(layers=["0", "2"], projection=8)), data
     ),
     "capture(layers)": Door(
-        _model_and_data(
-            lambda m, x: [_gradients(f) for f in imu.capture(m, x, layers=["0", "2"])]
-        ),
+        _model_and_data(lambda m, x: [_gradients(f) for f in imu.capture(m, x, layers=["0", "2"])]),
         data,
     ),
     "unlearn(margin_edit)": Door(
