@@ -38,6 +38,7 @@ def walk(rank, world):
         implicit_head._FEWEST_CLASSES, implicit_head._TILE_BYTES = 2 + rank, 1
     implicit_head._FEWEST_CLASSES, implicit_head._TILE_BYTES = kept
     narrow(rank, world)
+    by_default(rank, world)
     in_parts(rank, world)
     turned_away(rank, world)
 
@@ -89,6 +90,16 @@ def narrow(rank, world):
     head = imu.ShardedHead(p.act, *rows, p.labels, p.offsets)
     truth = imu.influence_scores(whole, damping=1.0)
     same(imu.influence_scores(head, damping=1.0), truth, "bfloat16", 1e-5)
+
+
+def by_default(rank, world):
+    """Pairs without a curvature named: where attribution takes the diagonal anyway."""
+    generator = torch.Generator().manual_seed(0)
+    act, weight = (torch.randn(k, 4200, generator=generator).double() for k in (3, 2 * world))
+    labels, mine = torch.tensor([0, 1, 0]), slice(2 * rank, 2 * rank + 2)
+    head = imu.ShardedHead(act, weight[mine], None, labels)
+    whole = imu.GradientFactors.from_head(act, weight, None, labels)
+    same(imu.pairwise_influence(head, head), imu.pairwise_influence(whole, whole), "the default")
 
 
 def in_parts(rank, world):
@@ -155,6 +166,7 @@ def turned_away(rank, world):
     refused(lambda: imu.ShardedHead(p.act[rank:], *rows, p.labels[rank:]), "all samples")
     refused(lambda: imu.ShardedHead(p.act, *rows, p.labels + WIDE.classes), "label")
     refused(lambda: imu.ShardedHead(p.act, *rows, p.labels.double()), "no probabilities")
+    refused(lambda: imu.ShardedHead(p.act, *rows, p.labels[:, None].expand(-1, 2)), "labels")
     huge = rows[0] * (float("nan") if rank == 1 else 1.0)
     refused(lambda: imu.ShardedHead(p.act, huge, rows[1], p.labels), "weight")
     refused(lambda: imu.ShardedHead(p.act, *rows, p.labels, group="world"), "process group")

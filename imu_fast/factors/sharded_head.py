@@ -61,7 +61,7 @@ class ShardedHead:
 
     Raises:
         InputError: in every process: no process group, operands that do not fit or are not finite,
-            features, labels, layers or threads that differ among the processes.
+            features, labels or offsets that differ among the processes.
     """
 
     @no_autocast
@@ -116,14 +116,13 @@ class ShardedHead:
 
     def _places(self, act: Tensor, rows: Tensor, bias: Tensor | None) -> tuple[slice, int]:
         """This process's classes, and how many there are."""
-        threads = torch.get_num_threads() if act.device.type == "cpu" else 0
-        kind = (tuple(act.shape), str(act.dtype), bias is not None, threads)
+        kind = (tuple(act.shape), str(act.dtype), bias is not None)
         found = distributed.gather((len(rows), kind), self.group)
         for rank, (_, other) in enumerate(found):
             if other != found[0][1]:
                 raise InputError(
-                    f"features: process {rank} has (shape, dtype, bias, threads) {other}, process "
-                    f"0 has {found[0][1]}; every process has all samples, and its own classes"
+                    f"features: process {rank} has (shape, dtype, bias) {other}, process 0 has "
+                    f"{found[0][1]}; every process has all samples, and its own classes"
                 )
         counts = [count for count, _ in found]
         first = sum(counts[: distributed.rank_of(self.group)])
