@@ -246,7 +246,7 @@ DOORS: dict[str, Door] = {
     "vector_to_matrix": Door(
         lambda vector: imu.vector_to_matrix(vector, 2, True), lambda: {"vector": features()[:, :4]}
     ),
-    "capture": Door(_model_and_data(lambda m, x: _gradients(imu.capture(m, x))), data),
+    "capture": Door(_model_and_data(lambda m, x: imu.capture(m, x).mean_gradient()), data),
     "capture_features": Door(
         _model_and_data(lambda m, x: imu.capture_features(m, x).features), data
     ),
@@ -273,7 +273,9 @@ DOORS: dict[str, Door] = {
         _model_and_data(_indexed(layers=["0", "2"], projection=8)), data
     ),
     "capture(layers)": Door(
-        _model_and_data(lambda m, x: [_gradients(f) for f in imu.capture(m, x, layers=["0", "2"])]),
+        _model_and_data(
+            lambda m, x: [f.mean_gradient() for f in imu.capture(m, x, layers=["0", "2"])]
+        ),
         data,
     ),
     "unlearn(margin_edit)": Door(
