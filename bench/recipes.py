@@ -22,8 +22,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from recipes_held import last_block_removal, quantiles, shifted
 from recipes_models import RETAIN, WEIGHT_DECAY, Models, Problem
-from recipes_tables import FLIPS, METRICS, ORIGINAL, TWIN, means, shown
+from recipes_retain import METHODS as RETAINING
+from recipes_retain import chosen as constants
+from recipes_tables import FLIPS, METRICS, ORIGINAL, SOFTER, TWIN, means, shown
 from torch import Tensor, nn
 
 import imu_fast as imu
@@ -37,21 +40,25 @@ from imu_fast.unlearning.depth import bisect
 HERE = Path(__file__).parent
 PARTS: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
     "development": ((0, 1, 2), ("class-1", "class-4")),
-    "report": ((10, 11, 12, 13, 14), ("class-3", "class-8")),
+    "report": ((20, 21, 22, 23, 24), ("class-2", "class-6")),
 }
 RANDOM = ("random-1", "random-5", "random-10")
 # Of the ascents that need one: the largest with which the depth takes so many steps or more.
+# Predictions that forget nothing and are softer: what a lower KL alone may come from.
+TEMPERATURE = 1.5
 RATES, STEPS, BUDGET = (1.0, 0.1, 0.01, 0.001), 20, 400
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is done to a head.
+    """What is done to a head, or to a network.
 
     Attributes:
-        options: of ``unlearn``. needs: what it is given beside the forget set, in words.
+        options: of ``unlearn``. given: what it is given beside the forget set, in words.
         summary: whether it takes the training set's. rates: of an ascent. deep: whether it goes to
             the task's depth, or as far as it goes of itself.
+        network: whether it changes the network, or its head on features.
+        targets: of self-distillation, made of the problem.
         run: in the place of ``unlearn``: of the problem, the summary and the depth.
     """
 
@@ -60,13 +67,14 @@ class Recipe:
     rates: tuple[float, ...] = ()
     deep: bool = True
     kinds: tuple[str, ...] = ("class", "random")
+    network: bool = False
+    given: str = ""
+    targets: Callable[[Problem], Tensor] | None = None
     run: Callable[[Problem, imu.TrainingSummary, imu.StopRule], nn.Module] | None = None
 
     @property
     def needs(self) -> str:
-        if self.run is fine_tuned:
-            return "retain data"
-        return "summary" if self.summary else "forget set"
+        return self.given or ("summary" if self.summary else "forget set")
 
 
 def class_means(problem: Problem, summary: imu.TrainingSummary, stop: imu.StopRule) -> nn.Linear:
@@ -104,23 +112,20 @@ def class_means(problem: Problem, summary: imu.TrainingSummary, stop: imu.StopRu
     return head
 
 
-def fine_tuned(
-    problem: Problem, summary: imu.TrainingSummary, stop: imu.StopRule, epochs: int = 3
-) -> nn.Module:
-    """What uses retain data, for scale: a few more epochs on it, the whole network."""
-    model, (x, y) = copy.deepcopy(problem.model).train(), problem.task.retain
-    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9, weight_decay=WEIGHT_DECAY)
-    generator = torch.Generator().manual_seed(problem.models.seed)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(x), generator=generator).split(64)[: len(x) // 64]:
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
-            optimizer.step()
-    return model.eval()
+def _retaining(name: str) -> Recipe:
+    """What uses retain data, for scale, with the constants of the development models."""
+
+    def run(problem: Problem, summary: imu.TrainingSummary, stop: imu.StopRule) -> nn.Module:
+        return RETAINING[name](problem, **constants(name, problem.task.kind))
+
+    return Recipe(run=run, deep=False, given="retain data")
 
 
 _MARGIN: dict[str, Any] = {"method": "margin_edit"}
 _NEWTON: dict[str, Any] = {"method": "newton_removal"}
+_SELF: dict[str, Any] = {"method": "self_distillation"}
+_CALIBRATED = {**_SELF, "calibrated": True}
+_DISTILLED: dict[str, Any] = {"network": True, "kinds": ("random",)}
 RECIPES: dict[str, Recipe] = {
     "single row": Recipe({"method": "single_row"}, rates=RATES, kinds=("class",)),
     "margin edit, S of forget set": Recipe(_MARGIN),
@@ -136,9 +141,24 @@ RECIPES: dict[str, Recipe] = {
     "class means": Recipe(summary=True, run=class_means),
     "npo": Recipe({"method": "npo"}, rates=RATES),
     "simnpo": Recipe({"method": "simnpo"}, rates=RATES),
-    "auto": Recipe({"method": "auto"}),
-    "auto, summary": Recipe({"method": "auto"}, summary=True),
-    "fine-tuning": Recipe(run=fine_tuned, deep=False),
+    "newton removal, last block, summary": Recipe(summary=True, run=last_block_removal),
+    "self-distillation, forget set": Recipe(_SELF, network=True),
+    "self-distillation, summary": Recipe(_SELF, summary=True, network=True),
+    "self-distillation, calibrated, forget set": Recipe(
+        {**_SELF, "calibrated": True}, **_DISTILLED
+    ),
+    "self-distillation, calibrated, summary": Recipe(
+        {**_SELF, "calibrated": True}, summary=True, **_DISTILLED
+    ),
+    "self-distillation, shifted images, summary": Recipe(
+        _SELF, summary=True, targets=shifted, **_DISTILLED
+    ),
+    "self-distillation, held-out quantiles": Recipe(
+        {**_SELF, "margin": 0.02}, targets=quantiles, given="held-out data", **_DISTILLED
+    ),
+    "auto": Recipe({"method": "auto"}, network=True),
+    "auto, summary": Recipe({"method": "auto"}, summary=True, network=True),
+    **{name: _retaining(name) for name in RETAINING},
 }
 
 
@@ -149,22 +169,30 @@ def unlearned(
     if recipe.run is not None:
         return recipe.run(problem, summary, stop)
     data = problem.features["forget"], problem.sets["forget"][1]
+    model: nn.Module = nn.Sequential(problem.head)
+    if recipe.network:
+        data, model = problem.sets["forget"], problem.model
     given: dict[str, Any] = {"summary": summary} if recipe.summary else {}
-    given |= {"stop": stop} if recipe.deep else {}
-    model: nn.Module = problem.head
+    if recipe.options["method"] == "auto":
+        # As a user would: held-out data say how deep, and whether at all.
+        known = {"unseen": problem.models.data.validation}
+        given |= {"task": "class"} if problem.task.kind == "class" else known
+    elif recipe.deep:
+        given["stop"] = stop
+    if recipe.targets is not None:
+        given["targets"] = recipe.targets(problem)
+    start = model
     for lr in recipe.rates or (None,):
         if lr is not None:
             given |= {"lr": lr, "epochs": BUDGET, "max_steps": BUDGET}
         try:
-            found = imu.unlearn(
-                nn.Sequential(problem.head), data, inplace=False, **recipe.options, **given
-            )
+            found = imu.unlearn(start, data, inplace=False, **recipe.options, **given)
         except imu.DivergedError:
             continue
-        [model] = found.model
+        model = found.model
         if found.steps >= STEPS:
             break
-    return model
+    return model[0] if isinstance(model, nn.Sequential) and not recipe.network else model
 
 
 def seen(model: nn.Module, problem: Problem) -> dict[str, Outputs]:
@@ -216,24 +244,24 @@ def rows_of(problem: Problem, recipes: Mapping[str, Recipe]) -> Iterator[dict[st
     yardstick, kind = Yardstick(problem), problem.task.kind
     accuracy = problem.unseen_accuracy if kind == "random" else 0.0
     stop = imu.StopRule(unseen_accuracy=accuracy)
-    data = problem.models.data.train[1]
     with tempfile.TemporaryDirectory() as folder:
         summary = imu.save_summary(
-            nn.Sequential(problem.head),
-            (problem.features["train"], data),
+            problem.model,
+            problem.models.data.train,
             Path(folder) / "summary.safetensors",
             weight_decay=WEIGHT_DECAY,
-            unseen=problem.unseen_accuracy,
+            unseen=problem.models.data.validation,
         )
     original = seen(problem.head, problem)
     flipped = {**original, "forget": random_flips(original["forget"], accuracy)}
-    outputs = {ORIGINAL: original, TWIN: yardstick.twin, FLIPS: flipped}
+    softer = {k: Outputs(v.logits / TEMPERATURE, v.labels) for k, v in original.items()}
+    outputs = {ORIGINAL: original, TWIN: yardstick.twin, FLIPS: flipped, SOFTER: softer}
     for name, found in outputs.items():
-        yield {"method": name, **yardstick.row(found)}
+        yield {"method": name, "depth": accuracy, **yardstick.row(found)}
     for name, recipe in recipes.items():
         if kind in recipe.kinds:
             model = unlearned(recipe, problem, summary, stop)
-            yield {"method": name, **yardstick.row(seen(model, problem))}
+            yield {"method": name, "depth": accuracy, **yardstick.row(seen(model, problem))}
 
 
 def main(

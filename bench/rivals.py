@@ -3,120 +3,39 @@
 Each row is one job: ours and its plain rival in turn in one process, CPU time, the median of the
 rounds' ratios theirs / ours (below 1: we lose) and the interval that holds the median 19 times of
 20, by order statistics; below six rounds their whole range. ``head``: ``unlearn(scope="head")`` on
-cached features, with every check, the records of each epoch and the model's own measurement at the
-end, beside a loop of autograd and torch.optim.SGD and one in closed form, which have none of these.
+cached features, with every check, a measurement before and the model's own at the end, beside a
+loop of autograd and torch.optim.SGD and one in closed form, which have none of these.
 ``ggn``: a fit and a solve by ``GGN()`` as it chooses, beside its cheapest forced preconditioner.
+The others are lines of plain float32 of the same formula; ours stays exact for confident samples
+and checks what comes in, and K-FAC is float64 (``bench/rival_jobs.py``).
 
 ``python bench/rivals.py head --rounds 5 --seconds 10`` runs the rows whose name begins so; a row
-ends early after so many seconds, but for its first three rounds.
+ends early after so many seconds, but for its first three rounds. ``--out F`` keeps the rows of all.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
-from problems import random_problem
-from torch import Tensor, nn
+from rival_jobs import ROWS, Job
 
 import imu_fast as imu
+from imu_fast.storage import replacing
 
-EPOCHS, BATCH = 10, 256
-RATES = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
-# (n, d, C)
-HEADS = [
-    (64, 512, 10),
-    (64, 512, 1_000),
-    (500, 512, 10),
-    (522, 512, 100),
-    (5_000, 512, 10),
-    (5_001, 130, 97),
-    (50_000, 64, 10),
-]
-# (n, d, C, damping, right-hand sides)
-SYSTEMS = [
-    (522, 512, 10, 1e-4, 1),
-    (522, 512, 10, 1e-2, 1),
-    (522, 512, 10, 1e-4, 16),
-    (130, 65, 3, 1e-2, 1),
-    (2_000, 128, 97, 1e-2, 1),
-]
-Job = Callable[[], object]
+ENOUGH = 2e-3  # seconds of a measurement
 
 
-def autograd(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    """Plain gradient ascent, as anyone writes it."""
-    optimizer = torch.optim.SGD(model.parameters(), **RATES)
-    for _ in range(EPOCHS):
-        for rows in torch.randperm(len(x)).split(BATCH):
-            optimizer.zero_grad()
-            (-nn.functional.cross_entropy(model(x[rows]), y[rows])).backward()
-            optimizer.step()
-
-
-@torch.no_grad()
-def closed_form(model: nn.Linear, x: Tensor, y: Tensor) -> None:
-    """The same with the softmax's residual and one matrix product."""
-    weight, bias = model.weight, model.bias
-    moved = [torch.zeros_like(weight), torch.zeros_like(bias)]
-    for _ in range(EPOCHS):
-        for rows in torch.randperm(len(x)).split(BATCH):
-            act = x[rows]
-            p = torch.softmax(torch.addmm(bias, act, weight.t()), dim=1)
-            p[torch.arange(len(rows)), y[rows]] -= 1
-            p /= -len(rows)
-            for parameter, buffer, g in zip(
-                (weight, bias), moved, (p.t() @ act, p.sum(dim=0)), strict=True
-            ):
-                buffer.mul_(RATES["momentum"]).add_(g.add_(parameter, alpha=RATES["weight_decay"]))
-                parameter.add_(buffer, alpha=-RATES["lr"])
-
-
-def head_rows() -> Iterator[tuple[str, Job, Job]]:
-    for n, d, classes in HEADS:
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(n, d, generator=generator)
-        y = torch.randint(classes, (n,), generator=generator)
-        model = nn.Linear(d, classes)
-
-        def ours(model: nn.Module = model, x: Tensor = x, y: Tensor = y) -> object:
-            return imu.unlearn(copy.deepcopy(model), (x, y), "uniform", scope="head")
-
-        for rival in (autograd, closed_form):
-
-            def theirs(
-                model: nn.Linear = model, x: Tensor = x, y: Tensor = y, rival: Callable = rival
-            ) -> object:
-                return rival(copy.deepcopy(model), x, y)
-
-            yield f"head {rival.__name__} n={n} d={d} C={classes}", ours, theirs
-
-
-def ggn_rows() -> Iterator[tuple[str, Job, Job]]:
-    for n, d, classes, damping, many in SYSTEMS:
-        factors = random_problem(n, d, classes).factors
-        sides = torch.randn(many, classes, d + 1, generator=torch.Generator().manual_seed(1))
-
-        def solve(factors=factors, sides=sides, damping=damping, **how: str) -> object:
-            return imu.GGN(damping=damping, **how).fit(factors).solve(sides)
-
-        for how in ("none", "kfac"):
-
-            def theirs(solve: Callable = solve, how: str = how) -> object:
-                return solve(solver="cg", preconditioner=how)
-
-            name = f"ggn cg/{how} n={n} d={d} C={classes} damping={damping:g} m={many}"
-            yield name, solve, theirs
-
-
-def cpu_seconds(job: Job) -> float:
+def cpu_seconds(job: Job, times: int) -> float:
+    """Of one call, the mean of so many."""
     start = time.process_time()
-    job()
-    return time.process_time() - start
+    for _ in range(times):
+        job()
+    return (time.process_time() - start) / times
 
 
 def interval(ratios: list[float]) -> tuple[float, float]:
@@ -136,12 +55,13 @@ def compare(ours: Job, theirs: Job, rounds: int, seconds: float) -> tuple[list[f
     """CPU seconds of each, in turn, the order turned every round."""
     times: dict[Job, list[float]] = {ours: [], theirs: []}
     ours(), theirs()
+    often = {job: max(1, round(ENOUGH / cpu_seconds(job, 1))) for job in times}
     start = time.perf_counter()
     for round_ in range(rounds):
         if round_ >= 3 and time.perf_counter() - start > seconds:
             break
         for job in (ours, theirs) if round_ % 2 else (theirs, ours):
-            times[job].append(cpu_seconds(job))
+            times[job].append(cpu_seconds(job, often[job]))
     return times[ours], times[theirs]
 
 
@@ -150,10 +70,12 @@ def main() -> None:
     parser.add_argument("only", nargs="?", default="", help="rows whose name begins so")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=10.0, help="of a row, about")
+    parser.add_argument("--out", type=Path, help="a .json of the rows")
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    kept = []
     print(f"{'':62s}{'theirs':>9s}{'ours':>9s}  theirs/ours")
-    for rows in (head_rows, ggn_rows):
+    for rows in ROWS:
         for name, ours, theirs in rows():
             if not name.startswith(asked.only):
                 continue
@@ -162,11 +84,19 @@ def main() -> None:
             low, high = interval(ratios)
             middle = statistics.median(ratios)
             print(
-                f"{name:62s}{1e3 * statistics.median(other):7.1f}ms"
-                f"{1e3 * statistics.median(mine):7.1f}ms  {middle:.2f} [{low:.2f}, {high:.2f}]"
+                f"{name:62s}{1e3 * statistics.median(other):7.3g}ms"
+                f"{1e3 * statistics.median(mine):7.3g}ms  {middle:.2f} [{low:.2f}, {high:.2f}]"
                 f"{'  loses' if high < 0.95 else ''}",
                 flush=True,
             )
+            row = {"name": name, "theirs": statistics.median(other)}
+            row |= {"ours": statistics.median(mine), "ratio": middle, "low": low, "high": high}
+            kept.append(row)
+    if asked.out is not None:
+        versions = {"imu_fast": imu.__version__, "torch": torch.__version__}
+        found = {"threads": 1, "versions": versions, "unit": "CPU seconds", "rows": kept}
+        with replacing(asked.out) as path:
+            path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -73,6 +73,7 @@ _EXPORTS = {
     "Retain": "unlearning.ascent.retain",
     "save_summary": "unlearning.summary.saving",
     "self_influence": "influence.scores",
+    "SelfDistillation": "unlearning.edit.distillation",
     "SGD": "unlearning.ascent.optimizer",
     "ShardedFactors": "factors.sharded",
     "ShardedHead": "factors.sharded_head",
@@ -91,6 +92,7 @@ _EXPORTS = {
     "unlearn_in_turn": "unlearning.in_turn",
     "UnlearnResult": "unlearning.result",
     "use_backend": "backend",
+    "use_precision": "precision",
     "validate": "evaluation.validate",
     "vector_to_matrix": "curvature.parameters",
 }
@@ -152,6 +154,7 @@ if TYPE_CHECKING:
     from imu_fast.model.head import find_head as find_head
     from imu_fast.model.head import linear_layers_matching as linear_layers_matching
     from imu_fast.model.parts import Data as Data
+    from imu_fast.precision import use_precision as use_precision
     from imu_fast.solvers.cholesky.solve import damped_cholesky_solve as damped_cholesky_solve
     from imu_fast.unlearning.ascent.ascent import Ascent as Ascent
     from imu_fast.unlearning.ascent.objectives import Refusal as Refusal
@@ -167,6 +170,7 @@ if TYPE_CHECKING:
     from imu_fast.unlearning.ascent.weights import Uniform as Uniform
     from imu_fast.unlearning.auto import Auto as Auto
     from imu_fast.unlearning.depth import StopRule as StopRule
+    from imu_fast.unlearning.edit.distillation import SelfDistillation as SelfDistillation
     from imu_fast.unlearning.edit.margin_edit import MarginEdit as MarginEdit
     from imu_fast.unlearning.edit.newton import NewtonRemoval as NewtonRemoval
     from imu_fast.unlearning.in_turn import unlearn_in_turn as unlearn_in_turn

@@ -3,7 +3,7 @@
 The order of authority is argument (``use_backend``) over environment (``IMU_FAST_BACKEND``) over
 automatic. A choice made by name that cannot run here raises; the automatic one falls back. What a
 kernel has no form for (float64, say) is in PyTorch under both, and why is logged, once.
-``record_backends`` collects which backend ran each operation.
+``record_backends`` collects which backend ran each operation, and in what precision.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ logger = logging.getLogger("imu_fast")
 CHOICES = ("auto", "reference", "torch", "triton")
 _ENVIRONMENT = "IMU_FAST_BACKEND"
 _choice: ContextVar[str | None] = ContextVar("imu_fast_backend", default=None)
-_products: ContextVar[str | None] = ContextVar("imu_fast_products", default=None)
 _record: ContextVar[BackendRecord | None] = ContextVar("imu_fast_backend_record", default=None)
 
 
@@ -43,21 +42,31 @@ class BackendRecord(dict[str, str]):
 
     Attributes:
         reasons: operation -> why it was not in its kernel, the last time that it was to be.
+        precisions: operation -> what its matrix products were in, or all that they were:
+            ``"ieee, tf32"``: no operand was rounded more coarsely. See ``use_precision``.
     """
 
     def __init__(self, outer: BackendRecord | None = None) -> None:
         super().__init__()
         self.reasons: dict[str, str] = {}
+        self.precisions: dict[str, str] = {}
         self._outer = outer
 
-    def note(self, operation: str, chosen: str, reason: str) -> None:
+    def note(self, operation: str, chosen: str, reason: str, precision: str = "") -> None:
         """Of one call."""
-        known = self.get(operation, "").split(", ") if operation in self else []
-        self[operation] = ", ".join(sorted({*known, chosen}))
+        _add(self, operation, chosen)
+        if precision:
+            _add(self.precisions, operation, precision)
         if reason:
             self.reasons[operation] = reason
         if self._outer is not None:
-            self._outer.note(operation, chosen, reason)
+            self._outer.note(operation, chosen, reason, precision)
+
+
+def _add(known: dict[str, str], operation: str, name: str) -> None:
+    there = known[operation].split(", ") if operation in known else []
+    if name not in there:
+        known[operation] = ", ".join(sorted([*there, name]))
 
 
 @lru_cache(maxsize=1)
@@ -120,47 +129,6 @@ def why_no_triton() -> str:
     return "" if info.available else info.reason
 
 
-def input_precision() -> str:
-    """How kernels multiply float32: "ieee", or "tf32" on request.
-
-    The request is torch's own: ``torch.backends.cuda.matmul.fp32_precision = "tf32"``, or the older
-    ``torch.set_float32_matmul_precision("high")`` or ``"medium"``, which sets it too (while the
-    older setting's getter raises once the newer one has been used). Where torch was asked for
-    nothing, :func:`products` decides.
-    """
-    asked = float32_products()
-    if asked == "none":
-        asked = _products.get() or asked
-    return "tf32" if asked == "tf32" else "ieee"
-
-
-def float32_products() -> str:
-    """How torch was asked to multiply float32 on CUDA: "ieee", "tf32", or "none": it was not."""
-    settings = torch.backends.cuda.matmul
-    if hasattr(settings, "fp32_precision"):
-        return str(settings.fp32_precision)
-    return "tf32" if settings.allow_tf32 else "none"  # torch before 2.9
-
-
-def ask_float32_products(precision: str) -> None:
-    """Ask torch for one of the results of :func:`float32_products`, of this process."""
-    settings = torch.backends.cuda.matmul
-    if hasattr(settings, "fp32_precision"):
-        settings.fp32_precision = precision
-    else:
-        settings.allow_tf32 = precision == "tf32"
-
-
-@contextmanager
-def products(precision: str) -> Iterator[None]:
-    """Kernels in the body multiply float32 in this way, unless torch was asked for another."""
-    token = _products.set(precision)
-    try:
-        yield
-    finally:
-        _products.reset(token)
-
-
 def current_backend() -> str:
     """The choice in force: one of ``auto``, ``reference``, ``torch``, ``triton``.
 
@@ -210,6 +178,7 @@ def record_backends() -> Iterator[BackendRecord]:
             imu_fast.self_influence(model, data)
         ran          # {"softmax_residual": "triton", "fisher_diagonal": "triton", ...}
         ran.reasons  # {"quadratic_scores": "the square of a sum over tokens has no kernel yet"}
+        ran.precisions  # {"fisher_diagonal": "tf32", ...}
 
     The names are those of ``docs/ops.md``; what a nested body collects, the outer has too. A factor
     of ``damped_cholesky_solve`` is in "extension" (the CPU's), "cuda" or "torch".
@@ -222,8 +191,13 @@ def record_backends() -> Iterator[BackendRecord]:
         _record.reset(token)
 
 
-def record(operation: str, chosen: str, reason: str = "") -> None:
-    """Note for :func:`record_backends` that a call runs so, and why not by a kernel."""
+def record(operation: str, chosen: str, reason: str = "", precision: str = "") -> None:
+    """Note for :func:`record_backends` that a call runs so, why not by a kernel, and in what."""
     noted = _record.get()
     if noted is not None:
-        noted.note(operation, chosen, reason)
+        noted.note(operation, chosen, reason, precision)
+
+
+def is_recording() -> bool:
+    """Whether anybody is to be told."""
+    return _record.get() is not None

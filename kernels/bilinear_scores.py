@@ -15,16 +15,18 @@ import triton.language as tl
 from imu_fast.kernels.specialisation import (
     Specialisation,
     aligned,
-    dot_dtype,
-    dot_kind,
+    dots,
     eights,
+    forms,
     specialise,
 )
 
 # "ieee" multiplies on the ordinary units, where a thread holds its outputs: smaller tiles.
 CONFIGS = {
     "ieee": {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_C": 16, "num_warps": 8, "num_stages": 3},
+    "tf32x3": {"BLOCK_N": 128, "BLOCK_K": 64, "BLOCK_C": 32, "num_warps": 8, "num_stages": 3},
     "tf32": {"BLOCK_N": 128, "BLOCK_K": 128, "BLOCK_C": 32, "num_warps": 8, "num_stages": 3},
+    "bf16": {"BLOCK_N": 128, "BLOCK_K": 128, "BLOCK_C": 32, "num_warps": 8, "num_stages": 3},
     "half": {"BLOCK_N": 128, "BLOCK_K": 128, "BLOCK_C": 64, "num_warps": 8, "num_stages": 3},
 }
 # Tokens of one sample that are added at once.
@@ -142,21 +144,20 @@ def bilinear_scores(
     x: torch.Tensor,
     offsets: torch.Tensor | None,
     has_bias: bool,
-    input_precision: str = "ieee",
+    precision: str = "ieee",
     square: bool = False,
 ) -> torch.Tensor:
     """Scores [n, m] float32; delta [N, C], act [N, d], x [m, C, D]; offsets None: N = n."""
-    dtype, bias = delta.dtype, act.shape[1] if has_bias else -1
+    bias = act.shape[1] if has_bias else -1
+    made = dots(precision, delta.dtype, x.dtype, squared=square)
     delta, act = aligned(delta), aligned(act)
     x = aligned(x, rows=delta.shape[1])
     (N, C), d, (m, _, D) = delta.shape, act.shape[1], x.shape
-    if square and dtype == torch.float16:  # squares of float16 would underflow
-        dtype, input_precision = torch.float32, "tf32"
-    config = CONFIGS[dot_kind(dtype, input_precision)]
+    config = CONFIGS[made.kind]
     tiles = triton.cdiv(D, config["BLOCK_K"])
     partial = torch.empty(m, tiles, N, dtype=torch.float32, device=delta.device)
     strides = (*delta.stride(), *act.stride(), *x.stride(), *partial.stride()[:2])
-    constants = {"SQUARE": square, "DOT": dot_dtype(dtype), "INPUT_PRECISION": input_precision}
+    constants = {"SQUARE": square, **made.constants}
     if N:
         bilinear_scores_kernel[(triton.cdiv(N, config["BLOCK_N"]) * tiles, m)](
             delta, act, x, partial, N, C, d, D, bias, *strides, **constants, **config
@@ -173,31 +174,20 @@ def bilinear_scores(
 
 def specialisations() -> Iterator[Specialisation]:
     """Every configuration; squares in the two that the operation uses them in."""
-    for kind, config in CONFIGS.items():
-        dtype = "bf16" if kind == "half" else "fp32"
-        options = {key: config[key] for key in ("num_warps", "num_stages")}
-        blocks = {key: value for key, value in config.items() if key not in options}
+    for name, signal, inputs, constants, options in forms(CONFIGS):
         for square in (False, True):
             yield specialise(
-                f"bilinear_scores {kind}{' squared' if square else ''}",
+                f"bilinear_scores {name}{' squared' if square else ''}",
                 bilinear_scores_kernel,
                 {
-                    "delta_ptr": f"*{dtype}",
-                    "act_ptr": f"*{dtype}",
-                    "x_ptr": f"*{dtype}",
+                    "delta_ptr": f"*{signal}",
+                    "act_ptr": f"*{inputs}",
+                    "x_ptr": f"*{signal}",
                     "out_ptr": "*fp32",
                 },
-                {
-                    "stride_dc": 1,
-                    "stride_ak": 1,
-                    "stride_xk": 1,
-                    "SQUARE": square,
-                    "DOT": tl.bfloat16 if kind == "half" else tl.float32,
-                    "INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee",
-                    **blocks,
-                },
+                {"stride_dc": 1, "stride_ak": 1, "stride_xk": 1, "SQUARE": square, **constants},
                 options,
-                matrix_units=kind != "ieee",
+                matrix_units=name != "ieee",
             )
     yield specialise(
         "token_sums",

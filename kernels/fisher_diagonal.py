@@ -15,26 +15,30 @@ import triton.language as tl
 from imu_fast.kernels.specialisation import (
     Specialisation,
     aligned,
-    dot_dtype,
-    dot_kind,
+    dots,
     eights,
+    forms,
     specialise,
     splits,
 )
 
-# Per kind of dot, measured by the compiler (no spills on sm_80 and sm_90). "ieee" multiplies on the
-# ordinary units, where a thread holds its outputs: smaller tiles. "half" squares bfloat16 into
-# bfloat16 (same exponents); squares of float16 would underflow, so they go to "tf32".
+# Per kind of dot, measured by the compiler (no spills). "ieee" multiplies on the ordinary units,
+# where a thread holds its outputs: smaller tiles. "half" squares bfloat16 into bfloat16 (same
+# exponents), "bf16" what is float32 too; squares of float16 would underflow in float16.
 CONFIGS = {
     "ieee": {"BLOCK_C": 64, "BLOCK_K": 64, "BLOCK_N": 16, "num_warps": 8, "num_stages": 3},
+    "tf32x3": {"BLOCK_C": 64, "BLOCK_K": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3},
     "tf32": {"BLOCK_C": 64, "BLOCK_K": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3},
+    "bf16": {"BLOCK_C": 64, "BLOCK_K": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3},
     "half": {"BLOCK_C": 128, "BLOCK_K": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
 }
 
 # Two accumulators: half the tile of CONFIGS. BLOCK_N is short because samples are.
 TOKEN_CONFIGS = {
     "ieee": {"BLOCK_C": 32, "BLOCK_K": 64, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2},
+    "tf32x3": {"BLOCK_C": 64, "BLOCK_K": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3},
     "tf32": {"BLOCK_C": 64, "BLOCK_K": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3},
+    "bf16": {"BLOCK_C": 64, "BLOCK_K": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 3},
     "half": {"BLOCK_C": 64, "BLOCK_K": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3},
 }
 
@@ -175,23 +179,21 @@ def fisher_diagonal(
     act: torch.Tensor,
     offsets: torch.Tensor | None,
     has_bias: bool,
-    input_precision: str = "ieee",
+    precision: str = "ieee",
 ) -> torch.Tensor:
     """F [C, D], float32; delta [N, C], act [N, d]; offsets [n+1], or None: a token per sample."""
     classes, D, bias = delta.shape[1], act.shape[1] + has_bias, act.shape[1] if has_bias else -1
-    delta, act, dtype = aligned(delta), aligned(act), torch.promote_types(delta.dtype, act.dtype)
+    made = dots(precision, delta.dtype, act.dtype, squared=offsets is None)
+    delta, act = aligned(delta), aligned(act)
     (N, C), d = delta.shape, act.shape[1]
     n = N if offsets is None else len(offsets) - 1
-    if offsets is None and dtype == torch.float16:
-        dtype, input_precision = torch.float32, "tf32"
-    kind = dot_kind(dtype, input_precision)
-    config = (CONFIGS if offsets is None else TOKEN_CONFIGS)[kind]
+    config = (CONFIGS if offsets is None else TOKEN_CONFIGS)[made.kind]
     tiles = triton.cdiv(C, config["BLOCK_C"]), triton.cdiv(D, config["BLOCK_K"])
     cuts = splits(tiles[0] * tiles[1], n, config["BLOCK_N"] if offsets is None else 1)
     per_split = triton.cdiv(n, cuts)
     out = torch.empty(cuts, C, D, dtype=torch.float32, device=delta.device)
     strides = (*delta.stride(), *act.stride(), *out.stride()[:2])
-    constants = {"DOT": dot_dtype(dtype), "INPUT_PRECISION": input_precision, **config}
+    constants = {**made.constants, **config}
     if offsets is None:
         fisher_diagonal_kernel[(*tiles, cuts)](
             delta, act, out, N, C, d, D, bias, per_split, 1 / n, *strides, **constants
@@ -210,27 +212,18 @@ def specialisations() -> Iterator[Specialisation]:
         (fisher_diagonal_kernel, CONFIGS),
         (token_fisher_diagonal_kernel, TOKEN_CONFIGS),
     ):
-        for kind, config in configs.items():
-            dtype = "bf16" if kind == "half" else "fp32"
-            options = {key: config[key] for key in ("num_warps", "num_stages")}
-            blocks = {key: value for key, value in config.items() if key not in options}
+        for name, signal, inputs, constants, options in forms(configs):
             yield specialise(
-                f"{kernel.__name__} {kind}",
+                f"{kernel.__name__} {name}",
                 kernel,
                 {
-                    "delta_ptr": f"*{dtype}",
-                    "act_ptr": f"*{dtype}",
+                    "delta_ptr": f"*{signal}",
+                    "act_ptr": f"*{inputs}",
                     "offsets_ptr": "*i64",
                     "out_ptr": "*fp32",
                     "alpha": "fp32",
                 },
-                {
-                    "stride_dc": 1,
-                    "stride_ak": 1,
-                    "DOT": tl.bfloat16 if kind == "half" else tl.float32,
-                    "INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee",
-                    **blocks,
-                },
+                {"stride_dc": 1, "stride_ak": 1, **constants},
                 options,
-                matrix_units=kind != "ieee",
+                matrix_units=name != "ieee",
             )

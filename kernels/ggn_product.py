@@ -21,9 +21,9 @@ import triton.language as tl
 from imu_fast.kernels.specialisation import (
     Specialisation,
     aligned,
-    dot_dtype,
-    dot_kind,
+    dots,
     eights,
+    forms,
     specialise,
     splits,
 )
@@ -33,11 +33,15 @@ CHUNK_ELEMENTS = 1 << 23
 # Of the first stage (u: tokens by classes) and of the second (HV: classes by columns).
 CONFIGS = {
     "ieee": {"BLOCK_N": 64, "BLOCK_C": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 3},
+    "tf32x3": {"BLOCK_N": 128, "BLOCK_C": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
     "tf32": {"BLOCK_N": 128, "BLOCK_C": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
+    "bf16": {"BLOCK_N": 128, "BLOCK_C": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
 }
 OUT_CONFIGS = {
     "ieee": {"BLOCK_C": 64, "BLOCK_K": 64, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2},
+    "tf32x3": {"BLOCK_C": 64, "BLOCK_K": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3},
     "tf32": {"BLOCK_C": 64, "BLOCK_K": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3},
+    "bf16": {"BLOCK_C": 64, "BLOCK_K": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3},
 }
 
 
@@ -220,13 +224,13 @@ def ggn_product(
     damping: float,
     has_bias: bool,
     top: torch.Tensor | None,
-    input_precision: str = "ieee",
+    precision: str = "ieee",
 ) -> torch.Tensor:
     """HV [m, C, D] float32 of v [m, C, D] float32; p [N, C], scale [N], act [N, d].
 
     top: [N] int64, the likeliest class of a softmax; None: p is a diagonal second derivative.
     """
-    kind, width = dot_kind(v.dtype, input_precision), act.shape[1] + has_bias
+    made, width = dots(precision, v.dtype, act.dtype), act.shape[1] + has_bias
     bias, classes = act.shape[1] if has_bias else -1, p.shape[1]
     out, scale, p, act = v * damping, scale.contiguous(), aligned(p), aligned(act)
     (N, C), v = p.shape, aligned(v, rows=p.shape[1])
@@ -234,16 +238,15 @@ def ggn_product(
     for start in range(0, N, chunk):
         rows = slice(start, min(N, start + chunk))
         likeliest = None if top is None else top[rows].contiguous()
-        product = _chunk(p[rows], scale[rows], act[rows], likeliest, v, width, bias, 1 / n, kind)
+        product = _chunk(p[rows], scale[rows], act[rows], likeliest, v, width, bias, 1 / n, made)
         out += product[:, :classes]
     return out
 
 
-def _chunk(p, scale, act, top, v, width, bias, alpha, kind):
+def _chunk(p, scale, act, top, v, width, bias, alpha, made):
     """``alpha s^T a~`` of one chunk of tokens: both stages, [m, C, width]."""
     (N, C), d, (m, _, D) = p.shape, act.shape[1], v.shape
-    first, second = CONFIGS[kind], OUT_CONFIGS[kind]
-    constants = {"DOT": dot_dtype(v.dtype), "INPUT_PRECISION": kind}
+    first, second, constants = CONFIGS[made.kind], OUT_CONFIGS[made.kind], made.constants
     tiles = triton.cdiv(C, first["BLOCK_C"])
     pu = torch.empty(m, N, C, dtype=torch.float32, device=v.device)
     sizes = (3, m, tiles, N) if top is not None else (1, 1, 1, 1)
@@ -265,19 +268,17 @@ def _chunk(p, scale, act, top, v, width, bias, alpha, kind):
 
 
 def specialisations() -> Iterator[Specialisation]:
-    """Every configuration of both stages; p and act in float32."""
+    """Every configuration of both stages; p in float32."""
     for kernel, configs in ((ggn_forward_kernel, CONFIGS), (ggn_backward_kernel, OUT_CONFIGS)):
-        for kind, config in configs.items():
-            options = {key: config[key] for key in ("num_warps", "num_stages")}
-            blocks = {key: value for key, value in config.items() if key not in options}
+        for name, _, inputs, constants, options in forms(configs):
             constexprs = {"stride_pc": 1, "stride_ak": 1, "stride_vk": 1}
             constexprs = {k: one for k, one in constexprs.items() if k in kernel.arg_names}
             pointers = {arg: "*fp32" for arg in kernel.arg_names if arg.endswith("_ptr")}
             yield specialise(
-                f"{kernel.__name__} {kind}",
+                f"{kernel.__name__} {name}",
                 kernel,
-                {**pointers, "top_ptr": "*i64", "alpha": "fp32"},
-                {**constexprs, "DOT": tl.float32, "INPUT_PRECISION": kind, **blocks},
+                {**pointers, "act_ptr": f"*{inputs}", "top_ptr": "*i64", "alpha": "fp32"},
+                {**constexprs, **constants},
                 options,
-                matrix_units=kind != "ieee",
+                matrix_units=name != "ieee",
             )

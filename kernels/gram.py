@@ -14,9 +14,9 @@ import triton.language as tl
 from imu_fast.kernels.specialisation import (
     Specialisation,
     aligned,
-    dot_dtype,
-    dot_kind,
+    dots,
     eights,
+    forms,
     specialise,
 )
 
@@ -24,12 +24,16 @@ from imu_fast.kernels.specialisation import (
 # the summed axis at a time. Short samples: BLOCK_T tokens a side.
 CONFIGS = {
     "ieee": {"BLOCK_I": 64, "BLOCK_R": 16, "num_warps": 8, "num_stages": 3},
+    "tf32x3": {"BLOCK_I": 64, "BLOCK_R": 32, "num_warps": 8, "num_stages": 3},
     "tf32": {"BLOCK_I": 64, "BLOCK_R": 32, "num_warps": 4, "num_stages": 3},
+    "bf16": {"BLOCK_I": 64, "BLOCK_R": 32, "num_warps": 4, "num_stages": 3},
     "half": {"BLOCK_I": 64, "BLOCK_R": 64, "num_warps": 4, "num_stages": 3},
 }
 TOKEN_CONFIGS = {
     "ieee": {"BLOCK_T": 16, "BLOCK_R": 32, "num_warps": 4, "num_stages": 2},
+    "tf32x3": {"BLOCK_T": 64, "BLOCK_R": 16, "num_warps": 8, "num_stages": 3},
     "tf32": {"BLOCK_T": 64, "BLOCK_R": 32, "num_warps": 4, "num_stages": 3},
+    "bf16": {"BLOCK_T": 64, "BLOCK_R": 32, "num_warps": 4, "num_stages": 3},
     "half": {"BLOCK_T": 64, "BLOCK_R": 64, "num_warps": 4, "num_stages": 3},
 }
 
@@ -177,55 +181,40 @@ def gram(
     act: torch.Tensor,
     offsets: torch.Tensor | None,
     has_bias: bool,
-    input_precision: str = "ieee",
+    precision: str = "ieee",
 ) -> torch.Tensor:
     """K [n, n] float32; delta [N, C], act [N, d]; offsets [n+1], or None: a token per sample."""
-    delta, act, dtype = aligned(delta), aligned(act), torch.promote_types(delta.dtype, act.dtype)
+    made = dots(precision, delta.dtype, act.dtype)
+    delta, act = aligned(delta), aligned(act)
     (N, C), d = delta.shape, act.shape[1]
     n = N if offsets is None else len(offsets) - 1
-    kind = dot_kind(dtype, input_precision)
     out = torch.empty(n, n, dtype=torch.float32, device=delta.device)
     sizes = (C, d, *delta.stride(), *act.stride(), n)
-    constants = {
-        "HAS_BIAS": has_bias,
-        "DOT": dot_dtype(dtype),
-        "INPUT_PRECISION": input_precision,
-    }
+    config = (CONFIGS if offsets is None else TOKEN_CONFIGS)[made.kind]
+    constants = {"HAS_BIAS": has_bias, **made.constants, **config}
     if offsets is None:
-        tiles = triton.cdiv(n, CONFIGS[kind]["BLOCK_I"])
-        gram_kernel[(tiles, tiles)](delta, act, out, N, *sizes, **constants, **CONFIGS[kind])
+        tiles = triton.cdiv(n, config["BLOCK_I"])
+        gram_kernel[(tiles, tiles)](delta, act, out, N, *sizes, **constants)
     else:
         offsets = offsets.to(delta.device)
-        token_gram_kernel[(n * n,)](
-            delta, act, offsets, out, n, *sizes, **constants, **TOKEN_CONFIGS[kind]
-        )
+        token_gram_kernel[(n * n,)](delta, act, offsets, out, n, *sizes, **constants)
     return out
 
 
 def specialisations() -> Iterator[Specialisation]:
     """Every configuration of both kernels, with a bias."""
     for kernel, configs in ((gram_kernel, CONFIGS), (token_gram_kernel, TOKEN_CONFIGS)):
-        for kind, config in configs.items():
-            dtype = "bf16" if kind == "half" else "fp32"
-            options = {key: config[key] for key in ("num_warps", "num_stages")}
-            blocks = {key: value for key, value in config.items() if key not in options}
+        for name, signal, inputs, constants, options in forms(configs):
             yield specialise(
-                f"{kernel.__name__} {kind}",
+                f"{kernel.__name__} {name}",
                 kernel,
                 {
-                    "delta_ptr": f"*{dtype}",
-                    "act_ptr": f"*{dtype}",
+                    "delta_ptr": f"*{signal}",
+                    "act_ptr": f"*{inputs}",
                     "offsets_ptr": "*i64",
                     "out_ptr": "*fp32",
                 },
-                {
-                    "stride_dc": 1,
-                    "stride_ak": 1,
-                    "HAS_BIAS": True,
-                    "DOT": tl.bfloat16 if kind == "half" else tl.float32,
-                    "INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee",
-                    **blocks,
-                },
+                {"stride_dc": 1, "stride_ak": 1, "HAS_BIAS": True, **constants},
                 options,
-                matrix_units=kind != "ieee",
+                matrix_units=name != "ieee",
             )

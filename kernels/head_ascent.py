@@ -19,17 +19,20 @@ from imu_fast.kernels.specialisation import (
     ALIGN,
     Specialisation,
     aligned,
+    dots,
     eights,
+    forms,
     specialise,
 )
 
 # (BLOCK_N rows, BLOCK_C classes, num_warps): the first that holds all classes, else the last.
 RESIDUAL_CONFIGS = [(64, 16, 4), (8, 128, 4), (1, 2048, 4)]
 # Of the update. Half-precision features are exact in TF32, where a small share of a weighted
-# residual keeps its exponent and 11 bits: so there is no "half". theta and its momentum join the
-# tile in registers: twice this tile spills.
+# residual keeps its exponent and 11 bits: so there is no "half" and no "bf16". theta and its
+# momentum join the tile in registers: twice this tile spills.
 CONFIGS = {
     "ieee": {"BLOCK_C": 64, "BLOCK_K": 64, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2},
+    "tf32x3": {"BLOCK_C": 64, "BLOCK_K": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3},
     "tf32": {"BLOCK_C": 64, "BLOCK_K": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3},
 }
 # Below every logit: a finite stand-in for minus infinity, whose differences are not NaN.
@@ -223,7 +226,7 @@ def head_ascent(
     momentum: float,
     weight_decay: float,
     alpha: float,
-    input_precision: str = "ieee",
+    precision: str = "ieee",
 ) -> torch.Tensor:
     """Step theta [C, D] and its momentum buffer in place, float32; returns the loss, a scalar.
 
@@ -239,15 +242,14 @@ def head_ascent(
         logits, labels.contiguous(), share.contiguous(), delta, loss, N, C, *logits.stride(),
         width, OBJECTIVE=objective, BLOCK_N=BLOCK_N, BLOCK_C=BLOCK_C, num_warps=num_warps,
     )  # fmt: skip
-    exact = features.dtype == torch.float32 and input_precision == "ieee"
-    kind = "ieee" if exact else "tf32"
-    config = CONFIGS[kind]
+    made = dots(precision, torch.float32, features.dtype)
+    config = CONFIGS[made.kind]
     tiles = triton.cdiv(C, config["BLOCK_C"]), triton.cdiv(D, config["BLOCK_K"])
     penalty = torch.empty(tiles[::-1], dtype=torch.float32, device=theta.device)
     ascent_update_kernel[tiles](
         delta, features, theta, buffer, penalty, N, C, features.shape[1], D, bias, lr, momentum,
         weight_decay, alpha, *delta.stride(), *features.stride(), theta.stride(0),
-        0 if buffer is None else buffer.stride(0), DOT=tl.float32, INPUT_PRECISION=kind, **config,
+        0 if buffer is None else buffer.stride(0), **made.constants, **config,
     )  # fmt: skip
     return loss.sum() + penalty.sum()
 
@@ -266,20 +268,12 @@ def specialisations() -> Iterator[Specialisation]:
         )
     floats = {arg: "fp32" for arg in ("lr", "momentum", "weight_decay", "alpha")}
     pointers = {arg: "*fp32" for arg in ascent_update_kernel.arg_names if arg.endswith("_ptr")}
-    for kind, dtype in (("ieee", "fp32"), ("tf32", "fp32"), ("tf32", "bf16")):
-        options = {key: CONFIGS[kind][key] for key in ("num_warps", "num_stages")}
-        blocks = {key: value for key, value in CONFIGS[kind].items() if key not in options}
+    for name, _, inputs, constants, options in forms(CONFIGS):
         yield specialise(
-            f"ascent_update {kind} {dtype}",
+            f"ascent_update {name}",
             ascent_update_kernel,
-            {**pointers, "act_ptr": f"*{dtype}", **floats},
-            {
-                "stride_dc": 1,
-                "stride_ak": 1,
-                "DOT": tl.float32,
-                "INPUT_PRECISION": kind,
-                **blocks,
-            },
+            {**pointers, "act_ptr": f"*{inputs}", **floats},
+            {"stride_dc": 1, "stride_ak": 1, **constants},
             options,
-            matrix_units=kind != "ieee",
+            matrix_units=name != "ieee",
         )

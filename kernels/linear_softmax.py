@@ -17,9 +17,9 @@ import triton.language as tl
 from imu_fast.kernels.specialisation import (
     Specialisation,
     aligned,
-    dot_dtype,
-    dot_kind,
+    dots,
     eights,
+    forms,
     specialise,
     splits,
 )
@@ -27,7 +27,9 @@ from imu_fast.kernels.specialisation import (
 # "ieee" multiplies on the ordinary units, where a thread holds its outputs: smaller tiles.
 CONFIGS = {
     "ieee": {"BLOCK_N": 32, "BLOCK_C": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 3},
+    "tf32x3": {"BLOCK_N": 64, "BLOCK_C": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
     "tf32": {"BLOCK_N": 128, "BLOCK_C": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
+    "bf16": {"BLOCK_N": 128, "BLOCK_C": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
     "half": {"BLOCK_N": 128, "BLOCK_C": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
 }
 
@@ -193,9 +195,9 @@ def residual_kernel(
     tl.store(delta_ptr + n[:, None] * stride_dn + c[None, :], delta, mask=mask)
 
 
-def _constants(act: torch.Tensor, input_precision: str) -> dict:
-    kind = dot_kind(act.dtype, input_precision)
-    return {"DOT": dot_dtype(act.dtype), "INPUT_PRECISION": input_precision, **CONFIGS[kind]}
+def _constants(act: torch.Tensor, weight: torch.Tensor, precision: str) -> dict:
+    made = dots(precision, act.dtype, weight.dtype)
+    return {**made.constants, **CONFIGS[made.kind]}
 
 
 def normaliser(
@@ -204,12 +206,12 @@ def normaliser(
     bias: torch.Tensor | None,
     labels: torch.Tensor,
     scale: torch.Tensor | None,
-    input_precision: str = "ieee",
+    precision: str = "ieee",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """lse, ``1 - p_y`` and scaled loss, [N] float32 each; act [N, d], weight [C, d], labels [N]."""
     act, weight = aligned(act), aligned(weight)
     (N, d), C = act.shape, len(weight)
-    constants = _constants(act, input_precision)
+    constants = _constants(act, weight, precision)
     tiles = triton.cdiv(N, constants["BLOCK_N"])
     cuts = splits(max(tiles, 1), C, constants["BLOCK_C"])
     per_split = triton.cdiv(C, cuts)
@@ -240,12 +242,12 @@ def residual(
     lse: torch.Tensor,
     q: torch.Tensor,
     first: int,
-    input_precision: str = "ieee",
+    precision: str = "ieee",
 ) -> torch.Tensor:
     """delta [N, C] float32 of the classes first .. first+C-1, whose weight [C, d] and bias come."""
     act, weight = aligned(act), aligned(weight)
     (N, d), C = act.shape, len(weight)
-    constants = _constants(act, input_precision)
+    constants = _constants(act, weight, precision)
     delta = torch.empty(N, C, dtype=torch.float32, device=act.device)
     tiles = triton.cdiv(N, constants["BLOCK_N"]) * triton.cdiv(C, constants["BLOCK_C"])
     if N:
@@ -259,24 +261,14 @@ def residual(
 def specialisations() -> Iterator[Specialisation]:
     """Every configuration of both kernels, without a bias (language models have none)."""
     for kernel in (normaliser_kernel, residual_kernel):
-        for kind, config in CONFIGS.items():
-            dtype = "bf16" if kind == "half" else "fp32"
-            options = {key: config[key] for key in ("num_warps", "num_stages")}
-            blocks = {key: value for key, value in config.items() if key not in options}
+        for name, weights, inputs, constants, options in forms(CONFIGS):
             types = {arg: "*fp32" for arg in kernel.arg_names if arg.endswith("_ptr")}
-            types |= {"act_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "labels_ptr": "*i64"}
+            types |= {"act_ptr": f"*{inputs}", "weight_ptr": f"*{weights}", "labels_ptr": "*i64"}
             yield specialise(
-                f"{kernel.__name__} {kind}",
+                f"{kernel.__name__} {name}",
                 kernel,
                 types,
-                {
-                    "bias_ptr": None,
-                    "stride_ak": 1,
-                    "stride_wk": 1,
-                    "DOT": tl.bfloat16 if kind == "half" else tl.float32,
-                    "INPUT_PRECISION": "tf32" if kind == "tf32" else "ieee",
-                    **blocks,
-                },
+                {"bias_ptr": None, "stride_ak": 1, "stride_wk": 1, **constants},
                 options,
-                matrix_units=kind != "ieee",
+                matrix_units=name != "ieee",
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -64,19 +65,61 @@ def specialise(
     return Specialisation(name, kernel, signature, constexprs, attrs, options, matrix_units)
 
 
-def dot_kind(dtype: torch.dtype, input_precision: str) -> str:
-    """The key into CONFIGS: "ieee" or "tf32" for float32 dots, "half" for bfloat16 and float16."""
-    return input_precision if dtype == torch.float32 else "half"
+class Dots(NamedTuple):
+    """How ``tl.dot`` multiplies: the key into CONFIGS, and the constants of a kernel.
 
-
-def dot_dtype(dtype: torch.dtype) -> Any:
-    """The type in which operands enter ``tl.dot``: their own (accumulation is in float32).
-
-    The interpreter multiplies bfloat16 by its bit patterns, so there it is float32.
+    Attributes:
+        kind: "half", of operands that are both bfloat16, or float16, as they are; or the precision
+            that wider ones are brought to: "ieee", "tf32x3", "tf32", "bf16".
+        dtype: in which operands enter (accumulation is in float32).
     """
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return tl.float32
-    return TRITON_DTYPES[TRITON_NAMES[dtype]]
+
+    kind: str
+    dtype: torch.dtype
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The interpreter multiplies bfloat16 by its bit patterns, so there it is float32."""
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        name = "fp32" if interpreted else TRITON_NAMES[self.dtype]
+        precision = "ieee" if self.kind in ("half", "bf16") else self.kind
+        return {"DOT": TRITON_DTYPES[name], "INPUT_PRECISION": precision}
+
+
+def dots(precision: str, left: torch.dtype, right: torch.dtype, squared: bool = False) -> Dots:
+    """Of operands of these dtypes; no product is less exact than ``precision``.
+
+    Args:
+        squared: what is multiplied are their squares, which half precision does not hold.
+    """
+    if left == right and left.itemsize == 2 and not squared:
+        return Dots("half", left)
+    if precision != "bf16":
+        return Dots(precision, torch.float32)
+    halves = left == right == torch.bfloat16
+    return Dots("half" if halves else "bf16", torch.bfloat16)
+
+
+# What the forms of a kernel read, by the kind of their dots; "mixed": float32 beside bfloat16.
+READ = {kind: "fp32" for kind in ("ieee", "tf32x3", "tf32", "bf16")} | {"half": "bf16"}
+MIXED = ("tf32", "bf16")
+
+
+def forms(configs: dict[str, dict]) -> Iterator[tuple[str, str, str, dict, dict]]:
+    """Name, types of signal and of inputs, constants and options of each form of a kernel.
+
+    Of half-precision models inputs are narrower than the signal, in the kinds that they take
+    unless another is asked for.
+    """
+    for kind, config in configs.items():
+        options = {key: config[key] for key in ("num_warps", "num_stages")}
+        blocks = {key: value for key, value in config.items() if key not in options}
+        narrow = tl.bfloat16 if kind in ("half", "bf16") else tl.float32
+        precision = "ieee" if kind in ("half", "bf16") else kind
+        constants = {"DOT": narrow, "INPUT_PRECISION": precision, **blocks}
+        yield kind, READ[kind], READ[kind], constants, options
+        if kind in MIXED:
+            yield f"{kind} mixed", "fp32", "bf16", constants, options
 
 
 def aligned(x: torch.Tensor, rows: int = 0) -> torch.Tensor:

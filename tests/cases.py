@@ -99,27 +99,24 @@ CASES = [
 IDS = [case.why for case in CASES]
 
 
-# Two operands cut, not rounded, to TF32's ten bits, and as much again for what is made of them.
-TF32_ERROR = 4 * 2**-10
-
-
 def assert_close(
     actual: Tensor,
     truth: Tensor,
     length: int,
     scale: float | None = None,
-    tf32: bool = False,
+    rounding: float = 0.0,
 ) -> None:
     """Compare with a float64 truth.
 
     A sum of ``length`` products in a dtype of unit roundoff u has error at most about
     ``length * u`` times the largest sum of magnitudes; half a dozen roundings of the factors come
     on top. ``scale``: that magnitude, where cancellation makes the truth smaller than its terms.
-    ``tf32``: whether the factors were cut to TF32.
+    ``rounding``: relative error of each operand of the products, see
+    ``imu_fast.precision.ROUNDING``: there are two, and as much again for what is made of them.
     """
     scale = float(truth.abs().max()) if scale is None else scale
     eps = torch.finfo(actual.dtype).eps
-    bound = (length + 8) * eps + (TF32_ERROR if tf32 else 0.0)
+    bound = (length + 8) * eps + 4 * rounding
     bound *= max(scale, torch.finfo(actual.dtype).tiny)
     error = float((actual.double() - truth.double()).abs().max()) if truth.numel() else 0.0
     assert actual.shape == truth.shape

@@ -69,6 +69,8 @@ VALUES: dict[str, list] = {
     "margin": [0.7],
     "metric": ["ggn"],
     "k": [0.5],
+    "calibrated": [True],
+    "targets": [torch.linspace(-1, 1, 120, dtype=torch.float64).view(30, 4).softmax(1)],
     "then": ["margin_edit"],
     "summary": [],  # of the problems' model: see problems()
     "beta": [0.3],
@@ -133,6 +135,8 @@ class Problem:
 def with_depth(method: typing.Any, task: str, options: dict) -> dict:
     """``auto`` asks for a depth where samples are not a class, and a removal without a summary."""
     named = {"stop", "milestones", "unseen"} & options.keys()
+    if method in ("self_distillation", METHODS["self_distillation"]) and not named:
+        return {"stop": HALF, **options}
     if method in ("newton_removal", METHODS["newton_removal"]) and not named:
         return options if options.get("summary") else {"stop": HALF, **options}
     if method not in ("auto", METHODS["auto"]) or task == "a class" or named:

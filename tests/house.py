@@ -24,7 +24,10 @@ FLOORS = (
     ("factors",),
     ("losses", "solvers", "ops"),
     ("kernels", "_C", "_C_cuda"),
-    tuple("ambient backend distributed errors options reference reference_ggn storage".split()),
+    (
+        *("ambient", "backend", "distributed", "errors", "options", "precision"),
+        *("reference", "reference_ggn", "storage"),
+    ),
 )
 FLOOR = {room: depth for depth, rooms in enumerate(FLOORS) for room in rooms}
 BOTTOM = len(FLOORS) - 1

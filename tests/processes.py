@@ -109,14 +109,18 @@ def implicit(rank, world):
 
 
 def single(rank, world):
-    """Float32, of a well-conditioned problem."""
-    whole = head_factors(Case("float32", (1,) * 60, 5, 8, scale=0.3), torch.float32)
-    mine = share_of(whole.n, SHARES[world][0], rank)
-    shared = sharded(whole, mine)
-    for spec in specs():
-        spec = CURVATURES.choose(spec.name, damping=1.0 if "damping" in spec.paths() else None)
-        truth = imu.influence_scores(whole, curvature=spec)[mine]
-        same(imu.influence_scores(shared, curvature=spec), truth, spec.name, 1e-6)
+    """Float32, of a well-conditioned problem; and beside inputs of half precision."""
+    wide = head_factors(Case("float32", (1,) * 60, 5, 8, scale=0.3), torch.float32)
+    half = wide.to(dtype=torch.bfloat16)
+    mine = share_of(wide.n, SHARES[world][0], rank)
+    for whole in (wide, half):
+        shared = sharded(whole, mine)
+        assert torch.equal(shared.gathered().act, whole.act)
+        for spec in specs():
+            spec = CURVATURES.choose(spec.name, damping=1.0 if "damping" in spec.paths() else None)
+            truth = imu.influence_scores(whole, curvature=spec)[mine]
+            same(imu.influence_scores(shared, curvature=spec), truth, spec.name, 1e-6)
+    refused(lambda: sharded(half if rank else wide, mine), "torch.float32 beside torch.bfloat16")
 
 
 def network():

@@ -112,23 +112,6 @@ def test_interpreted(value, expected, monkeypatch):
     assert backend.interpreted() is expected
 
 
-@pytest.mark.parametrize("setting, expected", [("tf32", "tf32"), ("ieee", "ieee")])
-def test_precision_follows_either_of_torchs_settings(setting, expected):
-    """The newer one makes the older one's getter raise, even where both would agree."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    try:
-        torch.set_float32_matmul_precision("high" if setting == "tf32" else "highest")
-        assert backend.input_precision() == expected
-        torch.set_float32_matmul_precision("highest")
-        matmul.fp32_precision = setting
-        assert backend.input_precision() == expected
-    finally:
-        matmul.fp32_precision = "ieee"
-        torch.set_float32_matmul_precision("highest")
-        matmul.fp32_precision = before
-
-
 MISSING = """
 import sys
 sys.modules["triton"] = None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,30 @@ def factors(**options):
 
 def tokens():
     return factors(offsets=torch.tensor([0, 3, 4, 8, 10]))
+
+
+HALF = copy.deepcopy(MODEL).bfloat16()
+HALF_DATA = (X.bfloat16(), Y)
+
+
+def half(call, **options):
+    return lambda: getattr(imu, call)(HALF, HALF_DATA, **options)
+
+
+def of_layers():
+    return imu.capture(MODEL, DATA, layers=[MODEL[0], MODEL[2]])
+
+
+def refitted():
+    """Of a head at the optimum of its objective."""
+    return imu.leave_one_out(MODEL, DATA, weight_decay=0.1, refit=True)
+
+
+def indexed():
+    with tempfile.TemporaryDirectory() as folder:
+        imu.build_index(MODEL, DATA, f"{folder}/index")
+        index = imu.load_index(f"{folder}/index")
+        return index.scores(index.capture(MODEL, DATA), curvature="identity")
 
 
 def unlearn(method, **options):
@@ -108,6 +134,47 @@ CALLS = {
     "pairwise_similarity": (
         lambda: imu.pairwise_similarity(factors(), factors()),
         {**SIGNAL, "gradient_norms": NONE, "cross_gram": NONE},
+    ),
+    "pairwise_similarity, product": (
+        lambda: imu.pairwise_similarity(factors(), factors(), metric="product"),
+        {**SIGNAL, "cross_gram": NONE},
+    ),
+    "similarity_scores": (
+        lambda: imu.similarity_scores(of_layers()),
+        {**SIGNAL, **MEAN, "gradient_norms": NONE, "bilinear_scores": KERNEL},
+    ),
+    "build_index, load_index": (indexed, {**SIGNAL, "cross_gram": NONE}),
+    "leave_one_out": (refitted, {"softmax_residual": WIDE}),
+    "unlearn_in_turn": (
+        lambda: imu.unlearn_in_turn(copy.deepcopy(MODEL), [DATA], "imu", epochs=1),
+        {**DIAGONAL, "head_ascent": KERNEL},
+    ),
+    "influence_scores of a bfloat16 model": (half("influence_scores"), DIAGONAL),
+    "influence_scores of its layers": (
+        half("influence_scores", layers=[HALF[0], HALF[2]]),
+        DIAGONAL,
+    ),
+    "self_influence of a bfloat16 model": (
+        half("self_influence"),
+        {**SIGNAL, "fisher_diagonal": KERNEL, "quadratic_scores": KERNEL},
+    ),
+    "self_influence of a bfloat16 model, identity": (
+        half("self_influence", curvature="identity"),
+        {**SIGNAL, "gradient_norms": NONE},
+    ),
+    "influence_scores of a bfloat16 model, kfac": (
+        half("influence_scores", curvature="kfac"),
+        {**SIGNAL, **MEAN, "bilinear_scores": KERNEL},
+    ),
+    "influence_scores of a bfloat16 model, ggn by conjugate gradient": (
+        half("influence_scores", curvature=imu.GGN(solver="cg")),
+        {
+            **SIGNAL,
+            **MEAN,
+            "ggn_product": BOTH,
+            "conjugate_gradient_iteration": KERNEL,
+            "bilinear_scores": KERNEL,
+        },
     ),
     "batch_weights": (lambda: imu.batch_weights(factors()), DIAGONAL),
     "parameter_importance": (
@@ -186,6 +253,41 @@ for _name, _expected in OF_CURVATURE.items():
 every_call = pytest.mark.parametrize("name", CALLS)
 
 
+# Public functions that reach no operation, or do through one that is above.
+NO_OPERATION = {
+    "backends": "says what there is",
+    "capture_features": "the model's own pass",
+    "curvatures": "names",
+    "evaluate": "the model's own pass",
+    "find_head": "the model's own pass",
+    "fit": "OF_CURVATURE",
+    "influence_weights": "of scores",
+    "linear_layers_matching": "names",
+    "live_weights": "batch_weights, of a training step",
+    "load_index": "build_index, load_index",
+    "load_operator": "fit and solve",
+    "load_summary": "a file",
+    "load_text": "a file",
+    "matrix_to_vector": "a view",
+    "methods": "names",
+    "record_backends": "says what ran",
+    "save_summary": "sums in float64",
+    "split": "data in two",
+    "use_backend": "a choice",
+    "use_precision": "a choice",
+    "validate": "retrains",
+    "vector_to_matrix": "a view",
+}
+
+
+def test_every_public_function_is_here_or_reaches_no_operation():
+    functions = {
+        name for name in imu.__all__ if inspect.isfunction(inspect.unwrap(getattr(imu, name)))
+    }
+    walked = {name for name in functions for call in CALLS if name in call}
+    assert functions == walked | set(NO_OPERATION), functions ^ (walked | set(NO_OPERATION))
+
+
 def test_every_curvature_and_kernel_is_reached():
     assert set(OF_CURVATURE) == set(imu.curvatures())
     reached = {
@@ -211,9 +313,13 @@ def test_a_backend_by_name_runs_everything(name, backend):
 @pytest.mark.skipif(not interpreted(), reason="test_kernels_are_reached runs it interpreted")
 @every_call
 def test_under_triton(name):
+    """And in what it multiplies: as it was asked to in kernels, more exactly on the CPU."""
     call, takes = CALLS[name]
-    with imu.use_backend("triton"), imu.record_backends() as ran:
+    with imu.use_backend("triton"), imu.use_precision("tf32x3"), imu.record_backends() as ran:
         call()
+    multiply = {o for o in ran if o in OPERATIONS and OPERATIONS[o].products}
+    in_what = {"triton": "tf32x3", "torch": "ieee", "torch, triton": "ieee, tf32x3"}
+    assert ran.precisions == {operation: in_what[ran[operation]] for operation in multiply}
     assert ran.pop("damped_cholesky_solve", None) in (
         LIBRARIES if CHOLESKY.keys() & takes else [None]
     )

@@ -68,7 +68,8 @@ def build_index(
             ``projection``, where nothing is drawn.
         dtype: what signals and inputs, or projections, are held in: ``torch.float64``,
             ``torch.float32`` or ``torch.bfloat16`` (half the bytes, rounded to 8 bits). Nothing is
-            widened. None: as captured, float32 or float64.
+            widened. None: as captured: float32 or float64, inputs of a half-precision model as they
+            are.
         chunk_size: samples of a file, in whole batches: what an end costs at most.
         progress: show a bar.
         reading: ``output``, ``loss`` and its options, as in :func:`imu_fast.capture_features`; what

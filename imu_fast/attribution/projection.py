@@ -24,6 +24,7 @@ from torch import Tensor
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.grouped import gradients_of_groups
 from imu_fast.factors.operands import check_result
+from imu_fast.ops.tokens import widened
 
 
 class Shape(Protocol):
@@ -89,7 +90,9 @@ class Projection:
 
         def project(chunk: GradientFactors) -> Tensor:
             delta = chunk.delta @ left.T
-            act = chunk.act @ right[:, :d].T
+            inputs = right[:, :d].T
+            parts = [act @ inputs for _, act, _ in widened(chunk.delta, chunk.act, chunk.offsets)]
+            act = torch.cat(parts)
             if chunk.has_bias:
                 act += right[:, d]
             return gradients_of_groups(delta, act, chunk.offsets, 1).flatten(1)

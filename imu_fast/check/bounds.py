@@ -4,8 +4,9 @@ A sum of k terms, in any order, is off by at most ``k u / (1 - k u)`` times the 
 magnitudes, u the unit roundoff of the arithmetic (Higham, Accuracy and Stability, section 4.2).
 Here every k is a little larger than the operation's, for the roundings beside its sums, and the
 magnitudes are the same operation of absolute values. A function gives, for each result, the
-:class:`Bound`: so many u (``rounded``), what is multiplied in TF32 (``cut``), of which operands are
-cut to ten bits, and what the definition's own float64 is off by beyond it (``definition``).
+:class:`Bound`: so many u (``rounded``), what is multiplied in a lower precision (``cut``), in units
+of what an operand is rounded by there (``imu_fast.precision.ROUNDING``), and what the definition's
+own float64 is off by beyond it (``definition``).
 Of softmaxes ``e^(z - m)`` has a relative error of ``|z - m|`` u and more: its argument is rounded.
 """
 
@@ -22,7 +23,7 @@ from imu_fast.check import plain
 
 
 class Bound(NamedTuple):
-    """Of one result: magnitudes in units of the roundoff, of a cut to TF32, of float64's."""
+    """Of one result: magnitudes in units of the roundoff, of operands' rounding, of float64's."""
 
     rounded: Tensor
     cut: Tensor | float = 0.0

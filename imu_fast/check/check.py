@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from imu_fast import __version__
-from imu_fast.backend import backends, interpreted, products, use_backend
+from imu_fast.backend import backends, interpreted, use_backend
 from imu_fast.check.counts import Ceilings
 from imu_fast.check.entries import Entry, entries
 from imu_fast.check.error import Worst, worst
 from imu_fast.check.timing import KINDS, Times, ceilings, times
 from imu_fast.errors import InputError, check_choice
+from imu_fast.precision import PRECISIONS, at_least, precision_of, use_precision
 from imu_fast.solvers.cholesky.cholesky import backend_of
 
 _SOLVER = "damped_cholesky_solve"
@@ -168,11 +169,13 @@ def _ways(entry: Entry, device: torch.device) -> Iterator[tuple[str, torch.dtype
             yield "torch", dtype, "ieee"
     if not entry.has_kernel or not (device.type == "cuda" or interpreted()):
         return
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        yield "triton", dtype, "ieee"
-        # The interpreter multiplies in float32 whatever is asked.
-        if dtype == torch.float32 and not interpreted():
-            yield "triton", dtype, "tf32"
+    multiplies: Sequence[str] = getattr(entry.run, "products", ())
+    # The interpreter multiplies in float32 whatever is asked: of those the two with other tiles.
+    there = [one for one in PRECISIONS if one in multiplies] or ["ieee"]
+    for precision in there[:2] if interpreted() else there:
+        yield "triton", torch.float32, precision
+    for dtype in (torch.bfloat16, torch.float16):
+        yield "triton", dtype, at_least(precision_of([dtype]), there)
 
 
 def _row(
@@ -187,7 +190,8 @@ def _row(
     which = (entry.name, backend, str(dtype).removeprefix("torch."), precision)
     timed = None if rates is None else entry.timed[device.type == "cuda"]
     try:
-        with nullcontext() if entry.name == _SOLVER else use_backend(backend), products(precision):
+        chosen = nullcontext() if entry.name == _SOLVER else use_backend(backend)
+        with chosen, use_precision(precision):
             found = worst(entry, device, backend, dtype, precision, timed)
             if found is None:
                 return None

@@ -125,10 +125,13 @@ def residual(kind: str, N: int, C: int, d: int) -> Cost:
 
 
 def linear_softmax_scores(kind: str, N: int, C: int, d: int, slab: int = 4096) -> Cost:
-    """Both sweeps in ``kind``; three products on each slab of delta, which is float32: in TF32."""
-    slabs, wide = -(-C // slab), "fp32" if kind == "fp32" else "tf32"
-    moved = 4 * slabs * (3 * N * slab + 3 * N * d + 3 * slab * (d + 1))
-    products = cost_of(moved, 6 * N * C * (d + 1), wide)
+    """Both sweeps and three products on each slab of delta, which is float32, as features are not.
+
+    Of half precision the mean gradient's, which is torch's own product, is in TF32.
+    """
+    slabs, torchs = -(-C // slab), "tf32" if SIZE[kind] == 2 else kind
+    moved = slabs * (4 * (3 * N * slab + 3 * slab * (d + 1)) + 3 * N * d * SIZE[kind])
+    products = cost_of(moved, 4 * N * C * (d + 1), kind) + cost_of(0, 2 * N * C * (d + 1), torchs)
     return normaliser(kind, N, C, d) + residual(kind, N, C, d) + products
 
 

@@ -13,9 +13,8 @@ from imu_fast.backend import interpreted, use_backend
 from imu_fast.check.bounds import Bound
 from imu_fast.check.calls import exact, operands, results
 from imu_fast.check.entries import CHECKED, Entry, Operands, Shape, wide
+from imu_fast.precision import ROUNDING
 
-# Relative error of an operand that is cut to TF32's ten bits.
-_TF32 = 2.0**-10
 # 1 / (1 - k u) of the longest sums here, and more.
 _SLACK = 1.01
 
@@ -51,7 +50,7 @@ def worst(
     At ``timed``, where the definition's loops would take too long, the truth is the plain form in
     float64. Nothing is compared there in float64, in which that form cancels.
     """
-    cut = _TF32 if precision == "tf32" or _cuts(entry, backend, dtype) else 0.0
+    cut = ROUNDING[precision] if _rounds(entry, backend, dtype) else 0.0
     found: list[Worst] = []
     for name in entry.names:
         for shape in CHECKED[device.type]:
@@ -72,11 +71,12 @@ def worst(
     return max(found, key=lambda one: one.share, default=None)
 
 
-def _cuts(entry: Entry, backend: str, dtype: torch.dtype) -> bool:
-    """Whether a kernel multiplies what is made of half precision in fewer bits than float32's."""
-    made = ("fisher_diagonal", "quadratic_scores", "head_ascent")
-    half = dtype.itemsize < 4 and backend == "triton" and not interpreted()
-    return half and entry.name in made
+def _rounds(entry: Entry, backend: str, dtype: torch.dtype) -> bool:
+    """Whether operands are rounded: all of float32, and of half precision what is made of them."""
+    if backend != "triton" or interpreted():
+        return False
+    made = ("fisher_diagonal", "quadratic_scores", "head_ascent", "ggn_product")
+    return dtype == torch.float32 or entry.name in made
 
 
 def _refused(entry: Entry, backend: str, given: Operands) -> str:

@@ -11,7 +11,7 @@ from imu_fast.check.check import Report, Row
 
 # From this many columns on the operation has a column of its own, else a line above its rows.
 _WIDE = 110
-_COLUMNS = {"backend": 9, "dtype": 12, "error": 7, "bound": 7}
+_COLUMNS = {"backend": 9, "dtype": 14, "error": 7, "bound": 7}
 _TIMES = {"ours, ms": 8, "torch, ms": 9, "faster": 6, "of floor": 8}
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from statistics import median
 from typing import NamedTuple
 
 import torch
 
-from imu_fast.backend import ask_float32_products, float32_products
 from imu_fast.check.calls import copied, operands
 from imu_fast.check.counts import Ceilings
 from imu_fast.check.entries import Entry
+from imu_fast.precision import torch_multiplies_in
 
 KINDS = {
     torch.float64: "fp64",
@@ -21,6 +21,8 @@ KINDS = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
 }
+# Of float32 in another precision; three products of TF32 take three times the floor.
+_KIND = {"tf32x3": "tf32", "tf32": "tf32", "bf16": "bf16"}
 # Seconds for the turns of one row, and how many there are at least and at most.
 _BUDGET, _TURNS = 0.1, (3, 50)
 # Bytes that a copy moves, more than caches hold; side of a product of squares.
@@ -66,20 +68,10 @@ def _product(kind: str, device: torch.device) -> Callable[[], object]:
     out = torch.empty_like(left)
 
     def product() -> object:
-        with _tf32() if kind == "tf32" else nullcontext():
+        with torch_multiplies_in("tf32") if kind == "tf32" else nullcontext():
             return torch.mm(left, right, out=out)
 
     return product
-
-
-@contextmanager
-def _tf32() -> Iterator[None]:
-    before = float32_products()
-    ask_float32_products("tf32")
-    try:
-        yield
-    finally:
-        ask_float32_products(before)
 
 
 def _copy(moved: float, device: torch.device) -> Callable[[], object]:
@@ -105,7 +97,7 @@ def times(
 ) -> Times:
     """Of the timed shape, in turns, so that all see the same machine."""
     shape = entry.timed[device.type == "cuda"]
-    kind = "tf32" if precision == "tf32" else KINDS[dtype]
+    kind = _KIND.get(precision, KINDS[dtype]) if dtype == torch.float32 else KINDS[dtype]
     cost = entry.cost(kind, shape)
     given = operands(entry, shape, dtype, entry.names[0], device)
     # What limits it, as bare work: a copy of as many bytes, or a product for the FLOPs.

@@ -13,6 +13,7 @@ from imu_fast.cli.console import clean_errors, console
 from imu_fast.cli.evaluate import evaluate
 from imu_fast.cli.score import score
 from imu_fast.cli.split import split
+from imu_fast.cli.summary import summary
 from imu_fast.cli.unlearn import unlearn
 from imu_fast.errors import check_installed, check_seed
 
@@ -67,6 +68,7 @@ def demo(
 app.command()(clean_errors(split))
 app.command()(clean_errors(score))
 app.command()(clean_errors(unlearn))
+app.command()(clean_errors(summary))
 app.command()(clean_errors(evaluate))
 app.command()(clean_errors(check))
 

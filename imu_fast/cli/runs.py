@@ -38,6 +38,10 @@ class How:
     ] = None
     lr: Annotated[float | None, typer.Option(help="Learning rate; of SGD 0.01.")] = None
     epochs: Annotated[int | None, typer.Option(help="Budget; default 10.")] = None
+    summary: Annotated[
+        Path | None,
+        typer.Option(help="Of the training set, as imu-fast summary wrote it."),
+    ] = None
     set: Annotated[
         list[str] | None,
         typer.Option(help="Any other option of the method: NAME=VALUE, more than once."),
@@ -54,6 +58,10 @@ class How:
         if self.layers is not None:
             names = layer_names(self.layers)
             found["layers"] = names if len(names) > 1 else names[0]
+        if self.summary is not None:
+            from imu_fast.unlearning.summary.summary import load_summary
+
+            found["summary"] = load_summary(self.summary)
         if self.optimizer is not None:
             found["optimizer"] = _optimizer(self.optimizer)
         for entry in self.set or ():

@@ -63,6 +63,8 @@ def unlearn_lines(texts: Texts, run: Run, how: How, more: TextRun) -> None:
             f"method={how.method!r} is for samples of one label, and {texts.model} is a language "
             f"model; choose one of {named}"
         )
+    if how.method == "auto" and made.task != "classifier":
+        options["batch_size"] = batch_size
     if made.adapter and lora is not None:
         raise InputError(
             f"lora={more.lora!r}: the model is an adapter already, which is trained; leave --lora "
@@ -129,7 +131,8 @@ def _of_adapter(
         InputError: what is asked for is no adapter.
     """
     shown = "lora" if lora is not None else "an adapter"
-    if how.method == "auto" or "scope" not in METHODS[how.method].paths():
+    edits = how.method == "auto" and made.task == "classifier"
+    if edits or "scope" not in METHODS[how.method].paths():
         raise InputError(
             f"{shown}: method={how.method!r} edits the head, which an adapter has not; choose "
             "another method, or write the whole model (no --lora; --merge)"

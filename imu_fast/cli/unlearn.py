@@ -44,7 +44,7 @@ def _unlearn_images(images: Images, run: Run, how: How, place: Any, here: Proces
     out = Path("unlearned.safetensors") if run.out is None else run.out
     if out.suffix != ".safetensors":
         raise InputError(f"out={str(out)!r} must end in .safetensors")
-    run.check_apart(out, weights=images.weights)
+    run.check_apart(out, weights=images.weights, summary=how.summary)
     check_out(out)
     check_free(out, run.force)
     run.check_checkpoint()

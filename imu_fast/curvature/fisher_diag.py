@@ -16,7 +16,7 @@ from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.operands import check_result
 from imu_fast.factors.outputs import rows_of_outputs, sum_of_outputs
 from imu_fast.factors.source import Factors, mean_of
-from imu_fast.factors.squares import diagonal_of, has_squares, in_float64
+from imu_fast.factors.squares import diagonal_of, has_squares, in_float64, norm
 from imu_fast.ops.bilinear_scores import quadratic_scores
 from imu_fast.options import option, options
 
@@ -126,6 +126,6 @@ def _surely_finite(factors: Factors) -> bool:
     if factors.num_tokens * (factors.num_classes + factors.feature_dim) >= size:
         return False  # than to look at the entries themselves
     # By Cauchy and Schwarz, of one sample and so of their mean.
-    delta, act = (float(torch.linalg.vector_norm(x)) for x in (factors.delta, factors.act))
+    delta, act = (norm(x, factors.dtype) for x in (factors.delta, factors.act))
     one = delta * (act + math.sqrt(factors.num_tokens))
     return one * one < torch.finfo(factors.dtype).max / 2

@@ -28,11 +28,13 @@ def gradients(chunk: GradientFactors, out: Tensor | None = None) -> Tensor:
     if length == 1:
         torch.mul(chunk.delta[:, :, None], chunk.act[:, None, :], out=out[..., :d])
     elif length:
-        signal, inputs = (x.unflatten(0, (n, length)) for x in (chunk.delta, chunk.act))
+        act = chunk.act.to(chunk.dtype)  # of few samples, whose gradients are all here
+        signal, inputs = (x.unflatten(0, (n, length)) for x in (chunk.delta, act))
         torch.bmm(signal.transpose(1, 2), inputs, out=out[..., :d])
     else:
         for one, (first, last) in zip(out, pairwise(chunk.offsets.tolist()), strict=True):
-            torch.mm(chunk.delta[first:last].t(), chunk.act[first:last], out=one[:, :d])
+            act = chunk.act[first:last].to(chunk.dtype)
+            torch.mm(chunk.delta[first:last].t(), act, out=one[:, :d])
     if chunk.has_bias:
         out[..., d] = sum_over_tokens(chunk.delta, chunk.offsets)
     return out

@@ -21,11 +21,15 @@ from imu_fast.errors import (
 )
 from imu_fast.factors.implicit_head import IMPLICIT_BYTES, ImplicitHead
 from imu_fast.factors.operands import (
+    HALF,
     Array,
+    check_dtypes,
     check_finite,
     check_offsets,
     check_operands,
     check_result,
+    input_dtype,
+    narrowed,
     remaining,
     tensor_of,
 )
@@ -51,7 +55,8 @@ class GradientFactors(Stored["GradientFactors"]):
 
     Attributes:
         delta: [N, C], the signal at the layer's output; float32 or float64. Detached, as act is.
-        act: [N, d], the layer's input; same dtype and device.
+        act: [N, d], the layer's input; same device and dtype, or, beside a float32 delta, bfloat16
+            or float16, as models of half precision have it: sums are in float32 or better.
         offsets: [n+1] int64 on the CPU; tokens ``offsets[i]:offsets[i+1]`` belong to sample i.
         has_bias: whether the layer has a bias, so that D = d + 1.
         labels: [N] int64, or [N, C] floating, for a head whose loss is known.
@@ -95,10 +100,7 @@ class GradientFactors(Stored["GradientFactors"]):
                 "and [N, d] with C >= 1 and d >= 1"
             )
         check_same_device("delta", delta, "act", act)
-        if delta.dtype != act.dtype or delta.dtype not in (torch.float32, torch.float64):
-            raise InputError(
-                f"delta is {delta.dtype} and act is {act.dtype}; both must be float32 or float64"
-            )
+        check_dtypes(delta, act)
         check_offsets(offsets, len(delta))
         object.__setattr__(self, "offsets", offsets.to("cpu", torch.int64))
         for name, tensor in (("delta", delta), ("act", act)):
@@ -187,7 +189,8 @@ class GradientFactors(Stored["GradientFactors"]):
         Tensors, arrays of numpy (``numpy.memmap`` too, which stays on the disk) or lists.
 
         Args:
-            features: [N, d], the head's input. Half precision is computed in float32.
+            features: [N, d], the head's input. Half precision is kept as it is, and computed with
+                in float32, some tokens at a time.
             weight: [C, d]. bias: [C] or None.
             labels: what the loss takes. For cross-entropy [N] integers in [0, C), or probabilities
                 [N, C]; for the binary one and the squared error [N, C], or [N] where C is 1.
@@ -245,17 +248,17 @@ class GradientFactors(Stored["GradientFactors"]):
                 act, weight, bias, labels, offsets, loss=chosen, name=name, make=cls
             )
 
-        act, weight = act.to(dtype), weight.to(dtype)
+        act, weight = act.to(input_dtype(act.dtype, dtype)), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         counts = offsets.diff()
         flat = bool((counts == 1).all())
         scale = None if flat else mean_scale(counts).to(act.device, dtype)
-        delta = act.new_empty(len(act), weight.shape[0])
-        token_losses = act.new_empty(len(act))
+        delta = weight.new_empty(len(act), weight.shape[0])
+        token_losses = weight.new_empty(len(act))
         kept: list[StoredCurvature] = []
         for start in range(0, max(1, len(act)), chunk):
             rows = slice(start, start + chunk)
-            logits = linear_logits(act[rows], weight, bias)
+            logits = linear_logits(act[rows].to(dtype), weight, bias)
             delta[rows], token_losses[rows], curvature = chosen.residual(
                 logits, labels[rows], None if scale is None else scale[rows]
             )
@@ -327,12 +330,22 @@ class GradientFactors(Stored["GradientFactors"]):
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> GradientFactors:
-        """Move or cast delta, act, losses and what the curvature is made of."""
-        changed = self._changed(lambda x: x.to(device=device, dtype=dtype))
+        """Move or cast delta, act, losses and what the curvature is made of.
+
+        Half precision is that of act alone; the others are float32 then.
+
+        Raises:
+            InputError: act is beyond the range of half precision.
+        """
+        wide = torch.float32 if dtype in HALF else dtype
+        changed = self._changed(lambda x: x.to(device=device, dtype=wide))
+        if dtype in HALF:
+            act = self.act.to(device=device)
+            changed["act"] = act if act.dtype == dtype else narrowed(act.float(), dtype)
         return replace(
             self,
             **changed | {"labels": None if self.labels is None else self.labels.to(device=device)},
-            losses=None if self.losses is None else self.losses.to(device=device, dtype=dtype),
+            losses=None if self.losses is None else self.losses.to(device=device, dtype=wide),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

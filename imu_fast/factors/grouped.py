@@ -62,6 +62,7 @@ def by_column(delta: Tensor, act: Tensor, offsets: Tensor, groups: int, has_bias
 
 def gradients_of_groups(delta: Tensor, act: Tensor, offsets: Tensor, groups: int) -> Tensor:
     """The weight's gradients of n samples: [n, C, d]."""
+    act = act.to(delta.dtype)
     left, right = delta.unflatten(1, (groups, -1)), act.unflatten(1, (groups, -1))
     if length := equal_length(offsets):
         left, right = left.unflatten(0, (-1, length)), right.unflatten(0, (-1, length))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -24,7 +23,7 @@ from imu_fast.factors.protocol import Chunk
 from imu_fast.factors.samples import Chunks, Samples
 from imu_fast.losses.base import Loss, mean_scale
 from imu_fast.losses.output_curvature import LabelSoftmax
-from imu_fast.ops.linear_softmax import SLAB, Head, Normaliser, normaliser, products_for, residual
+from imu_fast.ops.linear_softmax import SLAB, Head, Normaliser, normaliser, residual
 from imu_fast.ops.tokens import cuts, picked, sum_over_tokens
 
 # From so many bytes of delta [N, C] on, a head's signal is made where it is needed.
@@ -33,7 +32,7 @@ IMPLICIT_BYTES = 1 << 28
 _TILE_BYTES, _GPU_TILE_BYTES = 1 << 25, 1 << 29
 # Fewer classes at a time cost more in slower products than they save in memory.
 _FEWEST_CLASSES = 256
-# Tokens that are swept over, or converted from half precision, at once.
+# Tokens that are swept over at once.
 TOKENS = 2048
 
 F = TypeVar("F", bound=Chunk)  # GradientFactors, whose file imports this one
@@ -147,7 +146,7 @@ class ImplicitHead(Samples[F]):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what chunks hold: float64 for float64 features, else float32."""
+        """Of the signal: float64 for float64 features, else float32."""
         return self.known.lse.dtype
 
     @property
@@ -223,7 +222,7 @@ class ImplicitHead(Samples[F]):
             rows = slice(int(self.offsets[first]), int(self.offsets[last]))
             yield self.make(
                 self.signal(rows, every),
-                self.features[rows].to(self.dtype),
+                self.features[rows],
                 self.offsets[first : last + 1] - rows.start,
                 self.has_bias,
                 self.labels[rows],
@@ -237,9 +236,6 @@ class ImplicitHead(Samples[F]):
         scale: Tensor | None = self.__dict__["_scale"]
         losses = self.known.loss[rows]
         return torch.exp(-losses if scale is None else -losses / scale[rows])
-
-    def _arithmetic(self) -> AbstractContextManager[Any]:
-        return products_for(self.features)
 
     @property
     def outputs_at_once(self) -> int:
@@ -322,21 +318,17 @@ class OutputsOfHead(Chunks[F]):
         self.device, self.dtype = head.device, head.dtype
 
     def chunks(self, max_tokens: int | None = None) -> Iterator[F]:
-        """Views of delta; half precision is converted some tokens at a time."""
+        """Views of delta."""
         head, delta = self._head, self._delta
         if max_tokens is None:
-            whole = delta is not None and head.features.dtype == self.dtype
-            max_tokens = max(1, self.num_tokens) if whole else TOKENS
+            max_tokens = TOKENS if delta is None else max(1, self.num_tokens)
         check_count("max_tokens", max_tokens)
         for first, last in cuts(head.offsets, max_tokens):
             rows = slice(int(head.offsets[first]), int(head.offsets[last]))
             yield head.make(
                 head.signal(rows, self._classes) if delta is None else delta[rows],
-                head.features[rows].to(self.dtype),
+                head.features[rows],
                 head.offsets[first : last + 1] - rows.start,
                 self.has_bias,
                 name=self.name,
             )
-
-    def _arithmetic(self) -> AbstractContextManager[Any]:
-        return products_for(self._head.features)

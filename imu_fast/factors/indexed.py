@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imu_fast.errors import InputError, is_finite
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.implicit_head import ImplicitHead
+from imu_fast.factors.operands import narrowed
 from imu_fast.factors.packed import packed, unpacked
 from imu_fast.factors.samples import Chunks
 from imu_fast.factors.unfolded import UnfoldedFactors, Unfolding
@@ -47,23 +47,6 @@ def in_dtype(factors: Kept, dtype: str) -> Kept:
 def read_dtype(dtype: torch.dtype) -> torch.dtype:
     """What is computed in with numbers that a file holds in ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def narrowed(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """In ``dtype`` where that is narrower, rounded to the nearest.
-
-    Raises:
-        InputError: a number is beyond its range.
-    """
-    if dtype is None or tensor.itemsize <= dtype.itemsize:
-        return tensor
-    found = tensor.to(dtype)
-    if not is_finite(found):
-        raise InputError(
-            f"dtype={dtype} cannot hold these gradients, up to {float(tensor.abs().max()):.3g}; "
-            "pass dtype=torch.float64"
-        )
-    return found
 
 
 def layer_tensors(

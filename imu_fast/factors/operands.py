@@ -23,6 +23,44 @@ Array = Tensor | np.ndarray[Any, Any] | Sequence[Any]
 """What is taken for a tensor: one, an array of numpy, mapped files too, or (nested) lists."""
 
 
+HALF = (torch.bfloat16, torch.float16)
+
+
+def input_dtype(act: torch.dtype, delta: torch.dtype) -> torch.dtype:
+    """What inputs are kept in: half precision as it is beside a float32 signal, else the signal's.
+
+    Half of the memory, and every number of it is one of float32, in which it is computed with.
+    """
+    return act if act in HALF and delta == torch.float32 else delta
+
+
+def check_dtypes(delta: Tensor, act: Tensor) -> None:
+    """Raise InputError unless delta is float32 or float64, and act alike or half precision."""
+    wide = delta.dtype in (torch.float32, torch.float64)
+    if not wide or act.dtype != input_dtype(act.dtype, delta.dtype):
+        raise InputError(
+            f"delta is {delta.dtype} and act is {act.dtype}; both must be float32 or float64, or "
+            "act bfloat16 or float16 beside a float32 delta"
+        )
+
+
+def narrowed(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """In ``dtype`` where that is narrower, rounded to the nearest.
+
+    Raises:
+        InputError: a number is beyond its range.
+    """
+    if dtype is None or tensor.itemsize <= dtype.itemsize:
+        return tensor
+    found = tensor.to(dtype)
+    if not is_finite(found):
+        raise InputError(
+            f"dtype={dtype} cannot hold these gradients, up to {float(tensor.abs().max()):.3g}; "
+            "pass dtype=torch.float64"
+        )
+    return found
+
+
 def tensor_of(name: str, value: Array) -> Tensor:
     """A value as a tensor; of an array in the same memory, where torch can have it.
 

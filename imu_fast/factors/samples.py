@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic
 
 import torch
@@ -50,19 +49,13 @@ class Chunks(ABC, Generic[C]):
     @abstractmethod
     def chunks(self, max_tokens: int | None = None) -> Iterator[C]: ...
 
-    def _arithmetic(self) -> AbstractContextManager[Any]:
-        """What products of statistics are made in."""
-        return nullcontext()
-
     def sums(self, statistic: Callable[[C], S]) -> S:
         """``statistic`` of all samples, see :class:`imu_fast.factors.protocol.Source`."""
-        with self._arithmetic():
-            return summed(map(statistic, self.chunks()))
+        return summed(map(statistic, self.chunks()))
 
     def each(self, statistic: Callable[[C], Tensor]) -> Tensor:
         """``statistic`` of every sample, see :class:`imu_fast.factors.protocol.Source`."""
-        with self._arithmetic():
-            return joined(map(statistic, self.chunks()))
+        return joined(map(statistic, self.chunks()))
 
 
 class Samples(Means, Chunks[C]):
@@ -129,5 +122,5 @@ class Stored(Samples[C]):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of delta, and of inputs where they are used."""
+        """Of delta, and of statistics; inputs of half precision are narrower."""
         return self.delta.dtype

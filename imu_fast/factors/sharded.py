@@ -72,7 +72,8 @@ class ShardedFactors(Means):
         signals = first.curvature if isinstance(first.curvature, Signals) else None
         kind = None if signals is None else signals.kind
         sizes = (local.num_classes, local.feature_dim, local.has_bias)
-        layer = (*sizes, str(local.dtype), local.name, distributed.text_of(first.loss), kind)
+        dtypes = " beside ".join(dict.fromkeys(map(str, (local.dtype, first.act.dtype))))
+        layer = (*sizes, dtypes, local.name, distributed.text_of(first.loss), kind)
         # Where processes add up in different orders, they may stop iterating at different places.
         threads = torch.get_num_threads() if local.device.type == "cpu" else 0
         at_once = local.outputs_at_once if is_wide(local) else local.num_classes

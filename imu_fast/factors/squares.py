@@ -6,6 +6,7 @@ product is a number like others, would be lost in float32. Such samples are squa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from imu_fast.ops.fisher_diagonal import fisher_diagonal
+from imu_fast.ops.tokens import WIDENED_TOKENS
 
 
 def has_squares(chunk: Any, floor: float) -> bool:
@@ -21,9 +23,17 @@ def has_squares(chunk: Any, floor: float) -> bool:
         return True
     known = torch.finfo(chunk.dtype)
     # At least the largest entry, twenty times as fast as that.
-    sizes = [float(torch.linalg.vector_norm(x)) for x in (chunk.delta, chunk.act)]
+    sizes = [norm(x, chunk.dtype) for x in (chunk.delta, chunk.act)]
     largest = max(*sizes, float(chunk.has_bias))
     return largest * largest * known.tiny <= known.eps * floor
+
+
+def norm(x: Tensor, dtype: torch.dtype) -> float:
+    """Of all entries, summed in ``dtype``, which x may be narrower than."""
+    if x.dtype == dtype:
+        return float(torch.linalg.vector_norm(x))
+    rows = (torch.linalg.vector_norm(part, dtype=dtype) for part in x.split(WIDENED_TOKENS))
+    return math.hypot(*map(float, rows))
 
 
 def in_float64(operation: Callable[..., Tensor], chunk: Any, *x: Tensor) -> Tensor:

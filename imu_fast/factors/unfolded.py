@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from imu_fast.errors import InputError, check_count
 from imu_fast.factors.gradient_factors import GradientFactors, check_offsets
 from imu_fast.factors.grouped import Tokens, by_column, by_group
+from imu_fast.factors.operands import input_dtype
 from imu_fast.factors.samples import Stored
 from imu_fast.losses.output_curvature import StoredCurvature
 from imu_fast.losses.signals import GroupedRows
@@ -117,7 +118,7 @@ class UnfoldedFactors(Stored[GradientFactors]):
     Attributes:
         delta: [P, C], the signal at positions that have one; float32 or float64.
         places: [P, 3] int64: of each, the input, the image in it, and the position.
-        inputs: of the layer's calls, each [k, G c, *sizes].
+        inputs: of the layer's calls, each [k, G c, *sizes]; half precision as it came.
         offsets: [n + 1] int64; positions ``offsets[i]:offsets[i+1]`` belong to sample i.
         unfolding: how the layer reads them. feature_dim: d. has_bias: whether it has one. name: the
             layer's.
@@ -254,12 +255,14 @@ class UnfoldedFactors(Stored[GradientFactors]):
         )
 
     def _unfolded(self, start: int, stop: int) -> Tensor:
-        out = self.delta.new_zeros(stop - start, self._groups * self.feature_dim)
+        kept = input_dtype(self.inputs[0].dtype, self.dtype) if self.inputs else self.dtype
+        size = stop - start, self._groups * self.feature_dim
+        out = self.delta.new_zeros(size, dtype=kept)
         places = self.places[start:stop]
         for call in places[:, 0].unique().tolist() if self.inputs else []:
             rows = torch.nonzero(places[:, 0] == call).flatten()
             _, chosen, positions = places[rows].unbind(1)
             low, high = int(chosen.min()), int(chosen.max()) + 1
-            images = self.inputs[call][low:high].to(self.dtype)
+            images = self.inputs[call][low:high].to(kept)
             out[rows] = self.unfolding.rows(images, chosen - low, positions)
         return out

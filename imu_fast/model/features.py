@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from imu_fast.errors import InputError, NoHeadFoundError, check_finite_rows
 from imu_fast.factors.gradient_factors import GradientFactors, HeadFactors
+from imu_fast.factors.operands import input_dtype
 from imu_fast.losses.cross_entropy import CrossEntropy
 from imu_fast.losses.output_curvature import StoredCurvature
 from imu_fast.model import head as heads
@@ -294,7 +295,8 @@ class HeadCapture:
             )
         done = [self._with_signal(piece) for piece in self.pieces]
         delta = torch.cat([piece.delta for piece in done])
-        act = torch.cat([self.columns(piece).to(delta.dtype) for piece in self.pieces])
+        act = torch.cat([self.columns(piece) for piece in self.pieces])
+        act = act.to(input_dtype(act.dtype, delta.dtype))
         check_finite_rows("features", act)
         tokens = any(piece.kind == "tokens" for piece in self.pieces)
         return GradientFactors(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from imu_fast.errors import InputError, NoSamplesError, check_finite_rows
 from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.factors.operands import input_dtype
 from imu_fast.factors.unfolded import UnfoldedFactors
 from imu_fast.model.called import from_sample
 from imu_fast.model.calls import Call, Seen, watched
@@ -331,7 +332,8 @@ class LayersCapture:
                 curvature=signals,
             )
             return unfolded.by_columns() if unfolded.columns_are_smaller else unfolded
-        act, first = joined([part.act for part in parts], dtype)
+        inputs = functools.reduce(torch.promote_types, (part.act.dtype for part in parts))
+        act, first = joined([part.act for part in parts], input_dtype(inputs, dtype))
         if first:
             check_finite_rows(f"input of {layer.name}", act, "position")
         return GradientFactors(

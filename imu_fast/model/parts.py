@@ -57,7 +57,8 @@ class Parts(NamedTuple):
 
         def leaf(value: Any) -> Any:
             along = isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == length
-            return value[:, start:end] if along else value
+            # As a loader makes them: models call view() on what they are given.
+            return value[:, start:end].contiguous() if along else value
 
         return self.mapped(leaf)
 

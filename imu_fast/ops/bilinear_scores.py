@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from imu_fast.backend import input_precision
 from imu_fast.ops.fisher_diagonal import CHUNK_TOKENS, TILE_ELEMENTS, gradient_tiles
-from imu_fast.ops.operation import kernel_dtypes, operation
+from imu_fast.ops.operation import PRODUCTS, kernel_dtypes, operation
 from imu_fast.ops.routes import forms_for_norms
-from imu_fast.ops.tokens import groups_of_equal_length, is_flat, sum_over_tokens
+from imu_fast.ops.tokens import groups_of_equal_length, is_flat, sum_over_tokens, widened
 
 # Elements of the per-token gradients that exist at once where they are formed: 1 MB in float32.
 _GRADIENT_ELEMENTS = 1 << 18
@@ -26,6 +25,7 @@ def _token_scores(delta: Tensor, act: Tensor, x: Tensor, has_bias: bool) -> Tens
         rows = slice(start, start + CHUNK_TOKENS)
         product = delta[rows] @ x
         if has_bias:
+            # A narrower act is converted entry by entry, as it is multiplied.
             out[rows] = (product[:, :d].mul_(act[rows])).sum(dim=1).add_(product[:, d])
         else:
             out[rows] = product.mul_(act[rows]).sum(dim=1)
@@ -56,7 +56,8 @@ def _many_scores(delta: Tensor, act: Tensor, x: Tensor, has_bias: bool) -> Tenso
     step = max(1, TILE_ELEMENTS // max(1, len(tall)))
     for start in range(0, delta.shape[0], step):
         rows = slice(start, start + step)
-        u = torch.nn.functional.linear(act[rows], weight, bias).view(-1, many, classes)
+        inputs = act[rows].to(delta.dtype)
+        u = torch.nn.functional.linear(inputs, weight, bias).view(-1, many, classes)
         torch.bmm(u, delta[rows, :, None], out=out[rows, :, None])
     return out
 
@@ -66,24 +67,31 @@ def _kernel_limits(delta: Tensor, act: Tensor, x: Tensor, offsets: Tensor, has_b
 
 
 def _launch(
-    delta: Tensor, act: Tensor, x: Tensor, offsets: Tensor, has_bias: bool, square: bool = False
+    delta: Tensor,
+    act: Tensor,
+    x: Tensor,
+    offsets: Tensor,
+    has_bias: bool,
+    precision: str,
+    square: bool = False,
 ) -> Tensor:
     from imu_fast.kernels import bilinear_scores as kernel
 
     many = x if x.dim() == 3 else x[None]
     ragged = None if is_flat(offsets) else offsets
-    out = kernel.bilinear_scores(delta, act, many, ragged, has_bias, input_precision(), square)
+    out = kernel.bilinear_scores(delta, act, many, ragged, has_bias, precision, square)
     return (out if x.dim() == 3 else out[:, 0]).to(delta.dtype)
 
 
-@operation(kernel=_launch, limits=_kernel_limits)
+@operation(kernel=_launch, limits=_kernel_limits, products=PRODUCTS)
 def bilinear_scores(
     delta: Tensor, act: Tensor, x: Tensor, offsets: Tensor, has_bias: bool
 ) -> Tensor:
     """``<g_i, X>`` for every sample, and for several X at once.
 
     Args:
-        delta: [N, C]. act: [N, d]. offsets: [n+1]. has_bias: whether a~ has a trailing 1.
+        delta: [N, C]. act: [N, d], delta's dtype or a narrower one. offsets: [n+1].
+        has_bias: whether a~ has a trailing 1.
         x: [C, D], or [m, C, D] for m of them.
 
     Returns:
@@ -99,19 +107,20 @@ def _square_limits(delta: Tensor, act: Tensor, x: Tensor, offsets: Tensor, has_b
 
 
 def _launch_squares(
-    delta: Tensor, act: Tensor, x: Tensor, offsets: Tensor, has_bias: bool
+    delta: Tensor, act: Tensor, x: Tensor, offsets: Tensor, has_bias: bool, precision: str
 ) -> Tensor:
-    return _launch(delta, act, x, offsets, has_bias, square=True)
+    return _launch(delta, act, x, offsets, has_bias, precision, square=True)
 
 
-@operation(kernel=_launch_squares, limits=_square_limits)
+@operation(kernel=_launch_squares, limits=_square_limits, products=PRODUCTS)
 def quadratic_scores(
     delta: Tensor, act: Tensor, x: Tensor, offsets: Tensor, has_bias: bool
 ) -> Tensor:
     """``sum_ck X[c,k] g_i[c,k]^2``: self-influence under a diagonal curvature.
 
     Args:
-        delta: [N, C]. act: [N, d]. offsets: [n+1]. has_bias: whether a~ has a trailing 1.
+        delta: [N, C]. act: [N, d], delta's dtype or a narrower one. offsets: [n+1].
+        has_bias: whether a~ has a trailing 1.
         x: [C, D].
 
     Returns:
@@ -122,7 +131,8 @@ def quadratic_scores(
     if is_flat(offsets):
         for start in range(0, n, CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
-            out[rows] = _token_scores(delta[rows].square(), act[rows].square(), x, has_bias)
+            squares = delta[rows].square(), act[rows].to(delta.dtype).square()
+            out[rows] = _token_scores(*squares, x, has_bias)
         return out
     for samples, slab, g in gradient_tiles(delta, act, offsets, has_bias):
         out[samples] += (g.square_() * x[slab]).sum(dim=(1, 2))
@@ -139,18 +149,20 @@ def _row_norms(x: Tensor) -> Tensor:
     return norms
 
 
-@operation()
+@operation(products=PRODUCTS)
 def gradient_norms(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
     """``||g_i||^2``; of a single token ``||delta||^2 ||a~||^2`` (Goodfellow 2015).
 
     Args:
-        delta: [N, C]. act: [N, d]. offsets: [n+1]. has_bias: whether a~ has a trailing 1.
+        delta: [N, C]. act: [N, d], delta's dtype or a narrower one. offsets: [n+1].
+        has_bias: whether a~ has a trailing 1.
 
     Returns:
         [n] in delta's dtype.
     """
     if is_flat(offsets):
-        signal, features = _row_norms(delta), _row_norms(act)
+        parts = [_row_norms(inputs) for _, inputs, _ in widened(delta, act, offsets)]
+        signal, features = _row_norms(delta), parts[0] if len(parts) == 1 else torch.cat(parts)
         if has_bias:
             features = torch.hypot(features, features.new_ones(()))
         return signal.mul_(features).square_()  # the square of either may underflow
@@ -162,7 +174,7 @@ def gradient_norms(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) 
     for samples, tokens in groups_of_equal_length(offsets, delta.device):
         step = max(1, _PAIRS // tokens.shape[1] ** 2)
         for chunk, rows in zip(samples.split(step), tokens.split(step), strict=True):
-            signal, inputs = delta[rows], act[rows]
+            signal, inputs = delta[rows], act[rows].to(delta.dtype)
             pairs = torch.bmm(signal, signal.transpose(1, 2))
             features = torch.bmm(inputs, inputs.transpose(1, 2))
             if has_bias:

@@ -8,11 +8,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from imu_fast.backend import input_precision
 from imu_fast.ops.mean_gradient import add_gradients
-from imu_fast.ops.operation import kernel_dtypes, operation
+from imu_fast.ops.operation import PRODUCTS, kernel_dtypes, operation
 from imu_fast.ops.squared_products import add_squared_products, extension
-from imu_fast.ops.tokens import equal_length, groups_of_equal_length, is_flat
+from imu_fast.ops.tokens import equal_length, groups_of_equal_length, is_flat, widened
 
 # Squares live only for one chunk: large enough for a full-speed GEMM, small enough to stay in a
 # last-level cache and out of the memory budget (a few MB in float32 at C = 1,000, d = 2,048).
@@ -43,11 +42,12 @@ def gradient_tiles(
             chunk = every[some]
             for start in range(0, delta.shape[1], classes):
                 slab = slice(start, start + classes)
-                yield chunk, slab, signal[some, :, slab].transpose(1, 2) @ inputs[some]
+                some_inputs = inputs[some].to(delta.dtype)
+                yield chunk, slab, signal[some, :, slab].transpose(1, 2) @ some_inputs
         return
     for samples, tokens in groups_of_equal_length(offsets, delta.device):
         for chunk, rows in zip(samples.split(per_tile), tokens.split(per_tile), strict=True):
-            a = act[rows]
+            a = act[rows].to(delta.dtype)
             if has_bias:
                 a = torch.cat([a, torch.ones_like(a[..., :1])], dim=-1)
             for start in range(0, delta.shape[1], classes):
@@ -59,14 +59,14 @@ def _kernel_limits(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) 
     return kernel_dtypes(delta, act)
 
 
-def _launch(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
+def _launch(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool, precision: str) -> Tensor:
     from imu_fast.kernels import fisher_diagonal as kernel
 
     ragged = None if is_flat(offsets) else offsets
-    return kernel.fisher_diagonal(delta, act, ragged, has_bias, input_precision()).to(delta.dtype)
+    return kernel.fisher_diagonal(delta, act, ragged, has_bias, precision).to(delta.dtype)
 
 
-@operation(kernel=_launch, limits=_kernel_limits)
+@operation(kernel=_launch, limits=_kernel_limits, products=PRODUCTS)
 def fisher_diagonal(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
     """``diag(1/n sum_i g_i g_i^T)``.
 
@@ -74,7 +74,8 @@ def fisher_diagonal(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool)
     sample's tokens, tile by tile.
 
     Args:
-        delta: [N, C]. act: [N, d]. offsets: [n+1]. has_bias: whether a~ has a trailing 1.
+        delta: [N, C]. act: [N, d], delta's dtype or a narrower one. offsets: [n+1].
+        has_bias: whether a~ has a trailing 1.
 
     Returns:
         [C, D] in delta's dtype.
@@ -85,7 +86,7 @@ def fisher_diagonal(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool)
         total = delta.new_empty(shape)
         for start in range(0, n, CHUNK_TOKENS):
             d2 = delta[start : start + CHUNK_TOKENS].square()
-            a2 = act[start : start + CHUNK_TOKENS].square()
+            a2 = act[start : start + CHUNK_TOKENS].to(delta.dtype).square()
             add_gradients(total, d2, a2, has_bias, beta=float(start > 0), alpha=1 / n)
         return total
     total = delta.new_zeros(shape)
@@ -94,7 +95,8 @@ def fisher_diagonal(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool)
         if has_bias:
             for first, last in pairwise(offsets.tolist()):
                 total[:, d] += delta[first:last].sum(dim=0).square_()
-        add_squared_products(total[:, :d], delta, act, offsets=offsets)
+        for signal, inputs, ends in widened(delta, act, offsets):
+            add_squared_products(total[:, :d], signal, inputs, offsets=ends)
         return total.div_(n)
     for _, slab, g in gradient_tiles(delta, act, offsets, has_bias):
         total[slab] += g.square_().sum(dim=0)

@@ -8,9 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from imu_fast.backend import input_precision
 from imu_fast.ops.mean_gradient import add_gradients
-from imu_fast.ops.operation import kernel_dtypes, operation
+from imu_fast.ops.operation import PRODUCTS, kernel_dtypes, operation
 
 # How the outputs meet in the loss: as a softmax's do, not at all, or by a matrix of each token.
 Form = Literal["softmax", "diagonal", "dense"]
@@ -47,13 +46,22 @@ def _launch(
     has_bias: bool,
     form: Form = "softmax",
     top: Tensor | None = None,
+    *,
+    precision: str,
 ) -> Tensor:
     from imu_fast.kernels import ggn_product as kernel
 
     many = v if v.dim() == 3 else v[None]
     top = p.argmax(dim=1) if form == "softmax" and top is None else top
-    out = kernel.ggn_product(p, scale, act, many, n, damping, has_bias, top, input_precision())
+    out = kernel.ggn_product(p, scale, act, many, n, damping, has_bias, top, precision)
     return out if v.dim() == 3 else out[0]
+
+
+def _decide(
+    p: Tensor, scale: Tensor, act: Tensor, v: Tensor, *_: object, **__: object
+) -> tuple[Tensor]:
+    """A solver's iterates, which stall where products are coarser than they are."""
+    return (v,)
 
 
 def _by_definition(
@@ -72,7 +80,13 @@ def _by_definition(
     return found.to(v.dtype)
 
 
-@operation(reference=_by_definition, kernel=_launch, limits=_kernel_limits)
+@operation(
+    reference=_by_definition,
+    kernel=_launch,
+    limits=_kernel_limits,
+    products=PRODUCTS,
+    decide=_decide,
+)
 def ggn_product(
     p: Tensor,
     scale: Tensor,

@@ -8,10 +8,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from imu_fast.backend import input_precision
-from imu_fast.ops.operation import kernel_dtypes, operation
+from imu_fast.ops.operation import PRODUCTS, kernel_dtypes, operation
 from imu_fast.ops.routes import forms_for_products
-from imu_fast.ops.tokens import equal_length, is_flat, sum_over_tokens
+from imu_fast.ops.tokens import equal_length, is_flat, sum_over_tokens, widened
 
 # Elements of each of the two [rows, N] products that exist at once, and as many as a cache holds
 # until they are summed: so many where that leaves rows enough for a product at full speed.
@@ -34,14 +33,14 @@ def _kernel_limits(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) 
     return kernel_dtypes(delta, act) or (f"more than {MAX_KERNEL_SAMPLES} samples" if many else "")
 
 
-def _launch(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
+def _launch(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool, precision: str) -> Tensor:
     from imu_fast.kernels import gram as kernel
 
     ragged = None if is_flat(offsets) else offsets
-    return kernel.gram(delta, act, ragged, has_bias, input_precision()).to(delta.dtype)
+    return kernel.gram(delta, act, ragged, has_bias, precision).to(delta.dtype)
 
 
-@operation(kernel=_launch, limits=_kernel_limits)
+@operation(kernel=_launch, limits=_kernel_limits, products=PRODUCTS)
 def gram(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
     """``K[i,j] = sum_{s,t} (delta_is . delta_jt)(a~_is . a~_jt)``.
 
@@ -49,7 +48,8 @@ def gram(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
     tiles of rows; what is left of the diagonal is copied, not computed.
 
     Args:
-        delta: [N, C]. act: [N, d]. offsets: [n+1]. has_bias: whether a~ has a trailing 1.
+        delta: [N, C]. act: [N, d], delta's dtype or a narrower one. offsets: [n+1].
+        has_bias: whether a~ has a trailing 1.
 
     Returns:
         [n, n] in delta's dtype, symmetric to the last bit.
@@ -73,12 +73,13 @@ def _samples(delta: Tensor, act: Tensor, offsets: Tensor, first: int, last: int)
     return delta[tokens], act[tokens], offsets[first : last + 1] - offsets[first]
 
 
-@operation()
+@operation(products=PRODUCTS)
 def cross_gram(left: Operands, right: Operands, has_bias: bool) -> Tensor:
     """``<g_i, h_j>`` of the samples of two sets, as :func:`gram` has it of one.
 
     Args:
-        left, right: delta [N, C], act [N, d] and offsets [n+1] of each.
+        left, right: delta [N, C], act [N, d] (delta's dtype or a narrower one) and offsets [n+1]
+            of each.
         has_bias: whether a~ has a trailing 1.
 
     Returns:
@@ -89,6 +90,17 @@ def cross_gram(left: Operands, right: Operands, has_bias: bool) -> Tensor:
 
 def _cross_products(left: Operands, right: Operands, has_bias: bool) -> Tensor:
     """By the route that :mod:`imu_fast.ops.routes` finds cheaper."""
+    if not left[0].dtype == left[1].dtype == right[1].dtype:
+        return torch.cat(
+            [
+                torch.cat([_of_one_dtype(one, other, has_bias) for other in widened(*right)], dim=1)
+                for one in widened(*left)
+            ]
+        )
+    return _of_one_dtype(left, right, has_bias)
+
+
+def _of_one_dtype(left: Operands, right: Operands, has_bias: bool) -> Tensor:
     n, m, classes, width = _sizes(left, right, has_bias)
     passes = math.ceil(m / _held(m, classes, width)[1])
     tokens = len(left[0]), len(right[0])

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imu_fast.backend import input_precision
 from imu_fast.ops.mean_gradient import add_gradients
 from imu_fast.ops.objective import objective, objective_residual
-from imu_fast.ops.operation import kernel_dtypes, operation
+from imu_fast.ops.operation import PRODUCTS, kernel_dtypes, operation
 from imu_fast.ops.softmax_residual import softmax_residual
 
 
@@ -19,6 +18,12 @@ def head_logits(features: Tensor, theta: Tensor, has_bias: bool) -> Tensor:
     """``a~ @ theta.T`` without storing a~, in theta's dtype: [B, d] and [C, D] to [B, C]."""
     d, features = features.shape[1], features.to(theta.dtype)
     return torch.nn.functional.linear(features, theta[:, :d], theta[:, d] if has_bias else None)
+
+
+def _decide(
+    features: Tensor, labels: Tensor, weights: Tensor, theta: Tensor, *_: object, **__: object
+) -> tuple[Tensor, Tensor]:
+    return features, theta
 
 
 def _gradient_by_definition(
@@ -35,7 +40,7 @@ def _gradient_by_definition(
     return gradient.to(theta.dtype), loss.to(theta.dtype)
 
 
-@operation(reference=_gradient_by_definition)
+@operation(reference=_gradient_by_definition, products=PRODUCTS, decide=_decide)
 def head_ascent_gradient(
     features: Tensor,
     labels: Tensor,
@@ -83,6 +88,8 @@ def _launch(
     buffer: Tensor | None,
     has_bias: bool,
     name: str,
+    *,
+    precision: str,
     **rates: float,
 ) -> Tensor:
     from imu_fast.kernels import head_ascent as kernel
@@ -90,7 +97,7 @@ def _launch(
     logits, share = head_logits(features, theta, has_bias), weights / weights.sum()
     operands = (logits, features, labels, share, theta, buffer, has_bias, name)
     rates = {key: float(rate) for key, rate in rates.items()}
-    return kernel.head_ascent(*operands, **rates, input_precision=input_precision())
+    return kernel.head_ascent(*operands, **rates, precision=precision)
 
 
 def _by_definition(
@@ -111,7 +118,17 @@ def _by_definition(
     return loss.to(theta.dtype)
 
 
-@operation(reference=_by_definition, kernel=_launch, limits=_kernel_limits)
+# A small share of a weighted residual keeps its bits: none of the step is rounded to bfloat16.
+_KERNEL_HAS = ("ieee", "tf32x3", "tf32")
+
+
+@operation(
+    reference=_by_definition,
+    kernel=_launch,
+    limits=_kernel_limits,
+    products=_KERNEL_HAS,
+    decide=_decide,
+)
 def head_ascent(
     features: Tensor,
     labels: Tensor,

@@ -8,15 +8,13 @@ softmax, the second forms ``delta[:, slab]``, to be used and discarded. What exi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from imu_fast.backend import input_precision, products
-from imu_fast.ops.operation import kernel_dtypes, operation
+from imu_fast.ops.operation import PRODUCTS, kernel_dtypes, operation
 
 # Classes at once: the logits' slab is 32 MB at 2,048 tokens in float32.
 SLAB = 4096
@@ -63,24 +61,23 @@ def _logits(head: Head, slab: slice, dtype: torch.dtype) -> Tensor:
     return torch.nn.functional.linear(head.features.to(dtype), weight, bias)
 
 
-def products_for(features: Tensor) -> AbstractContextManager[None]:
-    """Kernels inside multiply in TF32 where the features are half precision, which it holds."""
-    return products("tf32") if features.itemsize < 4 else nullcontext()
-
-
 def _token_scale(head: Head, dtype: torch.dtype) -> Tensor:
     valid = (head.labels >= 0).to(dtype)
     return valid if head.scale is None else valid * head.scale.to(dtype)
+
+
+def _decide(head: Head, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+    return head.features, head.weight
 
 
 def _normaliser_limits(head: Head, slab: int = SLAB) -> str:
     return kernel_dtypes(head.features, head.weight)
 
 
-def _launch_normaliser(head: Head, slab: int = SLAB) -> Normaliser:
+def _launch_normaliser(head: Head, slab: int = SLAB, *, precision: str) -> Normaliser:
     from imu_fast.kernels import linear_softmax as kernel
 
-    return Normaliser(*kernel.normaliser(*head, input_precision()))
+    return Normaliser(*kernel.normaliser(*head, precision))
 
 
 def _define_normaliser(reference: ModuleType, head: Head, slab: int = SLAB) -> Normaliser:
@@ -93,6 +90,8 @@ def _define_normaliser(reference: ModuleType, head: Head, slab: int = SLAB) -> N
     reference=_define_normaliser,
     kernel=_launch_normaliser,
     limits=_normaliser_limits,
+    products=PRODUCTS,
+    decide=_decide,
 )
 def normaliser(head: Head, slab: int = SLAB) -> Normaliser:
     """The first sweep: log-sum-exp, ``1 - p_y`` and loss of every token, online over slabs.
@@ -131,13 +130,13 @@ def _residual_limits(head: Head, known: Normaliser, classes: slice) -> str:
     return kernel_dtypes(head.features, head.weight)
 
 
-def _launch_residual(head: Head, known: Normaliser, classes: slice) -> Tensor:
+def _launch_residual(head: Head, known: Normaliser, classes: slice, precision: str) -> Tensor:
     from imu_fast.kernels import linear_softmax as kernel
 
     bias = None if head.bias is None else head.bias[classes]
     scale = _token_scale(head, _compute_dtype(head))
     part = (head.features, head.weight[classes], bias, head.labels, scale)
-    return kernel.residual(*part, known.lse, known.others, classes.start, input_precision())
+    return kernel.residual(*part, known.lse, known.others, classes.start, precision)
 
 
 def _define_residual(
@@ -152,6 +151,8 @@ def _define_residual(
     reference=_define_residual,
     kernel=_launch_residual,
     limits=_residual_limits,
+    products=PRODUCTS,
+    decide=_decide,
 )
 def residual(head: Head, known: Normaliser, classes: slice) -> Tensor:
     """``delta[:, classes]``, [N, slab], of what the first sweep found.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from imu_fast.ops.operation import operation
+from imu_fast.ops.operation import PRODUCTS, operation
+from imu_fast.ops.tokens import widened
 
 
 def add_gradients(
@@ -23,15 +24,20 @@ def add_gradients(
     return out
 
 
-@operation()
+@operation(products=PRODUCTS)
 def mean_gradient(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -> Tensor:
     """``gbar = 1/n sum_i g_i``, the mean per-sample gradient.
 
     Args:
-        delta: [N, C]. act: [N, d]. offsets: [n+1]. has_bias: whether a~ has a trailing 1.
+        delta: [N, C]. act: [N, d], delta's dtype or a narrower one. offsets: [n+1].
+        has_bias: whether a~ has a trailing 1.
 
     Returns:
         [C, D] in delta's dtype.
     """
-    out = delta.new_empty(delta.shape[1], act.shape[1] + has_bias)
-    return add_gradients(out, delta, act, has_bias, beta=0.0, alpha=1 / (len(offsets) - 1))
+    out, alpha = delta.new_empty(delta.shape[1], act.shape[1] + has_bias), 1 / (len(offsets) - 1)
+    if act.dtype == delta.dtype:
+        return add_gradients(out, delta, act, has_bias, beta=0.0, alpha=alpha)
+    for i, (signal, inputs, _) in enumerate(widened(delta, act, offsets)):
+        add_gradients(out, signal, inputs, has_bias, beta=float(i > 0), alpha=alpha)
+    return out

@@ -10,20 +10,21 @@ A file of this folder says of each operation what these are, and nothing of how 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from imu_fast import backend
+from imu_fast import backend, precision
 from imu_fast.ambient import no_autocast
 from imu_fast.errors import BackendUnavailableError, InputError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PRODUCTS = precision.PRECISIONS
 
 
 def kernel_dtypes(*tensors: Tensor) -> str:
@@ -39,7 +40,8 @@ class Operation(Generic[P, R]):
 
     ``auto``: the kernel, for tensors on a CUDA device that it can take, or else PyTorch, and why is
     logged once. ``triton``: the same, but for tensors elsewhere, and without Triton, an error. What
-    ran, and why not the kernel, is what ``record_backends`` finds under the operation's name.
+    ran, why not the kernel, and what its matrix products were made in (``use_precision``) is what
+    ``record_backends`` finds under the operation's name.
 
     Raises:
         BackendUnavailableError: ``triton`` was chosen, and no kernel runs where these operands are.
@@ -54,10 +56,13 @@ class Operation(Generic[P, R]):
         kernel: Callable[..., R] | None,
         limits: Callable[..., str] | None,
         differentiable: bool,
+        products: Sequence[str],
+        decide: Callable[..., Sequence[Tensor]] | None,
     ) -> None:
         functools.update_wrapper(self, body)
         self.name, self.body, self.reference = name, body, reference
         self.kernel, self.limits, self.differentiable = kernel, limits, differentiable
+        self.products, self.decide = products, decide
 
     @no_autocast
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -71,11 +76,41 @@ class Operation(Generic[P, R]):
         chosen, reason = backend.current_backend(), ""
         if chosen in ("auto", "triton"):
             chosen, reason = self._kernel_or_torch(chosen, args, kwargs)
+        if self.products:
+            return self._multiply(chosen, reason, args, kwargs)
         backend.record(self.name, chosen, reason)
         if chosen == "torch":
             return self.body(*args, **kwargs)
         if chosen == "triton" and self.kernel is not None:
             return self.kernel(*args, **kwargs)
+        return self._define(args, kwargs)
+
+    def _multiply(self, chosen: str, reason: str, args: Any, kwargs: Any) -> R:
+        """With its matrix products in the precision that is asked for, or a more exact one."""
+        if chosen == "reference":
+            backend.record(self.name, chosen, reason, "ieee")
+            return self._define(args, kwargs)
+        asked = precision.asked_precision()
+        if chosen == "torch" and asked == "auto" and not backend.is_recording():
+            device = (first_tensor(args) if args else first_tensor(kwargs.values())).device.type
+            if device == "cpu":  # as torch is set, and nobody is to be told
+                return self.body(*args, **kwargs)
+        decide = _deciding if self.decide is None else self.decide
+        tensors = decide(*args, **kwargs)
+        dtypes, device = [tensor.dtype for tensor in tensors], _device_type(tensors[0])
+        of_torch = precision.torch_precision(dtypes, device)
+        used = of_torch
+        if chosen == "triton":
+            used = precision.at_least(precision.precision_of(dtypes), self.products)
+            kwargs = {**kwargs, "precision": used}
+        backend.record(self.name, chosen, reason, used)
+        run = self.kernel if chosen == "triton" and self.kernel is not None else self.body
+        if precision.is_torchs_own(of_torch, device):
+            return run(*args, **kwargs)
+        with precision.torch_multiplies_in(of_torch, device):
+            return run(*args, **kwargs)
+
+    def _define(self, args: Any, kwargs: Any) -> R:
         from imu_fast import reference
 
         return self.reference(reference, *args, **kwargs)
@@ -113,6 +148,8 @@ def operation(
     kernel: Callable[..., Any] | None = None,
     limits: Callable[..., str] | None = None,
     differentiable: bool = False,
+    products: Sequence[str] = (),
+    decide: Callable[..., Sequence[Tensor]] | None = None,
 ) -> Callable[[Callable[P, R]], Operation[P, R]]:
     """Make an operation of its body in PyTorch, whose signature and docstring it has.
 
@@ -123,12 +160,15 @@ def operation(
         kernel: imports and launches the Triton kernel. Without one torch runs in its place.
         limits: why the kernel cannot take these operands; "" where it can.
         differentiable: autograd goes through it; without, operands that require it are refused.
+        products: of matrices, that it makes: the precisions that its kernel has, which is told by
+            ``precision=`` which of them to use. Without a kernel PRODUCTS too; empty: it has none.
+        decide: the operands by whose dtypes a precision is chosen; None: all that are floating.
     """
 
     def decorate(body: Callable[P, R]) -> Operation[P, R]:
         called = name or body.__name__
         define = reference or _definition(called)
-        return Operation(body, called, define, kernel, limits, differentiable)
+        return Operation(body, called, define, kernel, limits, differentiable, products, decide)
 
     return decorate
 
@@ -145,6 +185,23 @@ def _requires_grad(operand: Any) -> bool:
     if isinstance(operand, tuple):
         return any(map(_requires_grad, operand))
     return isinstance(operand, Tensor) and operand.requires_grad
+
+
+def _deciding(*args: Any, **kwargs: Any) -> Sequence[Tensor]:
+    return list(_floating((*args, *kwargs.values())))
+
+
+def _floating(operands: Iterable[Any]) -> Iterator[Tensor]:
+    """The floating tensors among operands, some of which may be tuples of tensors."""
+    for operand in operands:
+        if isinstance(operand, tuple):
+            yield from _floating(operand)
+        elif isinstance(operand, Tensor) and operand.is_floating_point():
+            yield operand
+
+
+def _device_type(tensor: Tensor) -> str:
+    return "cuda" if tensor.is_cuda else tensor.device.type
 
 
 def first_tensor(operands: Iterable[Any]) -> Tensor:

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+# Tokens whose inputs are converted from half precision at once.
+WIDENED_TOKENS = 2048
+
 
 def is_flat(offsets: Tensor) -> bool:
     """True if every sample has exactly one token (images)."""
@@ -64,6 +67,20 @@ def cuts(offsets: Tensor, max_tokens: int) -> Iterator[tuple[int, int]]:
         last = min(max(last, first + 1), n)
         yield first, last
         first = last
+
+
+def widened(delta: Tensor, act: Tensor, offsets: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Consecutive samples with act in delta's dtype: all at once where it is, else by chunks.
+
+    delta [N, C], act [N, d] and offsets [n+1] of each; so act of half precision is never there a
+    second time as a whole.
+    """
+    if act.dtype == delta.dtype:
+        yield delta, act, offsets
+        return
+    for first, last in cuts(offsets, WIDENED_TOKENS):
+        rows = slice(int(offsets[first]), int(offsets[last]))
+        yield delta[rows], act[rows].to(delta.dtype), offsets[first : last + 1] - rows.start
 
 
 def picked(offsets: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

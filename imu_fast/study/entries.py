@@ -69,7 +69,7 @@ class Entry:
         """This entry's options, with those of ``common`` that its method has for this task."""
         method = self.method
         if isinstance(method, Auto):
-            _, _, method = method.choose(labels, classes)
+            _, method = method.edit_of(method.task_of(labels, classes))
         return {k: v for k, v in common.items() if k in method.paths()} | dict(self.options)
 
     def describe(self) -> dict[str, Any]:

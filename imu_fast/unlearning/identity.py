@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from imu_fast.model.batches import ForgetSet, Parts
+from imu_fast.model.head import LinearLayer
 from imu_fast.model.nested import mapped
 
 
@@ -35,6 +36,11 @@ def of_model(model: nn.Module) -> str:
 def of_head(theta: Tensor, has_bias: bool) -> str:
     """Of a head's weight and bias [C, D], in the model's dtype."""
     return _digest([("theta", theta), ("has_bias", has_bias)])
+
+
+def of_layer(layer: LinearLayer) -> str:
+    """Of an inner layer's weight and bias, in the model's dtype."""
+    return of_head(layer.matrix, layer.bias is not None)
 
 
 def _leaves(batch: Parts) -> list[tuple[str, Any]]:

@@ -35,13 +35,14 @@ from imu_fast.unlearning.ascent.weights import (
     WeightsName,
 )
 from imu_fast.unlearning.auto import Auto, Task, single_row
+from imu_fast.unlearning.edit.distillation import SelfDistillation
 from imu_fast.unlearning.edit.margin_edit import MarginEdit, MetricName
 from imu_fast.unlearning.edit.newton import NewtonRemoval, Then
 from imu_fast.unlearning.method import Method
 from imu_fast.unlearning.summary.summary import TrainingSummary
 
 _NAMED: dict[str, tuple[str, Callable[[], Method]]] = {
-    "auto": ("single_row for a class, margin_edit for samples drawn across classes", Auto),
+    "auto": ("single_row (class), self_distillation (samples), simnpo (sequences)", Auto),
     "imu": (
         "ascent weighted by influence at the classifier (IMU)",
         lambda: Ascent(weights=Influence()),
@@ -72,6 +73,10 @@ _NAMED: dict[str, tuple[str, Callable[[], Method]]] = {
     "single_row": ("ascent of the forgotten classes' rows alone", single_row),
     "margin_edit": ("smallest edit of the head that flips the forget samples", MarginEdit),
     "newton_removal": ("Newton step to the head trained without the forget samples", NewtonRemoval),
+    "self_distillation": (
+        "distillation of the model's own predictions, the labels' logits lowered",
+        SelfDistillation,
+    ),
 }
 MethodName = Literal[
     "auto",
@@ -87,6 +92,7 @@ MethodName = Literal[
     "single_row",
     "margin_edit",
     "newton_removal",
+    "self_distillation",
 ]
 METHODS: Table[Method] = Table(
     "method",
@@ -138,7 +144,7 @@ class MethodOptions(CurvatureOptions, total=False):
     max_steps: int
     batch_size: int
     alpha: float
-    record: Literal["epoch", "step"]
+    record: Literal["epoch", "step", "ends"] | None
     preset: Literal["paper"]
     task: Task
     unseen: Any
@@ -148,3 +154,5 @@ class MethodOptions(CurvatureOptions, total=False):
     summary: TrainingSummary
     k: float
     then: Then
+    targets: Tensor
+    calibrated: bool

@@ -34,7 +34,8 @@ class UnlearnResult:
         batch_losses: the ascent's loss at every step.
         steps, epochs: optimizer steps made, and epochs begun.
         stopped_by: "epochs", "max_steps", "milestones" (the last one was passed), "edit" (all that
-            was asked for), or the stop rule's condition.
+            was asked for), "left_alone" (``"auto"`` found nothing to forget), or the stop rule's
+            condition.
         reached: whether the depth that was asked for (stop, or the last milestone) is there, by the
             model's own forward pass; None where none was asked for.
         step_fraction: how much of the last step was kept by the bisection, in (0, 1]; of
@@ -43,6 +44,7 @@ class UnlearnResult:
         settings: the method and every option of it, as used; of an edit also its Hessian's kind
             and the damping that it came to.
         backends: which backend, or backends, ran each operation: see ``imu.record_backends``.
+        precisions: what each one's matrix products were made in: see ``imu.use_precision``.
     """
 
     model: nn.Module
@@ -60,6 +62,7 @@ class UnlearnResult:
     settings: dict[str, Any] = field(default_factory=dict)
     backends: dict[str, str] = field(default_factory=dict)
     dataset_indices: list[int] | None = None
+    precisions: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """One line: what was done, and what it did to the forget set."""

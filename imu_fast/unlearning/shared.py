@@ -21,7 +21,7 @@ from imu_fast.unlearning.depth import StopRule
 from imu_fast.unlearning.edit.margin_edit import MarginEdit
 from imu_fast.unlearning.edit.newton import NewtonRemoval
 from imu_fast.unlearning.method import Method
-from imu_fast.unlearning.result import UnlearnResult
+from imu_fast.unlearning.result import Record, UnlearnResult
 from imu_fast.unlearning.subject import naming
 
 Run = Callable[..., UnlearnResult]
@@ -53,7 +53,9 @@ def unlearn_shared(
         InputError: the method changes more than a head, or more stands between it and the logits.
     """
     if distributed.rank_of(group):
-        given |= {"callback": None, "on_milestone": None, "checkpoint": None, "progress": False}
+        # One that does nothing, where there is one: it says when records are made.
+        silent = None if given["callback"] is None else _ignore
+        given |= {"callback": silent, "on_milestone": None, "checkpoint": None, "progress": False}
     layer, alone = _on_the_head(method)
     stop, milestones = rules
     for rule in (stop, *(milestones or {}).values()):
@@ -88,6 +90,10 @@ def unlearn_shared(
         raise
     result.model, result.dataset_indices = target, None
     return result
+
+
+def _ignore(record: Record) -> None:
+    """A callback of a process that is not the first."""
 
 
 def _run_alike(

@@ -9,10 +9,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from imu_fast.errors import InputError
+from imu_fast.errors import InputError, NoSamplesError
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.source import Factors
-from imu_fast.model.batches import ForgetSet, Parts, as_batches, to_device
+from imu_fast.model.batches import ForgetSet, Parts, as_batches, empty_message, to_device
 from imu_fast.model.called import called, from_sample
 from imu_fast.model.capture import HeadFeatures, capture, capture_features
 from imu_fast.model.convolution import scored_layers
@@ -357,6 +357,8 @@ class NetworkSubject:
                 with from_sample(samples):
                     rows.append(row_sums(*self.forward(batch)))
                 samples += batch.n
+            if not rows:
+                raise NoSamplesError(empty_message(self.sets[name]))
             return Measurement.of(rows)
 
     def factors(

@@ -77,12 +77,16 @@ def unlearn(
             ``"random_label"``, ``"boundary_shrink"``, ``"preconditioned"``, ``"single_row"``: all
             of them an ``Ascent``; ``"margin_edit"``, one quadratic program and no ascent;
             ``"newton_removal"``, one Newton step to the head trained without the forget set;
+            ``"self_distillation"``, the model's own predictions with the labels' logits lowered,
+            taught to the last layers;
             ``"auto"``, the best recipe found so far for a class or for random samples
             (``task="class"`` or ``"samples"`` says which, ``unseen`` how deep samples go),
-            also with a ``summary`` of the training set; ``result.settings["auto"]`` says why.
+            also with a ``summary`` of the training set, or for sequences (``unseen`` or a stop rule
+            is needed, ``retain`` is used); ``result.settings["auto"]`` says why.
         stop: a :class:`StopRule`, tested after every step; the last step is bisected. None: the
             method's budget; of ``"auto"`` forget accuracy 0 for a class, and for samples that on
-            ``unseen``, without which they go to 0 and a warning asks for it.
+            ``unseen``, without which they go to 0 and a warning asks for it. Samples that are
+            predicted no better than ``unseen`` are left alone, and it is said.
         milestones: depths on the way, by name; without ``stop`` the last one ends the run.
         on_milestone: ``(name, record)``, called at each with the model there (bisected as a stop).
         watch: data to measure at every record, by name.
@@ -126,8 +130,10 @@ def unlearn(
             Those of ``MarginEdit``: ``margin`` (0.1), ``metric`` (``"features"`` or ``"ggn"``),
             ``precondition_eps``, ``precondition`` (a second moment [D, D]), ``layers`` (which
             head). Of ``NewtonRemoval``: ``eps``, ``k``, ``then`` (``"scale"`` or
-            ``"margin_edit"``), ``margin``, ``layers``. Of both and of ``Auto``: ``summary``,
-            of the training set, by :func:`imu_fast.save_summary`.
+            ``"margin_edit"``), ``margin``, ``layers``. Of ``SelfDistillation``: ``layers`` (those
+            beside the head), ``margin``, ``eps``, ``lr``, ``max_steps``, ``calibrated``,
+            ``targets``. Of all three and of ``Auto``: ``summary``, of the training set, by
+            :func:`imu_fast.save_summary`.
 
             How the model is read, by whatever method, for the forget set and every watched one:
             ``output``, ``loss``, ``ignore_index``, as of :func:`imu_fast.capture_features`.
@@ -177,8 +183,10 @@ def unlearn(
     said: dict[str, Any] = {}
     if isinstance(how, Auto):
         forget = ForgetSet(data, how.batches_of, model)
-        _check_forgettable(forget, how, label)
-        label, how, depths, why = how.for_task(model, forget, reading, depths)
+        if _check_forgettable(forget, how, label):
+            label, how, depths, why = how.for_sequences(model, depths)
+        else:
+            label, how, depths, why = how.for_task(model, forget, reading, depths)
         said = {"auto": why}
     if checkpoint is not None and not how.resumable:
         raise InputError(
@@ -238,7 +246,7 @@ def unlearn(
         )
     warn_unless_reached(result.reached, wanted, result.trajectory[-1])
     result.dataset_indices = forget.dataset_indices
-    result.backends = dict(used)
+    result.backends, result.precisions = dict(used), dict(used.precisions)
     result.settings = described | said | result.settings
     result.seconds = time.perf_counter() - started
     return result

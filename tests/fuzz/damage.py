@@ -83,7 +83,8 @@ def _operator(curvature: str) -> Format:
 
 def _summarised(path: Path) -> None:
     torch.manual_seed(0)
-    imu.save_summary(nn.Linear(4, 3), (torch.randn(6, 4), torch.arange(6) % 3), path)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    imu.save_summary(model, (torch.randn(6, 4), torch.arange(6) % 3), path)
 
 
 def _resumed(path: Path) -> Any:

@@ -27,6 +27,7 @@ from torch import Tensor
 import imu_fast as imu
 from imu_fast.curvature.named import CURVATURES
 from imu_fast.errors import ImuFastError
+from imu_fast.factors.operands import HALF
 
 # What is drawn is kept nowhere: a run with the same number of cases is the same run.
 _SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
@@ -150,6 +151,8 @@ def any_factors(draw: st.DrawFn) -> imu.GradientFactors:
     x = torch.randn(n, d, generator=generator, dtype=torch.float64).mul(scale).to(dtype)
     delta = torch.randn(n, c, generator=generator, dtype=torch.float64)
     delta = delta.mul(10.0 ** draw(st.integers(-30, 3))).to(dtype)
+    if dtype == torch.float32 and draw(st.booleans()):
+        x = x.bfloat16()
     return imu.GradientFactors(delta, x, torch.arange(n + 1), draw(st.booleans()))
 
 
@@ -197,6 +200,8 @@ def softmax_factors(draw: st.DrawFn) -> imu.GradientFactors:
     x = torch.randn(rows, d, generator=generator).mul(10.0 ** draw(st.integers(-3, 2))).to(dtype)
     w = torch.randn(c, d, generator=generator).mul(10.0 ** draw(st.integers(-2, 1))).to(dtype)
     bias = torch.randn(c, generator=generator).to(dtype) if draw(st.booleans()) else None
+    if dtype == torch.float32 and (half := draw(st.sampled_from([None, *HALF]))):
+        x = x.to(half)
     labels = torch.randint(c, (rows,), generator=generator)
     return imu.GradientFactors.from_head(x, w, bias, labels, offsets, implicit=False)
 

@@ -25,7 +25,8 @@ from cases import (
 
 import imu_fast as imu
 from imu_fast import reference
-from imu_fast.backend import input_precision, interpreted, record_backends, use_backend
+from imu_fast.backend import interpreted, record_backends, use_backend
+from imu_fast.kernels.specialisation import dots
 from imu_fast.ops.bilinear_scores import bilinear_scores, quadratic_scores
 from imu_fast.ops.conjugate_gradient import iterate, start
 from imu_fast.ops.fisher_diagonal import fisher_diagonal
@@ -35,6 +36,7 @@ from imu_fast.ops.head_ascent import head_ascent
 from imu_fast.ops.linear_softmax import Head, normaliser, residual
 from imu_fast.ops.objective import LABEL_OBJECTIVES
 from imu_fast.ops.softmax_residual import softmax_residual
+from imu_fast.precision import PRECISIONS, ROUNDING, precision_of, use_precision
 
 # Beside the shared cases: larger than a tile of 16, and than a shipped one, on every axis.
 MEDIUM = Case("larger than a small tile on every axis", (1,) * 37, 35, 33)
@@ -62,13 +64,15 @@ def _triton():
         assert set(used.values()) <= {"triton"}, used
 
 
-@pytest.fixture(params=["highest", "high"])
+# Of those that have tiles of their own; "bf16" has those of TF32.
+TILED = ["ieee", "tf32x3", "tf32"] + ([] if interpreted() else ["bf16"])
+
+
+@pytest.fixture(params=TILED)
 def precision(request):
-    """float32 as it is, then with TF32 allowed, which has tiles of its own."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(request.param)
-    yield request.param
-    torch.set_float32_matmul_precision(before)
+    """The interpreter multiplies exactly in all of them, and reaches the tiles of each."""
+    with use_precision(request.param):
+        yield request.param
 
 
 @pytest.fixture
@@ -92,9 +96,9 @@ def small_tiles(monkeypatch):
 
 
 def assert_close(actual, truth, length, scale=None, dtype=torch.float32):
-    """cases.assert_close, wider where the kernel's products of ``dtype`` are in TF32."""
-    tf32 = input_precision() == "tf32" or dtype != torch.float32
-    cases.assert_close(actual, truth, length, scale, tf32 and not interpreted())
+    """cases.assert_close, wider where the kernel's products of ``dtype`` round their operands."""
+    rounding = 0.0 if interpreted() else ROUNDING[precision_of([dtype])]
+    cases.assert_close(actual, truth, length, scale, rounding)
 
 
 def assert_repeats(first, again):
@@ -242,6 +246,68 @@ def test_gram_in_shipped_tiles(case, precision):
     assert_repeats(k, lambda: gram(*args))
 
 
+# A signal in float32 beside inputs of half precision, as factors of such a model are.
+MIXED = [(case, half, "auto") for case in (MEDIUM, TOKENS, CASES[8]) for half in DTYPES[1:]]
+MIXED += [(CASES[1], torch.bfloat16, asked) for asked in PRECISIONS]
+
+
+@pytest.mark.parametrize("case, half, asked", MIXED, ids=str)
+def test_a_float32_signal_beside_half_inputs(case, half, asked, small_tiles):
+    """Against the definition of the same numbers; in the precision that is asked for."""
+    for kernel in ("fisher_diagonal", "bilinear_scores", "gram", "ggn_product"):
+        small_tiles(kernel, case)
+    delta, act, offsets, has_bias = factors_of(case, torch.float32)
+    act = act.to(half)
+    wide = act.float()
+    x = torch.randn(2, case.classes, case.features + has_bias)
+    length, tokens = case.classes + case.features, max(case.lengths)
+    big = float(act.abs().max()) + 1
+    size = float(delta.abs().sum(1).max()) * big * case.features * tokens
+    p = torch.softmax(torch.randn(len(delta), case.classes), dim=1)
+    scale = torch.ones(len(delta))
+    rest = (x, len(offsets) - 1, 0.1, has_bias)
+    calls = {
+        fisher_diagonal: ((delta, act, offsets, has_bias), float(delta.abs().max()) ** 2 * big**2),
+        bilinear_scores: ((delta, act, x, offsets, has_bias), size * float(x.abs().max())),
+        gram: ((delta, act, offsets, has_bias), size**2),
+        ggn_product: ((p, scale, act, *rest), float(x.abs().max()) * big**2 * case.features * 2),
+    }
+    if set(case.lengths) == {1}:
+        args = (delta, act, x[0].abs(), offsets, has_bias)
+        calls[quadratic_scores] = args, size**2 * float(x.abs().max())
+    by_default = "bf16" if half == torch.bfloat16 else "tf32"
+    for operation, (args, bound) in calls.items():
+        with use_precision(asked), record_backends() as ran:
+            found = operation(*args)
+        own = "ieee" if operation is ggn_product else by_default  # as its vectors are
+        wanted = own if asked == "auto" else asked
+        assert ran.precisions == {operation.name: wanted}
+        define = ggn_truth if operation is ggn_product else getattr(reference, operation.name)
+        truth = define(*(wide if arg is act else arg for arg in args))
+        assert found.dtype == torch.float32
+        rounding = 0.0 if interpreted() else ROUNDING[ran.precisions[operation.name]]
+        cases.assert_close(found, truth, len(delta) + length, max(bound * tokens, 1e-30), rounding)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "asked, kind, squared",
+    [
+        *(("ieee", "half", "ieee"), ("tf32x3", "half", "tf32x3"), ("tf32", "half", "tf32")),
+        ("bf16", "half", "half or bf16"),
+    ],
+)
+def test_half_operands_are_multiplied_as_they_are_and_their_squares_no_coarser(
+    half, asked, kind, squared
+):
+    squares = squared if asked != "bf16" else {torch.bfloat16: "half"}.get(half, "bf16")
+    assert dots(asked, half, half).kind == kind
+    assert dots(asked, half, half, squared=True).kind == squares
+    wide = dots(asked, torch.float32, half)
+    assert wide.kind == asked
+    assert wide.dtype == (torch.bfloat16 if asked == "bf16" else torch.float32)
+
+
 def ggn_arguments(case, dtype, many):
     """p and act in ``dtype``, V [many, C, D] in float32, and the size of the product's terms."""
     p = case.make(torch.float64)
@@ -380,8 +446,8 @@ def test_linear_softmax_residual_in_shipped_tiles(case, precision):
     head, _, (delta, loss), length, size = linear_softmax_case(case, torch.float32)
     known = normaliser(head)
     found = in_slabs(head, known, 100)
-    # In TF32 the error is that of a logit, a sum of d products.
-    scale = case.features**0.5 if precision == "high" else None
+    # Of rounded operands the error is that of a logit, a sum of d products.
+    scale = case.features**0.5 if precision != "ieee" else None
     assert_close(found, delta, length, scale)
     assert_close(known.loss, loss, length, max(size, 1.0))
     for i, first in enumerate(known):

@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 ANSWER = [7, 8, 9]
 SOME = ("gpt2", "llama", "gemma2", "bart", "t5", "bert tokens")
-FOR_ONE_LABEL = ("auto", "margin_edit", "newton_removal", "boundary_shrink")
+FOR_ONE_LABEL = ("auto", "margin_edit", "newton_removal", "self_distillation", "boundary_shrink")
 METHODS = [m for m in imu.methods() if m not in FOR_ONE_LABEL]
 quiet = pytest.mark.filterwarnings("ignore:the depth that was asked")
 

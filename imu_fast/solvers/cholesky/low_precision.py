@@ -32,14 +32,13 @@ an iteration. With eta = 1/2 that is 22 iterations to 1e-12.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from threading import RLock
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from imu_fast.backend import ask_float32_products, float32_products
+from imu_fast.precision import torch_multiplies_in
 from imu_fast.solvers.cholesky.lapack import settle
 
 # Unit roundoff, rounding to nearest.
@@ -49,8 +48,6 @@ ROUNDOFF = {"tf32": 2.0**-11, "bf16": 2.0**-8}
 # float32, are 3 block (P - block) / 2 P^2 of the FLOPs, 16 % of order 4,096, and with the diagonal
 # blocks 63 % of order 1,024. By counting; not yet measured on a GPU.
 BLOCK = 512
-# torch's setting is one for the process, so two factorisations may not interleave.
-_setting = RLock()
 
 FactorBlock = Callable[[Tensor, float, bool], tuple[Tensor, Tensor]]
 
@@ -82,25 +79,6 @@ def rounding_bound(a: Tensor, damping: float, precision: str, block: int | None 
         norms.append(torch.minimum(*both))
     trace = a.diagonal(dim1=-2, dim2=-1).double().sum(-1) + order * damping
     return ROUNDOFF[precision] * (2 * torch.stack(norms).amax(0) * trace).sqrt()
-
-
-@contextmanager
-def _cuda_multiplies_in(arithmetic: str) -> Iterator[None]:
-    """float32 products and triangular solves enqueued on CUDA meanwhile are in "ieee" or "tf32".
-
-    torch keeps this per process, not per thread: what other threads multiply meanwhile follows it,
-    and the older setting's getters (``allow_tf32``, ``get_float32_matmul_precision``) raise there.
-    A value inherited from ``torch.backends.fp32_precision`` is restored as the product's own.
-    """
-    with _setting:
-        before = float32_products()
-        if before != arithmetic:
-            ask_float32_products(arithmetic)
-        try:
-            yield
-        finally:
-            if before != arithmetic:
-                ask_float32_products(before)
 
 
 def _on_matrix_units(tensor: Tensor) -> bool:
@@ -139,7 +117,7 @@ class _Rows:
         if self._bf16 is not None:
             target.sub_(_multiply_bf16(self._bf16[above, rows].mT, self._bf16[above, columns]))
             return
-        with _cuda_multiplies_in("tf32") if self._cuda else nullcontext():
+        with torch_multiplies_in("tf32") if self._cuda else nullcontext():
             target.addmm_(self._u[above, rows].mT, self._u[above, columns], alpha=-1)
 
 
@@ -190,7 +168,7 @@ def factor(
     out = out.contiguous()
     order = a.shape[-1]
     # A global TF32 must not reach the triangular solves: the bound has them in float32.
-    guard = _cuda_multiplies_in("ieee") if _on_matrix_units(a) else nullcontext()
+    guard = torch_multiplies_in("ieee") if _on_matrix_units(a) else nullcontext()
     with guard:
         statuses = [
             _factor_one(u, damping, precision, factor_block, block or BLOCK)

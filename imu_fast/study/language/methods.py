@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from imu_fast.errors import check_choice
-from imu_fast.study.entries import ORIGINAL, TWIN, Entry
+from imu_fast.study.entries import AUTO, ORIGINAL, TWIN, Entry
 from imu_fast.study.results import Question
 from imu_fast.unlearning.named import SUMMARIES
 
@@ -37,6 +37,9 @@ def _entries() -> dict[str, Entry]:
     for method in _WITH_KEPT:
         wanted = {"method": method, "scope": "all", "retain_loss": "ce"}
         found[f"{method} + kept data, {_NETWORK}"] = Entry(wanted, rates=_NETWORK_RATES)
+    # By the weights' size, and not by a model of their own: one rate, which is not passed on.
+    found[AUTO] = Entry({"method": AUTO}, rates=(1.0,))
+    found[f"{AUTO} + kept data"] = Entry({"method": AUTO, "retain_loss": "kl"}, rates=(1.0,))
     return found
 
 
@@ -89,7 +92,7 @@ def entries_named(names: tuple[str, ...]) -> dict[str, Entry]:
 
 def on_head(entry: Entry) -> bool:
     """Whether it changes the head alone, on cached features."""
-    return bool(entry.options["scope"] == "head")
+    return bool(entry.options.get("scope") == "head")
 
 
 def budget(entry: Entry, max_steps: int) -> int:
@@ -100,7 +103,9 @@ def budget(entry: Entry, max_steps: int) -> int:
 def options_of(entry: Entry, kept: Any, **common: Any) -> dict[str, Any]:
     """Options of ``unlearn``: AdamW on a whole network, the kept data where they are asked for."""
     given = common | dict(entry.options)
-    if not on_head(entry):
+    if entry.options["method"] == AUTO:  # its rate and its budget are its own
+        given = {k: v for k, v in given.items() if k not in ("lr", "epochs", "max_steps")}
+    elif not on_head(entry):
         given["optimizer"] = torch.optim.AdamW
     if "retain_loss" in given:
         given["retain"] = kept

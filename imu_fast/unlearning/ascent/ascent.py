@@ -33,8 +33,9 @@ def _check_not_negative(name: str, value: float) -> None:
     check_positive(name, value, allow_zero=True)
 
 
-def _check_record(name: str, value: str) -> None:
-    check_choice(name, value, ("epoch", "step"))
+def _check_record(name: str, value: str | None) -> None:
+    if value is not None:
+        check_choice(name, value, ("epoch", "step", "ends"))
 
 
 def _paper(ascent: Ascent, preset: object) -> Ascent:
@@ -65,7 +66,9 @@ class Ascent(Method):
         epochs, max_steps: the budget; whichever is used up first.
         batch_size: forget samples per step.
         alpha: weight of the L1 norm of the trained parameters.
-        record: how often the trajectory gets an entry: each ``"epoch"``, or each ``"step"``.
+        record: when the trajectory gets an entry, which is a measurement of every watched set:
+            each ``"epoch"``, each ``"step"``, or at the ``"ends"``, before and after. None: each
+            epoch where somebody looks on (``callback=``, ``watch=``), else at the ends.
     """
 
     name = "ascent"
@@ -81,7 +84,7 @@ class Ascent(Method):
     max_steps: int | None = option(default=None, check=_check_limit)
     batch_size: int = option(default=256, check=check_count)
     alpha: float = option(default=0.0, check=_check_not_negative)
-    record: Literal["epoch", "step"] = option(default="epoch", check=_check_record)
+    record: Literal["epoch", "step", "ends"] | None = option(default=None, check=_check_record)
 
     @property
     def sequences(self) -> bool:

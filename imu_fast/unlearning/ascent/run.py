@@ -71,7 +71,7 @@ class Plan(Protocol):
     @property
     def batch_size(self) -> int: ...
     @property
-    def record(self) -> str: ...
+    def record(self) -> str | None: ...
 
 
 class Run:
@@ -88,6 +88,9 @@ class Run:
         self.pending = dict(job.depths.milestones or {})
         self.ends_with_milestones = bool(self.pending) and self.stop is None
         self.trajectory = Trajectory(self.subject, job.watch, job.callback)
+        # A record is a pass over every watched set: none on the way that nobody asked for.
+        looked_on = bool(self.trajectory.watched) or job.callback is not None
+        self._when = method.record or ("epoch" if looked_on else "ends")
         self.batch_losses: list[float] = []
         self.labelled = _labelled(job)
         self.step = 0
@@ -206,7 +209,10 @@ class Run:
         epochs: int = 0,
         fraction: float = 1.0,
     ) -> UnlearnResult:
-        met = self.stop if stopped_by not in ("epochs", "max_steps") else None
+        spent = stopped_by in ("epochs", "max_steps")
+        if spent and self.trajectory.records[-1]["step"] != self.step:
+            self._record(epochs, weights)
+        met = None if spent else self.stop
         kept, own = confirm(self.subject, self.trajectory, met, fraction, self._stretch_to)
         if kept != fraction:
             self.trajectory.records[-1]["step"] = self.step - 1 + kept
@@ -304,14 +310,14 @@ class Run:
                 end = self._reached(before, epoch, weights, batch_weights)
                 if end is not None:
                     break
-            if method.record == "step":
+            if self._when == "step":
                 self._record(epoch, batch_weights)
             if method.max_steps is not None and self.step >= method.max_steps:
                 end = ("max_steps", 1.0)
                 break
         self._check_finite(losses)
         self.batch_losses += torch.stack(losses).tolist() if losses else []
-        if method.record == "epoch" and (end is None or end[0] == "max_steps"):
+        if self._when == "epoch" and (end is None or end[0] == "max_steps"):
             self._record(epoch + 1, weights)
         return end
 
@@ -363,7 +369,7 @@ class Run:
         if self.steps.sequence is None or self.stop is not None or self.pending:
             return False
         limit = self.method.max_steps
-        return self.method.record == "epoch" and (limit is None or self.step + steps < limit)
+        return self._when != "step" and (limit is None or self.step + steps < limit)
 
     def _check_finite(self, losses: list[Tensor]) -> None:
         state = self.subject.state().values()

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from imu_fast.errors import InputError, SingularMatrixError, check_positive, one_of
+from imu_fast.errors import InputError, check_positive, one_of
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.model.head import find_head
 from imu_fast.options import option, options
 from imu_fast.unlearning.depth import StopRule, bisect
+from imu_fast.unlearning.edit.inverse import damped_inverse
 from imu_fast.unlearning.edit.margin_edit import Edit, MarginEdit
 from imu_fast.unlearning.edit.metric import HessianMetric
 from imu_fast.unlearning.edit.straight import Move, StraightEdit
@@ -28,13 +29,6 @@ logger = logging.getLogger("imu_fast")
 
 # The direction is doubled or halved this often at most to find a scale that reaches the depth.
 _DOUBLINGS = 24
-# Where what is left of the Hessian is not positive, its damping may be raised to this share of
-# the mean eigenvalue; rounding and inexact sums need less.
-_MOST_DAMPING = 0.1
-_AMONG = (
-    "The forget samples are to be among those that the summary is of, read in the same way (no "
-    "augmentation)"
-)
 
 Then = Literal["scale", "margin_edit"]
 
@@ -155,38 +149,8 @@ def removal_step(
         hessian = whole - head_hessian(factors, whole.kind)
         lam, left = summary.weight_decay, summary.n - factors.n
         gradient = gradient + factors.n * lam * theta
-    inverse = _inverse(hessian, left * lam, eps)
+    inverse = damped_inverse(hessian, left * lam, eps, NewtonRemoval.name)
     return inverse.solve(gradient), hessian, inverse
-
-
-def _inverse(hessian: HeadHessian, decay: float, eps: float) -> Damped:
-    """``H + (decay + eps mu) I``, its damping raised where that is not positive definite."""
-    mean = hessian.mean_eigenvalue
-    if not mean > 0:
-        raise InputError(
-            f"method='newton_removal': what is to be inverted has the mean eigenvalue {mean:g}; it "
-            f"must be positive. {_AMONG}, and not all be predicted with probability one"
-        )
-    damping = decay + eps * mean
-    try:
-        return hessian.damped(damping)
-    except SingularMatrixError as error:
-        needed = 2 * (error.smallest_damping or 0.0)
-        if not damping < needed <= _MOST_DAMPING * mean:
-            raise SingularMatrixError(
-                "method='newton_removal': what the summary has without the forget samples is no "
-                f"Hessian ({error}). {_AMONG}",
-                pivot=error.pivot,
-                smallest_damping=error.smallest_damping,
-            ) from error
-    logger.warning(
-        "newton_removal: damping raised from %.3g to %.3g (%.2g of the mean eigenvalue): what the "
-        "summary has without the forget samples is not positive definite",
-        damping,
-        needed,
-        needed / mean,
-    )
-    return hessian.damped(needed)
 
 
 class _Removal(StraightEdit):

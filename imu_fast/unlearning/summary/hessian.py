@@ -16,9 +16,10 @@ from torch import Tensor
 from typing_extensions import Self
 
 from imu_fast.curvature.ggn.dense import class_blocks, contrasts, primal_matrix
+from imu_fast.curvature.kfac import kronecker_factors
 from imu_fast.errors import InputError, SingularMatrixError
 from imu_fast.factors.gradient_factors import GradientFactors
-from imu_fast.factors.probabilities import augmented, softmax
+from imu_fast.factors.probabilities import augmented, signals_or_curvature, softmax
 from imu_fast.factors.source import Factors
 from imu_fast.factors.sums import S, summed
 from imu_fast.losses.output_curvature import Softmax
@@ -78,9 +79,6 @@ class HeadHessian(ABC):
         """Of what :meth:`tensors` gave."""
 
     @abstractmethod
-    def _less(self, other: Self) -> Self: ...
-
-    @abstractmethod
     def trace(self) -> float:
         """The sum of its eigenvalues."""
 
@@ -99,8 +97,17 @@ class HeadHessian(ABC):
 
     def __sub__(self, other: HeadHessian) -> Self:
         """Without the samples of another sum of the same kind."""
+        return self._joined(other, -1)
+
+    def __add__(self, other: HeadHessian) -> Self:
+        """With the samples of another sum of the same kind."""
+        return self._joined(other, 1)
+
+    def _joined(self, other: HeadHessian, sign: int) -> Self:
         assert isinstance(other, type(self)) and other.shape == self.shape
-        return self._less(other)
+        theirs = other._held()
+        held: dict[str, Any] = {k: x + sign * theirs[k] for k, x in self._held().items()}
+        return replace(self, n=self.n + sign * other.n, **held)
 
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
@@ -170,9 +177,6 @@ class ExactHessian(HeadHessian):
         matrix[_upper(matrix)] = triangle
         return cls(n, shape, matrix)
 
-    def _less(self, other: Self) -> Self:
-        return replace(self, n=self.n - other.n, matrix=self.matrix - other.matrix)
-
     def trace(self) -> float:
         return float(self.matrix.diagonal().sum())
 
@@ -221,9 +225,6 @@ class BlockHessian(HeadHessian):
     def restored(cls, n: int, shape: tuple[int, int], tensors: dict[str, Tensor]) -> Self:
         return cls(n, shape, tensors["blocks"])
 
-    def _less(self, other: Self) -> Self:
-        return replace(self, n=self.n - other.n, blocks=self.blocks - other.blocks)
-
     def trace(self) -> float:
         return float(self.blocks.diagonal(dim1=1, dim2=2).sum())
 
@@ -264,16 +265,18 @@ class KroneckerHessian(HeadHessian):
         return cls(factors.n, _shape(factors), *_sum_over(factors, term))
 
     @classmethod
+    def of_layer(cls, factors: Factors) -> Self:
+        """Of an inner layer, by the signals that ``capture(..., fisher=)`` brings to it.
+
+        B is the sum over all rows of all samples, A that over samples of the mean over their rows.
+        """
+        outputs, inputs = kronecker_factors(factors, signals_or_curvature)
+        n = factors.n
+        return cls(n, _shape(factors), n * outputs, n * inputs)
+
+    @classmethod
     def restored(cls, n: int, shape: tuple[int, int], tensors: dict[str, Tensor]) -> Self:
         return cls(n, shape, tensors["outputs"], tensors["inputs"])
-
-    def _less(self, other: Self) -> Self:
-        return replace(
-            self,
-            n=self.n - other.n,
-            outputs=self.outputs - other.outputs,
-            inputs=self.inputs - other.inputs,
-        )
 
     def trace(self) -> float:
         return float(self.outputs.trace() * self.inputs.trace()) / self.n

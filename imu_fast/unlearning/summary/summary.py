@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from imu_fast.errors import InputError, brief, check_positive
+from imu_fast.model.head import LinearLayer
 from imu_fast.storage import DAMAGE, load_tensors, save_tensors, writable
-from imu_fast.unlearning.identity import of_head
-from imu_fast.unlearning.summary.hessian import HESSIANS, HeadHessian
+from imu_fast.unlearning.identity import of_head, of_layer
+from imu_fast.unlearning.summary.hessian import HESSIANS, HeadHessian, KroneckerHessian
 
 # Of the files below; a reader refuses any other.
-SUMMARY_FORMAT = 1
+SUMMARY_FORMAT = 2
 _KEY = "training_summary"
 
 
@@ -38,9 +40,11 @@ class TrainingSummary:
         class_means: [C, d] float64, the mean features of each class; zero where it has no sample.
         class_counts: [C] int64.
         weight_decay: lam of the mean training loss's ``lam/2 ||theta||^2``, as SGD's.
-        unseen_accuracy: the model's accuracy on data that it never saw, or None.
+        unseen_accuracy: the model's accuracy on data that it never saw, or None. unseen_count: on
+            how many samples it was measured; None where it was given as a number.
         head: the head's name. fingerprint: of its weights.
         has_bias: whether D = d + 1.
+        inner: K-FAC of layers before the head, by name. inner_fingerprints: of their weights.
     """
 
     n: int
@@ -53,6 +57,9 @@ class TrainingSummary:
     head: str
     fingerprint: str
     has_bias: bool
+    inner: dict[str, KroneckerHessian] = field(default_factory=dict)
+    inner_fingerprints: dict[str, str] = field(default_factory=dict)
+    unseen_count: int | None = None
 
     @property
     def kind(self) -> str:
@@ -67,7 +74,8 @@ class TrainingSummary:
     @property
     def nbytes(self) -> int:
         """Of its tensors in a file."""
-        return self.hessian.nbytes + sum(getattr(self, name).nbytes for name in _TENSORS)
+        own = self.hessian.nbytes + sum(getattr(self, name).nbytes for name in _TENSORS)
+        return own + sum(hessian.nbytes for hessian in self.inner.values())
 
     def __repr__(self) -> str:
         """One line: of what, how large, and what it loses."""
@@ -76,6 +84,7 @@ class TrainingSummary:
         return (
             f"TrainingSummary({self.n} samples at {self.head!r} [{classes}, {width}], "
             f"{self.nbytes / 1e6:.2f} MB, hessian {self.kind} (loses {self.loses}), "
+            f"K-FAC of {', '.join(map(repr, self.inner)) or 'no layer before it'}, "
             f"weight_decay {self.weight_decay:g}, unseen accuracy {unseen})"
         )
 
@@ -102,6 +111,21 @@ class TrainingSummary:
                 "nothing would be left; pass the summary of the whole training set"
             )
 
+    def check_inner(self, layers: Sequence[LinearLayer]) -> None:
+        """Raise InputError unless it has K-FAC of these layers, as they are."""
+        for layer in layers:
+            if layer.name not in self.inner:
+                raise InputError(
+                    f"summary has no K-FAC of layer {layer.name!r}; it has "
+                    f"{', '.join(map(repr, self.inner)) or 'none'}. Save one with "
+                    f"imu_fast.save_summary(..., inner_layers=[{layer.name!r}]), or name others"
+                )
+            if of_layer(layer) != self.inner_fingerprints[layer.name]:
+                raise InputError(
+                    f"summary is of other weights of layer {layer.name!r} than the model has; "
+                    "save one of this model, imu_fast.save_summary"
+                )
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, which :func:`imu_fast.load_summary` reads.
 
@@ -118,13 +142,20 @@ class TrainingSummary:
             "shape": list(self.hessian.shape),
             **{name: getattr(self, name) for name in _PLAIN},
         }
+        said["inner"] = [
+            {"name": name, "shape": list(h.shape), "fingerprint": self.inner_fingerprints[name]}
+            for name, h in self.inner.items()
+        ]
         tensors = {f"hessian.{name}": x for name, x in self.hessian.tensors().items()}
+        for place, hessian in enumerate(self.inner.values()):
+            tensors |= {f"inner.{place}.{name}": x for name, x in hessian.tensors().items()}
         tensors |= {name: getattr(self, name) for name in _TENSORS}
         save_tensors(path, tensors, {_KEY: json.dumps(said)})
 
 
 _TENSORS = ("second_moment", "class_means", "class_counts")
-_PLAIN = ("n", "weight_decay", "unseen_accuracy", "head", "fingerprint", "has_bias")
+_ABOUT = ("head", "fingerprint", "has_bias")
+_PLAIN = ("n", "weight_decay", "unseen_accuracy", "unseen_count", *_ABOUT)
 
 
 def load_summary(path: str | os.PathLike[str]) -> TrainingSummary:
@@ -153,8 +184,21 @@ def load_summary(path: str | os.PathLike[str]) -> TrainingSummary:
             {k.removeprefix("hessian."): x for k, x in tensors.items() if k.startswith("hessian.")},
         )
         others: dict[str, Any] = {name: tensors[name] for name in _TENSORS}
+        inner = {
+            x["name"]: KroneckerHessian(
+                said["n"],
+                (x["shape"][0], x["shape"][1]),
+                tensors[f"inner.{place}.outputs"],
+                tensors[f"inner.{place}.inputs"],
+            )
+            for place, x in enumerate(said["inner"])
+        }
         summary = TrainingSummary(
-            hessian=hessian, **others, **{name: said[name] for name in _PLAIN}
+            hessian=hessian,
+            **others,
+            **{name: said[name] for name in _PLAIN},
+            inner=inner,
+            inner_fingerprints={x["name"]: x["fingerprint"] for x in said["inner"]},
         )
         _check(summary)
     except DAMAGE as error:
@@ -173,6 +217,9 @@ def _check(summary: TrainingSummary) -> None:
         (summary.class_means, (classes, d)),
         (summary.class_counts, (classes,)),
     ]
+    for hessian in summary.inner.values():
+        c, d = hessian.shape
+        shapes += [(hessian.outputs, (c, c)), (hessian.inputs, (d, d))]
     found = [tuple(tensor.shape) for tensor, _ in shapes]
     if found != [shape for _, shape in shapes]:
         raise ValueError(f"it says [{classes}, {width}] and holds tensors {found}")
@@ -191,9 +238,9 @@ def check_summary(name: str, value: Any) -> None:
 
 
 def class_sums(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Means [C, d] float64 of features [N, d] by class, and how many there are [C]."""
+    """Sums [C, d] float64 of features [N, d] by class, and how many there are [C]."""
     counts = torch.bincount(labels, minlength=classes)
     sums = features.new_zeros(classes, features.shape[1], dtype=torch.float64)
     for rows in torch.arange(len(labels), device=labels.device).split(1 << 13):
         sums.index_add_(0, labels[rows], features[rows].double())
-    return sums / counts.clamp_min(1)[:, None], counts
+    return sums, counts

@@ -242,6 +242,9 @@ def test_compiled_code_errs_when_it_runs(backend):
         assert compiled(-a, b, 1e-3, check=False).isnan().any()
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.6."), reason="that torch compiles no grad of a custom function"
+)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_transforms(backend):
     """One at a time: torch compiles no vmap of the grad of any autograd.Function."""

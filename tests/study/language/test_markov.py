@@ -158,8 +158,8 @@ def test_entries_and_questions():
     for question in QUESTIONS.values():
         for name in (question.baseline, *question.methods):
             assert name in ENTRIES or name in (ORIGINAL, TWIN)
-    with pytest.raises(InputError, match="methods='auto'"):
-        entries_named(("auto",))
+    with pytest.raises(InputError, match="methods='margin_edit'"):
+        entries_named(("margin_edit",))
 
 
 def test_the_command(tmp_path):
@@ -179,7 +179,7 @@ def test_the_command(tmp_path):
         (("--data", "tofu"), "data_path=None"),
         (("--data-path", "x.jsonl"), "goes with data='tofu'"),
         (("--seeds", 0), "seeds=0"),
-        (("--methods", "auto"), "methods='auto'"),
+        (("--methods", "margin_edit"), "methods='margin_edit'"),
     ],
 )
 def test_mistakes_are_a_line(tmp_path, arguments, said):

@@ -235,7 +235,7 @@ def test_a_file_that_was_changed_or_is_another_is_refused(tmp_path):
     tensors, metadata = load_tensors(path)
     said = json.loads(metadata["training_summary"])
     for change, message in (
-        ({"format": 2}, "has the summary format 2, this version reads 1"),
+        ({"format": 1}, "has the summary format 1, this version reads 2"),
         ({"kind": "dense"}, "is damaged or was changed"),
         ({"shape": [3, 7]}, "is damaged or was changed"),
         ({"n": 18}, "its counts are not those of 18 samples"),
