@@ -77,8 +77,7 @@ class LayersCapture:
         self._kind = None if fisher is None else fisher.kind
         self._expected = None if fisher is None else Expected(fisher)
         self._copied = False
-        self._ran: set[str] = set()
-        self._reached: set[str] = set()
+        self._ran, self._reached = set[str](), set[str]()
 
     def add(self, run: Run, batch: Batch) -> None:
         seen, output = self._run(run, batch)
