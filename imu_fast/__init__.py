@@ -76,6 +76,7 @@ _EXPORTS = {
     "SelfDistillation": "unlearning.edit.distillation",
     "SGD": "unlearning.ascent.optimizer",
     "ShardedFactors": "factors.sharded",
+    "ShardedHead": "factors.sharded_head",
     "similarity_scores": "attribution.similarity",
     "SimNPO": "unlearning.ascent.objectives",
     "split": "unlearning.split",
@@ -133,6 +134,7 @@ if TYPE_CHECKING:
     from imu_fast.factors.gradient_factors import GradientFactors as GradientFactors
     from imu_fast.factors.implicit_head import ImplicitHead as ImplicitHead
     from imu_fast.factors.sharded import ShardedFactors as ShardedFactors
+    from imu_fast.factors.sharded_head import ShardedHead as ShardedHead
     from imu_fast.factors.unfolded import UnfoldedFactors as UnfoldedFactors
     from imu_fast.importance.importance import parameter_importance as parameter_importance
     from imu_fast.influence.batch import InfluenceWeightedLoss as InfluenceWeightedLoss

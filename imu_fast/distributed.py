@@ -64,6 +64,13 @@ def size_of(group: Group = None) -> int:
     return dist.get_world_size(group)
 
 
+def same_processes(one: Group, other: Group) -> bool:
+    """Whether two groups are of the same processes, in one order."""
+    groups = (dist.group.WORLD if group is None else group for group in (one, other))
+    first, second = map(dist.get_process_group_ranks, groups)
+    return bool(first == second)
+
+
 def home_of(group: Group = None) -> torch.device:
     """Where what these processes exchange has to be: their GPU with NCCL, else the CPU."""
     if dist.get_backend(group) == "nccl":
@@ -167,6 +174,15 @@ def sum_(tensor: Tensor, group: Group = None) -> Tensor:
     whole = _sent(tensor, group)
     with _answered():
         dist.all_reduce(whole, group=group)
+    return tensor if whole is tensor else tensor.copy_(whole)
+
+
+def largest_(tensor: Tensor, group: Group = None) -> Tensor:
+    """The largest over all processes, in place; every process gets the same bits."""
+    in_step(f"the largest of {tensor.dtype} {list(tensor.shape)}", group)
+    whole = _sent(tensor, group)
+    with _answered():
+        dist.all_reduce(whole, dist.ReduceOp.MAX, group=group)
     return tensor if whole is tensor else tensor.copy_(whole)
 
 

@@ -163,7 +163,8 @@ def check_tensor(name: str, value: object, kind: str = "floating", shape: str = 
     if is_dtensor(value):
         raise InputError(
             f"{name} is a DTensor, of which each process holds a part; pass {name}.full_tensor(), "
-            "and share the samples among processes (ShardedFactors, group=) instead"
+            "and share the samples among processes (ShardedFactors, group=) instead, or, of a head "
+            "in rows, its classes (ShardedHead)"
         )
     if value.is_nested:
         raise InputError(f"{name} is a nested tensor; pass {expected}: rows, and offsets for them")

@@ -275,15 +275,28 @@ def linear_softmax_normaliser(head: Head) -> tuple[Tensor, Tensor, Tensor]:
         lse.append(z.logsumexp(dim=0))
         rest = z if y < 0 else torch.cat([z[:y], z[y + 1 :]])
         others.append(torch.exp(rest.logsumexp(dim=0) - lse[-1]))
-    return torch.stack(lse), torch.stack(others), linear_softmax_residual(head)[1]
+    return torch.stack(lse), torch.stack(others), softmax_of_head(head)[1]
 
 
-def linear_softmax_residual(head: Head) -> tuple[Tensor, Tensor]:
+def softmax_of_head(head: Head) -> tuple[Tensor, Tensor]:
     """delta [N, C] and loss [N], zero where a label is negative; float64."""
     *_, labels, scale = head
     valid = (labels >= 0).double()
     scale = valid if scale is None else valid * scale
     return softmax_residual(head_logits(*head[:3]), labels.clamp_min(0), scale)
+
+
+def linear_softmax_residual(head: Head, lse: Tensor, others: Tensor) -> Tensor:
+    """delta [N, C] of tokens whose log-sum-exp and ``1 - p_y`` are known, of these classes and of
+    others that are elsewhere, as a label >= C is; zero where it is negative; float64."""
+    *_, labels, scale = head
+    valid = (labels >= 0).double()
+    scale = valid if scale is None else valid * scale
+    delta = torch.exp(head_logits(*head[:3]) - lse.double()[:, None])
+    for row, y, q in zip(delta, labels.tolist(), others.tolist(), strict=True):
+        if 0 <= y < len(row):
+            row[y] = -q
+    return delta * scale[:, None]
 
 
 def head_logits(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -296,7 +309,7 @@ def linear_softmax_scores(
     head: Head, offsets: Tensor, damping: float, mode: str
 ) -> tuple[Tensor, Tensor]:
     """A large vocabulary by definition: scores [n] under ``fisher_diag``, and losses [N]."""
-    (delta, loss), features, has_bias = linear_softmax_residual(head), head[0], head[2] is not None
+    (delta, loss), features, has_bias = softmax_of_head(head), head[0], head[2] is not None
     fisher = fisher_diagonal(delta, features, offsets, has_bias)
     x = mean_gradient(delta, features, offsets, has_bias) / damped_diagonal(fisher, damping, mode)
     return influence(delta, features, offsets, has_bias, x), loss

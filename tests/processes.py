@@ -13,42 +13,19 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
+import shared_head
+import shared_layers
 import torch
 import torch.distributed as dist
 from cases import CASES, Case, head_factors
+from process_checks import SHARES, refused, same, share_of
 from torch import nn
 
 import imu_fast as imu
 from imu_fast import distributed
 from imu_fast.curvature.named import CURVATURES
-from imu_fast.errors import InputError, ProcessError
+from imu_fast.errors import ProcessError
 from imu_fast.factors import implicit_head
-
-# How many of n samples each process has, by the size of the group.
-SHARES = {2: [(0.0, 0.4, 1.0), (0.0, 1.0, 1.0)], 4: [(0.0, 0.2, 0.2, 0.5, 1.0)]}
-
-
-def same(found, truth, what, bound=1e-10):
-    """To rounding, relative to the largest."""
-    found, truth = found.detach(), truth.detach()
-    assert found.shape == truth.shape, (what, found.shape, truth.shape)
-    scale = float(truth.abs().max()) if truth.numel() else 0.0
-    error = float((found - truth).abs().max()) if truth.numel() else 0.0
-    assert error <= bound * max(scale, 1e-30), f"{what}: {error:.3g} of {scale:.3g}"
-
-
-def refused(call, message, kind=InputError):
-    try:
-        call()
-    except kind as error:
-        assert message in str(error), error
-    else:
-        raise AssertionError(f"not refused: {message}")
-
-
-def share_of(n, cut, rank):
-    places = [round(part * n) for part in cut]
-    return slice(places[rank], places[rank + 1])
 
 
 def sharded(whole, mine):
@@ -272,9 +249,6 @@ def partly(model, x, y):
         lambda: imu.damped_cholesky_solve(part.T @ part, head[0], 0.1),
     ):
         refused(given, "full_tensor")
-    layers = imu.capture(network(), (x, y), layers=["0"], group=dist.group.WORLD)
-    for name in ("kfac", "ekfac", "ggn", "ggn_block"):
-        refused(lambda name=name: imu.influence_scores(layers, curvature=name), "one process")
 
 
 def failures(rank, world):
@@ -335,7 +309,10 @@ def failures(rank, world):
     refused(lambda: imu.influence_scores(shared), "another process of the group", ProcessError)
 
 
-PARTS = {2: (statistics, single, models, failures), 4: (statistics, single, failures)}
+PARTS = {
+    2: (statistics, single, shared_layers.walk, shared_head.walk, models, failures),
+    4: (statistics, single, shared_layers.walk, shared_head.walk, failures),
+}
 
 
 def walk(rank, world, folder):

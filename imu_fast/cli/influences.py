@@ -59,7 +59,8 @@ def influences(
                 raise NoSamplesError("data: no part of it is this process's")
             return found
 
-        factors = parts() if here.group is None else shared_factors(model, here.group, parts)
+        alone = here.group is None
+        factors = parts() if alone else shared_factors(model, here.group, lambda _: parts())
     scores = here.whole(wide(influence_scores(factors, curvature=spec)))
     selected, kept = influence_weights(scores, on_empty="uniform")
     columns = {"score": scores, "weight": torch.zeros_like(scores).index_put_((selected,), kept)}

@@ -24,7 +24,7 @@ from imu_fast.factors.joint import joint
 from imu_fast.factors.operands import check_result
 from imu_fast.factors.outputs import sum_of_outputs
 from imu_fast.factors.sharded import ShardedFactors
-from imu_fast.factors.source import Factors, in_memory
+from imu_fast.factors.source import Factors, in_memory, is_factors
 from imu_fast.ops.bilinear_scores import bilinear_scores
 from imu_fast.options import Options
 from imu_fast.storage import save_tensors, writable
@@ -319,6 +319,11 @@ class Fitted(ABC):
         return v if self.reads is None else the_same(argument, v, self.reads)
 
     def _check_layer(self, argument: str, factors: Factors) -> None:
+        if not is_factors(factors):
+            raise InputError(
+                f"{argument} is a {type(factors).__name__}; pass GradientFactors of one layer, "
+                "which imu_fast.capture(model, data) makes"
+            )
         found = Layer.of(factors)
         if found != self.layer:
             raise InputError(

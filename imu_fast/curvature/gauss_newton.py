@@ -15,9 +15,9 @@ from imu_fast.curvature.damping import Damped
 from imu_fast.errors import InputError, one_of
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.implicit_head import ImplicitHead
-from imu_fast.factors.mapped import MappedFactors
+from imu_fast.factors.mapped import changed
 from imu_fast.factors.probabilities import pseudo_samples
-from imu_fast.factors.protocol import is_shared
+from imu_fast.factors.sharded import ShardedFactors
 from imu_fast.factors.source import Factors
 from imu_fast.losses.signals import EmpiricalSignals, GroupedRows, Signals
 from imu_fast.options import option, options
@@ -60,20 +60,6 @@ class GaussNewton(Damped):
         Raises:
             InputError: they were captured with another expectation.
         """
-        if is_shared(factors) and (self.fisher == "empirical" or signals_of(factors) is not None):
-            raise InputError(
-                f"fisher={self.fisher!r} of curvature={self.name!r}: signals of samples that are "
-                "shared among processes; use the head's own curvature, 'fisher', 'fisher_diag', or "
-                "factors.gathered()"
-            )
-        if is_shared(factors):
-            first = next(iter(factors.chunks()))
-            if first.curvature is None and first.loss is None:
-                raise InputError(
-                    f"curvature={self.name!r} of layer {factors.name!r}, whose samples are shared "
-                    "among processes: the signals that capture(fisher=) brings are of one process; "
-                    "use 'fisher' or 'fisher_diag', or capture the layer in one process"
-                )
         if self.fisher == "empirical":
             if self.of_rows and isinstance(kept_of(factors), GroupedRows):
                 raise InputError(
@@ -101,6 +87,8 @@ def signals_of(factors: Factors) -> Signals | None:
     """The signals of the first samples: None where the factors have none."""
     if isinstance(factors, ImplicitHead):
         return None
+    if isinstance(factors, ShardedFactors):
+        return signals_of(factors.local)
     first = kept_of(factors)
     return first if isinstance(first, Signals) else None
 
@@ -127,9 +115,9 @@ def _own(chunk: GradientFactors) -> GradientFactors:
 
 def with_own_signals(factors: Factors) -> Factors:
     """The factors as those of an empirical Fisher."""
-    if isinstance(factors, GradientFactors):
-        return _own(factors)
-    return MappedFactors(factors, _own)
+    if isinstance(factors, ShardedFactors):
+        return factors.changed(_own)
+    return changed(factors, _own)
 
 
 def fisher_for(spec: Any, layers: Any) -> Expectation | None:

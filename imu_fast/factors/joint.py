@@ -18,8 +18,8 @@ def _shared_in(values: Any) -> Iterator[Any]:
     for value in values:
         if isinstance(value, list | tuple):
             yield from _shared_in(value)
-        elif is_shared(value):
-            yield value
+        elif is_shared(value) or hasattr(type(value), "over_classes"):
+            yield value  # samples, or a head's classes
         elif (reads := getattr(value, "reads", None)) is not None and is_shared(reads):
             yield reads  # a fitted curvature that goes on reading its samples
 

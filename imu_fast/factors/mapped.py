@@ -13,6 +13,11 @@ from imu_fast.factors.sums import S
 Change = Callable[[GradientFactors], GradientFactors]
 
 
+def changed(source: Factors, change: Change) -> Factors:
+    """Factors with ``change`` of every chunk; in memory, made once."""
+    return change(source) if isinstance(source, GradientFactors) else MappedFactors(source, change)
+
+
 class MappedFactors:
     """``change`` of every chunk of ``source``; of the same layer, and as many samples.
 

@@ -12,11 +12,13 @@ from torch import Tensor
 from imu_fast import distributed
 from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.factors.mapped import Change, changed
 from imu_fast.factors.none_here import NoneHere, one_sample
 from imu_fast.factors.outputs import at_outputs, is_wide
 from imu_fast.factors.samples import Means
-from imu_fast.factors.source import MAX_GATHERED, Factors, in_memory, is_factors
+from imu_fast.factors.source import MAX_GATHERED, Factors, bytes_of, in_memory, is_factors
 from imu_fast.factors.sums import S
+from imu_fast.losses.signals import Signals
 
 
 class ShardedFactors(Means):
@@ -66,20 +68,23 @@ class ShardedFactors(Means):
 
     def _agree(self) -> None:
         local = self.local
-        chunk = next(iter(local.chunks(1)))
+        first = next(iter(local.chunks(1)))
+        signals = first.curvature if isinstance(first.curvature, Signals) else None
+        kind = None if signals is None else signals.kind
         sizes = (local.num_classes, local.feature_dim, local.has_bias)
-        dtypes = " beside ".join(dict.fromkeys(map(str, (local.dtype, chunk.act.dtype))))
-        layer = (*sizes, dtypes, local.name, distributed.text_of(chunk.loss))
+        dtypes = " beside ".join(dict.fromkeys(map(str, (local.dtype, first.act.dtype))))
+        layer = (*sizes, dtypes, local.name, distributed.text_of(first.loss), kind)
         # Where processes add up in different orders, they may stop iterating at different places.
         threads = torch.get_num_threads() if local.device.type == "cpu" else 0
         at_once = local.outputs_at_once if is_wide(local) else local.num_classes
-        mine = (local.n, local.num_tokens, layer, threads, at_once)
+        count = 0 if signals is None else signals.s.shape[1]
+        mine = (local.n, local.num_tokens, layer, threads, at_once, count)
         found = distributed.gather(mine, self.group)
-        for rank, (_, _, other, others_threads, _) in enumerate(found):
+        for rank, (_, _, other, others_threads, *_) in enumerate(found):
             if other != found[0][2]:
                 raise InputError(
-                    f"local: process {rank} has (C, d, bias, dtype, name, loss) {other}, process "
-                    f"0 has {found[0][2]}; capture all from the same model and layer"
+                    f"local: process {rank} has (C, d, bias, dtype, name, loss, fisher) {other}, "
+                    f"process 0 has {found[0][2]}; capture all from the same model and layer"
                 )
             if others_threads != found[0][3]:
                 raise InputError(
@@ -88,7 +93,10 @@ class ShardedFactors(Means):
                 )
         self.counts = [n for n, *_ in found]
         self._num_tokens = sum(tokens for _, tokens, *_ in found)
-        self._at_once = min(at_once for *_, at_once in found)
+        self._at_once = min(at_once for *_, at_once, _ in found)
+        most = max(count for *_, count in found)
+        if count < most:  # what is made of them has one rank in all
+            self.local = changed(local, lambda chunk: _padded(chunk, most))
 
     @property
     def n(self) -> int:
@@ -154,8 +162,15 @@ class ShardedFactors(Means):
 
     def outputs(self, classes: slice) -> ShardedFactors:
         """The same samples at some outputs alone."""
+        return self._of(at_outputs(self.local, classes))
+
+    def changed(self, change: Change) -> ShardedFactors:
+        """With ``change`` of every chunk."""
+        return self._of(changed(self.local, change))
+
+    def _of(self, local: Factors) -> ShardedFactors:
         some = copy(self)
-        some.local = at_outputs(self.local, classes)
+        some.local = local
         return some
 
     def chunks(self, max_tokens: int | None = None) -> Iterator[GradientFactors]:
@@ -188,7 +203,9 @@ class ShardedFactors(Means):
             InputError: their signals and inputs are beyond 4 GB.
         """
         with distributed.together("gathered()", self.group):
-            size = self.num_tokens * (self.num_classes + self.feature_dim) * self.dtype.itemsize
+            kept = next(iter(self.local.chunks(1))).curvature
+            signals = kept.s.shape[1] if isinstance(kept, Signals) else 0
+            size = bytes_of(self, signals)
             if size > MAX_GATHERED:
                 raise InputError(
                     f"factors of {size / 1e9:.1f} GB cannot be gathered in every process, which "
@@ -209,3 +226,9 @@ class ShardedFactors(Means):
         losses = None if mine.losses is None else rows(mine.losses, samples)
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         return replace(mine, **changed, offsets=offsets, losses=losses)
+
+
+def _padded(chunk: GradientFactors, most: int) -> GradientFactors:
+    """Of so many signals."""
+    assert isinstance(chunk.curvature, Signals)
+    return replace(chunk, curvature=chunk.curvature.padded(most))

@@ -56,6 +56,17 @@ def _curvature(parts: list[Any]) -> StoredCurvature | None:
     return type(there[0]).joined(there) if len(there) == len(parts) else None
 
 
+def bytes_of(source: Factors, signals: int = 0) -> int:
+    """In bytes, of all samples."""
+    each = source.num_classes * (1 + signals) + source.feature_dim
+    return source.num_tokens * each * source.dtype.itemsize
+
+
+def may_be_in_memory(source: Factors, signals: int = 0) -> bool:
+    """Whether they are, or take at most MAX_GATHERED bytes; with so many signals of each row."""
+    return isinstance(source, GradientFactors) or bytes_of(source, signals) <= MAX_GATHERED
+
+
 def in_memory(source: Factors, what: str) -> GradientFactors:
     """All samples as one, for what is no sum over them; of shared ones, in every process.
 
@@ -67,11 +78,10 @@ def in_memory(source: Factors, what: str) -> GradientFactors:
     """
     if isinstance(source, GradientFactors):
         return source
-    size = source.num_tokens * (source.num_classes + source.feature_dim) * source.dtype.itemsize
-    if size > MAX_GATHERED:
+    if not may_be_in_memory(source):
         raise InputError(
-            f"{what} needs all factors in memory, which are {size / 1e9:.1f} GB; use fewer "
-            "samples, or 'fisher_diag', 'kfac', or 'ggn' with solver='cg'"
+            f"{what} needs all factors in memory, which are {bytes_of(source) / 1e9:.1f} GB; use "
+            "fewer samples, or 'fisher_diag', 'kfac', or 'ggn' with solver='cg'"
         )
     if is_shared(source):
         gathered: GradientFactors = source.gathered()  # type: ignore[attr-defined]

@@ -19,17 +19,19 @@ from imu_fast.errors import InputError, check_choice, check_tensor
 from imu_fast.factors.joint import said
 from imu_fast.factors.outputs import at_outputs, cuts_of_outputs, for_inputs
 from imu_fast.factors.protocol import is_shared
+from imu_fast.factors.sharded_head import ShardedHead
 from imu_fast.factors.source import Factors, is_factors
 from imu_fast.factors.statistics import mean_gradient
 from imu_fast.factors.token_rows import token_rows
 from imu_fast.influence.default import attribution_curvature
+from imu_fast.influence.split_head import check_default, own_part, refuse
 from imu_fast.losses.signals import GroupedRows
 from imu_fast.model.guard import door
 from imu_fast.model.reading import ReadingOptions, taken
 
 logger = logging.getLogger("imu_fast")
 
-Layers = Factors | Sequence[Factors]
+Layers = Factors | ShardedHead | Sequence[Factors]
 Per = Literal["sample", "token"]
 
 
@@ -38,6 +40,7 @@ def as_layers(value: Any, name: str) -> list[Factors]:
     layers = [value]
     if isinstance(value, Iterable) and not is_factors(value):
         layers = list(value)
+    refuse(name, layers)
     if not layers or not all(is_factors(layer) for layer in layers):
         raise InputError(
             f"{name} must be GradientFactors, or a list of them (one per layer); got "
@@ -177,13 +180,15 @@ def influence_scores(
 
     Args:
         source: GradientFactors, a list of them (one per layer: scores add up, ``M`` is block
-            diagonal over layers), or a model, captured over ``data`` in one batched pass.
+            diagonal over layers), or a model, captured over ``data`` in one batched pass; or a
+            :class:`imu_fast.ShardedHead`.
         curvature: what M is: a name out of :func:`imu_fast.curvatures`, or an object with its own
             options, such as ``imu.GGN(damping=1e-3)``.
         damping: lam > 0 of the named curvature, in units of squared gradients (of the mean
             eigenvalue with ``damping_mode="relative"``); None: its default.
         target: what ``v`` is: None for the samples' mean gradient; factors of a query or validation
-            set, whose mean gradient is taken; or a tensor [C, D] (a list with one per layer).
+            set, whose mean gradient is taken; or a tensor [C, D] (a list with one per layer), of a
+            ShardedHead this process's rows of it.
         layers: which layers to capture, if a model is given.
         first_row_is_mean: reproduce a defect of the IMU authors' published code, whose in-place sum
             overwrites sample 0's gradient with the mean: its score becomes ``-gbar^T M^-1 gbar``.
@@ -206,6 +211,14 @@ def influence_scores(
     reading, own = taken(options)
     spec = CURVATURES.choose(curvature, damping=damping, **own)
     check_choice("per", per, get_args(Per))
+    if isinstance(source, ShardedHead):
+        more: Any = {"per": per, "first_row_is_mean": first_row_is_mean, **reading}
+        goal = own_part("target", target, source)
+        return source.over_classes(
+            f"influence_scores({spec!r}, target={_of_kind(target)}, {more})",
+            spec,
+            lambda: influence_scores(source.own, data, curvature=spec, target=goal, **more),
+        )
     all_layers = factors_of(source, data, layers, progress, reading, spec)
     rows = rows_to_score(all_layers, per)
     if first_row_is_mean and per == "token":
@@ -260,6 +273,13 @@ def self_influence(
     """
     reading, own = taken(options)
     spec = CURVATURES.choose(curvature, damping=damping, **own)
+    if isinstance(source, ShardedHead):
+        more: Any = reading
+        return source.over_classes(
+            f"self_influence({spec!r})",
+            spec,
+            lambda: self_influence(source.own, data, curvature=spec, **more),
+        )
     all_layers = factors_of(source, data, layers, progress, reading, spec)
     said(all_layers, f"self_influence({spec!r})")
     total: Tensor | None = None
@@ -344,6 +364,16 @@ def pairwise_influence(
     Under one curvature the queries' mean over j is ``influence_scores(source, target=queries)``.
     Errors as there.
     """
+    if isinstance(source, ShardedHead):
+        check_default(source, curvature)
+        known: Any = [source]
+        one = curvature_of_pairs(known, curvature, {"damping": damping, **options})
+        asked = own_part("queries", queries, source)
+        return source.over_classes(
+            f"pairwise_influence({one!r}, per={per!r})",
+            one,
+            lambda: pairwise_influence(source.own, asked, curvature=one, per=per),
+        )
     all_layers, all_queries = as_layers(source, "source"), as_layers(queries, "queries")
     check_choice("per", per, get_args(Per))
     rows = rows_to_score(all_layers, per)

@@ -18,6 +18,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from typing_extensions import Self
 
 from imu_fast.errors import InputError
 from imu_fast.losses.output_curvature import OutputCurvature, StoredCurvature
@@ -53,6 +55,11 @@ class Signals(StoredCurvature):
         for one in self.columns(dtype):
             out.addmm_(one.T, one)
         return out
+
+    def padded(self, most: int) -> Self:
+        """With signals of zero up to so many: sequences of other samples may be longer."""
+        missing = most - self.s.shape[1]
+        return self.map(lambda s: F.pad(s, (0, 0, 0, missing))) if missing else self
 
     def columns(self, dtype: torch.dtype) -> list[Tensor]:
         """Each signal of all rows [N, C], as a delta."""

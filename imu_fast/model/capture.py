@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, overload
 
 from torch import nn
 from typing_extensions import Unpack
 
-from imu_fast.distributed import Group
+from imu_fast.distributed import Group, in_step
 from imu_fast.errors import InputError, NoSamplesError, check_finite_rows
 from imu_fast.factors.gradient_factors import HeadFactors
 from imu_fast.factors.sharded import ShardedFactors
@@ -24,7 +26,7 @@ from imu_fast.model.loss import check_labelled
 from imu_fast.model.reading import Reading, ReadingOptions
 from imu_fast.model.run import evaluated, full_precision, read
 from imu_fast.model.selection import selected
-from imu_fast.model.shared import shared_factors, shared_features
+from imu_fast.model.shared import samples_of, shared_factors, shared_features
 from imu_fast.ops.tokens import is_flat
 
 
@@ -185,7 +187,7 @@ def capture(
             draw; ``"exact"``: one for each output and position of a batch. None: neither; the head
             needs none, and ``fisher="empirical"`` of these curvatures takes the data's labels.
         draws, seed: of ``"sampled"``: labels drawn at each position (1), and their seed (0): the
-            same samples in the same order have the same draws, in whatever batches.
+            same samples in the same order have the same draws, in whatever batches and processes.
         group: of ``torch.distributed``, such as ``torch.distributed.group.WORLD``: each process
             captures its own part of the data, some may have none, and what comes of it are
             :class:`imu_fast.ShardedFactors`, whose sums are over all.
@@ -214,32 +216,32 @@ def capture(
             f"max_memory={max_memory!r} is of layers='head', whose inputs a file can hold; leave "
             "it out, or capture fewer samples at a time"
         )
-    if group is not None:
-        if fisher is not None or draws is not None or seed is not None:
-            raise InputError(
-                f"fisher={fisher!r} with group: its signals are of one process; leave one of the "
-                "two out"
-            )
-
-        def own() -> Captured:
-            more: Any = dict(reading, max_memory=max_memory)
-            return capture(model, loader, layers, progress=progress, **more)
-
-        return shared_factors(model, group, own)
-    how = Reading.of("capture()", reading).following(model)
     expectation = Expectation.of(fisher, draws, seed)
-    if isinstance(layers, str) and layers == "head":
-        if expectation is not None:
-            raise InputError(
-                f"fisher={fisher!r} with layers='head', whose curvature is in closed form; leave "
-                "fisher out, or name the layer"
-            )
-        found = _capture_head(model, loader, "head", how, progress, limit)
-        found.say()
-        with full_precision(device_of(model)):
-            return found.factors()
-    warn_of_order(loader)
-    ordered, single = selected(model, layers)
-    check_one_group(ordered, expectation)
-    out = capture_layers(model, loader, ordered, how, progress, expectation)
-    return out[0] if single else out
+    if isinstance(layers, str) and layers == "head" and expectation is not None:
+        raise InputError(
+            f"fisher={fisher!r} with layers='head', whose curvature is in closed form; leave "
+            "fisher out, or name the layer"
+        )
+
+    def own(expected: Expectation | None) -> Captured:
+        how = Reading.of("capture()", reading).following(model)
+        if isinstance(layers, str) and layers == "head":
+            found = _capture_head(model, loader, "head", how, progress, limit)
+            found.say()
+            with full_precision(device_of(model)):
+                return found.factors()
+        warn_of_order(loader)
+        ordered, single = selected(model, layers)
+        check_one_group(ordered, expected)
+        out = capture_layers(model, loader, ordered, how, progress, expected)
+        return out[0] if single else out
+
+    if group is None:
+        return own(expectation)
+    in_step(f"capture(fisher={fisher!r}, draws={draws!r}, seed={seed!r})", group)
+    if expectation is None or expectation.kind == "exact":
+        return shared_factors(model, group, lambda _: own(expectation))
+    # A sample has the draws that its place among all gives it.
+    counted = partial(samples_of, model, loader)
+    placed = partial(replace, expectation)
+    return shared_factors(model, group, lambda first: own(placed(first=first)), counted)

@@ -13,6 +13,7 @@ from imu_fast.errors import InputError, check_choice, check_count, check_finite_
 from imu_fast.losses.base import Signal, mean_scale
 from imu_fast.losses.output_curvature import OutputCurvature, Softmax, complement
 from imu_fast.losses.signals import KINDS, Signals
+from imu_fast.model.draws import uniform
 from imu_fast.model.head import LinearLayer
 from imu_fast.model.loss import Targets, on_logits
 
@@ -27,12 +28,14 @@ class Expectation:
 
     Attributes:
         kind: "exact": one backward pass for each output and position of a batch; "sampled": one for
-            each of ``draws``. seed: of the draws.
+            each of ``draws``. seed: of the draws. first: the place of the first sample among those
+            of all processes, by which a sample's draws are told from another's.
     """
 
     kind: Literal["exact", "sampled"]
     draws: int
     seed: int
+    first: int = 0
 
     @classmethod
     def of(cls, fisher: Any, draws: Any, seed: Any) -> Expectation | None:
@@ -66,40 +69,47 @@ def check_one_group(layers: Sequence[LinearLayer], fisher: Expectation | None) -
 
 
 class Expected:
-    """The signals of one capture, batch by batch: the draws go on from each to the next."""
+    """The signals of one capture, batch by batch."""
 
     def __init__(self, spec: Expectation) -> None:
         self._spec = spec
-        self._generator = torch.Generator().manual_seed(spec.seed)
 
-    def signals(self, found: Signal, logits: Tensor, targets: Targets) -> Iterator[Tensor]:
+    def signals(
+        self, found: Signal, logits: Tensor, targets: Targets, first: int
+    ) -> Iterator[Tensor]:
         """Signals at the logits, in their shape and dtype.
 
         Args:
-            found: what the loss says of the rows that have one.
+            found: what the loss says of the rows that have one. first: the place of the batch's
+                first sample in the capture, by which samples have draws of their own.
 
         Raises:
             InputError: an exact expectation takes more than MAX_PASSES backward passes.
         """
         scale = mean_scale(targets.counts).to(logits.device)
         b = found.curvature.resolved(found.delta, targets.labels, scale)
-        if self._spec.kind == "sampled":
-            rows = len(found.delta)
-            draws = torch.rand(
-                rows, self._spec.draws, generator=self._generator, dtype=torch.float64
-            )
-            outputs = None
-            if not isinstance(b, Softmax):
-                shape = (rows, self._spec.draws, logits.shape[-1])
-                outputs = torch.rand(shape, generator=self._generator, dtype=torch.float64)
-            for k in range(self._spec.draws):
-                noise = draws[:, k].contiguous() if outputs is None else outputs[:, k]
-                s = _drawn(b, noise.to(logits.device)) / self._spec.draws**0.5
-                yield on_logits(s, logits.detach(), targets)
-            return
-        position = _positions(targets)
+        classes, position = logits.shape[-1], _positions(targets)
+        if self._spec.kind == "exact":
+            made = self._exact(b, position, classes)
+        else:
+            here = torch.arange(len(targets)).repeat_interleave(targets.counts)
+            made = self._sampled(b, (here + self._spec.first + first, position), classes)
+        for s in made:
+            yield on_logits(s, logits.detach(), targets)
+
+    def _sampled(
+        self, b: OutputCurvature, places: tuple[Tensor, Tensor], classes: int
+    ) -> Iterator[Tensor]:
+        """places: of each row, its sample's and its own in that."""
+        outputs: tuple[Tensor, ...] = ()
+        if not isinstance(b, Softmax):
+            places, outputs = (places[0][:, None], places[1][:, None]), (torch.arange(classes),)
+        for k in range(self._spec.draws):
+            noise = uniform(self._spec.seed, *places, torch.tensor(k), *outputs)
+            yield _drawn(b, noise.to(b.operand.device)) / self._spec.draws**0.5
+
+    def _exact(self, b: OutputCurvature, position: Tensor, classes: int) -> Iterator[Tensor]:
         count = int(position.max()) + 1 if len(position) else 0
-        classes = logits.shape[-1]
         if count * classes > MAX_PASSES:
             raise InputError(
                 f"fisher='exact' takes a backward pass for each of {count} positions times "
@@ -110,7 +120,7 @@ class Expected:
         for t in range(count):
             here = (position == t).to(root.device, root.dtype)[:, None]
             for c in range(classes):
-                yield on_logits(root[:, :, c] * here, logits.detach(), targets)
+                yield root[:, :, c] * here
 
 
 def _positions(targets: Targets) -> Tensor:

@@ -139,7 +139,8 @@ class LayersCapture:
 
         more: list[Tensor] = []
         if self._expected is not None and calls:
-            more = list(self._expected.signals(found, logits, targets))
+            first = sum(map(len, self.samples)) - len(labelled)
+            more = list(self._expected.signals(found, logits, targets, first))
 
         def whole(base: Sequence[Tensor], weights: Tensor | None = None) -> list[Tensor]:
             """Beside the gradients at each call those of further signals: [..., C (1 + K)]."""

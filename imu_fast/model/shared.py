@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from imu_fast import distributed
+from imu_fast.ambient import random_state_kept
 from imu_fast.errors import InputError, NoSamplesError
 from imu_fast.factors.sharded import ShardedFactors
 from imu_fast.factors.source import Factors
@@ -20,6 +21,8 @@ from imu_fast.model.batches import ForgetSet, Reread, as_batches
 from imu_fast.model.causal import decisions
 from imu_fast.model.features import HeadFeatures
 from imu_fast.model.forward import innermost
+from imu_fast.model.guard import preserved
+from imu_fast.model.order import index_batches
 from imu_fast.model.reader import Reader
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
@@ -74,18 +77,27 @@ def _checksum(tensor: Tensor, weights: Tensor) -> Any:
 
 
 def shared_factors(
-    model: Any, group: distributed.Group, capture: Callable[[], Any]
+    model: Any,
+    group: distributed.Group,
+    capture: Callable[[int], Any],
+    count: Callable[[], int] | None = None,
 ) -> ShardedFactors | list[ShardedFactors]:
     """What ``capture`` gives in each process, or NoSamplesError in some, as one set.
 
+    Args:
+        capture: of the place of this process's first sample among those of all, where these are
+            counted first; else of 0. count: this process's samples.
+
     Raises:
         InputError: models, layers or dtypes differ, one process's data is refused, or there is none
-            at all.
+            at all, or not what was counted.
     """
     check_same_model(model, group)
+    counted = None if count is None else distributed.gather(count(), group)
+    first = 0 if counted is None else sum(counted[: distributed.rank_of(group)])
     found: Any = None
     with decisions() as shifts, suppress(NoSamplesError):
-        found = capture()
+        found = capture(first)
     _check_shift(shifts, group)
     several = len(found) if isinstance(found, list) else 0
     counts = distributed.gather(None if found is None else several, group)
@@ -94,12 +106,44 @@ def shared_factors(
         raise InputError("loader is empty in every process; pass at least one sample in all")
     if len(known) > 1:
         raise InputError(f"layers: processes capture {counts} of them; name the same in each")
-    count = known.pop()
-    layers: list[Factors | None] = [None] * max(1, count)
+    many = known.pop()
+    layers: list[Factors | None] = [None] * max(1, many)
     if found is not None:
-        layers = found if count else [found]
+        layers = found if many else [found]
     shared = [ShardedFactors(layer, group) for layer in layers]
-    return shared if count else shared[0]
+    if counted not in (None, shared[0].counts):
+        raise InputError(
+            f"loader: processes gave {shared[0].counts} samples, and {counted} when these were "
+            "counted, by which fisher='sampled' tells their draws apart; pass data that give the "
+            "same each time"
+        )
+    return shared if many else shared[0]
+
+
+def samples_of(model: nn.Module, loader: Any) -> int:
+    """How many a loader gives, which is read for that where it does not say.
+
+    Raises:
+        InputError: it can be read once only.
+    """
+    if isinstance(loader, ForgetSet):
+        return loader.n
+    if isinstance(loader, Reread):
+        return sum(part.n for part in loader)
+    reader = Reader(loader, model)
+    if isinstance(reader.loader, Iterator):
+        raise InputError(
+            f"loader is a {type(reader.loader).__name__}, which can be read once, and "
+            "fisher='sampled' with group counts the samples of each process first: a sample's "
+            "draws are by its place among all; pass a list or a DataLoader, or fisher='exact'"
+        )
+    if reader.whole is not None:
+        return reader.whole.n
+    batches = [[None] * len(reader.loader)] if reader.is_dataset else index_batches(reader.loader)
+    if batches is not None:
+        return sum(map(len, batches))
+    with preserved(model), random_state_kept():  # the loader runs the user's code
+        return sum(part.n for part in reader)
 
 
 def shared_features(

@@ -142,7 +142,7 @@ def _launch_residual(head: Head, known: Normaliser, classes: slice, precision: s
 def _define_residual(
     reference: ModuleType, head: Head, known: Normaliser, classes: slice
 ) -> Tensor:
-    delta: Tensor = reference.linear_softmax_residual(head)[0][:, classes]
+    delta: Tensor = reference.linear_softmax_residual(head, known.lse, known.others)[:, classes]
     return delta.to(_compute_dtype(head))
 
 
@@ -160,7 +160,8 @@ def residual(head: Head, known: Normaliser, classes: slice) -> Tensor:
     ``c e^{z - lse}`` is ``e^{z + b}`` with ``b = log c - lse``, which the product starts from.
 
     Args:
-        head: as of the first sweep. known: what it found. classes: ``start:stop``.
+        head: as of the first sweep, or a part of its classes: a label that is none of them is
+            their number or more. known: what the sweep over all found. classes: ``start:stop``.
 
     Returns:
         [N, stop - start], float64 for float64 features, else float32.

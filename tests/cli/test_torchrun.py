@@ -18,6 +18,7 @@ TESTS = Path(__file__).resolve().parents[1]
 def test_two_processes_write_what_one_writes(toy):
     folder, options, (x, _) = toy
     kfac = ["--curvature", "kfac", "--self-influence"]
+    layers = ["--layers", "1,3", "--curvature", "ekfac"]  # of drawn labels
     np.savez(folder / "one.npz", x=x[:1].numpy(), y=np.array([1]))
     one = [*options[:-1], folder / "one.npz"]
     np.savez(folder / "class.npz", x=x.numpy(), y=np.zeros(20, dtype=np.int64))
@@ -26,7 +27,7 @@ def test_two_processes_write_what_one_writes(toy):
     parts = ["--checkpoint", folder / "parts", "--batch-size", 3]
     commands = [
         ["score", *options, *kfac, "--out", folder / "two.npz"],
-        ["score", *options, "--layers", "1,3", "--out", folder / "two.csv"],
+        ["score", *options, *layers, "--out", folder / "two.csv"],
         ["score", *one, "--out", folder / "two-of-one.npz"],
         ["unlearn", *forget, "--out", folder / "two.safetensors"],
         ["score", *options, "--out", folder / "there.csv"],
@@ -45,7 +46,7 @@ def test_two_processes_write_what_one_writes(toy):
         assert found["sample"].tolist() == truth["sample"].tolist()
         for name in ("influence", "weight", "self_influence"):
             np.testing.assert_allclose(found[name], truth[name], rtol=1e-5, atol=2e-6)
-    run("score", *options, "--layers", "1,3", "--out", folder / "alone.csv")
+    run("score", *options, *layers, "--out", folder / "alone.csv")
     rows = [np.genfromtxt(folder / f"{k}.csv", delimiter=",")[1:] for k in ("two", "alone")]
     np.testing.assert_allclose(*rows, rtol=1e-4, atol=1e-7)
     assert len(np.load(folder / "two-of-one.npz")["influence"]) == 1

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from cases import Pieces
 from dense_layers import MLP, Attention, Convolutional, dense
 from torch import nn
 from torch.nn import functional as F
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 import imu_fast as imu
 from imu_fast.curvature import gauss_newton
 from imu_fast.errors import InputError
+from imu_fast.factors import source
 
 NAMES = ("kfac", "ekfac", "ggn_block", "ggn")
 
@@ -229,6 +231,21 @@ def test_the_empirical_fisher_is_the_one_of_the_labels():
     same(diagonal.damped.flatten() - 0.1, (q.T @ undamped @ q).diagonal(), 1e-9)
     head = imu.capture(model, [(x, y)], **how)
     same(columns(imu.fit("ggn", head, fisher="empirical")), columns(imu.fit("fisher", head)), 1e-12)
+
+
+def test_what_cannot_be_in_memory_is_solved_without(monkeypatch):
+    """By the dual where that is the cheapest, of factors elsewhere only up to MAX_GATHERED."""
+    f = imu.capture(made(MLP), [flat(n=2)[0].double(), flat(n=2)[1]], "a", fisher="sampled")
+    v = torch.linspace(-1, 1, f.num_classes * f.width).double().view(f.num_classes, f.width)
+    spec = imu.GGN(damping=0.1, tolerance=1e-12)
+    truth = imu.fit(spec, f).solve(v)
+    dual = imu.fit(imu.GGN(damping=0.1, tolerance=1e-12, solver="dual"), Pieces(f, 1))
+    same(dual.solve(v), truth, 1e-10)
+    monkeypatch.setattr(source, "MAX_GATHERED", 1)
+    same(imu.fit(spec, Pieces(f, 1)).solve(v), truth, 1e-10)
+    with pytest.raises(InputError, match="solver='dual' needs all factors in memory"):
+        dual = imu.fit(imu.GGN(damping=0.1, solver="dual"), Pieces(f, 1))
+        dual.solve(v)
 
 
 def test_what_does_not_fit_is_refused():

@@ -17,12 +17,11 @@ from imu_fast.curvature.ggn.costs import (
 )
 from imu_fast.curvature.ggn.iterative import Iterative
 from imu_fast.curvature.ggn.refined import RefinedGGN
-from imu_fast.curvature.in_step import check_whole
 from imu_fast.errors import InputError, check_finite_rows
 from imu_fast.factors.chunked import pack_chunks, unpack_chunks
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.probabilities import pseudo_samples, signals_or_curvature
-from imu_fast.factors.source import Factors, Remembered, in_memory
+from imu_fast.factors.source import Factors, Remembered, in_memory, may_be_in_memory
 from imu_fast.factors.statistics import ggn_diagonal
 from imu_fast.losses.signals import Signals
 from imu_fast.ops.bilinear_scores import bilinear_scores
@@ -66,13 +65,16 @@ class FittedSignalGGN(RefinedGGN):
         self._pseudo: GradientFactors | None = None
         outputs = Remembered(signals_or_curvature)
         self._iterative = Iterative(self._product, source, outputs, damping, chosen)
-        if solver == "dual":
-            check_whole("solver='dual': factors", source)
         if solver in self._orders() and self._orders()[solver] > MAX_DENSE_ORDER:
             raise InputError(
                 f"solver={solver!r} needs a dense matrix of order {self._orders()[solver]}; use "
                 f"'cg' beyond {MAX_DENSE_ORDER}"
             )
+
+    @property
+    def reads(self) -> Factors:
+        """Those that M is of."""
+        return self._source
 
     def _orders(self) -> dict[str, int]:
         f = self._source
@@ -90,7 +92,7 @@ class FittedSignalGGN(RefinedGGN):
         costs = {"cg": float(ASSUMED_ITERATIONS * solves * product)}
         if order <= MAX_DENSE_ORDER:
             costs["primal"] = 2 * rank * order**2 + order**3 / 3 + 2 * solves * order**2
-        if rank <= MAX_DENSE_ORDER and f.n_here == f.n:
+        if rank <= MAX_DENSE_ORDER and may_be_in_memory(f, self._k):
             pairs = 2 * rows**2 * (f.num_classes + f.width)
             costs["dual"] = pairs + rank**3 / 3 + solves * (2 * rank**2 + product)
         return min(costs, key=lambda name: costs[name])
@@ -179,10 +181,9 @@ class FittedSignalGGN(RefinedGGN):
 
     def _self_influence(self, factors: Factors) -> Tensor:
         """``g_i^T M^-1 g_i``: [n]; by one solve each."""
-        for f in (factors, self._source):
-            check_whole("self-influence by one solve per sample: factors", f)
-        values, self.residual = self_influence(self, factors)
-        return values
+        each, own = self._of_all(factors)
+        values, self.residual = self_influence(self, each)
+        return values[own]
 
 
 def forward(f: GradientFactors, v: Tensor) -> Tensor:
