@@ -302,8 +302,7 @@ class LayersCapture:
                 )
             if layer.name not in self._reached:
                 logger.warning(
-                    "layer %r does not reach the loss of any sample: its gradient is zero",
-                    layer.name,
+                    "layer %r does not reach the loss of any sample: zero gradient", layer.name
                 )
         return [self._factors(layer) for layer in self.layers]
 

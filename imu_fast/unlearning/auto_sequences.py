@@ -42,9 +42,13 @@ def rate_of(model: nn.Module) -> float:
     trained = [p.detach() for p in model.parameters() if p.requires_grad]
     # Gains of normalisations are near 1 whatever the size of the weights.
     wide = [p for p in trained if p.dim() > 1] or trained
-    square = sum(float(torch.linalg.vector_norm(p, dtype=torch.float32)) ** 2 for p in wide)
+    square = sum(float(torch.linalg.vector_norm(p, dtype=_wide(p))) ** 2 for p in wide)
     size = math.sqrt(square / max(1, sum(p.numel() for p in wide)))
     return RELATIVE_RATE * (size or 1.0)
+
+
+def _wide(p: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(p.dtype, torch.float32)
 
 
 def recipe(model: nn.Module, retain: Any) -> tuple[str, Ascent]:
