@@ -373,8 +373,8 @@ class Auto(Method):
         retain = given.pop("retain", None)
         kept = retain is not None
         name, method = auto_sequences.recipe(model, retain)
-        why = auto_sequences.WHY[kept]
-        logger.info("auto takes %s of the whole network for sequences: %s", name, why)
+        why = auto_sequences.why(kept, given)
+        logger.info("auto takes %s for sequences: %s", name, why)
         if not kept:
             logger.warning(
                 "method='auto' with the forget set alone: what a language model knows of other "

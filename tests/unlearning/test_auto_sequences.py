@@ -97,6 +97,7 @@ def test_options_go_to_what_is_taken(learned):
         "lr": 1e-3,
         "retain_weight": 0.5,
     }
+    assert "with scope, retain_weight as given" in result.settings["auto"]
     own = dict(model.named_parameters())
     moved = {n for n, p in result.model.named_parameters() if not torch.equal(p, own[n])}
     assert moved == {"mix.weight", "mix.bias"}
