@@ -257,7 +257,7 @@ def _broadcast(tensor: Tensor, group: Group, rank: int) -> Tensor:
 
 
 def alike(tensor: Tensor, group: Group = None) -> bool:
-    """Whether all processes have the same numbers, to rounding.
+    """Whether all processes have the same numbers: integers to the bit, others to rounding.
 
     Compared are sums of every row that weigh each element differently. A row may differ as its own
     elements are rounded, and as sums in float32 or better are, relative to the rows' root mean
@@ -267,6 +267,9 @@ def alike(tensor: Tensor, group: Group = None) -> bool:
     kind = (tuple(tensor.shape), str(tensor.dtype))
     if any(other != kind for other in _gathered(kind, group)):
         return False
+    if not tensor.is_floating_point():  # to the bit
+        found = hashlib.blake2b(tensor.cpu().contiguous().numpy(), digest_size=16).hexdigest()
+        return len(set(_gathered(found, group))) == 1
     if not tensor.numel():
         return True
     rows = tensor.detach()
@@ -275,11 +278,10 @@ def alike(tensor: Tensor, group: Group = None) -> bool:
     weights = (places * places.new_tensor(_TURNS)).cos()
     step = max(1, _AT_ONCE // rows.shape[1])
     sums = [_weighed(piece.double(), weights) for piece in rows.split(step)]
-    found = largest_(torch.cat(sums), group)
-    highest, lowest, norm = found.split([len(_TURNS), len(_TURNS), 1], dim=1)
-    stored = tensor.dtype if tensor.is_floating_point() else torch.float64
-    summed = torch.promote_types(stored, torch.float32)
-    bound = 4 * torch.finfo(stored).eps * norm
+    largest = largest_(torch.cat(sums), group)
+    highest, lowest, norm = largest.split([len(_TURNS), len(_TURNS), 1], dim=1)
+    summed = torch.promote_types(tensor.dtype, torch.float32)
+    bound = 4 * torch.finfo(tensor.dtype).eps * norm
     bound = bound + 64 * torch.finfo(summed).eps * norm.square().mean().sqrt()
     return bool((highest + lowest <= bound).all())
 
