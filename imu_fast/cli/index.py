@@ -114,12 +114,19 @@ def query(
         str | None,
         typer.Option(
             help="identity, fisher_diag, fisher, ggn, ggn_block, kfac or ekfac; of a projected "
-            "index identity or fisher. Default: the library's for attribution."
+            "index identity or fisher; at inner layers ggn, ggn_block, kfac and ekfac with "
+            "--fisher empirical. Default: the library's for attribution."
         ),
     ] = None,
     damping: Annotated[float | None, typer.Option(help="> 0, of --curvature.")] = None,
     damping_mode: Annotated[
         str | None, typer.Option(help="Of --curvature: add, relative or clamp.")
+    ] = None,
+    fisher: Annotated[
+        str | None,
+        typer.Option(
+            help="Of ggn, ggn_block, kfac and ekfac: auto, exact (the head) or empirical."
+        ),
     ] = None,
     batch_size: BatchSize = None,
     device: DeviceName = None,
@@ -142,7 +149,7 @@ def query(
                 f"{name}={value!r}: a .npz has all samples; leave it out, or write a .csv"
             )
     check_choice("by", "helpful" if by is None else by, ("helpful", "harmful", "magnitude"))
-    made: dict[str, Any] = {"damping": damping, "damping_mode": damping_mode}
+    made: dict[str, Any] = {"damping": damping, "damping_mode": damping_mode, "fisher": fisher}
     given = {name: value for name, value in made.items() if value is not None}
     spec = None if curvature is None else CURVATURES.choose(curvature, **given)
     found = load_index(index)

@@ -69,6 +69,8 @@ def _unlearn_images(images: Images, run: Run, how: How, place: Any, here: Proces
     )
     if here.first:
         write_or_rescue(out, lambda path: save_tensors(path, model.state_dict(), {"format": "pt"}))
+    if result.stopped_by == "left_alone":
+        typer.echo(result.settings["auto"])
     first, last = result.trajectory[0], result.trajectory[-1]
     typer.echo(
         f"forget accuracy {first['forget_accuracy']:.3f} -> {last['forget_accuracy']:.3f} in "

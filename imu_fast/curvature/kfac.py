@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
@@ -120,7 +122,9 @@ class KFAC(GaussNewton):
         b, a = kronecker_factors(factors, signals_or_curvature)
         lam = self.absolute(factors, lambda: b.trace() * a.trace())
         if factors.dtype == torch.float32 and RefinedKronecker.suits(b, a, lam):
-            return RefinedKronecker(self.name, layer, lam, b, a)
+            # Float32 may not converge where eigenvalues repeat; float64 has its own error for that.
+            with suppress(torch.linalg.LinAlgError):
+                return RefinedKronecker(self.name, layer, lam, b, a)
         fitted = in_basis(self.name, layer, lam, eigenbasis(b, a))
         _warn(self.name, factors, lam, fitted.damped - lam)
         return fitted

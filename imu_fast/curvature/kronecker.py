@@ -165,7 +165,9 @@ class RefinedKronecker(Fitted):
         if _error(self._size, self.damping) > _ENOUGH:
             return self._exact._self_influence(factors)
         wide = self._basis.in_float64()
-        return wide._self_influence(factors).div_(self._size)
+        # Before the result is in the factors' dtype, whose range it would leave in units of size.
+        wide.damped.mul_(self._size)
+        return wide._self_influence(factors)
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {"b": self._b, "a": self._a}, {"refined": True}

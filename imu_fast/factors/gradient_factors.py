@@ -23,13 +23,14 @@ from imu_fast.factors.implicit_head import IMPLICIT_BYTES, ImplicitHead
 from imu_fast.factors.operands import (
     HALF,
     Array,
+    cast,
     check_dtypes,
     check_finite,
     check_offsets,
     check_operands,
     check_result,
+    check_target,
     input_dtype,
-    narrowed,
     remaining,
     tensor_of,
 )
@@ -335,13 +336,13 @@ class GradientFactors(Stored["GradientFactors"]):
         Half precision is that of act alone; the others are float32 then.
 
         Raises:
-            InputError: act is beyond the range of half precision.
+            InputError: dtype is none of float64, float32, bfloat16 and float16; act is beyond its
+                range, or all of a token's below it; there is no such device.
         """
+        check_target(device, dtype)
         wide = torch.float32 if dtype in HALF else dtype
         changed = self._changed(lambda x: x.to(device=device, dtype=wide))
-        if dtype in HALF:
-            act = self.act.to(device=device)
-            changed["act"] = act if act.dtype == dtype else narrowed(act.float(), dtype)
+        changed["act"] = cast("act", self.act, dtype, "token").to(device=device)
         return replace(
             self,
             **changed | {"labels": None if self.labels is None else self.labels.to(device=device)},

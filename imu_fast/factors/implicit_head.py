@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from imu_fast.errors import InputError, check_count, check_finite_rows
+from imu_fast.factors.operands import cast, check_target
 from imu_fast.factors.protocol import Chunk
 from imu_fast.factors.samples import Chunks, Samples
 from imu_fast.losses.base import Loss, mean_scale
@@ -186,13 +187,18 @@ class ImplicitHead(Samples[F]):
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> ImplicitHead[F]:
-        """Move or cast features and weight; of another precision they are swept over again."""
+        """Move or cast features and weight; of another precision they are swept over again.
+
+        Raises:
+            InputError: as :meth:`GradientFactors.to`, of features, weight and bias.
+        """
         self._check_unchanged()
-        features, weight, bias = (
-            None if t is None else t.to(device=device, dtype=dtype)
-            for t in (self.features, self.weight, self.bias)
-        )
-        assert features is not None and weight is not None
+        check_target(device, dtype)
+        bias = self.bias
+        features = cast("features", self.features, dtype, "token").to(device=device)
+        weight = cast("weight", self.weight, dtype, "class", small=False).to(device=device)
+        if bias is not None:
+            bias = cast("bias", bias, dtype, "class", small=False).to(device=device)
         return ImplicitHead.swept(
             features,
             weight,

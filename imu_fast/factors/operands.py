@@ -61,6 +61,54 @@ def narrowed(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return found
 
 
+def check_target(device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+    """Raise InputError unless factors can be moved to ``device`` and cast to ``dtype``."""
+    if dtype is not None and dtype not in (torch.float64, torch.float32, *HALF):
+        raise InputError(
+            f"dtype={dtype!r} is none of torch.float64, torch.float32, torch.bfloat16 and "
+            "torch.float16; choose one of these, or None"
+        )
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise InputError(f"device={device!r} cannot be used here: {brief(error)}") from error
+
+
+def cast(
+    name: str, tensor: Tensor, dtype: torch.dtype | None, what: str, small: bool = True
+) -> Tensor:
+    """``tensor`` [N, ...] in ``dtype``, every row to its precision.
+
+    Args:
+        what: a row is. small: whether rows that are below the range matter too: by a bias or a
+            weight that is, a logit is off by less than any rounding of it.
+
+    Raises:
+        InputError: numbers are beyond the range, or all of a row below it, where digits are lost.
+    """
+    if dtype is None or tensor.dtype == dtype:
+        return tensor
+    found, limits, own = tensor.to(dtype), torch.finfo(dtype), torch.finfo(tensor.dtype)
+    if own.max <= limits.max and own.tiny >= limits.tiny:
+        return found
+    rows = tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]
+    size = torch.linalg.vector_norm(rows, torch.inf, dim=1)  # without a copy
+    beyond = ~size.to(dtype).isfinite()
+    below = (size > 0) & (size < limits.tiny) & small
+    lost = torch.nonzero(beyond | below)
+    if len(lost):
+        i = int(lost[0])
+        why = "beyond its range" if beyond[i] else "so small that it loses their digits"
+        single = torch.finfo(torch.float32)
+        half = dtype == torch.float16 and single.tiny <= float(size[i]) <= single.max
+        wider = "torch.bfloat16 or torch.float32" if half else "torch.float64"
+        raise InputError(
+            f"dtype={dtype} cannot hold {name}: {what} {i} has numbers up to {float(size[i]):.3g}, "
+            f"{why}; pass dtype={wider}"
+        )
+    return found
+
+
 def tensor_of(name: str, value: Array) -> Tensor:
     """A value as a tensor; of an array in the same memory, where torch can have it.
 

@@ -117,7 +117,8 @@ class UnfoldedFactors(Stored[GradientFactors]):
 
     Attributes:
         delta: [P, C], the signal at positions that have one; float32 or float64.
-        places: [P, 3] int64: of each, the input, the image in it, and the position.
+        places: [P, 3] int64: of each, the input, the image in it, and the position; -1 of a row
+            of zeros.
         inputs: of the layer's calls, each [k, G c, *sizes]; half precision as it came.
         offsets: [n + 1] int64; positions ``offsets[i]:offsets[i+1]`` belong to sample i.
         unfolding: how the layer reads them. feature_dim: d. has_bias: whether it has one. name: the
@@ -260,6 +261,8 @@ class UnfoldedFactors(Stored[GradientFactors]):
         out = self.delta.new_zeros(size, dtype=kept)
         places = self.places[start:stop]
         for call in places[:, 0].unique().tolist() if self.inputs else []:
+            if call < 0:
+                continue
             rows = torch.nonzero(places[:, 0] == call).flatten()
             _, chosen, positions = places[rows].unbind(1)
             low, high = int(chosen.min()), int(chosen.max()) + 1

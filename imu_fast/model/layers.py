@@ -77,8 +77,7 @@ class LayersCapture:
         self._kind = None if fisher is None else fisher.kind
         self._expected = None if fisher is None else Expected(fisher)
         self._copied = False
-        self._ran: set[str] = set()
-        self._reached: set[str] = set()
+        self._ran, self._reached = set[str](), set[str]()
 
     def add(self, run: Run, batch: Batch) -> None:
         seen, output = self._run(run, batch)
@@ -302,8 +301,7 @@ class LayersCapture:
                 )
             if layer.name not in self._reached:
                 logger.warning(
-                    "layer %r does not reach the loss of any sample: its gradient is zero",
-                    layer.name,
+                    "layer %r does not reach the loss of any sample: zero gradient", layer.name
                 )
         return [self._factors(layer) for layer in self.layers]
 

@@ -20,7 +20,8 @@ class Packing:
     Attributes:
         index: [N] int64 on the CPU, the row that comes at each place; None: all, as they are.
         counts: [n], of each sample.
-        padded: whether the index goes to a row of zeros, which comes after the last.
+        padded: whether the index goes to a row of zeros, which comes after the last; where rows
+            are places to read at, of -1.
     """
 
     index: Tensor | None
@@ -57,7 +58,9 @@ class Packing:
         if self.index is None:
             return rows.clone()
         if self.padded:
-            rows = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
+            # Integers are places to read at, of which 0 is one.
+            fill = 0 if rows.is_floating_point() else NOBODY
+            rows = torch.cat([rows, rows.new_full((1, *rows.shape[1:]), fill)])
         return rows.index_select(0, self.index.to(rows.device))
 
     def size(self, rows: Tensor) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -28,6 +28,8 @@ def selected(model: nn.Module, layers: Any) -> tuple[list[LinearLayer], bool]:
         InputError: an entry that no linear layer fits, or a layer that is named twice.
     """
     one = isinstance(layers, str | nn.Module)
+    if not one and not isinstance(layers, Iterable):
+        raise InputError(f"layers={layers!r} is no layer; pass a name, a module, or several")
     wanted = [layers] if one else list(layers)
     if not wanted:
         raise InputError("layers=[] names no layer; pass 'head' or a list of linear layers")

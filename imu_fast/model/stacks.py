@@ -31,7 +31,14 @@ class Stack:
         room, used = self._rooms[-1] if self._rooms else (rows.new_empty(0), 0)
         if room.dim() != 2 or room.dtype != dtype or len(room) - used < new:
             # As many rows as this batch has for each that is to come.
-            room = rows.new_empty(new * max(1, self._left), rows.shape[1], dtype=dtype)
+            count = new * max(1, self._left)
+            try:
+                room = rows.new_empty(count, rows.shape[1], dtype=dtype)
+            except (RuntimeError, OverflowError):  # a length that was made up, say
+                if count == new:
+                    raise
+                self._left = 0
+                room = rows.new_empty(new, rows.shape[1], dtype=dtype)
             self._rooms.append((room, 0))
             used = 0
         packing.put(rows, room[used : used + new])

@@ -221,6 +221,16 @@ class Auto(Method):
         described = f"method='auto' takes {name!r} for these samples, which"
         return name, method.with_options(described, given)
 
+    def _check_given(self, edit: str) -> None:
+        """Raise InputError for options that neither method has that could have been taken."""
+        try:
+            self._named("self_distillation", as_unseen=True)
+        except InputError as error:
+            try:
+                self._named(edit, as_unseen=True)
+            except InputError:
+                raise error from None
+
     def _taken(self, task: Task, name: str, depths: Depths, why: str = "") -> Taken:
         why = why or _WHY[name, self.summary is not None]
         logger.info("auto takes %s for %s: %s", name, task, why)
@@ -277,7 +287,7 @@ class Auto(Method):
             depths = Depths(self.depth(labels, classes, task))
         if task == "class":
             return self._taken(task, "single_row", depths)
-        edit = self.edit_of(task)[0]
+        edit = "margin_edit" if self.summary is None else "newton_removal"
         if not all(rule.unseen_accuracy is not None for rule in depths.rules):
             return self._taken(task, edit, depths)
         depths, count = self._measured(model, reading, depths)
@@ -293,6 +303,7 @@ class Auto(Method):
             )
             if asked:
                 return self._taken(task, edit, depths, f"{told}, and a depth was named: {edit}")
+            self._check_given(edit)
             told = f"{told}: the model is left alone, as retraining is expected to; {_INSIST}"
             return self._taken(task, "left_alone", Depths(), told)
         if why_not := self._why_no_distillation(model, forget, reading, names, classes):
@@ -362,8 +373,8 @@ class Auto(Method):
         retain = given.pop("retain", None)
         kept = retain is not None
         name, method = auto_sequences.recipe(model, retain)
-        why = auto_sequences.WHY[kept]
-        logger.info("auto takes %s of the whole network for sequences: %s", name, why)
+        why = auto_sequences.why(kept, given)
+        logger.info("auto takes %s for sequences: %s", name, why)
         if not kept:
             logger.warning(
                 "method='auto' with the forget set alone: what a language model knows of other "

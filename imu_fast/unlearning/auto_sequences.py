@@ -13,6 +13,7 @@ Chosen on development models: ``python bench/auto_sequences.py``.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,10 +32,8 @@ from imu_fast.unlearning.depth import Depths
 RELATIVE_RATE, EPOCHS = 5e-3, 100
 # Of the divergence of data that is to stay.
 RETAIN_WEIGHT = 5.0
-WHY = {
-    False: "nearest to retraining of those that have the forget set alone",
-    True: "nearest to retraining of those that have data that is to stay, too",
-}
+# What changes more than how far or how long it goes.
+_OTHER = ("objective", "weights", "scope", "optimizer", "preset", "retain_loss", "retain_weight")
 
 
 def rate_of(model: nn.Module) -> float:
@@ -42,9 +41,13 @@ def rate_of(model: nn.Module) -> float:
     trained = [p.detach() for p in model.parameters() if p.requires_grad]
     # Gains of normalisations are near 1 whatever the size of the weights.
     wide = [p for p in trained if p.dim() > 1] or trained
-    square = sum(float(torch.linalg.vector_norm(p, dtype=torch.float32)) ** 2 for p in wide)
+    square = sum(float(torch.linalg.vector_norm(p, dtype=_wide(p))) ** 2 for p in wide)
     size = math.sqrt(square / max(1, sum(p.numel() for p in wide)))
     return RELATIVE_RATE * (size or 1.0)
+
+
+def _wide(p: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(p.dtype, torch.float32)
 
 
 def recipe(model: nn.Module, retain: Any) -> tuple[str, Ascent]:
@@ -60,6 +63,15 @@ def recipe(model: nn.Module, retain: Any) -> tuple[str, Ascent]:
     if not isinstance(retain, Options):
         retain = Retain(data=retain, retain_loss="kl", retain_weight=RETAIN_WEIGHT)
     return "uniform", Ascent(retain=retain, **common)
+
+
+def why(kept: bool, given: Mapping[str, Any]) -> str:
+    """Why this recipe, as far as the options that were given leave it what was measured."""
+    other = [name for name in _OTHER if given.get(name) is not None]
+    if other:
+        return f"the recipe for sequences, with {', '.join(other)} as given"
+    has = "data that is to stay, too" if kept else "the forget set alone"
+    return f"nearest to retraining of those that have {has}"
 
 
 def check_depth(depths: Depths) -> None:

@@ -132,6 +132,7 @@ def warn_unless_reached(reached: bool | None, wanted: str, measured: Record) -> 
         warnings.warn(
             f"the depth that was asked for ({wanted}) is not reached: forget accuracy is "
             f"{measured['forget_accuracy']:.3f}, forget loss {measured['forget_loss']:.3g}; give "
-            "more epochs or a larger lr (result.reached is False)",
+            "a larger budget (epochs, max_steps) or lr, where the method has them (result.reached "
+            "is False)",
             stacklevel=4,
         )

@@ -56,6 +56,20 @@ def test_of_images(paths, how, curvature):
     torch.testing.assert_close(found, values.flatten().float(), rtol=1e-4, atol=1e-6)
 
 
+def test_of_inner_layers_every_curvature_has_a_way(paths):
+    """The way out that the refusal names is one of this command."""
+    folder, options, data, queries = paths
+    built(folder, options, "--layers", "1")
+    kfac = ["--curvature", "kfac", "--damping", 0.1]
+    assert "fisher='empirical'" in asked(folder, options, "all.npz", *kfac, code=2)
+    asked(folder, options, "all.npz", *kfac, "--fisher", "empirical")
+    index = imu.build_index(toy_model(), data, folder / "own", layers=["1"])
+    spec = imu.KFAC(damping=0.1, fisher="empirical")
+    truth = index.scores(index.capture(toy_model(), queries), curvature=spec)
+    found = np.load(folder / "all.npz")["influence"]
+    np.testing.assert_allclose(found, truth, rtol=1e-4, atol=1e-6)
+
+
 def test_a_folder_is_gone_on_in_and_nothing_is_replaced(paths):
     folder, options, _, _ = paths
     first = built(folder, options)
@@ -81,6 +95,9 @@ REFUSED = {
     "damping alone": (["--damping", "0.1"], "without a curvature"),
     "curvature": (["--curvature", "nothing"], "curvature='nothing'"),
     "damping": (["--curvature", "ggn", "--damping", "-1"], "damping=-1"),
+    "fisher alone": (["--fisher", "empirical"], "without a curvature"),
+    "fisher of none": (["--curvature", "identity", "--fisher", "exact"], "no option fisher"),
+    "fisher": (["--curvature", "ggn", "--fisher", "nothing"], "fisher='nothing'"),
 }
 
 

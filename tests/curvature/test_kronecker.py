@@ -39,7 +39,7 @@ def off(found, truth):
     return float((found.double() - truth).norm() / truth.norm())
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("scale", [1e-22, 1e-6, 1.0, 1e6, 1e19])
 @pytest.mark.parametrize("damping", [1e-7, 1e-3, 0.1, 10.0])
 def test_against_the_dense_matrix(damping, scale):
     """Of inputs of any size; dampings relative to the mean eigenvalue."""
@@ -90,3 +90,16 @@ def test_what_float32_cannot_do_float64_does(monkeypatch):
     v = torch.randn(fitted.shape, generator=torch.Generator().manual_seed(1)).double()
     fitted.solve(v)
     assert fitted.residual < 1e-3 and fitted._found is not None
+
+
+def test_where_float32_does_not_converge_float64_is_taken(monkeypatch):
+    factors, eigh = head(), torch.linalg.eigh
+
+    def only_double(x):
+        if x.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("failed to converge")
+        return eigh(x)
+
+    monkeypatch.setattr(torch.linalg, "eigh", only_double)
+    fitted = imu.KFAC(damping=1.0).fit(factors)
+    assert not isinstance(fitted, kronecker.RefinedKronecker)

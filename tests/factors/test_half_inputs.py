@@ -132,6 +132,32 @@ def test_what_half_precision_cannot_hold_is_refused():
     assert one.to(dtype=torch.bfloat16).act.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("implicit", [False, True])
+def test_a_cast_keeps_the_digits_or_is_refused(implicit):
+    """What is beyond the range of a dtype, below it, or no floating-point dtype at all."""
+    x, y = torch.linspace(1, 2, 12).double().view(4, 3), torch.arange(4) % 3
+
+    def scaled(size, weight=1.0):
+        w = weight * torch.eye(3).double()
+        return imu.GradientFactors.from_head(x * size, w, None, y, implicit=implicit)
+
+    for size in (1e-60, 1e60):
+        with pytest.raises(InputError, match=r"dtype=torch.float32 cannot hold .*token 0"):
+            scaled(size, 1 / size).to(dtype=torch.float32)
+    for source in (torch.float64, torch.float32, torch.bfloat16):
+        for size, why in ((1e-9, "loses their digits"), (1e9, "beyond its range")):
+            factors = scaled(size, 1e-9).to(dtype=source)
+            with pytest.raises(InputError, match=f"{why}; pass dtype=torch.bfloat16"):
+                factors.to(dtype=torch.float16)
+    one = scaled(1.0, 1e-6)  # of a weight so small nothing is lost
+    assert one.to(dtype=torch.float16).to(dtype=torch.float32).n == 4
+    for dtype in (torch.int32, torch.float8_e5m2, "float32"):
+        with pytest.raises(InputError, match="is none of torch.float64"):
+            one.to(dtype=dtype)
+    with pytest.raises(InputError, match="device='nowhere' cannot be used here"):
+        one.to("nowhere")
+
+
 @pytest.mark.parametrize(
     "delta, act",
     [

@@ -97,6 +97,7 @@ def test_options_go_to_what_is_taken(learned):
         "lr": 1e-3,
         "retain_weight": 0.5,
     }
+    assert "with scope, retain_weight as given" in result.settings["auto"]
     own = dict(model.named_parameters())
     moved = {n for n, p in result.model.named_parameters() if not torch.equal(p, own[n])}
     assert moved == {"mix.weight", "mix.bias"}
@@ -118,3 +119,12 @@ def test_refused_before_any_work(learned, options, message):
     with pytest.raises(InputError, match=message):
         imu.unlearn(model, forget, "auto", **options)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_rate_is_of_the_weights_in_any_precision(dtype):
+    torch.manual_seed(0)
+    model = Tiny().to(dtype)
+    matrices = torch.cat([p.detach().double().flatten() for p in model.parameters() if p.dim() > 1])
+    truth = RELATIVE_RATE * float(matrices.square().mean().sqrt())
+    assert rate_of(model) == pytest.approx(truth, rel=1e-5)

@@ -95,3 +95,16 @@ def test_where_there_is_no_layer_before_the_head_auto_edits_it(tmp_path):
     result = imu.unlearn(network[2:], data, "auto", summary=kept, inplace=False)
     assert result.settings["method"] == "newton_removal" and result.reached
     assert "the model has no layer '0', which the summary is of" in result.settings["auto"]
+
+
+@pytest.mark.parametrize("right", [9, 100])
+def test_options_are_those_of_self_distillation_whether_it_is_taken_or_not(right):
+    """9 of 9 right are left alone where 180 of 200 are; 100 of 100 are not."""
+    model, x, y = problem()
+    rows = [i for i in range(200) if i % 10][:right]
+    forget, options = (x[rows], y[rows]), {"unseen": (x[200:], y[200:])}
+    result = imu.unlearn(model, forget, "auto", lr=0.2, max_steps=90, inplace=False, **options)
+    assert result.settings["method"] == ("left_alone" if right == 9 else "self_distillation")
+    for wrong in ({"alpha": 0.5}, {"targets": 3}, {"max_steps": 0}):
+        with pytest.raises(imu.errors.InputError):
+            imu.unlearn(model, forget, "auto", **options, **wrong)

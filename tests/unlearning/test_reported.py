@@ -285,13 +285,13 @@ def test_samples_without_a_label_are_refused_and_not_counted():
             imu.unlearn(model, (x[:5], y[:5]), "uniform", scope=scope, watch={"w": (x, y)})
 
 
-@pytest.mark.parametrize("method", ["auto", "margin_edit", "boundary_shrink"])
+@pytest.mark.parametrize("method", ["margin_edit", "self_distillation", "boundary_shrink"])
 def test_sequences_are_refused_by_methods_of_one_label(method):
     model = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 11))
     ids = torch.randint(0, 11, (7, 5))
     with pytest.raises(imu.InputError, match=f"method='{method}' is for samples of one label"):
         imu.unlearn(model, [(ids, ids)], method=method)
-    with pytest.raises(imu.InputError, match="Sequences are forgotten by imu, .* simnpo"):
+    with pytest.raises(imu.InputError, match="Sequences are forgotten by auto, imu, .* simnpo"):
         imu.unlearn(model, [(ids, ids)], method=method)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from imu_fast.errors import InputError, check_count, check_flag, check_positive
+from imu_fast.errors import (
+    InputError,
+    SingularMatrixError,
+    check_count,
+    check_flag,
+    check_positive,
+)
 from imu_fast.model.batches import ForgetSet, as_batches
 from imu_fast.model.capture import capture, head_of
 from imu_fast.model.guard import modes
@@ -27,13 +34,17 @@ from imu_fast.unlearning.result import DivergedError, UnlearnResult
 from imu_fast.unlearning.subject import NetworkSubject, move, snapshot
 from imu_fast.unlearning.summary.hessian import Damped, HeadHessian, head_hessian
 from imu_fast.unlearning.summary.inner import (
+    EXACT_CLASSES,
     capturable,
     inner_hessians,
     inner_layers,
     why_not,
+    without_signal,
 )
 from imu_fast.unlearning.summary.summary import TrainingSummary, check_summary
 from imu_fast.unlearning.trajectory import Trajectory
+
+logger = logging.getLogger("imu_fast")
 
 # A step is halved this often at most to find one along which the distillation loss falls.
 _HALVINGS = 20
@@ -163,8 +174,8 @@ class _Distillation:
         if summary is not None:
             summary.check_head(head.matrix, head.bias is not None, job.forget.n)
             summary.check_inner(inner)
-        self.layers = [*inner, head]
         self._metrics = self._fit(inner, head, classes)
+        self.layers = [*inner, head]
         own = {id(p) for layer in self.layers for p in layer.module.parameters(recurse=False)}
         chosen = [name for name, p in model.named_parameters() if id(p) in own]
         job.keep(p for p in model.parameters() if id(p) in own)
@@ -180,22 +191,37 @@ class _Distillation:
         self.steps, self._lr = 0, method.lr
 
     def _fit(self, inner: list[LinearLayer], head: LinearLayer, classes: int) -> list[Damped]:
-        """The damped inverse at each layer, the head last."""
+        """The damped inverse at each layer, the head last; takes out of inner what cannot move."""
         method, job, summary = self.method, self.job, self.method.summary
         names = [layer.name for layer in inner]
         at_head = capture(job.model, job.forget, **job.reading.given())
-        found: list[HeadHessian] = []
         of_forget = inner_hessians(job.model, job.forget, names, job.reading, classes)
         if summary is None:
-            found = [*(of_forget[name] for name in names), head_hessian(at_head)]
-            return [damped_inverse(x, 0.0, method.eps, method.name) for x in found]
+            if method.layers is None:  # nobody named those that no sample's loss depends on
+                for name in without_signal(of_forget):
+                    inner.pop(names.index(name))
+                    names.remove(name)
+            found: list[HeadHessian] = [*(of_forget[name] for name in names), head_hessian(at_head)]
+            return [damped_inverse(x, 0.0, method.eps, method.name, whole=False) for x in found]
         device = head.weight.device
-        for name in names:
-            found.append(summary.inner[name].to(device) - of_forget[name])
-        whole = summary.hessian.to(device)
-        found.append(whole - head_hessian(at_head, whole.kind))
         decay = (summary.n - job.forget.n) * summary.weight_decay
-        return [damped_inverse(x, decay, method.eps, method.name) for x in found]
+        whole = summary.hessian.to(device)
+        rest = whole - head_hessian(at_head, whole.kind)
+        at_the_head = damped_inverse(rest, decay, method.eps, method.name)
+        inverses: list[Damped] = []
+        for name in names:
+            of_all, of_some = summary.inner[name].to(device), of_forget[name]
+            try:
+                found_here = damped_inverse(of_all - of_some, decay, method.eps, method.name)
+            except (InputError, SingularMatrixError) as error:
+                if classes <= EXACT_CLASSES:
+                    raise
+                # Of other draws than the summary's: the difference of the two is no sum over draws.
+                logger.info("layer %r by its share of the signals: %s", name, error)
+                left = of_all.without_inputs_of(of_some)
+                found_here = damped_inverse(left, decay, method.eps, method.name)
+            inverses.append(found_here)
+        return [*inverses, at_the_head]
 
     def _own(self, classes: int) -> tuple[Tensor, Tensor]:
         """What targets are made of [n, C], float64, and labels [n]."""
@@ -209,7 +235,9 @@ class _Distillation:
                 f"targets has shape {tuple(targets.shape)}; the forget set needs "
                 f"{(job.forget.n, classes)}"
             )
-        return targets.to(labels.device).double().log(), labels
+        # Of a certain teacher the others' logarithms are -inf, between which no label is lowered.
+        least = torch.finfo(torch.float32).tiny
+        return targets.detach().to(labels.device).double().clamp_min(least).log(), labels
 
     def run(self) -> UnlearnResult:
         job, depths = self.job, self.job.depths
@@ -220,7 +248,10 @@ class _Distillation:
         ends = [*milestones.items(), *([("", depths.stop)] if depths.stop is not None else [])]
         for name, rule in ends:
             assert rule is not None
-            reached, fraction, stretch = self._to(rule)
+            before = self.steps
+            reached, found, moved = self._to(rule)
+            if self.steps > before:  # else all is where the last step to another depth has left it
+                fraction, stretch = found, moved
             if name and reached and depths.on_milestone is not None:
                 self.subject.finish()
                 depths.on_milestone(name, self.trajectory.entry(self._at(fraction), 0))

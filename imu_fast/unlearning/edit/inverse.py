@@ -18,16 +18,25 @@ _AMONG = (
 )
 
 
-def damped_inverse(hessian: HeadHessian, decay: float, eps: float, method: str) -> Damped:
+def damped_inverse(
+    hessian: HeadHessian, decay: float, eps: float, method: str, whole: bool = True
+) -> Damped:
     """``H + (decay + eps mu) I``, its damping raised where that is not positive definite.
 
     Args:
         eps: relative to mu, the mean eigenvalue. method: its name, for messages.
+        whole: whether H is what is left of a summary, and not the forget samples' own.
 
     Raises:
         InputError: H is zero. SingularMatrixError: it is indefinite by more than rounding.
     """
     mean = hessian.mean_eigenvalue
+    if not mean > 0 and not whole:
+        raise InputError(
+            f"method={method!r}: the forget samples' own Hessian is zero: each is predicted with "
+            "probability one, or its loss does not depend on the layer. Pass summary=, of the "
+            "training set, name other layers=, or use method='margin_edit'"
+        )
     if not mean > 0:
         raise InputError(
             f"method={method!r}: what is to be inverted has the mean eigenvalue {mean:g}; it "

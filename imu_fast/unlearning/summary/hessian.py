@@ -278,6 +278,15 @@ class KroneckerHessian(HeadHessian):
     def restored(cls, n: int, shape: tuple[int, int], tensors: dict[str, Tensor]) -> Self:
         return cls(n, shape, tensors["outputs"], tensors["inputs"])
 
+    def without_inputs_of(self, other: KroneckerHessian) -> Self:
+        """Without some samples whose outputs' curvature is of other draws: they have a share of it.
+
+        Their part ``n' / n`` of B, as if their predictions were those of any; A exactly.
+        """
+        outputs = self.outputs * (1 - other.n / self.n)
+        left = self.n - other.n
+        return replace(self, n=left, outputs=outputs, inputs=self.inputs - other.inputs)
+
     def trace(self) -> float:
         return float(self.outputs.trace() * self.inputs.trace()) / self.n
 

@@ -24,7 +24,7 @@ logger = logging.getLogger("imu_fast")
 # Of "auto": so many layers before the head at most, whose matrices take no more than this.
 INNER_LAYERS, INNER_BYTES = 3, 100_000_000
 # Up to so many classes the expectation over the model's labels is exact, beyond one draw.
-_EXACT_CLASSES = 32
+EXACT_CLASSES = 32
 # Samples whose signals at inner layers exist at once.
 _SAMPLES = 256
 
@@ -96,7 +96,7 @@ def inner_hessians(
             of one draw.
     """
     found: Inner = {}
-    fisher: Any = "exact" if classes <= _EXACT_CLASSES else "sampled"
+    fisher: Any = "exact" if classes <= EXACT_CLASSES else "sampled"
     for start, chunk in chunks_of(batches if names else (), _SAMPLES):
         with from_sample(start):
             captured = capture(model, chunk, list(names), fisher=fisher, **reading.given())

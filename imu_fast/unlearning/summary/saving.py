@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -173,6 +174,11 @@ class _Sums:
         self.theta = torch.cat([HeadWeight(p.as_linear(), p.name).read() for p in parts], dim=1)
         self.head = replace(found, features=found.features[:0], labels=found.labels[:0])
         wanted = inner_layers(self._model, self._wanted, [part.name for part in parts])
+        if self._wanted not in (None, "auto") and not wanted:
+            raise InputError(
+                f"inner_layers={self._wanted!r} is the head {found.name!r}, which is kept in any "
+                "case; name layers before it, or pass inner_layers=None"
+            )
         if self._wanted == "auto":
             wanted = capturable(self._model, wanted, first, self._reading, len(self.theta))
         self._chosen = wanted
@@ -209,7 +215,9 @@ def _accuracy(unseen: Any, model: nn.Module, reading: Reading) -> tuple[float | 
     """A number as it is, or measured on data, and on how many samples."""
     if unseen is None:
         return None, None
-    if isinstance(unseen, bool | int | float) or (isinstance(unseen, Tensor) and not unseen.dim()):
+    if isinstance(unseen, str | bool | int | float | np.generic) or (
+        isinstance(unseen, Tensor) and not unseen.dim()
+    ):
         number = check_positive("unseen", unseen, allow_zero=True)  # type: ignore[arg-type]
         if number > 1:
             raise InputError(f"unseen={unseen!r} must lie in [0, 1]")

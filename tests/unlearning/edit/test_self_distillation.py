@@ -193,3 +193,56 @@ def test_what_it_refuses_and_the_model_is_as_it_was(options, message, tmp_path):
     with pytest.raises(InputError, match=message):
         imu.unlearn(model, data, "self_distillation", **given)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_certain_teacher_is_taught_from():
+    """Targets of probability one have no second label to lower the first to."""
+    model, (x, _) = network(), samples()
+    own = model(x).argmax(1)
+    certain = nn.functional.one_hot(own, 3).float()
+    result = imu.unlearn(
+        model,
+        (x, own),
+        "self_distillation",
+        targets=certain,
+        stop=imu.StopRule(forget_accuracy=0.5),
+    )
+    assert result.reached
+
+
+def test_depths_that_one_step_passes_are_at_one_place():
+    model, (x, _) = network(), samples()
+    rule, at = imu.StopRule(forget_accuracy=0.5), []
+    result = imu.unlearn(
+        model,
+        (x, model(x).argmax(1)),
+        "self_distillation",
+        stop=rule,
+        milestones={"half": rule},
+        on_milestone=lambda _, record: at.append(record["step"]),
+    )
+    assert result.trajectory[-1]["step"] == at[0] == result.steps - 1 + result.step_fraction
+    assert result.step_fraction < 1
+
+
+class Beside(nn.Module):
+    """A layer that runs, and on which no loss depends."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.beside, self.head = nn.Linear(9, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = self.first(x).tanh()
+        return self.head(h + 0 * self.beside(h.detach()).detach())
+
+
+def test_a_layer_without_a_signal_moves_only_where_it_is_named():
+    torch.manual_seed(0)
+    model, (x, _) = Beside().double(), samples(conv=False)
+    options = {"stop": imu.StopRule(forget_accuracy=0.5)}
+    forget = x, model(x).argmax(1)
+    with pytest.raises(InputError, match="does not depend on the layer"):
+        imu.unlearn(model, forget, "self_distillation", layers="beside", **options)
+    result = imu.unlearn(model, forget, "self_distillation", **options)
+    assert result.reached and result.settings["layers"] == ["first", "head"]

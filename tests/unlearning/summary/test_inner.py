@@ -126,3 +126,48 @@ def test_errors_say_which_samples_of_a_long_loader(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="samples from 16 on"):
         imu.save_summary(model, batches, tmp_path / "s")
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("size", [1, 3, 40])
+def test_a_sample_without_a_signal_at_a_convolution_has_an_input_of_zeros(
+    size, tmp_path, monkeypatch
+):
+    """However samples are batched: none has the input of another."""
+    torch.manual_seed(0)
+    body = [nn.Conv2d(1, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3)]
+    model = nn.Sequential(*body).double()
+    model[0].weight.data.abs_()
+    model[0].bias.data.zero_()
+    x = samples(40)[0][:, :, :3, :3].abs()
+    x[::2] *= -1  # dead behind the ReLU
+    monkeypatch.setattr(inner, "_SAMPLES", size)
+    batches = [(x[i : i + size], torch.arange(40)[i : i + size] % 3) for i in range(0, 40, size)]
+    found = imu.save_summary(model, batches, tmp_path / "s").inner["0"].inputs
+    seen = nn.functional.unfold(x[1::2], 2)
+    seen = torch.cat([seen, torch.ones_like(seen[:, :1])], dim=1)
+    truth = torch.einsum("nip,njp->ij", seen, seen) / seen.shape[2]
+    truth[-1, -1] += 20  # the ones of the dead samples' biases
+    assert torch.allclose(found, truth, rtol=1e-13)
+
+
+@pytest.mark.parametrize("wanted", [3, True, 2.5])
+def test_what_is_no_layer_is_refused(wanted, tmp_path):
+    with pytest.raises(InputError, match="is no layer; pass a name, a module, or several"):
+        imu.save_summary(network(), samples(), tmp_path / "s", inner_layers=wanted)
+
+
+def test_the_head_alone_is_no_inner_layer(tmp_path):
+    with pytest.raises(InputError, match=r"inner_layers='8' is the head '8'"):
+        imu.save_summary(network(), samples(), tmp_path / "s", inner_layers="8")
+
+
+def test_forget_samples_are_taken_from_a_summary_of_other_draws(tmp_path):
+    """Beyond 32 classes signals are of drawn labels, and a sample's differ with its place."""
+    torch.manual_seed(0)
+    body = [nn.Flatten(), nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 40)]
+    model, (x, y) = nn.Sequential(*body).double(), samples(60, 40)
+    kept = imu.save_summary(model, (x, y), tmp_path / "s")
+    forget = x[30:], model(x[30:]).argmax(1)
+    rule = imu.StopRule(forget_accuracy=0.5)
+    result = imu.unlearn(model, forget, "self_distillation", summary=kept, stop=rule)
+    assert result.reached
