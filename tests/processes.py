@@ -300,6 +300,20 @@ def failures(rank, world):
     refused(lambda: shared.sums(runs_out), "no more", kind)
     same(shared.mean_gradient(), whole.mean_gradient(), "after all that")
     assert distributed.alike(v) and not distributed.alike(v + rank)
+    noise = torch.randn(40, 50, generator=torch.Generator().manual_seed(rank))
+    base = torch.randn(40, 50, generator=torch.Generator().manual_seed(9))
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        x = base.to(dtype)
+        rounded = x * (1 + 0.5 * torch.finfo(dtype).eps * noise.sign().to(torch.float64))
+        assert distributed.alike(rounded.to(dtype))
+        assert not distributed.alike(noise.to(dtype))
+    assert distributed.alike(v[:0]) and distributed.alike(v / 0) and distributed.alike(v[0, 0])
+    # Queries whose rows are the same numbers, and not of the same samples.
+    cuts = torch.tensor([0, 1, 3] if rank else [0, 2, 3])
+    queries = replace(whole.samples(0, 3), offsets=cuts, losses=None)
+    truth = imu.fit("ggn", whole, tolerance=1e-12).self_influence(queries)
+    found = imu.fit("ggn", shared, solver="cg", tolerance=1e-12).self_influence(queries)
+    same(found, truth, "queries cut otherwise", 1e-9)
     # A group that is there is not used by factors that say nothing of it.
     if rank == 0:
         imu.influence_scores(whole)

@@ -163,6 +163,18 @@ def turned_away(rank, world):
     labels[0] = (labels[0] + rank) % WIDE.classes
     refused(lambda: imu.ShardedHead(act, *rows, p.labels), "features differs")
     refused(lambda: imu.ShardedHead(p.act, *rows, labels), "labels differs")
+    coarse, many = (
+        torch.randn(300, 32, generator=torch.Generator().manual_seed(0)),
+        torch.arange(300),
+    )
+    coarse[7] = coarse[7 + rank]  # one row is another's, however coarse its numbers
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        of = coarse.to(dtype), torch.zeros(2, 32, dtype=dtype), None, many % 2
+        refused(lambda of=of: imu.ShardedHead(*of), "features differs")
+    of_rank = {"ignore_index": 3 + rank}
+    refused(lambda: imu.ShardedHead(p.act, *rows, p.labels, **of_rank), "ignore_index")
+    mixed = [x.float() if rank else x for x in rows]
+    refused(lambda: imu.ShardedHead(p.act, *mixed, p.labels), "torch.float32")
     refused(lambda: imu.ShardedHead(p.act[rank:], *rows, p.labels[rank:]), "all samples")
     refused(lambda: imu.ShardedHead(p.act, *rows, p.labels + WIDE.classes), "label")
     refused(lambda: imu.ShardedHead(p.act, *rows, p.labels.double()), "no probabilities")

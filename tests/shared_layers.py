@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from process_checks import SHARES, refused, same, share_of
 from torch import nn
+from torch.utils.data import default_collate
 
 import imu_fast as imu
 from imu_fast.curvature.named import CURVATURES
@@ -125,8 +127,15 @@ def whole_models(rank, world, group):
     samples = torch.utils.data.TensorDataset(x[mine], y[mine])
     loader = torch.utils.data.DataLoader(samples, batch_size=3) if len(samples) else []
     for form in ((x[mine], y[mine]), samples, loader):
-        found = imu.capture(model, form, layers[1], group=group, **given)
+        same_seed = given | {"seed": np.int64(3)} if rank else given | {"draws": 1}
+        found = imu.capture(model, form, layers[1], group=group, **same_seed)
         same(found.gathered().curvature.s, truth, "draws")
+    # One that makes fewer samples of a batch than it has items.
+    fewer = {"batch_size": 3, "collate_fn": lambda items: default_collate(items[:2])}
+    loader = torch.utils.data.DataLoader(samples, **fewer) if len(samples) else []
+    found = imu.capture(model, loader, layers[1], group=group, **given)
+    gone = len(samples) // 3
+    assert found.n_here == len(samples) - gone
 
     def capture(form, **more):
         return lambda: imu.capture(model, form, layers[1], group=group, **(given | more))
@@ -134,6 +143,11 @@ def whole_models(rank, world, group):
     refused(capture(iter(data) if rank else data), "read once")
     refused(capture(data, seed=rank), "seed=1")
     refused(lambda: capture(data, seed=None, fisher="exact" if rank else None)(), "fisher=")
+
+    for other in ({"ignore_index": 2}, {"output": 0}, {"loss": "cross_entropy"}):
+        for more in ({"fisher": "exact", "seed": None}, {"fisher": None, "seed": None}):
+            how = more | (other if rank == 1 else {})
+            refused(capture(data, **how), f"{next(iter(other))}=")
 
     class Grows:
         reads = 0

@@ -259,7 +259,7 @@ class Fitted(ABC):
             return factors, slice(None)
         if not isinstance(factors, ShardedFactors):
             whole, group = in_memory(factors, "queries"), self.reads.group
-            same = [distributed.alike(x, group) for x in (whole.delta, whole.act)]
+            same = [distributed.alike(x, group) for x in (whole.delta, whole.act, whole.offsets)]
             if all(same):
                 return whole, slice(None)
             factors = ShardedFactors(whole, group)

@@ -87,8 +87,8 @@ class ShardedHead:
             act, rows = act.detach(), rows.detach()
             shift = None if shift is None else shift.detach()
             check_finite(act, rows, shift)
-            self.classes, self.num_classes = self._places(act, rows, shift)
             loss = CrossEntropy(ignore_index=ignore_index, shift=False)
+            self.classes, self.num_classes = self._places(act, rows, shift, loss)
             if given.is_floating_point():
                 raise InputError(
                     f"labels is {given.dtype}; a head in parts takes class indices [N], and no "
@@ -114,15 +114,19 @@ class ShardedHead:
         self.feature_dim, self.width = self.own.feature_dim, self.own.width
         self.has_bias, self.device, self.dtype = bias is not None, act.device, self.own.dtype
 
-    def _places(self, act: Tensor, rows: Tensor, bias: Tensor | None) -> tuple[slice, int]:
+    def _places(
+        self, act: Tensor, rows: Tensor, bias: Tensor | None, loss: CrossEntropy
+    ) -> tuple[slice, int]:
         """This process's classes, and how many there are."""
-        kind = (tuple(act.shape), str(act.dtype), bias is not None)
+        dtypes = str(act.dtype), str(rows.dtype)
+        kind = (tuple(act.shape), *dtypes, bias is not None, loss.ignore_index)
         found = distributed.gather((len(rows), kind), self.group)
         for rank, (_, other) in enumerate(found):
             if other != found[0][1]:
                 raise InputError(
-                    f"features: process {rank} has (shape, dtype, bias) {other}, process 0 has "
-                    f"{found[0][1]}; every process has all samples, and its own classes"
+                    f"features: process {rank} has (shape, dtype, the weight's, bias, "
+                    f"ignore_index) {other}, process 0 has {found[0][1]}; every process has all "
+                    "samples, and its own classes"
                 )
         counts = [count for count, _ in found]
         first = sum(counts[: distributed.rank_of(self.group)])

@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 from torch import nn
 from typing_extensions import Unpack
 
-from imu_fast.distributed import Group, in_step
+from imu_fast.distributed import Group, in_step, text_of
 from imu_fast.errors import InputError, NoSamplesError, check_finite_rows
 from imu_fast.factors.gradient_factors import HeadFactors
 from imu_fast.factors.sharded import ShardedFactors
@@ -238,7 +238,10 @@ def capture(
 
     if group is None:
         return own(expectation)
-    in_step(f"capture(fisher={fisher!r}, draws={draws!r}, seed={seed!r})", group)
+    # Inner layers' factors do not say how the logits and the loss above them were read.
+    said = {"fisher": fisher} | ({} if expectation is None else expectation.options())
+    said |= {name: value for name, value in sorted(reading.items()) if value is not None}
+    in_step(f"capture({', '.join(f'{k}={text_of(v)}' for k, v in said.items())})", group)
     if expectation is None or expectation.kind == "exact":
         return shared_factors(model, group, lambda _: own(expectation))
     # A sample has the draws that its place among all gives it.

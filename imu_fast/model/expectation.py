@@ -57,6 +57,10 @@ class Expectation:
         seed = 0 if seed is None else check_seed("seed", seed)
         return None if fisher is None else cls(fisher, draws, seed)
 
+    def options(self) -> dict[str, Any]:
+        """``draws`` and ``seed`` as they were understood, of labels that are drawn."""
+        return {"draws": self.draws, "seed": self.seed} if self.kind == "sampled" else {}
+
 
 def check_one_group(layers: Sequence[LinearLayer], fisher: Expectation | None) -> None:
     """Raise InputError where signals are asked for of a layer of several groups."""

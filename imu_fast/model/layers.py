@@ -154,8 +154,7 @@ class LayersCapture:
             base = self._gradients(calls, logits, signal)[0]
             rows = self._as_rows(calls, base, proof.owners, widened)
         elif calls:
-            passes = (backward, widened)
-            rows = self._rows(calls, logits, signal, passes, independent, proof)
+            rows = self._rows(calls, logits, signal, (backward, widened), independent, proof)
         of_layers: dict[str, list[Rows]] = {layer.name: [] for layer in self.layers}
         for call, found_there in zip(calls, rows, strict=True):
             of_layers[call.layer.name].append(found_there)

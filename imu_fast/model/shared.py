@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from imu_fast import distributed
 from imu_fast.ambient import random_state_kept
@@ -22,7 +23,7 @@ from imu_fast.model.causal import decisions
 from imu_fast.model.features import HeadFeatures
 from imu_fast.model.forward import innermost
 from imu_fast.model.guard import preserved
-from imu_fast.model.order import index_batches
+from imu_fast.model.order import generators_kept, index_batches
 from imu_fast.model.reader import Reader
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
@@ -140,9 +141,12 @@ def samples_of(model: nn.Module, loader: Any) -> int:
     if reader.whole is not None:
         return reader.whole.n
     batches = [[None] * len(reader.loader)] if reader.is_dataset else index_batches(reader.loader)
-    if batches is not None:
+    # A function of the user's may make more or fewer samples of a batch's items.
+    plain = reader.is_dataset or getattr(reader.loader, "collate_fn", None) is default_collate
+    if batches is not None and plain:
         return sum(map(len, batches))
-    with preserved(model), random_state_kept():  # the loader runs the user's code
+    # The loader runs the user's code.
+    with preserved(model), random_state_kept(), generators_kept(reader.loader):
         return sum(part.n for part in reader)
 
 
