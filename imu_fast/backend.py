@@ -90,6 +90,10 @@ def _cuda_extension() -> BackendInfo:
     return BackendInfo("cuda", True, version)
 
 
+# That of torch 2.11; an older torch runs without kernels.
+_OLDEST_TRITON = (3, 6)
+
+
 @lru_cache(maxsize=1)
 def _triton() -> BackendInfo:
     try:
@@ -97,6 +101,11 @@ def _triton() -> BackendInfo:
     except ImportError as error:
         return BackendInfo("triton", False, f"triton does not import: {error}")
     version = f"triton {triton.__version__}"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST_TRITON:
+        oldest = ".".join(map(str, _OLDEST_TRITON))
+        return BackendInfo(
+            "triton", False, f"{version} is older than {oldest}, the oldest the kernels are tried on"
+        )
     if interpreted():
         return BackendInfo("triton", True, f"{version}, interpreted on the CPU (for tests; slow)")
     if not torch.cuda.is_available():

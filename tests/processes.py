@@ -240,12 +240,13 @@ def partly(model, x, y):
     head, labels = torch.randn(3, 4), torch.arange(len(x)) % 3
     whole = imu.GradientFactors.from_head(torch.randn(len(x), 4), head, None, labels)
     part = distribute_tensor(head, mesh, [Shard(0)])
+    column = distribute_tensor(head[:, 0].contiguous(), mesh, [Shard(0)])
     for given in (
         lambda: imu.GradientFactors.from_head(whole.act, part, None, labels),
         lambda: imu.GradientFactors(part, part, torch.arange(4), False),
         lambda: imu.influence_scores(whole, target=part),
         lambda: imu.fit("kfac", whole).solve(part),
-        lambda: imu.influence_weights(part[:, 0]),
+        lambda: imu.influence_weights(column),
         lambda: imu.damped_cholesky_solve(part.T @ part, head[0], 0.1),
     ):
         refused(given, "full_tensor")

@@ -15,6 +15,10 @@ from imu_fast.errors import InputError
 from imu_fast.ops.mean_gradient import mean_gradient
 from imu_fast.precision import PRECISIONS, ROUNDING, asked_precision, at_least, precision_of
 
+# Before 2.9 torch has one setting for CUDA, which is on or off, and none for the CPU.
+by_name = pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9"
+)
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 
@@ -90,6 +94,7 @@ def test_a_precision_is_never_lowered():
             )
 
 
+@by_name
 @pytest.mark.parametrize("setting, expected", [("tf32", "tf32"), ("ieee", "ieee")])
 def test_it_follows_either_of_torchs_settings(setting, expected):
     """The newer one makes the older one's getter raise, even where both would agree."""
@@ -136,6 +141,7 @@ def on_the_cpu(setting):
     return precision.torch_multiplies_in(setting, "cpu")
 
 
+@by_name
 @pytest.mark.parametrize("asked", PRECISIONS)
 def test_on_the_cpu_products_are_as_exact_as_there_is(asked):
     """And no less than was asked for, however torch is set."""
@@ -146,6 +152,7 @@ def test_on_the_cpu_products_are_as_exact_as_there_is(asked):
     assert ran.precisions == {"mean_gradient": "ieee"}
 
 
+@by_name
 def test_without_a_choice_the_cpu_multiplies_as_torch_is_set_and_says_so():
     with on_the_cpu("bf16"), record_backends() as ran:
         mean_gradient(*OPERANDS)
@@ -159,6 +166,7 @@ class OnDevice(torch.Tensor):
     is_cuda = property(lambda self: True)
 
 
+@by_name
 @pytest.mark.parametrize("of_torch", ["none", "ieee", "tf32"])
 @pytest.mark.parametrize("asked", ["auto", *PRECISIONS])
 @pytest.mark.parametrize("half", [False, True])

@@ -333,7 +333,7 @@ def test_under_triton(name):
 
 def test_kernels_are_reached():
     """test_under_triton, in a process whose kernels are interpreted."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     path = f"{Path(__file__)}::test_under_triton"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path]
     env = {**os.environ, "TRITON_INTERPRET": "1"}
