@@ -104,7 +104,9 @@ def _triton() -> BackendInfo:
     if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST_TRITON:
         oldest = ".".join(map(str, _OLDEST_TRITON))
         return BackendInfo(
-            "triton", False, f"{version} is older than {oldest}, the oldest the kernels are tried on"
+            "triton",
+            False,
+            f"{version} is older than {oldest}, the oldest the kernels are tried on",
         )
     if interpreted():
         return BackendInfo("triton", True, f"{version}, interpreted on the CPU (for tests; slow)")
