@@ -80,6 +80,8 @@ class SelfDistillation(Method):
         eps: damping, relative to the mean eigenvalue of each layer's matrix.
         lr: of the step; a natural gradient at several layers counts what they share several times.
         max_steps: the budget.
+        calibrated: divide the lowered logits by the temperature T >= 1 at which their mean
+            confidence is their accuracy on the forget set (Guo et al. 2017).
         targets: probabilities [n, C] in the place of the model's own on the forget set, as a
             teacher's or a mean over augmentations; their labels are lowered alike.
     """
