@@ -51,7 +51,7 @@ def imu_fast(
         model: or a wrapper that Fabric made of it.
         options: of supreme's, ``type_of_unlearning_strategy`` tells ``auto`` whether the forget set
             is a ``"fullclass"``; other samples are forgotten until they are predicted no better
-            than those of ``test_dataloader``.
+            than those of ``test_dataloader``, and left alone where they are not.
         method: and further options, as of :func:`imu_fast.unlearn`; what else supreme passes is not
             needed.
 

@@ -86,7 +86,7 @@ def test_samples_are_forgotten_as_deep_as_test_data(strategy):
     with torch.no_grad():
         model.fc.bias[1] += 5
     before = copy.deepcopy(model.state_dict())
-    unseen = DataLoader(images(12), batch_size=4)
+    unseen = DataLoader(images(60), batch_size=4)  # as many as tell the forget set from it
     line = imu.evaluate(model, unseen)["accuracy"]
     assert line < accuracy(model)
     ours.imu_fast(**given(model, type_of_unlearning_strategy=strategy, test_dataloader=unseen))
