@@ -19,12 +19,12 @@ from functools import lru_cache
 import torch
 
 from imu_fast.errors import BackendUnavailableError, check_choice
+from imu_fast.setting import Setting
 
 logger = logging.getLogger("imu_fast")
 
 CHOICES = ("auto", "reference", "torch", "triton")
-_ENVIRONMENT = "IMU_FAST_BACKEND"
-_choice: ContextVar[str | None] = ContextVar("imu_fast_backend", default=None)
+_SETTING = Setting("backend", "IMU_FAST_BACKEND", CHOICES)
 _record: ContextVar[BackendRecord | None] = ContextVar("imu_fast_backend_record", default=None)
 
 
@@ -146,13 +146,7 @@ def current_backend() -> str:
     Raises:
         InputError: the environment variable IMU_FAST_BACKEND names no backend.
     """
-    chosen = _choice.get()
-    if chosen is None:
-        chosen = os.environ.get(_ENVIRONMENT)
-        if chosen is None:
-            return "auto"
-        check_choice(_ENVIRONMENT, chosen, CHOICES)
-    return chosen
+    return _SETTING.current()
 
 
 @contextmanager
@@ -172,11 +166,8 @@ def use_backend(name: str) -> Iterator[None]:
         raise BackendUnavailableError(
             f"backend={name!r} cannot run here: {info.reason}; use 'torch' or 'auto'"
         )
-    token = _choice.set(name)
-    try:
+    with _SETTING.chosen(name):
         yield
-    finally:
-        _choice.reset(token)
 
 
 @contextmanager

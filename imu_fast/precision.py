@@ -9,16 +9,14 @@ lowered: what has not the one that was asked for takes the next more exact one t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from threading import RLock
 from typing import Any
 
 import torch
 
-from imu_fast.errors import check_choice
+from imu_fast.setting import Setting
 
 # From the most exact one on. Sums are in float32 in all of them.
 PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
@@ -27,8 +25,7 @@ PRECISIONS = ("ieee", "tf32x3", "tf32", "bf16")
 # is cut to 2^-10 |l|, on either side, and l l' <= 2^-22 |x x'| is left out: half of it each.
 ROUNDING = {"ieee": 0.0, "tf32x3": 2.5 * 2.0**-22, "tf32": 2.0**-10, "bf16": 2.0**-9}
 CHOICES = ("auto", *PRECISIONS)
-_ENVIRONMENT = "IMU_FAST_PRECISION"
-_choice: ContextVar[str | None] = ContextVar("imu_fast_precision", default=None)
+_SETTING = Setting("precision", "IMU_FAST_PRECISION", CHOICES)
 # torch's settings are those of the process, so two bodies with other ones may not interleave.
 _lock = RLock()
 
@@ -39,13 +36,7 @@ def asked_precision() -> str:
     Raises:
         InputError: the environment variable IMU_FAST_PRECISION names none.
     """
-    chosen = _choice.get()
-    if chosen is None:
-        chosen = os.environ.get(_ENVIRONMENT)
-        if chosen is None:
-            return "auto"
-        check_choice(_ENVIRONMENT, chosen, CHOICES)
-    return chosen
+    return _SETTING.current()
 
 
 @contextmanager
@@ -69,12 +60,8 @@ def use_precision(name: str) -> Iterator[None]:
     Raises:
         InputError: the name is unknown.
     """
-    check_choice("precision", name, CHOICES)
-    token = _choice.set(name)
-    try:
+    with _SETTING.chosen(name):
         yield
-    finally:
-        _choice.reset(token)
 
 
 def precision_of(dtypes: Sequence[torch.dtype]) -> str:

@@ -25,7 +25,7 @@ FLOORS = (
     ("losses", "solvers", "ops"),
     ("kernels", "_C", "_C_cuda"),
     (
-        *("ambient", "backend", "distributed", "errors", "options", "precision"),
+        *("ambient", "backend", "distributed", "errors", "options", "precision", "setting"),
         *("reference", "reference_ggn", "storage"),
     ),
 )
