@@ -107,15 +107,15 @@ def given(group: Any) -> dict[str, Any]:
     return {name: value for name, (value, default) in values.items() if value != default}
 
 
-def layer_names(text: str) -> list[str]:
-    """The entries of ``--layers``.
+def layer_names(text: str, argument: str = "layers") -> list[str]:
+    """The entries of ``--layers``, or of another such argument.
 
     Raises:
         InputError: one is empty.
     """
     names = [name.strip() for name in text.split(",")]
     if not all(names):
-        raise InputError(f"layers={text!r} has an empty name; write names with commas between")
+        raise InputError(f"{argument}={text!r} has an empty name; write names with commas between")
     return names
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from imu_fast.cli.score_files import (
 )
 from imu_fast.errors import InputError, check_installed
 from imu_fast.storage import DAMAGE, replacing
+
+logger = logging.getLogger("imu_fast")
 
 _NAMES = "samples.json"
 # What a line's most influential samples are called beside it.
@@ -91,6 +94,12 @@ class Names:
         """
         file = folder / _NAMES
         if not file.exists():
+            logger.warning(
+                "index: %r has no %s (made in Python, or imu-fast index was ended early and "
+                "goes on if run again); samples are named by their places",
+                str(folder),
+                _NAMES,
+            )
             return [str(place) for place in range(n)]
         try:
             names = json.loads(file.read_text("utf-8"))["samples"]

@@ -160,6 +160,16 @@ class Run:
         given = {name: value for name, value in given.items() if value is not None}
         return StopRule(**given) if given else None
 
+    def told(self, how: How, options: dict[str, Any], stop: Any) -> tuple[dict[str, Any], Any]:
+        """Options and stop rule: of ``auto`` unseen data alone are an option, and no rule.
+
+        With it a model is left alone whose forget set is predicted no better; a rule insists.
+        """
+        alone = self.unseen is not None and (self.stop_accuracy, self.stop_loss) == (None, None)
+        if how.method != "auto" or not alone:
+            return options, stop
+        return options | {"unseen": stop.unseen_accuracy}, None
+
     def check_apart(self, out: Path, **inputs: Path | None) -> None:
         """Raise InputError where one file is to be read and written, or written twice."""
         from imu_fast.cli.score_files import check_apart

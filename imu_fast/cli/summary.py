@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from imu_fast.cli.arguments import Force, Images, grouped
+from imu_fast.cli.arguments import Force, Images, grouped, layer_names
 from imu_fast.cli.devices import DeviceName, device_named
 from imu_fast.errors import InputError
 
@@ -32,6 +32,13 @@ def summary(
             "--data is: how deep random samples go."
         ),
     ] = None,
+    inner_layers: Annotated[
+        str,
+        typer.Option(
+            help="Layers before the head that are kept too, for self-distillation: names or "
+            "patterns, commas between; auto: the last three that fit; none."
+        ),
+    ] = "auto",
     batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 64,
     device: DeviceName = None,
     force: Force = False,
@@ -65,6 +72,13 @@ def summary(
         out,
         weight_decay=weight_decay,
         unseen=known,
+        inner_layers=_inner(inner_layers),
         progress=sys.stderr.isatty(),
     )
     typer.echo(f"{found!r}; written to {out}")
+
+
+def _inner(given: str) -> Any:
+    if given in ("auto", "none"):
+        return "auto" if given == "auto" else None
+    return layer_names(given, "inner_layers")

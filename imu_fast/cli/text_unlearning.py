@@ -80,13 +80,15 @@ def unlearn_lines(texts: Texts, run: Run, how: How, more: TextRun) -> None:
         options = _of_adapter(made, how, options, lora, run.seed)
     size = sum(t.nbytes for n, t in made.model.state_dict().items() if _written(made, n))
     check_folder(out.parent, out, size=size)
+    stop = run.stop(lambda path: reader.read(path, "unseen").loader)
+    options, stop = run.told(how, options, stop)
     method = METHODS.choose(how.method, **options)
     before = {name: measured(made.model, data.loader, reading) for name, data in sets.items()}
     result = unlearn(
         made.model,
         sets["forget"].loader,
         method,
-        stop=run.stop(lambda path: reader.read(path, "unseen").loader),
+        stop=stop,
         seed=run.seed,
         checkpoint=run.checkpoint,
         progress=sys.stderr.isatty(),

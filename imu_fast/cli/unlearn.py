@@ -50,12 +50,14 @@ def _unlearn_images(images: Images, run: Run, how: How, place: Any, here: Proces
     run.check_checkpoint()
     batch_size = 64 if run.batch_size is None else run.batch_size
     reading, options = taken(with_batch_size(how, how.options(), batch_size))
-    method = METHODS.choose(how.method, **options)
+    METHODS.choose(how.method, **options)  # before a model is read
     model, loader, _ = opened(images, run.data, batch_size, place)
     check_out(out, size=sum(tensor.nbytes for tensor in model.state_dict().values()))
     stop = run.stop(lambda path: opened(images, path, batch_size, place)[1])
     if stop is not None and here.group is not None:
         stop = stop.measured(lambda unseen: evaluate(model, unseen, **reading)["accuracy"])
+    options, stop = run.told(how, options, stop)
+    method = METHODS.choose(how.method, **options)
     result = library(
         model,
         here.share(loader),

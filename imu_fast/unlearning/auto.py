@@ -67,7 +67,10 @@ _NAMES = (
 )
 
 
-_INSIST = "stop=imu_fast.StopRule(unseen_accuracy=...) makes it forget all the same"
+_INSIST = (
+    "a depth, as stop=imu_fast.StopRule(forget_accuracy=...) or --stop-accuracy, makes it forget "
+    "all the same"
+)
 
 
 def _warn_of_ruin(what: str, stacklevel: int) -> None:
@@ -209,8 +212,11 @@ class Auto(Method):
         Raises:
             InputError: an option that the method does not have.
         """
-        edit = "margin_edit" if self.summary is None else "newton_removal"
-        return self._named("single_row" if task == "class" else edit)
+        return self._named("single_row" if task == "class" else self._edit)
+
+    @property
+    def _edit(self) -> str:
+        return "margin_edit" if self.summary is None else "newton_removal"
 
     def _named(self, name: str, as_unseen: bool = False) -> tuple[str, Method]:
         method, given = self._candidates(as_unseen)[name], self.given or {}
@@ -260,11 +266,11 @@ class Auto(Method):
     def for_task(
         self, model: nn.Module, forget: ForgetSet, reading: Reading, depths: Depths
     ) -> Taken:
-        """As :meth:`choose`, by the forget set's labels and the model's logits; and how deep.
+        """The method, by the forget set's labels and the model's logits; and how deep.
 
         Raises:
-            InputError: as :meth:`choose`; ``unseen`` beside a stop rule, or for a class; a summary
-                of another model.
+            InputError: an option that the method does not have; ``unseen`` beside a stop rule, or
+                for a class; a summary of another model.
         """
         if self.task == "class" and self.unseen is not None:
             raise InputError(
@@ -287,7 +293,7 @@ class Auto(Method):
             depths = Depths(self.depth(labels, classes, task))
         if task == "class":
             return self._taken(task, "single_row", depths)
-        edit = "margin_edit" if self.summary is None else "newton_removal"
+        edit = self._edit
         if not all(rule.unseen_accuracy is not None for rule in depths.rules):
             return self._taken(task, edit, depths)
         depths, count = self._measured(model, reading, depths)

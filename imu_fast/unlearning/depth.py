@@ -8,6 +8,7 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from imu_fast.errors import InputError, check_positive
 from imu_fast.evaluation.metrics import roc_auc
@@ -46,6 +47,10 @@ class StopRule:
     unseen_accuracy: Any = None
 
     def __post_init__(self) -> None:
+        for name in _CONDITIONS:
+            value = getattr(self, name)
+            if isinstance(value, Tensor) and not value.dim():  # a number, and no data
+                object.__setattr__(self, name, value.item())
         if all(getattr(self, name) is None for name in _CONDITIONS):
             raise InputError(
                 f"stop=StopRule() has no condition; set {', '.join(_CONDITIONS[:-1])} or "

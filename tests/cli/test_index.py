@@ -128,10 +128,11 @@ def test_other_refusals(paths):
     assert "samples.json' is damaged" in asked(folder, options, "top.csv", code=2)
 
 
-def test_an_index_of_the_library_has_places_for_names(paths):
+def test_an_index_of_the_library_has_places_for_names(paths, caplog):
     folder, options, data, _ = paths
     imu.build_index(toy_model(), data, folder / "index")
-    asked(folder, options, "top.csv", "--top", 1)
+    said = asked(folder, options, "top.csv", "--top", 1)
+    assert "samples are named by their places" in said + caplog.text
     assert len((folder / "top.csv").read_text().splitlines()) == 4
 
 

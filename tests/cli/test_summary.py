@@ -32,6 +32,10 @@ def test_it_is_the_librarys_and_unlearn_takes_it(toy):
     assert repr(imu.load_summary(out)) == repr(kept) and f"{kept!r}; written to" in text
     assert "is there already" in run("summary", *model, "--data", train, "--out", out, code=2)
     assert "must end in" in run("summary", *model, "--data", train, "--out", "a.npz", code=2)
+    bare = ("--inner-layers", "none", "--out", folder / "bare.safetensors")
+    assert "no layer before it" in run("summary", *model, "--data", train, *bare)
+    other = ("--inner-layers", "none at all", "--out", folder / "c.safetensors")
+    assert "none at all" in run("summary", *model, "--data", train, *other, code=2)
     nowhere = ("--unseen", "nowhere", "--out", folder / "b.safetensors")
     assert "neither an accuracy" in run("summary", *model, "--data", train, *nowhere, code=2)
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from toy_command import run, toy_model
 
 import imu_fast as imu
@@ -27,6 +28,24 @@ def test_unseen_is_an_accuracy_or_data(toy):
         assert "unseen_accuracy" in text
     assert "unseen_accuracy=1.5 must lie" in run("unlearn", *options, "--unseen", "1.5", code=2)
     assert "neither an accuracy" in run("unlearn", *options, "--unseen", "nowhere", code=2)
+
+
+def test_auto_leaves_alone_what_is_predicted_no_better_than_unseen_data(toy):
+    """As the library does: --unseen is its option, and --stop-accuracy a rule, which insists."""
+    folder, options, _ = toy
+    x = np.random.default_rng(4).normal(size=(9, 3, 2, 2)).astype(np.float32)
+    with torch.no_grad():
+        y = toy_model()(torch.from_numpy(x)).argmax(1).numpy()
+    forget, out = folder / "few.npz", folder / "few.safetensors"
+    np.savez(forget, x=x, y=y)
+    named = dict(zip(options[::2], options[1::2], strict=True)) | {"--data": forget}
+    few = [part for pair in named.items() for part in pair]
+    few += ["--method", "auto", "--set", "task=samples", "--out", out]
+    text = run("unlearn", *few, "--unseen", "0.9")
+    assert "9 of 9 forget samples are right" in text and "(left_alone)" in text
+    kept = toy_model().state_dict()
+    assert all(torch.equal(v, kept[k]) for k, v in load_file(out).items())
+    assert "(forget_accuracy)" in run("unlearn", *few, "--stop-accuracy", "0.5", "--force")
 
 
 @pytest.mark.parametrize("command", ["score", "unlearn"])

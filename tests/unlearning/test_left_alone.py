@@ -57,7 +57,7 @@ def test_auto_leaves_alone_what_is_not_better_than_unseen(with_summary, tmp_path
     )
     said = result.settings["auto"]
     assert "9 of 9 forget samples are right (1.000), which is not above the 0.900" in said
-    assert "stop=imu_fast.StopRule(unseen_accuracy=...)" in said
+    assert "stop=imu_fast.StopRule(forget_accuracy=...)" in said and "--stop-accuracy" in said
     assert result.settings["method"] == result.stopped_by == "left_alone"
     assert (result.steps, result.reached, len(result.indices)) == (0, None, 0)
     [record] = result.trajectory

@@ -157,3 +157,11 @@ def test_unseen_data_that_cannot_be_read_are_named_before_any_work(problem):
     with pytest.raises(imu.InputError, match="pass the loader as unseen_accuracy"):
         imu.StopRule(forget_accuracy=0.5, unseen=forget)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_number_may_be_a_tensor():
+    """A tensor without an axis is no data."""
+    rule = imu.StopRule(unseen_accuracy=torch.tensor(0.25), forget_loss=torch.tensor(2))
+    assert (rule.unseen_accuracy, rule.forget_loss) == (0.25, 2)
+    with pytest.raises(imu.InputError, match="unseen_accuracy=1.5 must lie"):
+        imu.StopRule(unseen_accuracy=torch.tensor(1.5))

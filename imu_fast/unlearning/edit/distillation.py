@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from typing_extensions import Self
 
 from imu_fast.errors import (
@@ -26,7 +27,7 @@ from imu_fast.model.outputs import logits_in_batches
 from imu_fast.model.reading import Reading
 from imu_fast.options import option, options
 from imu_fast.unlearning.confirm import confirm
-from imu_fast.unlearning.depth import StopRule, bisect
+from imu_fast.unlearning.depth import Depths, StopRule, bisect
 from imu_fast.unlearning.edit.inverse import damped_inverse
 from imu_fast.unlearning.edit.targets import check_targets, lowered, softened
 from imu_fast.unlearning.method import Job, Method
@@ -244,6 +245,13 @@ class _Distillation:
     def run(self) -> UnlearnResult:
         job, depths = self.job, self.job.depths
         self.trajectory.record(0, 0)
+        with tqdm(
+            total=self.method.max_steps, desc="unlearn", unit="step", disable=not job.progress
+        ) as self._bar:
+            return self._run(depths)
+
+    def _run(self, depths: Depths) -> UnlearnResult:
+        job = self.job
         reached, fraction = None, 1.0
         stretch: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
         milestones = dict(depths.milestones or {})
@@ -306,6 +314,7 @@ class _Distillation:
                 continue
             loss, gradients = after
             self.steps, left = self.steps + 1, left + 1
+            self._bar.update()
             self.trajectory.moved()
             met, stretch = rule.reached(self.trajectory), (before, snapshot(self.subject))
             if met is not None:

@@ -164,6 +164,15 @@ def test_it_comes_to_its_depths_and_leaves_the_rest_as_it_was(given):
     assert again.steps == 0 and again.reached
 
 
+def test_progress_is_shown_where_it_is_asked_for(capsys):
+    model, x = network(conv=False), samples(conv=False)[0]
+    stop = imu.StopRule(forget_accuracy=0.5)
+    for asked in (False, True):
+        data = (x, model(x).argmax(1))
+        imu.unlearn(model, data, "self_distillation", stop=stop, progress=asked, inplace=False)
+        assert ("unlearn" in capsys.readouterr().err) == asked
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
