@@ -23,7 +23,8 @@ from imu_fast.storage import (
 )
 
 # Of the folders below; a reader refuses any other.
-FORMAT = 1
+# 1: at a convolution, a sample without a signal had an input of another one.
+FORMAT = 2
 _MANIFEST = "index.json"
 
 

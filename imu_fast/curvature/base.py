@@ -29,8 +29,9 @@ from imu_fast.ops.bilinear_scores import bilinear_scores
 from imu_fast.options import Options
 from imu_fast.storage import save_tensors, writable
 
-# Of the files that Fitted.save writes; a reader refuses any other.
-OPERATOR_FORMAT = 1
+# Of the files that Fitted.save writes; a reader refuses any other. 1: K-FAC of convolutions counted
+# an input that samples without a signal did not have.
+OPERATOR_FORMAT = 2
 
 
 class Curvature(Options, ABC):

@@ -14,6 +14,7 @@ from dense_curvatures import every_curvature, spec_of
 from torch import nn
 
 import imu_fast as imu
+from imu_fast.curvature.base import OPERATOR_FORMAT
 from imu_fast.curvature.named import CURVATURES
 from imu_fast.curvature.stored import FITTED
 from imu_fast.errors import InputError
@@ -200,8 +201,8 @@ def test_what_is_of_another_format_or_kind_is_refused(tmp_path):
     path = tmp_path / "m"
     fitted = imu.fit("kfac", head_factors(CASES[1]))
     fitted.save(path)
-    rewritten(path, lambda text, _: text.update(format=2))
-    with pytest.raises(InputError, match="m' has the operator format 2, this version reads 1"):
+    rewritten(path, lambda text, _: text.update(format=OPERATOR_FORMAT + 1))
+    with pytest.raises(InputError, match="m' has the operator format 3, this version reads 2"):
         imu.load_operator(path)
     fitted.save(path)
     rewritten(path, lambda text, _: text.update(curvature="shampoo"))
