@@ -114,24 +114,17 @@ def check_whole(
                 continue
             wide = torch.promote_types(gradient.dtype, torch.float32)
             if name == "weight":
-                gradient = layer.like_weight(gradient)
-                generator = torch.Generator().manual_seed(gradient.shape[1])
-                vectors = torch.randn(
-                    gradient.shape[1], _VECTORS, generator=generator, dtype=wide
-                ).to(gradient.device)
-                expected = gradient.to(wide) @ vectors
+                vectors = _vectors(layer.like_weight(gradient), wide)
+                expected = layer.like_weight(gradient).to(wide) @ vectors
+                pieces = _on_vectors(layer, rows, vectors)
             else:
                 expected = gradient.to(wide)[:, None]
+                pieces = _of_bias(rows, wide)
             off, size, count = -expected, torch.zeros_like(expected), 0
-            for call, g in rows:
-                for act, delta in layer.pieces(call.act, g):
-                    signal = delta.unflatten(1, (layer.groups, -1)).to(wide)
-                    seen = signal.new_ones(len(signal), layer.groups, 1)
-                    if name == "weight":
-                        seen = act.unflatten(1, (layer.groups, -1)).to(wide) @ vectors
-                    off += torch.einsum("rgc,rgv->gcv", signal, seen).flatten(0, 1)
-                    size += torch.einsum("rgc,rgv->gcv", signal.abs(), seen.abs()).flatten(0, 1)
-                    count += len(signal)
+            for signal, seen in pieces:
+                off += torch.einsum("rgc,rgv->gcv", signal, seen).flatten(0, 1)
+                size += torch.einsum("rgc,rgv->gcv", signal.abs(), seen.abs()).flatten(0, 1)
+                count += len(signal)
             eps = torch.finfo(at_calls[0].dtype).eps
             # Where a sum cancels (a bias that a softmax takes out), its rounding is all there is.
             rounding = 4 * eps * max(1, count) ** 0.5 * size.norm()
@@ -140,3 +133,29 @@ def check_whole(
                     f"layers={layer.name!r}: the model's code uses its {name} outside of the layer "
                     "too, so that its calls are not all of the gradient; call the layer there"
                 )
+
+
+def _vectors(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """[d, k] for a gradient [C, d]."""
+    d = gradient.shape[1]
+    generator = torch.Generator().manual_seed(d)
+    return torch.randn(d, _VECTORS, generator=generator, dtype=dtype).to(gradient.device)
+
+
+def _on_vectors(
+    layer: LinearLayer, rows: Sequence[tuple[Call, Tensor]], vectors: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Signals [R, G, C / G] and what their inputs are on the vectors [R, G, k], in pieces."""
+    for call, g in rows:
+        for act, delta in layer.pieces(call.act, g):
+            seen = act.unflatten(1, (layer.groups, -1)).to(vectors) @ vectors
+            yield delta.unflatten(1, (layer.groups, -1)).to(vectors), seen
+
+
+def _of_bias(
+    rows: Sequence[tuple[Call, Tensor]], dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Signals [R, 1, C], and a one for each."""
+    for _, g in rows:
+        signal = g.reshape(-1, 1, g.shape[-1]).to(dtype)
+        yield signal, signal.new_ones(len(signal), 1, 1)
