@@ -70,6 +70,8 @@ _called_under: ContextVar[torch.device | None] = ContextVar("called_under", defa
 
 def _default_device() -> torch.device | None:
     """That of ``with torch.device(...)`` or ``torch.set_default_device``, but for the CPU."""
+    if not torch._C._len_torch_function_stack():  # asked by every operation
+        return None
     for mode in reversed(_get_current_function_mode_stack()):
         if isinstance(mode, DeviceContext):
             return None if mode.device.type == "cpu" else mode.device
