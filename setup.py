@@ -121,7 +121,7 @@ def extensions():
         depends=[
             *("csrc/cholesky_cpu.h", "csrc/cholesky_small.h", "csrc/squared_products.h"),
             *("csrc/conjugate_gradient.h", "csrc/softmax_residual.h"),
-            *("csrc/parallel.h", "csrc/versions.h"),
+            *("csrc/offsets.h", "csrc/parallel.h", "csrc/versions.h"),
         ],
         cxx_std=17,
         extra_compile_args=["-O3", "-pthread", "-Wall", "-Wextra"],

@@ -6,6 +6,7 @@
 #include "cholesky_cpu.h"
 #include "cholesky_small.h"
 #include "conjugate_gradient.h"
+#include "offsets.h"
 #include "parallel.h"
 #include "softmax_residual.h"
 #include "squared_products.h"
@@ -132,6 +133,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("turn_f64", &turn<double>);
   m.def("softmax_residual_f32", &softmax_residual<float>);
   m.def("softmax_residual_f64", &softmax_residual<double>);
+  m.def("lengths", [](Address offsets, int64_t n) {
+    return imu_fast::lengths(as<const int64_t>(offsets), n);
+  });
   m.def("squared_products_f32", &squared_products<float>);
   m.def("squared_products_f64", &squared_products<double>);
 }
