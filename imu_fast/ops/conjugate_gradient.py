@@ -136,7 +136,8 @@ def _extension(state: Iterates, mp: Tensor) -> Any:
 def _by_extension(
     found: Any, state: Iterates, mp: Tensor, precondition: Precondition | None
 ) -> Iterates:
-    x, r, p, rho, size, goal, step = state
+    x, r, p, rho, size, goal, _ = state
+    rho, size, step = rho.clone(), size.clone(), torch.empty_like(size)
     many, kind, numbers = x.shape[0], SUFFIX[x.dtype], x.numel()
     sizes, threads = (many, numbers // many), threads_for(numbers)
     vectors = (x, r, p, mp.contiguous(), rho, size, goal, step)
@@ -146,7 +147,7 @@ def _by_extension(
         z = precondition(r).to(r.dtype).contiguous()
         addresses = [tensor.data_ptr() for tensor in (r, p, z, rho, step)]
         getattr(found, f"turn_{kind}")(*addresses, *sizes, threads)
-    return state
+    return Iterates(x, r, p, rho, size, goal, step)
 
 
 @operation(
@@ -156,14 +157,14 @@ def _by_extension(
     limits=_kernel_limits,
 )
 def iterate(state: Iterates, mp: Tensor, precondition: Precondition | None = None) -> Iterates:
-    """One iteration after its product; x, r and p change in place, and the numbers may.
+    """One iteration after its product; x, r and p change in place.
 
     On a CPU in three passes over memory by ``imu_fast._C``, whose dot products are of 4,096 numbers
     in the vectors' dtype, and of these in float64: their bits differ from those of PyTorch's, not
     with the number of threads.
 
     Args:
-        state: of m systems, as :func:`start` makes it; it is used up.
+        state: of m systems, as :func:`start` makes it; its x, r and p are changed.
         mp: ``M p``, [m, ...]. precondition: ``r -> about M^-1 r``, symmetric positive definite.
 
     Returns:
