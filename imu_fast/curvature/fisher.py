@@ -25,9 +25,9 @@ from imu_fast.solvers.conjugate_gradient import refine
 
 # The Gram matrix and its factor are [n, n] float64: 20,000 samples are 3.2 GB each.
 MAX_SAMPLES = 20_000
-# Elements of the factors that are in float64 at once, where they are not kept so: 8 MB; a GPU
-# needs more to be filled.
-_ELEMENTS, _GPU_ELEMENTS = 1 << 20, 1 << 26
+# Elements of the factors that are widened to float64 at a time, where they are not kept so: two
+# pieces of 4 MB live; a GPU needs more to be filled.
+_ELEMENTS, _GPU_ELEMENTS = 1 << 19, 1 << 26
 
 
 @options
@@ -142,7 +142,7 @@ class FittedFisher(Fitted):
 
     def _approximate(self, r: Tensor, _: float) -> tuple[Tensor, int]:
         alpha = self._cholesky.solve(self._forward(r))
-        return self._add_adjoint(r.clone(), alpha, -1 / self.factors.n).div_(self.damping), 0
+        return self._add_adjoint(r, alpha, -1 / self.factors.n).div_(self.damping), 0
 
     def _solve(self, v: Tensor, out: Tensor | None) -> Tensor:
         many = v if v.dim() == 3 else v[None]

@@ -91,8 +91,8 @@ def refine(
     Args:
         apply64: ``x -> M x`` in float64, row by row of [k, ...].
         approximates: of rising precision, each ``r, goal -> (about M^-1 r, iterations)`` for r
-            [k, ...] float64 with rows of unit norm, where a relative residual of goal would end
-            it; the next takes over the rows where one stalls.
+            [k, ...] float64 with rows of unit norm, which is theirs to overwrite, where a relative
+            residual of goal would end it; the next takes over the rows where one stalls.
         v: [m, ...], m right-hand sides. tolerance: on the true relative residual of each.
         together: always pass all m rows on (each has its own M), while one is above the tolerance.
 
@@ -103,32 +103,53 @@ def refine(
     # Of unit size, so that norms neither underflow nor overflow; a NaN stays one.
     size = v.double().flatten(1).abs().amax(dim=1).view(column)
     size = size.where((size != 0) & ~size.isinf(), 1.0)
-    v = v.double() / size
-    norms = v.flatten(1).norm(dim=1)
-    x, residual, total = torch.zeros_like(v), v.clone(), 0
+
+    def right(rows: Tensor) -> Tensor:
+        return v[rows].double().div_(size[rows])
+
+    # Tensors of v's size are the memory of a solve: v is widened anew each time, and what is used
+    # no more is deleted before the next is made.
+    everyone = torch.arange(len(v), device=v.device)
+    norms = right(everyone).flatten(1).norm(dim=1)
+    x = torch.zeros((), dtype=torch.float64, device=v.device).expand(v.shape)
+    total, moved = 0, False
     relative = (norms != 0).double()
     for approximate in approximates:
         active = torch.nonzero(relative > tolerance).flatten()
         if together and len(active):
-            active = torch.arange(len(v), device=v.device)
+            active = everyone
+        r: Tensor | None = None
         for _ in range(max_rounds):
             if not len(active):
                 break
+            if r is None:
+                r = right(active).sub_(apply64(x[active])) if moved else right(active)
             # Scaled to unit norm: a small residual must not underflow in a float32 solver.
-            scale = residual[active].flatten(1).norm(dim=1).view(column)
+            scale = r.flatten(1).norm(dim=1).view(column)
             scale = scale.where(scale > 0, 1.0)
             goal = tolerance / float(relative[active].max())
-            # In place of the copies that indexing makes: these are the memory of a solve.
-            correction, iterations = approximate(residual[active].div_(scale), goal)
+            r.div_(scale)
+            correction, iterations = approximate(r, goal)
+            del r
             total += iterations
             candidate = x[active].add_(correction.double() * scale)
             del correction
-            new_residual = v[active].sub_(apply64(candidate))
-            new = new_residual.flatten(1).norm(dim=1) / norms[active].where(norms[active] > 0, 1.0)
+            r = right(active).sub_(apply64(candidate))
+            new = r.flatten(1).norm(dim=1) / norms[active].where(norms[active] > 0, 1.0)
             better, old = new < relative[active], relative[active]
             rows = active[better]
-            x[rows], residual[rows] = candidate[better], new_residual[better]
             relative[rows] = new[better]
+            if len(rows) == len(v):
+                x = candidate
+            else:
+                x = x.contiguous()
+                x[rows] = candidate[better]
+            del candidate
+            moved = moved or len(rows) > 0
             going = better & (new > tolerance) & (new <= old / 2)
-            active = active if together and bool(going.any()) else active[going]
+            if together and bool(going.any()):
+                # All go on, from what each has: of a row that got no better that is not r.
+                r = r if bool(better.all()) else None
+            else:
+                r, active = r[going], active[going]
     return Solution(x * size, float(relative.max()), total)
