@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
+from torch.utils.checkpoint import checkpoint
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -161,6 +162,7 @@ def plain_torch(devices: Iterable[torch.device] = (), *, data: bool = False) -> 
 
     Autocast would round our sums to half precision; what is made under ``torch.inference_mode()``
     has no gradient; compiled modules do not run the hooks that are set after they were compiled;
+    reentrant checkpoints have no gradients here (:func:`checkpoints_not_reentrant`);
     a default device, ``meta`` say, is not that of our constants (:func:`default_device_back`).
     Random numbers drawn inside leave the caller's streams where they were.
 
@@ -179,7 +181,9 @@ def plain_torch(devices: Iterable[torch.device] = (), *, data: bool = False) -> 
         _leave_autocast(stack)
         _leave_default_device(stack)
         stack.enter_context(torch_state_kept() if data else random_state_kept(devices))
-        stack.enter_context(_eager())
+        if "torch._dynamo" in sys.modules:  # else nothing has been compiled
+            stack.enter_context(_eager.on())
+        stack.enter_context(checkpoints_not_reentrant())
         inner_grad = torch.is_grad_enabled()
         try:
             yield
@@ -196,29 +200,62 @@ def plain_torch(devices: Iterable[torch.device] = (), *, data: bool = False) -> 
                 torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
-_eager_lock = threading.Lock()
-_eager_count = 0
-_eager_stack = ExitStack()
+class _Switch:
+    """A setting of the whole process, on as long as any thread's call needs it.
+
+    Args:
+        setting: makes what turns it on, and off again.
+    """
+
+    def __init__(self, setting: Callable[[], AbstractContextManager[object]]) -> None:
+        self._setting, self._lock = setting, threading.Lock()
+        self._count, self._stack = 0, ExitStack()
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        with self._lock:
+            if self._count == 0:
+                self._stack.enter_context(self._setting())
+            self._count += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._count -= 1
+                if self._count == 0:
+                    self._stack.close()
+
+
+class _NotReentrant:
+    """In the place of torch's CheckpointFunction, which takes no part in ``autograd.grad``.
+
+    It also cuts the graph where nothing that it is given asks for a gradient, whatever the
+    parameters inside do: their gradients would be zero without a word. The other kind saves the
+    same memory, and has the gradients of the model as it is without checkpoints.
+    """
+
+    @staticmethod
+    def apply(function: Callable[..., object], preserve: bool, *args: object) -> object:
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
 
 
 @contextmanager
-def _eager() -> Iterator[None]:
-    """Compiled modules run their original code; the switch is one for all threads, so counted."""
-    global _eager_count
-    if "torch._dynamo" not in sys.modules:  # nothing has been compiled
-        yield
-        return
-    with _eager_lock:
-        if _eager_count == 0:
-            _eager_stack.enter_context(torch.compiler.set_stance("force_eager"))
-        _eager_count += 1
+def _without_reentrant() -> Iterator[None]:
+    own = torch.utils.checkpoint.CheckpointFunction
+    torch.utils.checkpoint.CheckpointFunction = _NotReentrant  # type: ignore[assignment,misc]
     try:
         yield
     finally:
-        with _eager_lock:
-            _eager_count -= 1
-            if _eager_count == 0:
-                _eager_stack.close()
+        torch.utils.checkpoint.CheckpointFunction = own  # type: ignore[misc]
+
+
+_eager = _Switch(lambda: torch.compiler.set_stance("force_eager"))
+_no_reentrant = _Switch(_without_reentrant)
+
+
+def checkpoints_not_reentrant() -> AbstractContextManager[None]:
+    """``torch.utils.checkpoint`` inside is never reentrant; see :class:`_NotReentrant`."""
+    return _no_reentrant.on()
 
 
 @contextmanager

@@ -22,17 +22,21 @@ def token_scale(chunk: GradientFactors) -> Tensor:
     return mean_scale(chunk.offsets.diff()).to(chunk.device)
 
 
+class NoCurvatureError(InputError):
+    """Nothing says what the second derivatives of the loss in a layer's outputs are."""
+
+
 def output_curvature(chunk: GradientFactors) -> OutputCurvature:
     """``B_t`` of the chunk's tokens, in float64; ``c_t`` is in it.
 
     Raises:
-        InputError: no loss gave these factors in closed form, and no curvature came with them.
+        NoCurvatureError: no loss gave these factors in closed form, and no curvature came along.
     """
     scale, kept = token_scale(chunk), chunk.curvature
     if kept is None and chunk.loss is not None and chunk.labels is not None:
         kept = chunk.loss.recovered(chunk.delta.double() / scale[:, None], chunk.labels)
     if not isinstance(kept, StoredCurvature):
-        raise InputError(
+        raise NoCurvatureError(
             f"factors of layer {chunk.name!r} have no curvature of the loss in their outputs, "
             "which the GGN and its relatives need; capture the layer with fisher='sampled' or "
             "'exact' (or layers='head'), pass curvature= with delta, or use fisher='empirical' or "

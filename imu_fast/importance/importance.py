@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 from typing_extensions import Unpack
 
-from imu_fast.errors import InputError, check_finite_rows
+from imu_fast.errors import InputError, brief, check_finite_rows
 from imu_fast.importance.batch import Layouts, Ledger, made_dtype
 from imu_fast.importance.recorder import Recorder
 from imu_fast.importance.rules import RULES
@@ -187,7 +188,7 @@ def parameter_importance(
     Raises:
         InputError: empty loader, labels out of range, several outputs that may be the logits,
             samples that are not independent, parameters that have no gradient, gradients that
-            are not finite.
+            are not finite, a model that checkpoints activations.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
@@ -206,6 +207,13 @@ def parameter_importance(
                 for batch in read(model, loader, progress):
                     with from_sample(seen.samples):
                         seen.add(run, batch)
+        except CheckpointError as error:  # what is recorded of a parameter's uses is not run again
+            raise InputError(
+                "the model runs parts of itself again in the backward pass "
+                "(torch.utils.checkpoint), where uses of parameters cannot be followed; switch "
+                "that off for this call, as model.gradient_checkpointing_disable() of transformers "
+                f"and model.set_grad_checkpointing(False) of timm do ({brief(error)})"
+            ) from error
         finally:
             put_back(renormed)
         if not seen.samples:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from imu_fast.ambient import checkpoints_not_reentrant
 from imu_fast.curvature.base import Curvature
 from imu_fast.curvature.named import CURVATURES, CurvatureName
 from imu_fast.errors import InputError, check_choice, check_fraction, check_tensor
@@ -119,7 +120,7 @@ def live_weights(
         raise InputError("output says where a model's logits are; pass the logits themselves")
     spec = CURVATURES.choose(curvature, damping=damping, **own)
     chosen, _ = selected(model, layers)
-    with listening(chosen) as seen:
+    with checkpoints_not_reentrant(), listening(chosen) as seen:
         yield LiveWeights(
             model, chosen, seen, reading, spec, (clip_quantile, quantile_over, on_empty)
         )

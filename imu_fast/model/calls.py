@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +41,8 @@ class Call:
     act_version: int = 0
     # Its output went into another layer with weights: not the head's.
     upstream: bool = False
+    # Of the parameters that were asked for, those that its input is made of, by id.
+    made_of: frozenset[int] = frozenset()
 
     @property
     def target(self) -> Tensor:
@@ -122,6 +125,7 @@ def watched(
     trained: bool = False,
     traced: bool = False,
     copied: bool = True,
+    own: AbstractSet[int] = frozenset(),
 ) -> Iterator[Seen]:
     """Record each call of these layers; the hooks are always removed.
 
@@ -137,6 +141,8 @@ def watched(
             nothing else is kept.
         copied: False: of layers whose output has a graph, inputs and outputs are kept as they are,
             as autograd keeps them; whoever reads them asks for ``is_overwritten`` first.
+        own: ids of the layers' parameters, which ask for a gradient; what layers return has none of
+            it, and each call says which of these its input is made of.
     """
     seen = Seen()
     active = True
@@ -161,6 +167,9 @@ def watched(
         if not output.is_floating_point() or output.dim() == 0:
             seen.odd[layer.name] = f"its output is {output.dtype}"
             return None
+        made_of = frozenset(leaves_of(x) & own) if own else frozenset[int]()
+        detached = bool(own) and output.requires_grad
+        output = output.detach() if detached else output
         as_leaf = output.nbytes <= SMALL_BYTES if leaves is None else leaves
         if torch.is_inference_mode_enabled():
             if leaves:
@@ -173,8 +182,8 @@ def watched(
             unversioned = output.is_inference()
             out = output.clone() if unversioned else output
             version = 0 if unversioned else output._version
-            seen.calls.append(Call(layer, act.clone(), out, None, output, version))
-            return None
+            seen.calls.append(Call(layer, act.clone(), out, None, output, version, made_of=made_of))
+            return output if detached else None
         torch.set_grad_enabled(True)  # until the model's own no_grad ends
         if torch._C._functorch.is_functorch_wrapped_tensor(output):
             raise InputError(
@@ -193,7 +202,9 @@ def watched(
             return None
         leaf = output if with_graph else output.detach().requires_grad_()
         given = leaf.clone()
-        seen.calls.append(Call(layer, act.clone(), output, leaf, given, given._version))
+        seen.calls.append(
+            Call(layer, act.clone(), output, leaf, given, given._version, made_of=made_of)
+        )
         return given
 
     with ExitStack() as stack:
@@ -299,10 +310,10 @@ def searched(model: nn.Module, layers: Sequence[LinearLayer]) -> Iterator[Seen]:
                 seen.made.append((weakref.ref(tensor), name, module))
 
         for layer in layers:
-            weight = layer.module._parameters.get("weight")
-            if weight is not None and weight.is_floating_point():
-                stack.callback(weight.requires_grad_, weight.requires_grad)
-                weight.requires_grad_()
+            for parameter in layer.module.parameters():
+                if parameter.is_floating_point():
+                    stack.callback(parameter.requires_grad_, parameter.requires_grad)
+                    parameter.requires_grad_()
         for name, module in model.named_modules():
             inside = isinstance(module, torch.jit.ScriptModule)  # hooks fire outside of it only
             own = [p for p in module.parameters(inside) if sum(s > 1 for s in p.shape) > 1]

@@ -24,7 +24,7 @@ from imu_fast.model.head_features import HeadFeatures as HeadFeatures
 from imu_fast.model.independence import SampleChecks, some_samples
 from imu_fast.model.kept import Rows
 from imu_fast.model.logits import chosen
-from imu_fast.model.loss import Targets, targets_of
+from imu_fast.model.loss import Targets, joined_labels, targets_of
 from imu_fast.model.reading import Reading
 from imu_fast.model.run import Batch
 from imu_fast.model.search import Head, Run, directly, find, observe
@@ -255,7 +255,7 @@ class HeadCapture:
             head.name,
             linear,
             torch.cat([act.to(wide) for act in acts]),
-            torch.cat([piece.labels for piece in self.pieces]),
+            joined_labels([piece.labels for piece in self.pieces]),
             self.offsets,
             all(piece.exact for piece in self.pieces),
             ", ".join(dict.fromkeys(piece.steps for piece in self.pieces if piece.steps)),
@@ -277,7 +277,7 @@ class HeadCapture:
 
     def factors(self) -> HeadFactors:
         head, only, offsets = self.head, self.only, self.offsets
-        labels = torch.cat([piece.labels for piece in self.pieces])
+        labels = joined_labels([piece.labels for piece in self.pieces])
         if only is not None and all(piece.kind == "plain" for piece in self.pieces):
             stored = self.max_memory is not None
             act = self._acts.tensor() if stored else torch.cat([p.act for p in self.pieces])

@@ -19,10 +19,11 @@ from imu_fast.model.calls import Call, Seen, watched
 from imu_fast.model.causal import settled
 from imu_fast.model.convolution import Convolution
 from imu_fast.model.expectation import Expectation, Expected, divided
-from imu_fast.model.head import LinearLayer, say_of_weight, shared_with, uses_of
+from imu_fast.model.head import LinearLayer, say_of_weight, uses_of
 from imu_fast.model.independence import SampleChecks, check_independent
 from imu_fast.model.logits import chosen
 from imu_fast.model.loss import Targets, check_labelled, on_logits, sample_losses, targets_of
+from imu_fast.model.own_use import OfWhole, Whole, check_whole, whole_parameters
 from imu_fast.model.packing import BatchPacker, Input, Part
 from imu_fast.model.proofs import Proof, proof_of
 from imu_fast.model.reading import Reading
@@ -44,9 +45,6 @@ logger = logging.getLogger("imu_fast")
 Rows = tuple[Tensor, Tensor, Tensor]
 Widen = Callable[..., list[Tensor]]
 LayerFactors = GradientFactors | UnfoldedFactors
-
-# Random vectors that a weight's gradient is compared on.
-_VECTORS = 4
 
 
 def check_readable(seen: Seen) -> None:
@@ -170,18 +168,18 @@ class LayersCapture:
         calls: Sequence[Call],
         logits: Tensor,
         signal: Tensor,
-        whole: dict[str, Tensor] | None = None,
-    ) -> tuple[list[Tensor], dict[str, Tensor | None]]:
-        """At each call [..., C], and of the ``whole`` weights."""
-        weights = whole or {}
-        targets = [*(call.target for call in calls), *weights.values()]
+        whole: Whole | None = None,
+    ) -> tuple[list[Tensor], OfWhole]:
+        """At each call [..., C], and of the ``whole`` parameters."""
+        own = whole or {}
+        targets = [*(call.target for call in calls), *own.values()]
         found = torch.autograd.grad(logits, targets, signal, retain_graph=True, allow_unused=True)
         at_calls = found[: len(calls)]
         self._reached |= {
             c.layer.name for c, g in zip(calls, at_calls, strict=True) if g is not None
         }
-        of_weights: dict[str, Tensor | None] = dict(zip(weights, found[len(calls) :], strict=True))
-        return [call.rows(g) for call, g in zip(calls, at_calls, strict=True)], of_weights
+        of_own: OfWhole = dict(zip(own, found[len(calls) :], strict=True))
+        return [call.rows(g) for call, g in zip(calls, at_calls, strict=True)], of_own
 
     def _rows(
         self,
@@ -196,11 +194,11 @@ class LayersCapture:
         n = len(signal)
         backward, widened = passes
         first = len(self.samples) == 1
-        weights = self._whole_weights(calls) if first else None
-        base, whole = self._gradients(calls, logits, signal, weights)
+        own = whole_parameters(self.model, self.layers, calls) if first else None
+        base, whole = self._gradients(calls, logits, signal, own)
         if first:
             with full_precision(logits.device):
-                self._check_whole(calls, base, whole)
+                check_whole(self.layers, calls, base, whole)
         del whole
         names = [call.layer.name for call in calls]
         try:
@@ -242,49 +240,6 @@ class LayersCapture:
         kept = self.images.setdefault(call.layer.name, [])
         kept.append(call.act.clone() if call.out is call.given else call.act)
         return call.layer.places(rows, len(kept) - 1, call.act).to(call.act.device)
-
-    def _whole_weights(self, calls: Sequence[Call]) -> dict[str, Tensor]:
-        """Parameters, by their layers' names, whose gradients the calls must be all of."""
-        ran, uses = {call.layer.name for call in calls}, uses_of(self.model)
-        return {
-            layer.name: weight
-            for layer in self.layers
-            if layer.name in ran
-            and (weight := layer.module._parameters.get("weight")) is not None
-            and weight.requires_grad
-            and not shared_with(self.model, layer, uses)  # of its other uses the log speaks
-        }
-
-    def _check_whole(
-        self, calls: Sequence[Call], base: Sequence[Tensor], whole: dict[str, Tensor | None]
-    ) -> None:
-        """Raise InputError where the calls are not all that a weight does to the loss.
-
-        ``sum_t delta_t a_t^T`` and the weight's gradient are compared by what they make of a few
-        random vectors (Freivalds 1977), which needs no second product of their size.
-        """
-        for layer in self.layers:
-            gradient = whole.get(layer.name)
-            if gradient is None:
-                continue
-            gradient = layer.like_weight(gradient)
-            wide = torch.promote_types(gradient.dtype, torch.float32)
-            generator = torch.Generator().manual_seed(gradient.shape[1])
-            vectors = torch.randn(gradient.shape[1], _VECTORS, generator=generator, dtype=wide)
-            vectors = vectors.to(gradient.device)
-            expected = gradient.to(wide) @ vectors
-            off = -expected
-            for call, g in zip(calls, base, strict=True):
-                if call.layer == layer:
-                    for act, delta in call.layer.pieces(call.act, g):
-                        seen = act.unflatten(1, (layer.groups, -1)).to(wide) @ vectors
-                        signal = delta.unflatten(1, (layer.groups, -1)).to(wide)
-                        off += torch.einsum("rgc,rgv->gcv", signal, seen).flatten(0, 1)
-            if off.norm() > 8 * torch.finfo(base[0].dtype).eps ** 0.5 * expected.norm():
-                raise InputError(
-                    f"layers={layer.name!r}: the model's code uses its weight outside of the layer "
-                    "too, so that its calls are not all of the gradient; call the layer there"
-                )
 
     def factors(self) -> list[LayerFactors]:
         if not self.samples:
@@ -371,9 +326,10 @@ def capture_layers(
         seen = LayersCapture(model, layers, reading, always, fisher)
         with evaluated(model) as run:
             for layer in layers:
-                weight = layer.module._parameters.get("weight")
-                if weight is not None:  # keeps torch's fused encoder layers off, which hide theirs
-                    weight.requires_grad_()
+                for parameter in layer.module._parameters.values():
+                    # Keeps torch's fused encoder layers off, which hide theirs.
+                    if parameter is not None and parameter.is_floating_point():
+                        parameter.requires_grad_()
             batches = read(model, loader, progress)
             seen.batches = length_hint(batches)
             for batch in batches:

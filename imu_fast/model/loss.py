@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,6 +49,19 @@ class Targets:
     def counts(self) -> Tensor:
         """How many rows with a loss each sample has: [n] int64 on the CPU."""
         return self.valid.reshape(len(self), -1).sum(dim=1).cpu()
+
+
+def joined_labels(batches: Sequence[Tensor]) -> Tensor:
+    """Labels of several batches of one loss: [N], or [N, C].
+
+    Where some have class indices and others probabilities, as mixing samples now and then gives
+    them, an index stands for its one-hot row.
+    """
+    rows = next((labels for labels in batches if labels.dim() > 1), None)
+    if rows is None:
+        return torch.cat(list(batches))
+    eye = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+    return torch.cat([eye[labels] if labels.dim() == 1 else labels for labels in batches])
 
 
 class NoLabelsError(InputError):

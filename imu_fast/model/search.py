@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from imu_fast.model.between import named_steps
 from imu_fast.model.calls import Call, Seen, leaves_of, searched, steps_of, watched
 from imu_fast.model.head import LinearLayer, declared, guess, linear_layers, no_head
 from imu_fast.model.logits import Path, ambiguous, candidates, chosen
+from imu_fast.model.own_use import asking, check_fed, used_by_code
 from imu_fast.model.run import Batch, innermost
 
 Run = Callable[[Batch], Any]
@@ -42,9 +44,15 @@ class Head:
         return "+".join(part.name for part in self.parts)
 
 
-def observe(run: Run, batch: Batch, layers: Sequence[LinearLayer], leaves: bool | None) -> Seen:
+def observe(
+    run: Run,
+    batch: Batch,
+    layers: Sequence[LinearLayer],
+    leaves: bool | None,
+    own: AbstractSet[int] = frozenset(),
+) -> Seen:
     """Run a batch and watch some layers."""
-    with watched(layers, leaves=leaves) as seen:
+    with watched(layers, leaves=leaves, own=own) as seen:
         seen.output = run(batch)
     return seen
 
@@ -67,12 +75,14 @@ def find(
     if not layers:
         raise no_head(model, "no linear head found")
     likely = list(explicit) or guess(model, layers)
-    seen = observe(run, batch, likely, None)
+    with asking(model, likely) as own:
+        seen = observe(run, batch, likely, None, own.keys())
     options = _options(model, seen.output, batch, output)
     if len(options) == 1:
         path, logits = next(iter(options.items()))
         direct = directly(seen, logits)
         if direct is not None:
+            check_fed(model, [direct.layer], [direct])
             seen.calls = [direct]
             return Head([direct.layer], path if output is None else output), seen
     with searched(model, list(layers.values())) as every:
@@ -86,7 +96,9 @@ def find(
         seen.calls = [call for call in seen.calls if call.layer.name in names]
     else:
         every.calls.clear()
-        seen = observe(run, batch, parts, True)
+        with asking(model, parts) as own:
+            seen = observe(run, batch, parts, True, own.keys())
+    check_fed(model, parts, seen.calls)
     head = Head(parts, path if output is None else output)
     if not explicit:
         sizes = sum(call.out.numel() for call in seen.calls)
@@ -204,13 +216,10 @@ def _frontier(
             f"the logits are made by {', '.join(repr(part.name) for part in parts)}, which share a "
             "weight; make them one layer that is called several times"
         )
-    outside = [p.name for p in parts if _weight(p) in reached]
-    if outside:
-        raise NoHeadFoundError(
-            f"layer {outside[0]!r} makes the logits, and so does its weight where the model's code "
-            "uses it outside of the layer; a head's weight must be used by the head alone. Call "
-            "the layer there, or pass features and weight to GradientFactors.from_head"
-        )
+    for part in parts:
+        for name, parameter in part.module.named_parameters():
+            if id(parameter) in reached:
+                raise used_by_code(part, name)
     if not parts:
         unread = "".join(f"; layer {name!r}: {why}" for name, why in every.odd.items())
         maker = _maker(model, every, logits)

@@ -128,11 +128,6 @@ class Depths:
     on_milestone: OnMilestone | None = None
 
     def __post_init__(self) -> None:
-        if self.milestones is not None and not isinstance(self.milestones, Mapping):
-            raise InputError(
-                f"milestones is a {type(self.milestones).__name__}; pass a dict of names and "
-                "imu_fast.StopRule(...)"
-            )
         if self.on_milestone is not None and not callable(self.on_milestone):
             raise InputError(
                 f"on_milestone={self.on_milestone!r} cannot be called; pass a function of a name "

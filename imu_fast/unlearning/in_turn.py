@@ -13,7 +13,7 @@ from imu_fast.model.guard import copied, copies_of, door, rolled_back
 from imu_fast.unlearning.method import Method
 from imu_fast.unlearning.named import MethodName
 from imu_fast.unlearning.result import UnlearnResult
-from imu_fast.unlearning.unlearn import unlearn
+from imu_fast.unlearning.unlearn import check_names, unlearn
 
 
 @door
@@ -50,6 +50,8 @@ def unlearn_in_turn(
                 f"requests is a {type(requests).__name__}; pass a list of forget sets, or a dict"
             )
         requests = {f"request {i}": data for i, data in enumerate(requests)}
+    check_names("requests", requests)
+    check_names("watch", watch)
     if not requests:
         raise InputError("requests is empty; pass at least one forget set")
     if taken := sorted({"forget", "unseen", *(watch or {})} & requests.keys()):

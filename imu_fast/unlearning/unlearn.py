@@ -154,6 +154,8 @@ def unlearn(
         check_flag(flag, value)
     if checkpoint is not None and not isinstance(checkpoint, str | os.PathLike):
         raise InputError(f"checkpoint={checkpoint!r} is no path; pass a file name")
+    check_names("watch", watch)
+    check_names("milestones", milestones)
     depths = Depths(stop, milestones, on_milestone)
     label = method if isinstance(method, str) else type(method).__name__
     read, own = taken(options)
@@ -250,6 +252,17 @@ def unlearn(
     result.settings = described | said | result.settings
     result.seconds = time.perf_counter() - started
     return result
+
+
+def check_names(argument: str, value: Any) -> None:
+    """Raise InputError unless this is None, or something by names."""
+    if value is not None and not isinstance(value, Mapping):
+        raise InputError(
+            f"{argument} is a {type(value).__name__}; pass a dict, by names such as 'test'"
+        )
+    for name in value or {}:
+        if not isinstance(name, str) or not name:
+            raise InputError(f"{argument} has the name {name!r}; names are texts, such as 'test'")
 
 
 def _accuracy_on(unseen: Any, model: nn.Module, reading: Reading) -> float:

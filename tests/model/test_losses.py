@@ -278,3 +278,21 @@ def test_what_auto_is_made_of():
     for call in (loss.valid, lambda y: loss.residual(y, y, None)):
         with pytest.raises(InputError, match="there is none here"):
             call(labels)
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "class_weights": WEIGHTS}])
+@pytest.mark.parametrize("first", ["indices", "probabilities"])
+@pytest.mark.parametrize("layers", ["head", "body"])
+def test_some_batches_may_have_indices_and_others_probabilities(layers, first, options):
+    """As loaders that mix samples now and then have them."""
+    torch.manual_seed(0)
+    model, x = Net().double(), torch.randn(N, 6).double()
+    hard, soft = torch.arange(6) % OUTPUTS, torch.rand(N - 6, OUTPUTS).double().softmax(dim=1)
+    rows = torch.cat([F.one_hot(hard, OUTPUTS).double(), soft])
+    batches = [(x[:6], hard), (x[6:], soft)]
+    order = torch.arange(N) if first == "indices" else torch.arange(N).roll(N - 6)
+    batches = batches if first == "indices" else batches[::-1]
+    alike = {"layers": layers, "curvature": "fisher", "damping": LAM, **options}
+    found = imu.influence_scores(model, batches, **alike)
+    truth = imu.influence_scores(model, (x[order], rows[order]), **alike)
+    torch.testing.assert_close(found, truth, rtol=1e-10, atol=0)

@@ -451,6 +451,9 @@ def test_nothing_negative():
         (dict(preset="nature"), "preset='nature'"),
         (dict(scope="layers", layers=["nine"]), "'nine', which is no module"),
         (dict(watch={"forget": []}), "choose another name"),
+        (dict(watch=[torch.zeros(2, 8)]), "watch is a list; pass a dict"),
+        (dict(watch={3: []}), "watch has the name 3; names are texts"),
+        (dict(milestones={None: imu.StopRule(forget_loss=1.0)}), "milestones has the name None"),
     ],
 )
 def test_bad_arguments(trained, options, message):

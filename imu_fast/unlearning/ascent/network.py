@@ -131,8 +131,9 @@ class NetworkSteps:
             losses.append(_means(values, counts))
             tokens.append(counts)
         counts = torch.cat(tokens)
-        share = shares(torch.ones_like(counts, dtype=torch.float32), counts)
-        return retain.retain_weight * (share * torch.cat(losses)).sum()
+        values = torch.cat(losses)
+        share = shares(torch.ones_like(values), counts)
+        return retain.retain_weight * (share * values).sum()
 
 
 def _labelled(logits: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

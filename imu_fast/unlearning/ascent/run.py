@@ -180,7 +180,10 @@ class Run:
     ) -> tuple[Tensor, Tensor]:
         """Indices on the CPU, where batches are drawn, and weights."""
         if scores is None:
-            return self.labelled, torch.ones(len(self.labelled), device=device)
+            # As exact as what they multiply: a step in float64 has no share rounded to float32.
+            wide = any(t.dtype == torch.float64 for t in self.subject.state().values())
+            dtype = torch.float64 if wide else torch.float32
+            return self.labelled, torch.ones(len(self.labelled), dtype=dtype, device=device)
         indices, weights = self.method.weights.weigh(scores, self.job.seed + epoch)
         return indices.cpu(), weights
 

@@ -19,7 +19,12 @@ from imu_fast.curvature.ggn.dense import class_blocks, contrasts, primal_matrix
 from imu_fast.curvature.kfac import kronecker_factors
 from imu_fast.errors import InputError, SingularMatrixError
 from imu_fast.factors.gradient_factors import GradientFactors
-from imu_fast.factors.probabilities import augmented, signals_or_curvature, softmax
+from imu_fast.factors.probabilities import (
+    NoCurvatureError,
+    augmented,
+    signals_or_curvature,
+    softmax,
+)
 from imu_fast.factors.source import Factors
 from imu_fast.factors.sums import S, summed
 from imu_fast.losses.output_curvature import Softmax
@@ -330,10 +335,18 @@ def head_hessian(factors: Factors, kind: Kind | None = None) -> HeadHessian:
     """Of these samples; kind None: :func:`kind_for` their layer.
 
     Raises:
-        InputError: their loss is no softmax cross-entropy, or there is but one class.
+        InputError: their loss is no softmax cross-entropy of the head's own output, or there is but
+            one class.
     """
     if factors.num_classes < 2:
         raise InputError(
             f"the head has {factors.num_classes} output: a softmax needs two classes or more"
         )
-    return HESSIANS[kind or kind_for(*_shape(factors))].of(factors)
+    try:
+        return HESSIANS[kind or kind_for(*_shape(factors))].of(factors)
+    except NoCurvatureError as error:
+        raise InputError(
+            f"between the head {factors.name!r} and the logits are steps (a softmax, a norm), so "
+            "that the Hessian at its output is not in closed form; use an ascent with "
+            "scope='layers' (default: the head) or scope='all', which runs the model itself"
+        ) from error

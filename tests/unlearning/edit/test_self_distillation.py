@@ -255,3 +255,17 @@ def test_a_layer_without_a_signal_moves_only_where_it_is_named():
         imu.unlearn(model, forget, "self_distillation", layers="beside", **options)
     result = imu.unlearn(model, forget, "self_distillation", **options)
     assert result.reached and result.settings["layers"] == ["first", "head"]
+
+
+@pytest.mark.parametrize("method", ["self_distillation", "auto"])
+def test_a_head_whose_output_is_made_into_the_logits_is_refused_with_a_way_out(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4), nn.LayerNorm(4)).double()
+    x = torch.randn(20, 5).double()
+    data, options = (x, model(x).argmax(1)), {"task": "samples"} if method == "auto" else {}
+    with pytest.raises(
+        imu.InputError, match=r"between the head '2' and the logits.*scope='layers'"
+    ):
+        imu.unlearn(
+            model, data, method, stop=imu.StopRule(unseen_accuracy=(x, data[1].flip(0))), **options
+        )
