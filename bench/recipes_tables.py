@@ -114,10 +114,10 @@ def overview(results: dict[str, Any], data: str) -> str:
     return tabulate(rows, ["method", "is given", *titles.values()], tablefmt="github")
 
 
-def differences(results: dict[str, Any]) -> str:
+def differences(results: dict[str, Any], part: str = "report") -> str:
     """What ``auto`` changes, with intervals: Markdown."""
     rows = []
-    lines = [line for line in unpack(results["means"]) if line["part"] == "report"]
+    lines = [line for line in unpack(results["means"]) if line["part"] == part]
     for line in lines:
         title = _titles(lines)[line["task"]]
         for other, named in (("nothing", ORIGINAL), ("auto", AUTO[0])):
@@ -139,3 +139,4 @@ if __name__ == "__main__":
     for name in dict.fromkeys(line["data"] for line in unpack(found["means"])):
         print(f"{name}\n\n{overview(found, name)}\n")
     print(differences(found))
+    print(f"\n{differences(found, 'again')}")
