@@ -1,11 +1,14 @@
-// imu_fast._C: raw pointers and shapes in, checked by who calls: imu_fast/solvers/cholesky/,
-// imu_fast/ops/squared_products.py. imu_fast/ops/extension.py loads it.
+// imu_fast._C: raw pointers and shapes in, checked by who calls: imu_fast/solvers/cholesky/ and
+// imu_fast/ops/. imu_fast/ops/extension.py loads it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "cholesky_cpu.h"
 #include "cholesky_small.h"
+#include "conjugate_gradient.h"
+#include "offsets.h"
 #include "parallel.h"
+#include "softmax_residual.h"
 #include "squared_products.h"
 
 namespace py = pybind11;
@@ -50,6 +53,44 @@ void small_solve(Address u, int64_t batch, int n, Address b, int m, int threads)
   imu_fast::small_solve<T>(as<const T>(u), batch, n, as<T>(b), m, threads);
 }
 
+template <typename T>
+bool small_damped_solve(Address a, Address b, Address x, int64_t batch, int n, int m,
+                        double damping, int threads) {
+  py::gil_scoped_release release;
+  return imu_fast::small_damped_solve<T>(as<const T>(a), as<const T>(b), as<T>(x), batch, n, m,
+                                         static_cast<T>(damping), threads);
+}
+
+template <typename T>
+void advance(Address x, Address r, Address p, Address mp, Address rho, Address size, Address goal,
+             Address step, int64_t m, int64_t n, bool turns, int threads) {
+  py::gil_scoped_release release;
+  imu_fast::advance<T>({as<T>(x), as<T>(r), as<T>(p), as<const T>(mp), as<T>(rho), as<T>(size),
+                        as<const T>(goal), as<T>(step), m, n},
+                       turns, threads);
+}
+
+template <typename T>
+void turn(Address r, Address p, Address z, Address rho, Address step, int64_t m, int64_t n,
+          int threads) {
+  py::gil_scoped_release release;
+  imu_fast::turn<T>({nullptr, as<T>(r), as<T>(p), nullptr, as<T>(rho), nullptr, nullptr,
+                     as<T>(step), m, n},
+                    as<const T>(z), threads);
+}
+
+// Of p and the logits: their address, and how far apart tokens and classes are.
+template <typename T>
+int64_t softmax_residual(std::array<int64_t, 3> p, std::array<int64_t, 3> logits, Address labels,
+                         Address scale, Address delta, Address loss, int64_t n, int64_t classes,
+                         int threads) {
+  py::gil_scoped_release release;
+  return imu_fast::softmax_residual<T>(
+      {as<const T>(p[0]), p[1], p[2], as<const T>(logits[0]), logits[1], logits[2],
+       as<const int64_t>(labels), as<const T>(scale), as<T>(delta), as<T>(loss), n, classes},
+      threads);
+}
+
 // A factor is its data, then the tables of its starts, tokens and places.
 template <typename T>
 imu_fast::Factor<T> factor_at(const std::array<Address, 4>& at) {
@@ -70,7 +111,8 @@ void squared_products(std::array<Address, 4> left, std::array<Address, 4> right,
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Damped Cholesky and squared products on raw pointers; use imu_fast.";
+  m.doc() = "Loops on raw pointers; use imu_fast.";
+  m.attr("__version__") = 2;  // of what is below: see imu_fast/ops/extension.py
   m.attr("__compiler__") = __VERSION__;
   m.def("use_openmp", [](Address run) {  // of GOMP_parallel; 0: threads of its own
     imu_fast::openmp = reinterpret_cast<imu_fast::OpenMP>(run);
@@ -83,6 +125,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("small_factor_f64", &small_factor<double>);
   m.def("small_solve_f32", &small_solve<float>);
   m.def("small_solve_f64", &small_solve<double>);
+  m.def("small_damped_solve_f32", &small_damped_solve<float>);
+  m.def("small_damped_solve_f64", &small_damped_solve<double>);
+  m.def("advance_f32", &advance<float>);
+  m.def("advance_f64", &advance<double>);
+  m.def("turn_f32", &turn<float>);
+  m.def("turn_f64", &turn<double>);
+  m.def("softmax_residual_f32", &softmax_residual<float>);
+  m.def("softmax_residual_f64", &softmax_residual<double>);
+  m.def("lengths", [](Address offsets, int64_t n) {
+    return imu_fast::lengths(as<const int64_t>(offsets), n);
+  });
   m.def("squared_products_f32", &squared_products<float>);
   m.def("squared_products_f64", &squared_products<double>);
 }

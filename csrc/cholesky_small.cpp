@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -195,17 +196,26 @@ IMU_FAST_VERSION(avx512, IMU_FAST_AVX512, 64, 8, 2)
 
 }  // namespace
 
+namespace {
+
+// Factors one matrix in memory that the thread keeps.
+template <typename T>
+int factor_one(const Routines<T>& run, const T* a, T* u, int n, T damping) {
+  thread_local std::vector<T> memory;
+  constexpr size_t line = 64 / sizeof(T);
+  memory.resize(std::max(memory.size(), run.workspace(n) + line));
+  const size_t misaligned = reinterpret_cast<uintptr_t>(memory.data()) / sizeof(T) % line;
+  return run.factor(a, u, memory.data() + line - misaligned, n, damping);
+}
+
+}  // namespace
+
 template <typename T>
 void small_factor(const T* a, T* u, int64_t batch, int n, T damping, int* status, int threads) {
   const int64_t size = static_cast<int64_t>(n) * n;
   const Routines<T>& run = IMU_FAST_WIDEST(T);
   parallel_for(batch, threads, [&](int64_t i) {
-    thread_local std::vector<T> memory;
-    constexpr size_t line = 64 / sizeof(T);
-    memory.resize(std::max(memory.size(), run.workspace(n) + line));
-    const size_t misaligned = reinterpret_cast<uintptr_t>(memory.data()) / sizeof(T) % line;
-    T* w = memory.data() + line - misaligned;
-    status[i] = run.factor(a + i * size, u + i * size, w, n, damping);
+    status[i] = factor_one(run, a + i * size, u + i * size, n, damping);
     if (status[i] != 0) u[i * size] = std::numeric_limits<T>::quiet_NaN();
   });
 }
@@ -219,9 +229,39 @@ void small_solve(const T* u, int64_t batch, int n, T* b, int m, int threads) {
   });
 }
 
+template <typename T>
+bool small_damped_solve(const T* a, const T* b, T* x, int64_t batch, int n, int m, T damping,
+                        int threads) {
+  const int64_t size = static_cast<int64_t>(n) * n;
+  const Routines<T>& run = IMU_FAST_WIDEST(T);
+  std::atomic<bool> finite{true};
+  parallel_for(batch, threads, [&](int64_t i) {
+    thread_local std::vector<T> memory;
+    memory.resize(std::max<size_t>(memory.size(), size + n));
+    T *u = memory.data(), *column = u + size;
+    const T* right = b + i * n * m;
+    T* out = x + i * n * m;
+    const bool failed = factor_one(run, a + i * size, u, n, damping) != 0;
+    bool all = !failed;
+    for (int j = 0; j < m; ++j) {
+      for (int k = 0; k < n; ++k) column[k] = right[k * m + j];
+      if (!failed) run.solve(u, column, n);
+      for (int k = 0; k < n; ++k) {
+        out[k * m + j] = failed ? std::numeric_limits<T>::quiet_NaN() : column[k];
+        all &= std::isfinite(column[k]);
+      }
+    }
+    if (!all) finite = false;
+  });
+  return finite;
+}
+
 template void small_factor(const float*, float*, int64_t, int, float, int*, int);
 template void small_factor(const double*, double*, int64_t, int, double, int*, int);
 template void small_solve(const float*, int64_t, int, float*, int, int);
 template void small_solve(const double*, int64_t, int, double*, int, int);
+template bool small_damped_solve(const float*, const float*, float*, int64_t, int, int, float, int);
+template bool small_damped_solve(const double*, const double*, double*, int64_t, int, int, double,
+                                 int);
 
 }  // namespace imu_fast

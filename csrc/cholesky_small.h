@@ -18,4 +18,11 @@ void small_factor(const T* a, T* u, int64_t batch, int n, T damping, int* status
 template <typename T>
 void small_solve(const T* u, int64_t batch, int n, T* b, int m, int threads);
 
+// x = (a + damping I)^-1 b, whose factor nobody keeps; a: [batch, n, n], b and x: [batch, n, m]
+// row-major, one right-hand side per column. Returns whether all of x is a finite number: where a
+// matrix is not positive definite, or something is not finite, it is not.
+template <typename T>
+bool small_damped_solve(const T* a, const T* b, T* x, int64_t batch, int n, int m, T damping,
+                        int threads);
+
 }  // namespace imu_fast

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,40 @@ P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 _DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
+
+
+_DATA = {type(None), bool, int, float, str, torch.dtype, torch.device, torch.Tensor}
+_OURS = f"{__package__}."
+# Values in one object, and objects in each other, beyond which nobody looks.
+_FEW, _DEEP = 64, 6
+
+
+def is_data(value: object, deep: int = _DEEP) -> bool:
+    """Whether it is numbers, or holds nothing else and is of this package: no code of others.
+
+    Of what would take long to look through it is False.
+    """
+    kind = type(value)
+    if kind in _DATA:
+        return True
+    inner: Any = value
+    if kind is dict:
+        inner = inner.values()
+    elif kind is not tuple and kind is not list:
+        if not kind.__module__.startswith(_OURS) or not hasattr(value, "__dict__"):
+            return False
+        inner = vars(value).values()
+    return deep > 0 and len(inner) <= _FEW and all(is_data(one, deep - 1) for one in inner)
+
+
+@contextmanager
+def torch_state_kept() -> Iterator[None]:
+    """The global random state of torch on the CPU, as it was."""
+    state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
 
 
 @contextmanager
@@ -42,7 +76,7 @@ def no_autocast(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not any(map(torch.is_autocast_enabled, _available())) and _default_device() is None:
+        if not _is_autocast() and _default_device() is None:
             return function(*args, **kwargs)
         with ExitStack() as stack:
             _leave_autocast(stack)
@@ -50,6 +84,14 @@ def no_autocast(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return wrapped
+
+
+def _any_autocast() -> bool:
+    return any(map(torch.is_autocast_enabled, _available()))
+
+
+# One question instead of one for each type of device, where torch has it.
+_is_autocast: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", _any_autocast)
 
 
 @functools.cache
@@ -71,6 +113,8 @@ _called_under: ContextVar[torch.device | None] = ContextVar("called_under", defa
 
 def _default_device() -> torch.device | None:
     """That of ``with torch.device(...)`` or ``torch.set_default_device``, but for the CPU."""
+    if not torch._C._len_torch_function_stack():  # asked by every operation
+        return None
     for mode in reversed(_get_current_function_mode_stack()):
         if isinstance(mode, DeviceContext):
             return None if mode.device.type == "cpu" else mode.device
@@ -113,7 +157,7 @@ def as_called(items: Iterable[T]) -> Iterator[T]:
 
 
 @contextmanager
-def plain_torch(devices: Iterable[torch.device] = ()) -> Iterator[None]:
+def plain_torch(devices: Iterable[torch.device] = (), *, data: bool = False) -> Iterator[None]:
     """Full precision, ordinary tensors on the CPU and eager modules inside; as it was afterwards.
 
     Autocast would round our sums to half precision; what is made under ``torch.inference_mode()``
@@ -124,6 +168,8 @@ def plain_torch(devices: Iterable[torch.device] = ()) -> Iterator[None]:
 
     Args:
         devices: whose random states are kept, besides the CPU's.
+        data: whether no code of others runs inside (:func:`is_data`), as which alone draws from
+            Python's and numpy's random numbers: keeping numpy's takes longer than a small call.
     """
     dtype = torch.get_default_dtype()
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -134,7 +180,7 @@ def plain_torch(devices: Iterable[torch.device] = ()) -> Iterator[None]:
             torch.set_grad_enabled(False)
         _leave_autocast(stack)
         _leave_default_device(stack)
-        stack.enter_context(random_state_kept(devices))
+        stack.enter_context(torch_state_kept() if data else random_state_kept(devices))
         if "torch._dynamo" in sys.modules:  # else nothing has been compiled
             stack.enter_context(_eager.on())
         stack.enter_context(checkpoints_not_reentrant())

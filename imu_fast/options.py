@@ -122,13 +122,15 @@ class Choice(Generic[T, N]):
 class Options:
     """Base of every choice; subclasses are made by :func:`options`."""
 
+    # Of the dataclass, which dataclasses.fields would pick out anew each time.
+    _fields: ClassVar[tuple[dataclasses.Field[Any], ...]] = ()
     # What users may write instead of the object.
     name: ClassVar[str] = ""
     # Flat options that are no fields: each is short for several, which win where they are given.
     shorthands: ClassVar[Mapping[str, Callable[[Any, Any], Any]]] = {}
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+        for field in self._fields:
             if check := field.metadata.get("check"):
                 check(field.name, getattr(self, field.name))
         self.check()
@@ -139,14 +141,14 @@ class Options:
     def __repr__(self) -> str:
         """The class and what differs from its defaults."""
         shown = []
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+        for field in self._fields:
             value, default = getattr(self, field.name), _default(type(self), field)
             if type(value) is not type(default) or not _equal(value, default):
                 shown.append(f"{field.name}={value!r}")
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def _values(self) -> list[Any]:
-        return [getattr(self, f.name) for f in dataclasses.fields(self)]  # type: ignore[arg-type]
+        return [getattr(self, f.name) for f in self._fields]
 
     def __eq__(self, other: object) -> bool:
         """The same class with equal options; tensors and arrays are equal to themselves alone."""
@@ -160,7 +162,7 @@ class Options:
 
     def _ways(self) -> dict[str, list[tuple[str, ...]]]:
         """Flat option -> every way to it; an outer option hides an inner of its name."""
-        own = dataclasses.fields(self)  # type: ignore[arg-type]
+        own = self._fields
         found: dict[str, list[tuple[str, ...]]] = {field.name: [(field.name,)] for field in own}
         found |= {f.metadata["also"]: [(f.name,)] for f in own if f.metadata.get("also")}
         deeper: dict[str, list[tuple[str, ...]]] = {}
@@ -181,8 +183,11 @@ class Options:
         Raises:
             KeyError: there is none of that name here.
         """
+        return self._at(self.paths()[name])
+
+    def _at(self, path: tuple[str, ...]) -> Any:
         value: Any = self
-        for field in self.paths()[name]:
+        for field in path:
             value = getattr(value, field)
         return value
 
@@ -190,8 +195,8 @@ class Options:
         """Every flat option and its value; a choice is shown by its name."""
         return {
             name: value.name or repr(value) if isinstance(value, Options) else value
-            for name in self.paths()
-            for value in [self.get(name)]
+            for name, path in self.paths().items()
+            for value in [self._at(path)]
         }
 
     def with_options(self, described: str, given: Mapping[str, Any]) -> Self:
@@ -247,7 +252,7 @@ class Options:
         if path:
             changes = {path[0]: getattr(self, path[0])._replaced(path[1:], changes)}
         made = object.__new__(type(self))
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+        for field in self._fields:
             value = changes[field.name] if field.name in changes else getattr(self, field.name)
             object.__setattr__(made, field.name, value)
         return made
@@ -299,7 +304,7 @@ def _descriptor(cls: type, name: str) -> Any:
 
 def _choices(made: Options) -> Iterator[tuple[str, Choice[Any, Any]]]:
     """Every field of a choice that holds another, at any depth."""
-    for field in dataclasses.fields(made):  # type: ignore[arg-type]
+    for field in made._fields:
         choice = _descriptor(type(made), field.name)
         if isinstance(choice, Choice):
             yield field.name, choice
@@ -348,7 +353,7 @@ def options(cls: type[T]) -> type[T]:
         TypeError: two of its options have one name.
     """
     made = dataclasses.dataclass(frozen=True, kw_only=True, repr=False, eq=False)(cls)
-    fields = dataclasses.fields(made)  # type: ignore[arg-type]
+    made._fields = fields = dataclasses.fields(made)  # type: ignore[arg-type]
     also = [f.metadata["also"] for f in fields if f.metadata.get("also")]
     names = [*(f.name for f in fields), *also]
     if twice := sorted({name for name in names if names.count(name) > 1}):

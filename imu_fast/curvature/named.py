@@ -87,7 +87,7 @@ def fit(
     """
     spec = CURVATURES.choose(curvature, **options)
     check_factors(factors)
-    said(factors, f"fit({spec!r})")
+    said(factors, lambda: f"fit({spec!r})")
     return spec.fit(factors)
 
 

@@ -44,7 +44,7 @@ from imu_fast.losses.named import LOSSES, LossName
 from imu_fast.losses.output_curvature import StoredCurvature
 from imu_fast.ops.mean_gradient import mean_gradient
 from imu_fast.ops.softmax_residual import linear_logits
-from imu_fast.ops.tokens import cuts, picked, sum_over_tokens
+from imu_fast.ops.tokens import cuts, is_flat, picked, sum_over_tokens
 
 # Rows of logits that exist at once while the residual is computed.
 LOGITS_AT_ONCE = 2048
@@ -251,13 +251,13 @@ class GradientFactors(Stored["GradientFactors"]):
 
         act, weight = act.to(input_dtype(act.dtype, dtype)), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-        counts = offsets.diff()
-        flat = bool((counts == 1).all())
-        scale = None if flat else mean_scale(counts).to(act.device, dtype)
-        delta = weight.new_empty(len(act), weight.shape[0])
-        token_losses = weight.new_empty(len(act))
+        many = act.shape[0]
+        flat = is_flat(offsets)
+        scale = None if flat else mean_scale(offsets.diff()).to(act.device, dtype)
+        delta = weight.new_empty(many, weight.shape[0])
+        token_losses = weight.new_empty(many)
         kept: list[StoredCurvature] = []
-        for start in range(0, max(1, len(act)), chunk):
+        for start in range(0, max(1, many), chunk):
             rows = slice(start, start + chunk)
             logits = linear_logits(act[rows].to(dtype), weight, bias)
             delta[rows], token_losses[rows], curvature = chosen.residual(

@@ -57,12 +57,12 @@ def joint(function: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
-def said(source: Any, what: str) -> None:
+def said(source: Any, what: Callable[[], str]) -> None:
     """Where samples are shared, raise InputError unless all processes say the same.
 
     Args:
-        source: factors, or several.
+        source: factors, or several. what: asked where they are shared.
     """
     for shared in _shared_in([source]):
-        distributed.in_step(what, shared.group)
+        distributed.in_step(what(), shared.group)
         return

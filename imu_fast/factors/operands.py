@@ -18,6 +18,7 @@ from imu_fast.errors import (
     check_tensor,
     is_finite,
 )
+from imu_fast.ops.tokens import lengths
 
 Array = Tensor | np.ndarray[Any, Any] | Sequence[Any]
 """What is taken for a tensor: one, an array of numpy, mapped files too, or (nested) lists."""
@@ -144,15 +145,14 @@ def tensor_of(name: str, value: Array) -> Tensor:
 def check_offsets(offsets: Tensor, num_tokens: int) -> None:
     """Raise InputError unless offsets [n+1] cut ``num_tokens`` tokens into n >= 1 samples."""
     check_tensor("offsets", offsets, "integer", "[n+1]")
-    if offsets.dim() != 1 or len(offsets) < 2:
+    if offsets.dim() != 1 or offsets.shape[0] < 2:
         raise InputError(
             f"offsets has shape {tuple(offsets.shape)}: an empty forget set; pass [n+1] with n >= 1"
         )
-    offsets = offsets.to(torch.int64)  # differences of unsigned integers do not fall below zero
-    ends = (int(offsets[0]), int(offsets[-1]))
-    if ends != (0, num_tokens) or bool((offsets.diff() < 0).any()):
+    first, last, fewest, _ = lengths(offsets)
+    if (first, last) != (0, num_tokens) or fewest < 0:
         raise InputError(
-            f"offsets must rise from 0 to N={num_tokens}; they go from {ends[0]} to {ends[1]}"
+            f"offsets must rise from 0 to N={num_tokens}; they go from {first} to {last}"
         )
 
 

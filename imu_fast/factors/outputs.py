@@ -74,6 +74,8 @@ class SomeOutputs(Generic[C]):
 def cuts_of_outputs(*sources: Any) -> list[slice]:
     """Which outputs to deal with at a time: all, unless a source says fewer."""
     classes = sources[0].num_classes
+    if len(sources) == 1 and not is_wide(sources[0]):
+        return [slice(0, classes)]
     step = min(s.outputs_at_once if is_wide(s) else classes for s in sources)
     # Of other factors each process may have its own, and all have to cut in the same places.
     for source in sources if len(sources) > 1 else ():

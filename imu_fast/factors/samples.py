@@ -66,7 +66,7 @@ class Samples(Means, Chunks[C]):
     @property
     def n(self) -> int:
         """Number of samples."""
-        return len(self.offsets) - 1
+        return self.offsets.shape[0] - 1
 
     @property
     def n_here(self) -> int:
@@ -108,7 +108,7 @@ class Stored(Samples[C]):
     @property
     def num_tokens(self) -> int:
         """N, packed tokens: positions that have a gradient."""
-        return len(self.delta)
+        return self.delta.shape[0]
 
     @property
     def num_classes(self) -> int:

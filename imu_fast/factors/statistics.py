@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from imu_fast.factors.gradient_factors import GradientFactors
@@ -17,6 +18,7 @@ from imu_fast.factors.source import Factors
 from imu_fast.factors.sums import summed
 from imu_fast.losses.signals import Signals
 from imu_fast.ops.bilinear_scores import gradient_norms
+from imu_fast.ops.tokens import lengths
 
 
 def mean_gradient(source: Factors, *, check: bool = True) -> Tensor:
@@ -26,6 +28,15 @@ def mean_gradient(source: Factors, *, check: bool = True) -> Tensor:
         check: raise InputError where it is not finite.
     """
     return Means.mean_gradient(source) if check else unchecked_mean_gradient(source)
+
+
+def empty_samples(source: Factors) -> list[int]:
+    """Samples that are here without a token."""
+    if isinstance(source, GradientFactors) and lengths(source.offsets).fewest:
+        return []
+    counts = for_inputs(source).each(lambda chunk: chunk.offsets.diff())
+    found: list[int] = torch.nonzero(counts == 0).flatten().tolist()
+    return found
 
 
 def second_moment(source: Factors) -> Tensor:

@@ -17,11 +17,11 @@ from imu_fast.curvature.in_step import check_whole, the_same
 from imu_fast.curvature.named import CURVATURES, CurvatureName, OwnOptions
 from imu_fast.errors import InputError, check_choice, check_tensor
 from imu_fast.factors.joint import said
-from imu_fast.factors.outputs import at_outputs, cuts_of_outputs, for_inputs
+from imu_fast.factors.outputs import at_outputs, cuts_of_outputs
 from imu_fast.factors.protocol import is_shared
 from imu_fast.factors.sharded_head import ShardedHead
 from imu_fast.factors.source import Factors, is_factors
-from imu_fast.factors.statistics import mean_gradient
+from imu_fast.factors.statistics import empty_samples, mean_gradient
 from imu_fast.factors.token_rows import token_rows
 from imu_fast.influence.default import attribution_curvature
 from imu_fast.influence.split_head import check_default, own_part, refuse
@@ -225,7 +225,7 @@ def influence_scores(
         raise InputError("first_row_is_mean=True is of samples; leave it out with per='token'")
     if first_row_is_mean:
         check_whole("first_row_is_mean=True: source", all_layers[0])
-    said(all_layers, f"influence_scores({spec!r}, target={_of_kind(target)})")
+    said(all_layers, lambda: f"influence_scores({spec!r}, target={_of_kind(target)})")
     goals = _goals(target, all_layers)
     scores: Tensor | None = None
     first = 0.0
@@ -244,14 +244,12 @@ def influence_scores(
     assert scores is not None
     if first_row_is_mean:
         scores[0] = first
-    counts = for_inputs(all_layers[0]).each(lambda chunk: chunk.offsets.diff())
-    empty = torch.nonzero(counts == 0).flatten()
-    if len(empty):
+    if empty := empty_samples(all_layers[0]):
         logger.warning(
             "%d of %d samples have no valid label and score zero (first: sample %d)",
             len(empty),
             all_layers[0].n_here,
-            int(empty[0]),
+            empty[0],
         )
     return scores
 
@@ -281,7 +279,7 @@ def self_influence(
             lambda: self_influence(source.own, data, curvature=spec, **more),
         )
     all_layers = factors_of(source, data, layers, progress, reading, spec)
-    said(all_layers, f"self_influence({spec!r})")
+    said(all_layers, lambda: f"self_influence({spec!r})")
     total: Tensor | None = None
     for layer in all_layers:
         for classes in _cuts(spec, layer):
@@ -381,7 +379,7 @@ def pairwise_influence(
     if len(all_layers) != len(all_queries):
         raise InputError(f"queries has {len(all_queries)} layers, source {len(all_layers)}")
     check_like("queries", all_layers, all_queries)
-    said(all_layers, f"pairwise_influence({spec!r})")
+    said(all_layers, lambda: f"pairwise_influence({spec!r})")
     total: Tensor | None = None
     for layer, query in zip(all_layers, all_queries, strict=True):
         for classes in _cuts(spec, layer, query):

@@ -72,7 +72,7 @@ def top_influences(
     spec = curvature_of_pairs(all_layers, curvature, {"damping": damping, **options})
     whole = [in_memory(query, "queries") for query in asked]
     if shared is not None:
-        said(shared, f"top_influences(k={k}, by={by!r})")
+        said(shared, lambda: f"top_influences(k={k}, by={by!r})")
         for query in whole:
             the_same("queries", query.delta, shared)
             the_same("queries", query.act, shared)

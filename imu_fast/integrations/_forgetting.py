@@ -16,8 +16,10 @@ from imu_fast.curvature.named import CURVATURES, CurvatureName
 from imu_fast.errors import InputError, check_fraction, check_installed, check_positive, one_of
 from imu_fast.influence.batch import batch_weights
 from imu_fast.influence.weights import QUANTILE_OVER
-from imu_fast.losses.cross_entropy import IGNORE_INDEX
-from imu_fast.model.forward import innermost
+from imu_fast.losses.cross_entropy import IGNORE_INDEX, CrossEntropy
+from imu_fast.model.causal import declared_causal, settled_on
+from imu_fast.model.forward import forward_of, innermost
+from imu_fast.model.reading import Reading
 from imu_fast.model.selection import selected
 from imu_fast.ops.objective import LABEL_OBJECTIVES, NPO_BETA, objective
 from imu_fast.ops.tokens import sum_over_tokens
@@ -60,8 +62,8 @@ class Forgetting(Options):
         clip_quantile, quantile_over: as of ``imu.batch_weights``.
         retain_loss_type: ``"NLL"``: the model's own loss; ``"KL"``: the mean divergence of its
             predictions from those of the model as it was, at positions with a label.
-        shift_labels: logits at t predict the label at t + 1; None: where transformers says that the
-            model is causal.
+        shift_labels: logits at t predict the label at t + 1; None: where the model's own loss of
+            the first batch says so.
     """
 
     name = "forgetting"
@@ -122,14 +124,14 @@ def present(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def predicts_next(model: nn.Module) -> bool:
-    """Whether transformers counts the model among the causal language models."""
-    check_installed("shift_labels=None", "transformers", install="transformers")
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def predicts_next(model: nn.Module, batch: dict[str, Any]) -> bool:
+    """Whether the model's own loss of a batch with labels is that of the next token.
 
-    inner = innermost(model)
-    base = getattr(inner, "get_base_model", lambda: inner)()
-    return type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    Where the batch does not show it: whether transformers counts the model among the causal ones.
+    """
+    loss = settled_on(Reading(), model, [batch]).loss
+    assert isinstance(loss, CrossEntropy)
+    return declared_causal(model) if loss.shift == "auto" else bool(loss.shift)
 
 
 def as_inputs(value: Any) -> dict[str, Any]:
@@ -154,11 +156,9 @@ def sets_of(inputs: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
 
 
 def accepted(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
-    """What of a batch the model's forward names; data sets add indices and the like."""
-    inner = innermost(model)
-    base = getattr(inner, "get_base_model", lambda: inner)()
-    names = inspect.signature(base.forward).parameters
-    return {key: value for key, value in batch.items() if key in names}
+    """What of a batch the model's forward takes; data sets add indices and the like."""
+    forward = forward_of(model)
+    return {k: v for k, v in batch.items() if forward.any_keyword or k in forward.names}
 
 
 def labelled(logits: Tensor, labels: Tensor, shift: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,8 +214,7 @@ class UnlearningMixin:
         self.loss_is_scaled_for_ga = False
         self.weights: Tensor | None = None
         self._layers = self.forgetting.of(self.model)
-        shift = self.forgetting.shift_labels
-        self._shift = predicts_next(self.model) if shift is None else shift
+        self._shift = self.forgetting.shift_labels
         self._original = self._kept() if self.forgetting.needs_original else None
 
     def _kept(self) -> Any:
@@ -274,12 +273,14 @@ class UnlearningMixin:
         return (loss, outputs) if return_outputs else loss
 
     def _rows(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return labelled(logits, labels, self._shift)
+        return labelled(logits, labels, bool(self._shift))
 
     def _forget_loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Any]:
         how = self.forgetting
         if "labels" not in batch:
             raise InputError(f"the forget batch has {list(batch)} and no labels")
+        if self._shift is None:
+            self._shift = predicts_next(model, batch)
         self.weights = batch_weights(
             model,
             batch,

@@ -50,18 +50,20 @@ def forget_depth(
 
     Args:
         batches: an iterable of dicts with labels, or of ``(input_ids, labels, attention_mask)``.
-        shift_labels: None: where transformers says that the model is causal.
+        shift_labels: None: where the model's own loss of the first batch says so.
 
     Raises:
         InputError: there is no sample with a label.
     """
-    shift = predicts_next(model) if shift_labels is None else shift_labels
+    shift = shift_labels
     device, losses, right, n = device_of(model), 0.0, 0.0, 0
     with preserved(model), torch.no_grad():
         model.eval()
         for batch in batches:
             given = accepted(model, as_inputs(batch))
             given = {k: v.to(device) if hasattr(v, "to") else v for k, v in given.items()}
+            if shift is None:
+                shift = predicts_next(model, given)
             z, y, counts = labelled(logits_of(model(**given)), given["labels"], shift)
             losses += float(means(objective(z, y, "ce"), counts).sum())
             right += float(means((z.argmax(dim=1) == y).to(z.dtype), counts).sum())

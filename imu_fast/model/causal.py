@@ -60,11 +60,12 @@ def settled(
     loss = reading.loss
     if not isinstance(loss, CrossEntropy | AutoLoss) or loss.shift != "auto":
         return reading
-    if batch[2].is_floating_point():  # not of classes, or soft
-        return reading
-    whole = Parts(*batch)._replace(labels=class_labels(batch[2], logits.shape))
+    whole = Parts(*batch)
+    classes = not whole.labels.is_floating_point()  # else not of classes, or soft
+    if classes:
+        whole = whole._replace(labels=class_labels(whole.labels, logits.shape))
     own = _Own(whole, model, run, choice, loss, logits.shape[-1])
-    shift = own.shift()
+    shift = own.shift() if classes else own.unshifted()
     if shift is None:
         return reading
     if (seen := _decisions.get()) is not None:
@@ -87,8 +88,8 @@ def settled_on(reading: Reading, model: nn.Module, loader: Any) -> Reading:
     """:func:`settled` by the first batches of a loader that show it."""
     with evaluated(model) as run:
         for batch in read(model, loader, progress=False):
-            if batch[2].dim() < 2:
-                return reading
+            if batch[2].dim() < 2 and forward_of(model).labels is None:
+                return reading  # nothing to be asked
             output = run(batch)
             choice = locate(model, run, batch, output, reading.output)
             reading = settled(reading, model, run, batch, chosen(output, choice), choice)
@@ -117,21 +118,25 @@ class _Own:
         """True, False, or None: this batch does not show it."""
         labels = self.batch.labels
         if labels.dim() != 2 or labels.shape[1] < 2:
-            if labels.dim() == 2 and _declared_causal(self.model):
+            if labels.dim() == 2 and declared_causal(self.model):
                 return None  # of one token: what comes next may have more
-            self._compare(False)
-            return False
+            return self.unshifted()
         with torch.no_grad():
             part = self._part(1)
             logits = chosen(self.run(part), self.choice)
-            shift = self._by_its_loss(part, logits)
-            known = shift is not None
-            if not known and _declared_causal(self.model):
-                shift = True
-            shift = self._by_its_inputs(part, logits, shift)
-            if known and shift is not None:
-                self._compare(shift)
+            own = self._by_its_loss(part, logits)
+            known = declared_causal(self.model) or None if own is None else own
+            shift = self._by_its_inputs(part, logits, known)
+            # Labels that are shifted already are still those that its own loss would shift.
+            compared = shift if own is None else own
+            if compared is not None:
+                self._compare(compared)
         return shift
+
+    def unshifted(self) -> bool:
+        """Of labels that no position before them predicts."""
+        self._compare(False)
+        return False
 
     def _part(self, most: int) -> Parts:
         """A few samples of the batch, those with labels first."""
@@ -333,11 +338,11 @@ def _tokens(part: Parts, forward: Forward) -> Tensor | None:
     return None
 
 
-def _declared_causal(model: nn.Module) -> bool:
-    """Whether transformers has this class among its causal language models."""
+def declared_causal(model: nn.Module) -> bool:
+    """Whether transformers has this class, or one it inherits from, among its causal models."""
     models = sys.modules.get("transformers.models.auto.modeling_auto")
-    names = getattr(models, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", {})
+    names = set(getattr(models, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", {}).values())
     inner = innermost(model)
     unwrapped = getattr(inner, "get_base_model", None)
     base = unwrapped() if callable(unwrapped) else inner
-    return type(base).__name__ in set(names.values())
+    return any(kind.__name__ in names for kind in type(base).__mro__)

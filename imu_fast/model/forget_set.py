@@ -85,7 +85,9 @@ class ForgetSet:
         self.n = sum(self._sizes)
         if self.n == 0:
             raise InputError(empty_message(inner, "forget_loader"))
-        known = bool(self._indices) and all(isinstance(index, int) for index in self._indices)
+        # Of their kinds, of which there are few, and of indices many.
+        kinds = set(map(type, self._indices))
+        known = bool(kinds) and all(issubclass(kind, int) for kind in kinds)
         if known and dataset_order:
             self._indices.sort()
         self.dataset_indices: list[int] | None = list(self._indices) if known else None

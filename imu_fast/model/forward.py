@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import typing_extensions
@@ -78,26 +79,65 @@ class Forward:
 
 
 def forward_of(model: nn.Module) -> Forward:
-    """Read a model's signature; one that cannot be read takes anything."""
+    """Read a model's signature; one that cannot be read takes anything.
+
+    What a forward takes as ``**kwargs`` it may hand to the one that it overrides, or that it wraps
+    (peft): the names of that one are taken too.
+    """
     inner = innermost(model)
-    base = getattr(inner, "get_base_model", None)  # of peft, whose own forward may take anything
-    forward = inner.forward
+    found, passes = _read(inner.forward)
+    for forward in _further(inner):
+        if not passes:
+            break
+        more, passes = _read(forward)
+        found = _joined(found, more)
+    # transformers' models hand what they do not know to their layers.
+    return replace(found, any_keyword=found.any_keyword and not hasattr(inner, "main_input_name"))
+
+
+def _further(inner: nn.Module) -> Iterator[Callable[..., Any]]:
+    """What a module's forward may hand its arguments to, the nearest first."""
+    own = "forward" in vars(inner)  # set on the object: the class's is behind it
+    for kind in type(inner).__mro__:
+        forward = vars(kind).get("forward")
+        if kind is nn.Module or forward is None:
+            continue
+        if own:
+            yield forward.__get__(inner, type(inner))
+        own = True
+    base = getattr(inner, "get_base_model", None)  # of peft
+    if callable(base) and isinstance(inside := base(), nn.Module) and inside is not inner:
+        yield inside.forward
+        yield from _further(inside)
+
+
+def _joined(found: Forward, more: Forward) -> Forward:
+    """Of a forward that hands what it does not name to another."""
+    by_place = found.any_position and not found.positional
+    return Forward(
+        more.positional if by_place else found.positional,
+        found.required if found.names or found.positional else more.required,
+        found.names | more.names,
+        found.any_position and (more.any_position or not by_place),
+        found.any_keyword and more.any_keyword,
+    )
+
+
+def _read(forward: Any) -> tuple[Forward, bool]:
+    """The inputs of one forward, and whether it takes ``**kwargs`` of whatever type."""
     try:
         parameters = inspect.signature(forward).parameters.values()
     except (ValueError, TypeError):
         schema = getattr(forward, "schema", None)  # a traced or scripted model
         if schema is None:
-            return Forward()
+            return Forward(), False
         arguments = schema.arguments[1:]
         names = tuple(argument.name for argument in arguments)
         required = frozenset(a.name for a in arguments if not a.has_default_value())
-        return Forward(names, required, frozenset(names), False, False)
+        return Forward(names, required, frozenset(names), False, False), False
     kinds = inspect.Parameter
-    named = [p for p in parameters if p.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)]
-    if not named and callable(base) and isinstance(inside := base(), nn.Module):
-        return forward_of(inside)
     others = [p for p in parameters if p.kind == kinds.VAR_KEYWORD]
-    # transformers' models hand what they do not know to their layers; it says which that may be.
+    # transformers says which names its models take so.
     unpacked = [typing_extensions.get_args(p.annotation) for p in others]
     declared: list[Any] = [
         u[0].__annotations__ for u in unpacked if u and hasattr(u[0], "__total__")
@@ -113,5 +153,5 @@ def forward_of(model: nn.Module) -> Forward:
         ),
         frozenset(p.name for p in parameters if p.kind in by_keyword).union(*declared),
         any(p.kind == kinds.VAR_POSITIONAL for p in parameters),
-        bool(others) and not declared and not hasattr(inner, "main_input_name"),
-    )
+        bool(others) and not declared,
+    ), bool(others)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from imu_fast.ambient import finish, plain_torch
+from imu_fast.ambient import finish, is_data, plain_torch
 from imu_fast.errors import InputError, brief, is_dtensor
 from imu_fast.factors.joint import joined
 
@@ -62,7 +62,7 @@ def door(function: Callable[P, R]) -> Callable[P, R]:
                 stack.enter_context(exclusive(model))
                 stack.enter_context(plain_torch(_devices(model)))
             else:
-                stack.enter_context(plain_torch())
+                stack.enter_context(plain_torch(data=is_data(args) and is_data(kwargs)))
             return function(*args, **kwargs)
 
     return wrapped

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from imu_fast.ops.extension import SUFFIX, loaded_for, threads_for
 from imu_fast.ops.operation import kernel_dtypes, operation
 
 # Iterations between two looks at who still moves, where a look waits for a device: dearer than a
@@ -123,6 +124,32 @@ def _by_definition(
     return Iterates(x, r, p, rho, size, goal, step)
 
 
+def _extension(state: Iterates, mp: Tensor) -> Any:
+    """The compiled module, for vectors of one dtype with nothing between them; else None."""
+    found = loaded_for(state.x)
+    if found is None or mp.dtype != state.x.dtype or not state.x.numel():
+        return None
+    x, r, p = state[:3]
+    return found if x.is_contiguous() and r.is_contiguous() and p.is_contiguous() else None
+
+
+def _by_extension(
+    found: Any, state: Iterates, mp: Tensor, precondition: Precondition | None
+) -> Iterates:
+    x, r, p, rho, size, goal, _ = state
+    rho, size, step = rho.clone(), size.clone(), torch.empty_like(size)
+    many, kind, numbers = x.shape[0], SUFFIX[x.dtype], x.numel()
+    sizes, threads = (many, numbers // many), threads_for(numbers)
+    vectors = (x, r, p, mp.contiguous(), rho, size, goal, step)
+    addresses = [tensor.data_ptr() for tensor in vectors]
+    getattr(found, f"advance_{kind}")(*addresses, *sizes, precondition is None, threads)
+    if precondition is not None:
+        z = precondition(r).to(r.dtype).contiguous()
+        addresses = [tensor.data_ptr() for tensor in (r, p, z, rho, step)]
+        getattr(found, f"turn_{kind}")(*addresses, *sizes, threads)
+    return Iterates(x, r, p, rho, size, goal, step)
+
+
 @operation(
     name="conjugate_gradient_iteration",
     reference=_by_definition,
@@ -132,6 +159,10 @@ def _by_definition(
 def iterate(state: Iterates, mp: Tensor, precondition: Precondition | None = None) -> Iterates:
     """One iteration after its product; x, r and p change in place.
 
+    On a CPU in three passes over memory by ``imu_fast._C``, whose dot products are of 4,096 numbers
+    in the vectors' dtype, and of these in float64: their bits differ from those of PyTorch's, not
+    with the number of threads.
+
     Args:
         state: of m systems, as :func:`start` makes it; its x, r and p are changed.
         mp: ``M p``, [m, ...]. precondition: ``r -> about M^-1 r``, symmetric positive definite.
@@ -139,6 +170,9 @@ def iterate(state: Iterates, mp: Tensor, precondition: Precondition | None = Non
     Returns:
         The state after it, with x, r and p in the memory they had.
     """
+    found = _extension(state, mp)
+    if found is not None:
+        return _by_extension(found, state, mp, precondition)
     x, r, p, rho, size, goal, _ = state
     curvature = _dot(p, mp)
     step = torch.where((curvature > 0) & (size > goal), rho / curvature, 0.0)

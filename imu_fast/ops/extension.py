@@ -9,8 +9,26 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger("imu_fast")
+
+
+# Of what the module has: one of another is not used. As in csrc/bindings.cpp.
+_VERSION = 2
+SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+# Numbers below which a loop is one thread's, as of torch's own loops.
+_GRAIN = 1 << 15
+
+
+def loaded_for(tensor: Tensor) -> Any:
+    """The compiled module, for what lies where this tensor does and is of its dtype; else None."""
+    return load() if tensor.is_cpu and tensor.dtype in SUFFIX else None
+
+
+def threads_for(numbers: int) -> int:
+    """Of a loop over so many numbers."""
+    return torch.get_num_threads() if numbers > _GRAIN else 1
 
 
 @lru_cache(maxsize=1)
@@ -21,8 +39,8 @@ def load() -> Any:
     except ImportError as error:
         logger.info("imu_fast._C does not load (%s); torch does its work instead", error)
         return None
-    if not hasattr(_C, "use_openmp"):
-        logger.info("imu_fast._C was built by an older version; torch does its work instead")
+    if getattr(_C, "__version__", 1) != _VERSION:
+        logger.info("imu_fast._C was built by another version; torch does its work instead")
         return None
     _C.use_openmp(openmp())
     if hasattr(os, "register_at_fork"):

@@ -80,7 +80,7 @@ def fisher_diagonal(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool)
     Returns:
         [C, D] in delta's dtype.
     """
-    n = len(offsets) - 1
+    n = offsets.shape[0] - 1
     shape = (delta.shape[1], act.shape[1] + has_bias)
     if is_flat(offsets):
         total = delta.new_empty(shape)

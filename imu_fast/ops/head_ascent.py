@@ -11,7 +11,7 @@ from torch import Tensor
 from imu_fast.ops.mean_gradient import add_gradients
 from imu_fast.ops.objective import objective, objective_residual
 from imu_fast.ops.operation import PRODUCTS, kernel_dtypes, operation
-from imu_fast.ops.softmax_residual import softmax_residual
+from imu_fast.ops.softmax_residual import linear_logits, softmax_residual
 
 
 def head_logits(features: Tensor, theta: Tensor, has_bias: bool) -> Tensor:
@@ -61,9 +61,12 @@ def head_ascent_gradient(
         gradient [C, D], and the loss as a scalar tensor (no host synchronisation).
     """
     features, share = features.to(theta.dtype), weights / -weights.sum()
-    logits = head_logits(features, theta, has_bias)
+    d = features.shape[1]
+    logits = linear_logits(features, theta[:, :d], theta[:, d] if has_bias else None)
     if name == "ce":  # the residual comes with its loss
-        residual, losses = softmax_residual(logits, labels, share)
+        # On a CPU without the dispatch and the checks of an operation within an operation.
+        run = softmax_residual.body if logits.is_cpu else softmax_residual
+        residual, losses = run(logits, labels, share)
         loss = losses.sum()
     else:
         loss = (share * objective(logits, labels, name, auxiliary)).sum()
@@ -158,7 +161,7 @@ def head_ascent(
     Returns:
         the loss before the step, as a scalar tensor (no host synchronisation).
     """
-    # Without the dispatch and the checks of an operation within an operation.
+    # So too.
     step, loss = head_ascent_gradient.body(features, labels, weights, theta, has_bias, name)
     if alpha:
         step.add_(theta.sign(), alpha=alpha)

@@ -19,7 +19,9 @@ def add_gradients(
     d = act.shape[1]
     out[:, :d].addmm_(delta.t(), act, beta=beta, alpha=alpha)
     if has_bias:
-        column = delta.sum(dim=0).mul_(alpha)
+        column = delta.sum(dim=0)
+        if alpha != 1:
+            column.mul_(alpha)
         out[:, d] = column if beta == 0 else out[:, d] * beta + column
     return out
 
@@ -35,7 +37,8 @@ def mean_gradient(delta: Tensor, act: Tensor, offsets: Tensor, has_bias: bool) -
     Returns:
         [C, D] in delta's dtype.
     """
-    out, alpha = delta.new_empty(delta.shape[1], act.shape[1] + has_bias), 1 / (len(offsets) - 1)
+    out = delta.new_empty(delta.shape[1], act.shape[1] + has_bias)
+    alpha = 1 / (offsets.shape[0] - 1)
     if act.dtype == delta.dtype:
         return add_gradients(out, delta, act, has_bias, beta=0.0, alpha=alpha)
     for i, (signal, inputs, _) in enumerate(widened(delta, act, offsets)):

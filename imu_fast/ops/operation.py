@@ -182,9 +182,9 @@ def _definition(name: str) -> Callable[..., Any]:
 
 
 def _requires_grad(operand: Any) -> bool:
-    if isinstance(operand, tuple):
-        return any(map(_requires_grad, operand))
-    return isinstance(operand, Tensor) and operand.requires_grad
+    if isinstance(operand, Tensor):
+        return operand.requires_grad
+    return isinstance(operand, tuple) and any(map(_requires_grad, operand))
 
 
 def _deciding(*args: Any, **kwargs: Any) -> Sequence[Tensor]:

@@ -14,21 +14,18 @@ import torch
 from torch import Tensor
 
 from imu_fast import backend
-from imu_fast.ops.extension import load
+from imu_fast.ops.extension import SUFFIX, loaded_for
 
 # Elements of a sample's product, for each thread, that are squared before the next are computed: so
 # many stay in its cache. A product of fewer rows than these is slow for its size.
 _SLAB_ELEMENTS, _SLAB_ROWS = 1 << 17, 64
 # Elements of views that are copied at once.
 _COPIED_ELEMENTS = 1 << 22
-_SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
 
 def extension(tensor: Tensor) -> Any:
     """The compiled module for what lies where this tensor does; None: torch."""
-    if tensor.device.type != "cpu" or tensor.dtype not in _SUFFIX:
-        return None
-    return None if backend.current_backend() == "reference" else load()
+    return None if backend.current_backend() == "reference" else loaded_for(tensor)
 
 
 def add_squared_products(
@@ -105,7 +102,7 @@ def _by_extension(
         ]
         held += tables
         addresses.append([tensor.data_ptr(), *(table.data_ptr() for table in tables)])
-    getattr(found, f"squared_products_{_SUFFIX[total.dtype]}")(
+    getattr(found, f"squared_products_{SUFFIX[total.dtype]}")(
         *addresses,
         lengths.data_ptr(),
         len(lengths),

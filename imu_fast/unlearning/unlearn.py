@@ -201,9 +201,9 @@ def unlearn(
     sequences = _check_forgettable(forget, how, label)
     if sequences:
         reading.of_tokens("unlearn()")
-        reading = settled_on(reading, model, forget)
     else:
         reading.of_classes("unlearn()")
+    reading = settled_on(reading, model, forget)
     described = {"method": label, "seed": seed, **how.flat(), **reading.flat()}
     depths = depths.measured(lambda unseen: _accuracy_on(unseen, model, reading))
     lines = [rule.unseen_accuracy for rule in depths.rules if rule.unseen_accuracy is not None]

@@ -18,10 +18,12 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
+    LlamaForCausalLM,
     Trainer,
 )
 
 import imu_fast as imu
+from imu_fast.integrations import _forgetting
 from imu_fast.integrations import transformers as ours
 
 
@@ -123,8 +125,8 @@ def test_adapters_alone_are_trained(tmp_path):
     made = trainer(
         tmp_path, model, items(8), collate, {"learning_rate": 0.5}, l1=1e-3, layers=["*lora_B*"]
     )
-    assert made._shift
     made.train()
+    assert made._shift
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert changed and all("lora_" in name for name in changed)
 
@@ -186,3 +188,39 @@ def test_a_depth_is_needed_and_something_to_measure():
         ours.StopAtDepth([], forget_loss=-1)
     with pytest.raises(imu.InputError, match="no sample with a label"):
         ours.forget_depth(llama(1), [])
+
+
+class Sub(LlamaForCausalLM):
+    """Of a name that transformers does not know, and whose own signature names little."""
+
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        return super().forward(input_ids=input_ids, labels=labels, **kwargs)
+
+
+class Unshifted(LlamaForCausalLM):
+    """Its own loss is of labels that are those of their positions."""
+
+    def forward(self, *args, labels=None, **kwargs):
+        output = super().forward(*args, **kwargs)
+        if labels is not None:
+            output.loss = cross_entropy(output.logits.flatten(0, 1), labels.flatten())
+        return output
+
+
+@pytest.mark.parametrize("kind", [Sub, Unshifted])
+def test_which_label_a_position_predicts_is_asked_of_the_models_own_loss(kind):
+    """Not of its name; and the mask is among what it gets."""
+    made = llama()
+    model = kind(made.config).eval()
+    model.load_state_dict(made.state_dict())
+    samples = items(4)
+    batch = collate(samples)
+    del batch["index"]
+    assert set(_forgetting.accepted(model, batch | {"index": 1})) == set(batch)
+    losses = []
+    with torch.no_grad():
+        for i in range(4):
+            one = {k: v[i : i + 1] for k, v in batch.items()}
+            losses.append(float(model(**one).loss))
+    found, _ = ours.forget_depth(model, [batch])
+    assert found == pytest.approx(sum(losses) / 4, rel=1e-5)

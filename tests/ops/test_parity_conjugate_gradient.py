@@ -10,6 +10,7 @@ import torch
 from cases import Call, check_conjugate_gradient, every_dtype, positive_systems
 
 import imu_fast as imu
+from imu_fast.ops import extension
 from imu_fast.ops.conjugate_gradient import iterate, start
 from imu_fast.solvers import conjugate_gradient as solver
 
@@ -107,3 +108,48 @@ def test_solves_under_the_reference_backend():
             lambda x: x @ matrix, v, tolerance=1e-12, max_iterations=20
         )
     torch.testing.assert_close(x @ matrix, v)
+
+
+def iterated(v, diagonal, precondition, threads=1):
+    """Three iterations on M = diagonal."""
+    state = start(v, v if precondition is None else precondition(v), tolerance=1e-6)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(3):
+            state = iterate(state, state.p * diagonal, precondition)
+    finally:
+        torch.set_num_threads(before)
+    return state
+
+
+@pytest.mark.skipif(extension.load() is None, reason="no compiled module")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("preconditioned", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 3), (5, 7, 65), (1, 17, 4099), (2, 10, 4096)], ids=str)
+def test_compiled_and_not_are_one_iteration(monkeypatch, shape, preconditioned, dtype):
+    """Rows of less than a vector, of several pieces, and of a piece and a bit."""
+    v, diagonal = torch.randn(shape, dtype=dtype), 1 + torch.rand(shape[1:], dtype=dtype)
+
+    def precondition(r):
+        return r / (diagonal + 0.3)
+
+    how = precondition if preconditioned else None
+    found = iterated(v, diagonal, how)
+    for one, other in zip(found, iterated(v, diagonal, how, threads=3), strict=True):
+        assert torch.equal(one, other), "the number of threads changes no bit"
+    monkeypatch.setattr(sys.modules["imu_fast.ops.conjugate_gradient"], "_extension", no_extension)
+    # Sums of K products, and three iterations of condition number two on top of each other.
+    tolerance = 8 * (v[0].numel() + 10) * torch.finfo(dtype).eps
+    for one, other in zip(found, iterated(v, diagonal, how), strict=True):
+        size = float(other.abs().max())
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * size)
+
+
+def no_extension(state, mp):
+    return None
+
+
+def test_what_is_not_finite_stays_so():
+    v = torch.full((1, 2, 3), torch.nan)
+    assert bool(iterated(v, torch.ones(2, 3), None).x.isnan().all())

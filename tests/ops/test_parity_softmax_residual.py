@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 
 import pytest
 import torch
 from cases import Call
 
+import imu_fast as imu
 from imu_fast import reference
+from imu_fast.ops import extension
 from imu_fast.ops.softmax_residual import linear_logits, softmax_residual
 
 
@@ -74,3 +77,65 @@ def test_half_precision_is_computed_in_float32(dtype):
     assert delta.dtype == torch.float32
     assert torch.equal(delta, expected[0])
     assert torch.equal(loss, expected[1])
+
+
+needed = pytest.mark.skipif(extension.load() is None, reason="no compiled module")
+
+
+def torch_alone(monkeypatch):
+    module = sys.modules["imu_fast.ops.softmax_residual"]
+    monkeypatch.setattr(module, "loaded_for", lambda tensor: None)
+
+
+@needed
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("size", [(1, 1), (5, 1), (1, 7), (33, 16), (70, 17), (3, 5000)], ids=str)
+def test_compiled_and_not_are_one_residual(monkeypatch, size, scaled, transposed, dtype):
+    n, classes = size
+    logits = 5 * torch.randn(n, classes, dtype=dtype)
+    logits = logits.t().contiguous().t() if transposed else logits
+    labels, scale = torch.randint(classes, (n,)), torch.rand(n, dtype=dtype) if scaled else None
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    found = softmax_residual(logits, labels, scale)
+    torch.set_num_threads(before)
+    torch_alone(monkeypatch)
+    tolerance = (classes + 40) * torch.finfo(dtype).eps
+    for one, other in zip(found, softmax_residual(logits, labels, scale), strict=True):
+        assert one.is_contiguous() and one.shape == other.shape
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("way", ["compiled", "torch"])
+@pytest.mark.parametrize("classes", [3, 40])
+@pytest.mark.parametrize("far", [50.0, 95.0, 150.0, 1e30])
+def test_the_loss_where_p_of_the_label_underflows(monkeypatch, way, far, classes):
+    if way == "torch":
+        torch_alone(monkeypatch)
+    logits = torch.zeros(4, classes)
+    logits[:, 1] = far
+    scale = torch.tensor([1.0, 0.25, 2.0, 0.5])
+    _, loss = softmax_residual(logits, torch.zeros(4, dtype=torch.int64), scale)
+    torch.testing.assert_close(loss, far * scale, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("classes", [3, 40])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_stays_so(value, classes):
+    logits = torch.zeros(2, classes)
+    logits[1, 2] = value
+    delta, loss = softmax_residual(logits, torch.zeros(2, dtype=torch.int64))
+    assert bool(delta[1].isnan().all()) and bool(loss[1].isnan())
+    assert bool(delta[0].isfinite().all()) and bool(loss[0].isfinite())
+
+
+@needed
+@pytest.mark.parametrize("label", [-100, -1, 5, 1 << 40])
+@pytest.mark.parametrize("classes", [5, 40])
+def test_labels_beyond_the_classes_are_refused(label, classes):
+    """They are places in memory."""
+    labels = torch.tensor([0, label if label != 5 else classes, 1])
+    with pytest.raises(imu.InputError, match=r"labels\[1\]"):
+        softmax_residual(torch.zeros(3, classes), labels)

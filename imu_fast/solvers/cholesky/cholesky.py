@@ -216,6 +216,18 @@ def factor_plain(a: Tensor, damping: float, overwrite: bool) -> tuple[Tensor, Te
     return run(a, damping, overwrite)
 
 
+def solve_once(a: Tensor, damping: float, columns: Tensor) -> tuple[Tensor, bool | None]:
+    """``(A + lam I)^-1 B`` [..., P, m], whose factor nobody keeps, unchecked.
+
+    And whether all of it is finite; None where that is not known yet.
+    """
+    found = lapack.solve_once(a, damping, columns)
+    if found is not None:
+        record("damped_cholesky_solve", "extension")
+        return found
+    return factor_of(a, damping, overwrite=False, check=False).solve_columns(columns), None
+
+
 def factor_of(
     a: Tensor, damping: float, overwrite: bool, check: bool, precision: str = "ieee"
 ) -> DampedCholesky:

@@ -154,6 +154,28 @@ def factor(a: Tensor, damping: float, overwrite: bool) -> tuple[Tensor, Tensor]:
     return out, settle(out, status)
 
 
+def solve_once(a: Tensor, damping: float, columns: Tensor) -> tuple[Tensor, bool] | None:
+    """``(A + lam I)^-1 B`` in one call, whose factor nobody keeps; None where that is no faster.
+
+    Args:
+        a: [..., P, P], with at least one matrix. columns: [..., P, m], of a's batch and dtype.
+
+    Returns:
+        X [..., P, m], NaN of a matrix that has no factor, and whether all of it is finite.
+    """
+    order, many = columns.shape[-2:]
+    if not (a.is_cpu and 0 < many <= _FEW) or extension() is None:
+        return None
+    batch = a.numel() // order**2
+    if not _is_small(order, batch):
+        return None
+    a, columns = a.contiguous(), columns.contiguous()
+    x = torch.empty_like(columns)
+    run = getattr(_loaded()[0], f"small_damped_solve_{_KIND[a.dtype]}")
+    pointers = (a.data_ptr(), columns.data_ptr(), x.data_ptr())
+    return x, run(*pointers, batch, order, many, damping, _threads(order))
+
+
 def solve(upper: Tensor, rows: Tensor) -> None:
     """``(U^T U)^-1 r`` for each row r of rows [..., m, P], contiguous, in place."""
     module, lapack = _loaded()

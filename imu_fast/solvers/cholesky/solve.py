@@ -13,9 +13,10 @@ from imu_fast.errors import (
     check_positive,
     check_same_device,
     check_tensor,
+    is_finite,
 )
 from imu_fast.solvers.cholesky import library
-from imu_fast.solvers.cholesky.cholesky import check_finite, check_matrices, factor_of
+from imu_fast.solvers.cholesky.cholesky import check_finite, check_matrices, factor_of, solve_once
 
 
 def damped_cholesky_solve(
@@ -80,8 +81,8 @@ def _solved(a: Tensor, columns: Tensor, damping: float, check: bool) -> Tensor:
     """Without derivatives, of one damping and one batch, whose factor nobody keeps."""
     a, columns = a.detach(), columns.detach()
     # The one read: a failed factor, and what is not finite in b, show in the solution.
-    x = factor_of(a, damping, overwrite=False, check=False).solve_columns(columns)
-    if check and not (x.numel() and bool(torch.isfinite(x).all())):
+    x, finite = solve_once(a, damping, columns)
+    if check and not (x.numel() and (is_finite(x) if finite is None else finite)):
         check_finite("b", columns)
         factor_of(a, damping, overwrite=False, check=True)
     return x

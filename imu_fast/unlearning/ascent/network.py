@@ -76,6 +76,8 @@ class NetworkSteps:
         with modes(self.subject.model, batchnorm=self._batchnorm, dropout=self._dropout):
             with torch.enable_grad():
                 loss = self._ascent(rows, weights)
+                if not loss.requires_grad:
+                    raise self._unreached()
                 if rule.retain is not None:
                     loss = loss + self._retained(rule.retain, len(rows))
                 if rule.alpha:
@@ -88,6 +90,14 @@ class NetworkSteps:
         self.optimizer.zero_grad(set_to_none=True)
         self.subject.finish()
         return loss.detach()
+
+    def _unreached(self) -> InputError:
+        names = list(self.subject.parameters)
+        return InputError(
+            f"the {len(names)} parameters to be trained (first: {names[0]!r}) have no part in what "
+            "the model computes, as adapters that are merged or disabled have none: unmerge them "
+            "(unmerge_adapter() of a peft model), set requires_grad on others, or name layers=[...]"
+        )
 
     def _forwards(self, rows: Tensor) -> Iterator[Forward]:
         for batch, at in self.subject.sets[self._rule.samples].pieces(rows.tolist()):
