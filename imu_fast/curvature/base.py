@@ -193,8 +193,8 @@ class Fitted(ABC):
 
         Under a temporary name first, so that it is whole or absent, and with a checksum. What was
         loaded gives the same bits as this on the same machine. Its size: nothing of ``identity``,
-        8 C D bytes of ``fisher_diag`` (4 from float32), 8 (C D + C^2 + D^2) of ``kfac`` and
-        ``ekfac``; ``ggn``, ``ggn_block`` and ``fisher`` keep their samples' factors, about
+        8 C D bytes of ``fisher_diag`` (4 from float32), at most 8 (C D + C^2 + D^2) of ``kfac``
+        and ``ekfac``; ``ggn``, ``ggn_block`` and ``fisher`` keep their samples' factors, about
         N (C + d) numbers in these's dtype, and the curvature of their loss
         where delta does not tell it, and factor anew.
 
@@ -235,8 +235,8 @@ class Fitted(ABC):
     def pairwise(self, factors: Factors, queries: Factors) -> Tensor:
         """``g_i^T M^-1 h_j`` of the samples of both sets: [n, m].
 
-        ``residual`` is the largest, where queries are solved for. Queries that are shared among
-        processes are gathered in each; others may be each process's own.
+        ``residual`` is the largest, where queries are solved for (under ``kfac`` and ``ekfac`` of
+        their sum, each of unit size). Shared queries are gathered in each process.
 
         Raises:
             InputError: as :meth:`self_influence`.
@@ -296,7 +296,7 @@ class Fitted(ABC):
         first, worst = 0, 0.0
         for chunk in queries.chunks():
             for _, h in gradient_slabs(chunk):
-                x = self._solve(h, None).to(out)
+                x = self._solve(h, h).to(out)  # h is ours
                 worst = max(worst, self.residual)
                 last = first + len(h)
                 out[:, first:last] = scores(factors, x)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 import torch
 from torch import Tensor
 
@@ -14,6 +12,7 @@ from imu_fast.curvature.kronecker import (
     RefinedKronecker,
     eigenbasis,
     in_basis,
+    worth_it,
 )
 from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
@@ -27,21 +26,20 @@ from imu_fast.factors.source import MAX_GATHERED, Factors, Remembered
 from imu_fast.factors.sums import summed
 from imu_fast.losses.signals import Signals
 from imu_fast.ops.fisher_diagonal import fisher_diagonal
+from imu_fast.ops.symmetric import add_symmetric, rows_at_once
 from imu_fast.options import options
-
-# Elements of a~ that exist at once: large enough for products at full speed.
-_CHUNK_ELEMENTS = 1 << 18
 
 
 def _moments(act: Tensor, has_bias: bool, weight: Tensor) -> Tensor:
     """``sum_t w_t a~ a~^T``: [D, D], in weight's dtype; converted and augmented by the piece."""
     width = act.shape[1] + has_bias
-    out = weight.new_zeros(width, width)
-    step = max(1, _CHUNK_ELEMENTS // width)
-    for start in range(0, len(act), step):
-        wide = augmented(act[start : start + step], has_bias, weight.dtype)
-        out.addmm_((wide * weight[start : start + step, None]).T, wide)
-    return out
+
+    def piece(rows: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        wide = augmented(rows, has_bias, weight.dtype)
+        return wide * w[:, None], wide
+
+    parts = (x.split(rows_at_once(width)) for x in (act, weight))
+    return add_symmetric(weight.new_zeros(width, width), map(piece, *parts))
 
 
 def kronecker_factors(
@@ -121,10 +119,10 @@ class KFAC(GaussNewton):
         factors, layer = self.expected(factors), Layer.of(factors)
         b, a = kronecker_factors(factors, signals_or_curvature)
         lam = self.absolute(factors, lambda: b.trace() * a.trace())
-        if factors.dtype == torch.float32 and RefinedKronecker.suits(b, a, lam):
-            # Float32 may not converge where eigenvalues repeat; float64 has its own error for that.
-            with suppress(torch.linalg.LinAlgError):
-                return RefinedKronecker(self.name, layer, lam, b, a)
+        if factors.dtype == torch.float32 and worth_it(b, a):
+            refined = RefinedKronecker(self.name, layer, lam, b, a)
+            if refined.suits:
+                return refined
         fitted = in_basis(self.name, layer, lam, eigenbasis(b, a))
         _warn(self.name, factors, lam, fitted.damped - lam)
         return fitted

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from imu_fast.curvature.base import Fitted, Layer, Saved
+from imu_fast.curvature.base import Fitted, Layer, Saved, scores
+from imu_fast.curvature.gradients import gradients
 from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
+from imu_fast.factors.operands import check_result
 from imu_fast.factors.probabilities import augmented
 from imu_fast.factors.source import Factors
-from imu_fast.ops.bilinear_scores import quadratic_scores
+from imu_fast.factors.sums import joined
+from imu_fast.ops.bilinear_scores import bilinear_scores, quadratic_scores
 from imu_fast.solvers.conjugate_gradient import refine
 
 # Of a matrix with an eigenvalue of 1 the error of an eigendecomposition in float32, and more.
 _ROUNDING = 8 * torch.finfo(torch.float32).eps
-# Below this order a float64 eigendecomposition takes milliseconds; above this contraction a
-# step, refinement may take as long.
-_FEWEST, _SMALL = 1024, 1e-2
+# Below this order an eigendecomposition in float64 takes no longer than refinement; above this
+# contraction a step, refinement may take as long.
+_FEWEST, _SMALL = 192, 1e-2
 # To which solutions are refined, and how far the eigenbasis itself is good enough.
 _TOLERANCE, _ENOUGH = 1e-12, 2e-6
+# Numbers of the queries' solutions that exist at once.
+_ELEMENTS = 1 << 22
+# Tokens of samples that are turned at once.
+_TURNED_TOKENS = 4096
 
 
 class KroneckerEigenbasis(Fitted):
@@ -102,15 +111,76 @@ class KroneckerEigenbasis(Fitted):
 
         return factors.each(rotated)
 
+    def _pairwise(self, factors: Factors, queries: Factors) -> Tensor:
+        found, self.residual = self.pairs(factors, queries, self._product)
+        return found
+
+    def pairs(
+        self, factors: Factors, queries: Factors, product: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, float]:
+        """``g_i^T M^-1 h_j`` [n, m], and a residual: of the sum of the queries' solves, each of
+        unit size. One product in place of one per query: rounding errors hardly cancel.
+
+        Args:
+            product: with M.
+        """
+        columns, worst = [], 0.0
+        step = max(1, _ELEMENTS // self.damped.numel())
+        for chunk in queries.chunks():
+            for start in range(0, chunk.n, step):
+                some = chunk.samples(start, min(start + step, chunk.n))
+                delta = some.delta.to(self.damped)
+                act = augmented(some.act, some.has_bias, self.dtype)
+                y = self._turned(delta, act, some.offsets)
+                size = y.flatten(1).norm(dim=1)
+                y.div_(self.damped)
+                weight = size.where(size > 0, 1.0).reciprocal_()
+                delta = delta * weight.repeat_interleave(some.offsets.diff().to(y.device))[:, None]
+                total = self._back(torch.einsum("k,kcd->cd", weight, y))
+                worst = max(worst, float(product(total).sub_(delta.T @ act).norm()))
+                columns.append(self._scores(factors, y))
+                del y  # before the next are made beside it
+        return (columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)), worst
+
+    def _scores(self, factors: Factors, y: Tensor) -> Tensor:
+        """``<g_i, Q_B Y_j Q_A^T>``: [n, k]; y [k, C, D]. Either side is turned, as is less work."""
+        (classes, width), dtype = self.shape, factors.dtype
+        back = 2 * len(y) * classes * width * (classes + width)
+        if back <= factors.num_tokens * (classes**2 + width**2):
+            return scores(factors, self._back(y).to(factors.device, dtype))
+        # In the factors' dtype, as <g_i, X> is: turns change no norm, and no rounding beside it.
+        basis_out, basis_in, y = (x.to(dtype) for x in (self.basis_out, self.basis_in, y))
+
+        def turned(part: GradientFactors) -> Tensor:
+            act = augmented(part.act, part.has_bias, dtype) @ basis_in
+            return bilinear_scores(part.delta @ basis_out, act, y, part.offsets, False)
+
+        found = factors.each(lambda chunk: joined(map(turned, chunk.chunks(_TURNED_TOKENS))))
+        return check_result("influence", found, factors)
+
+    def _back(self, y: Tensor) -> Tensor:
+        """``Q_B Y Q_A^T``."""
+        return self.basis_out @ y @ self.basis_in.T
+
+    def _turned(self, delta: Tensor, act: Tensor, offsets: Tensor) -> Tensor:
+        """``Q_B^T h_j Q_A`` of samples with these delta and a~: [k, C, D]."""
+        (classes, width), many = self.shape, len(offsets) - 1
+        early = len(delta) * (classes**2 + width**2) <= many * classes * width * (classes + width)
+        if early:  # of few tokens: factor by factor
+            delta, act = delta @ self.basis_out, act @ self.basis_in
+        h = gradients(GradientFactors(delta, act, offsets, False))
+        return h if early else self.basis_out.T @ h @ self.basis_in
+
 
 class RefinedKronecker(Fitted):
     """``B (x) A + lam I`` by an eigenbasis in float32; products are those of B and A in float64.
 
     A solve in float32 is off by about ``eps kappa``, ``kappa = ||B|| ||A|| / lam``, so that each
     step of refinement (Wilkinson 1963) gains as much: two or three give what float64 does, where an
-    eigendecomposition in float64 takes twice the time. A sample's own influence is not refined: it
-    is that of the float32 basis where kappa says that this is right to 2e-6, and else of one in
-    float64, made then.
+    eigendecomposition in float64 takes twice the time. A sample's own influence and pairs are not
+    refined, unless these are few: they are those of the float32 basis where kappa says that this is
+    right to 2e-6, and else of one in float64. Either basis is made where it is first needed, and
+    which is used does not depend on what was solved before.
 
     Args:
         b: B [C, C]. a: A [D, D]. Float64, both.
@@ -119,55 +189,80 @@ class RefinedKronecker(Fitted):
     def __init__(self, curvature: str, layer: Layer, damping: float, b: Tensor, a: Tensor) -> None:
         super().__init__(curvature, layer, damping)
         self._b, self._a = b, a
-        size_b, size_a = _norm(b), _norm(a)
-        # Of unit size in float32, where it could overflow or vanish: M is `size` times that.
-        self._size = size_b * size_a
-        basis = eigenbasis((b / size_b).float(), (a / size_a).float())
-        self._basis = in_basis(curvature, layer, damping / self._size, basis)
-        self._found: KroneckerEigenbasis | None = None
+        self._sizes = _norm(b), _norm(a)
+        self._size = math.prod(self._sizes)
 
-    @classmethod
-    def suits(cls, b: Tensor, a: Tensor, damping: float) -> bool:
+    @property
+    def suits(self) -> bool:
         """Whether a float32 basis is worth it, and certain to be refined in few steps."""
-        if max(len(b), len(a)) < _FEWEST:
-            return False
-        size = _norm(b) * _norm(a)
-        return 0 < size < math.inf and 1e-30 < size / damping and _error(size, damping) < _SMALL
+        kappa = self._size / self.damping
+        return self._size < math.inf and kappa > 1e-30 and _error(kappa) < _SMALL
 
     def _product(self, v: Tensor) -> Tensor:
         v = v.double()
         return (self._b @ v @ self._a).add_(v, alpha=self.damping)
 
     def _solve(self, v: Tensor, out: Tensor | None) -> Tensor:
+        basis = self._single
+
         def single(r: Tensor, _: float) -> tuple[Tensor, int]:
-            return self._basis.apply_inverse(r.float()).double().div_(self._size), 0
+            assert basis is not None
+            return basis.apply_inverse(r.float()).double().div_(self._size), 0
 
         def double(r: Tensor, _: float) -> tuple[Tensor, int]:
             return self._exact.apply_inverse(r), 0
 
-        rows = v if v.dim() == 3 else v[None]
-        found = refine(self._product, [single, double], rows, tolerance=_TOLERANCE)
+        steps = [double] if basis is None else [single, double]
+        # A residual of that much leaves an error of X below its rounding to v's dtype.
+        enough = torch.finfo(v.dtype).eps / (8 * (1 + self._size / self.damping))
+        rows, goal = v if v.dim() == 3 else v[None], max(_TOLERANCE, enough)
+        found = refine(self._product, steps, rows, tolerance=goal)
         self.residual = found.residual
         return found.x.view_as(v)
 
     def _diagonal(self) -> Tensor:
         return torch.outer(self._b.diagonal(), self._a.diagonal()).add_(self.damping)
 
-    @property
-    def _exact(self) -> KroneckerEigenbasis:
-        """In float64, where it is needed."""
-        if self._found is None:
-            basis = eigenbasis(self._b, self._a)
-            self._found = in_basis(self.curvature, self.layer, self.damping, basis)
-        return self._found
+    @cached_property
+    def _single(self) -> KroneckerEigenbasis | None:
+        """Of M in units of ``size``, as M could overflow or vanish in float32.
 
-    def _self_influence(self, factors: Factors) -> Tensor:
-        if _error(self._size, self.damping) > _ENOUGH:
-            return self._exact._self_influence(factors)
-        wide = self._basis.in_float64()
+        None: it did not converge, which may be where eigenvalues repeat.
+        """
+        b, a = self._b, self._a
+        try:
+            unit = ((x / size).float() for x, size in zip((b, a), self._sizes, strict=True))
+            basis = eigenbasis(*unit)
+        except torch.linalg.LinAlgError:
+            return None
+        return in_basis(self.curvature, self.layer, self.damping / self._size, basis)
+
+    @cached_property
+    def _exact(self) -> KroneckerEigenbasis:
+        """In float64."""
+        basis = eigenbasis(self._b, self._a)
+        return in_basis(self.curvature, self.layer, self.damping, basis)
+
+    def _of_many(self) -> KroneckerEigenbasis:
+        """For samples that are too many to be solved for one by one: in float64."""
+        rough = _error(self._size / self.damping) > _ENOUGH
+        if rough or self._single is None:
+            return self._exact
+        wide = self._single.in_float64()
         # Before the result is in the factors' dtype, whose range it would leave in units of size.
         wide.damped.mul_(self._size)
-        return wide._self_influence(factors)
+        return wide
+
+    def _self_influence(self, factors: Factors) -> Tensor:
+        return self._of_many()._self_influence(factors)
+
+    def _pairwise(self, factors: Factors, queries: Factors) -> Tensor:
+        classes, width = self.shape
+        # A query takes about eight such products, an eigendecomposition in float64 fourteen.
+        if queries.n * classes * width * (classes + width) <= classes**3 + width**3:
+            return super()._pairwise(factors, queries)
+        found, self.residual = self._of_many().pairs(factors, queries, self._product)
+        return found
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {"b": self._b, "a": self._a}, {"refined": True}
@@ -178,14 +273,19 @@ class RefinedKronecker(Fitted):
         return cls(saved.curvature, saved.layer, saved.damping, b, a)
 
 
+def worth_it(b: Tensor, a: Tensor) -> bool:
+    """Whether an eigenbasis in float64 takes longer than refinement from one in float32."""
+    return max(len(b), len(a)) >= _FEWEST
+
+
 def _norm(x: Tensor) -> float:
     """At least the largest eigenvalue: the largest sum over a row of the sizes in it."""
-    return float(x.abs().sum(dim=1).max())
+    return float(torch.linalg.vector_norm(x, 1, dim=1).max())
 
 
-def _error(size: float, damping: float) -> float:
+def _error(kappa: float) -> float:
     """A bound on the relative error of solves by an eigenbasis in float32."""
-    return _ROUNDING * (1 + size / damping)
+    return _ROUNDING * (1 + kappa)
 
 
 Eigenbasis = tuple[Tensor, Tensor, Tensor, Tensor]

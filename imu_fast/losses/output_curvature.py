@@ -18,9 +18,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from imu_fast.errors import InputError, check_finite_rows, check_tensor
-
-# Elements of p that are converted at once: large enough for products at full speed.
-_CHUNK_ELEMENTS = 1 << 18
+from imu_fast.ops.symmetric import add_symmetric, rows_at_once
 
 
 def complement(x: Tensor) -> Tensor:
@@ -226,12 +224,14 @@ class Softmax(OutputCurvature):
         classes = self.p.shape[1]
         out = self.p.new_zeros(classes, classes, dtype=dtype)
         own = torch.zeros_like(out[0])
-        step = max(1, _CHUNK_ELEMENTS // classes)
-        for start in range(0, len(self.p), step):
-            rows = self.map(lambda x, s=start: x[s : s + step])  # type: ignore[misc]
-            q = rows.p.to(dtype)
-            out.addmm_((q * rows.weight[:, None].to(dtype)).T, q, alpha=-1.0)
-            own += rows.diagonal().sum(dim=0)
+
+        def piece(p: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            own.add_(Softmax(p, weight).diagonal().sum(dim=0))
+            q = p.to(dtype)
+            return q * weight[:, None].to(dtype), q
+
+        parts = (x.split(rows_at_once(classes)) for x in (self.p, self.weight))
+        add_symmetric(out, map(piece, *parts), alpha=-1.0)
         out.diagonal().copy_(own)
         return out
 

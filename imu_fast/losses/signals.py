@@ -23,6 +23,7 @@ from typing_extensions import Self
 
 from imu_fast.errors import InputError
 from imu_fast.losses.output_curvature import OutputCurvature, StoredCurvature
+from imu_fast.ops.symmetric import add_symmetric
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +53,7 @@ class Signals(StoredCurvature):
     def sum(self, dtype: torch.dtype) -> Tensor:
         """``sum_rk s s^T``: [C, C], in this dtype."""
         out = self.s.new_zeros(self.s.shape[2], self.s.shape[2], dtype=dtype)
-        for one in self.columns(dtype):
-            out.addmm_(one.T, one)
-        return out
+        return add_symmetric(out, ((one, one) for one in self.columns(dtype)))
 
     def padded(self, most: int) -> Self:
         """With signals of zero up to so many: sequences of other samples may be longer."""

@@ -13,6 +13,12 @@ from imu_fast.ops.tokens import groups_of_equal_length, is_flat, sum_over_tokens
 # Elements of the per-token gradients that exist at once where they are formed: 1 MB in float32.
 _GRADIENT_ELEMENTS = 1 << 18
 _FEWEST_TOKENS = 64
+# Numbers of products that a cache holds; of one product as many columns as are at full speed, and
+# beyond the fewest no more than the right side is a copy of so many elements.
+_CACHED_ELEMENTS = 1 << 19
+_FEWEST_COLUMNS, _MOST_COLUMNS, _COPIED_ELEMENTS = 256, 4096, 1 << 21
+# Of fewer X sums over classes are long for their number.
+_FEW = 8
 # Pairs of one sample's tokens that exist at once.
 _PAIRS = 1 << 18
 
@@ -38,8 +44,8 @@ def _many_scores(delta: Tensor, act: Tensor, x: Tensor, has_bias: bool) -> Tenso
     ``(a~_t X_j^T) . delta_t`` makes C m numbers of a token, ``(delta_t (x) a~_t) . X_j`` C D.
     """
     d, (many, classes, width) = act.shape[1], x.shape
-    out = delta.new_empty(delta.shape[0], many)
     if many >= width:
+        out = delta.new_empty(delta.shape[0], many)
         step = max(_FEWEST_TOKENS, _GRADIENT_ELEMENTS // (classes * width))
         flat = x.flatten(1).t()
         gradient = delta.new_empty(min(step, len(delta)), classes, width)
@@ -51,15 +57,34 @@ def _many_scores(delta: Tensor, act: Tensor, x: Tensor, has_bias: bool) -> Tenso
                 g[..., d:] = signal
             torch.mm(g.flatten(1), flat, out=out[start : start + step])
         return out
-    tall = x.flatten(0, 1)
-    weight, bias = tall[:, :d], tall[:, d] if has_bias else None
-    step = max(1, TILE_ELEMENTS // max(1, len(tall)))
-    for start in range(0, delta.shape[0], step):
-        rows = slice(start, start + step)
-        inputs = act[rows].to(delta.dtype)
-        u = torch.nn.functional.linear(inputs, weight, bias).view(-1, many, classes)
-        torch.bmm(u, delta[rows, :, None], out=out[rows, :, None])
+    out = delta @ x[:, :, d].t() if has_bias else delta.new_zeros(len(delta), many)
+    columns = max(_FEWEST_COLUMNS, min(_MOST_COLUMNS, _COPIED_ELEMENTS // width))
+    step = max(1, columns // many)
+    for start in range(0, classes, step):
+        _add_products(out, delta[:, start : start + step], act, x[:, start : start + step, :d])
     return out
+
+
+def _add_products(out: Tensor, delta: Tensor, act: Tensor, x: Tensor) -> None:
+    """``out += (act_t X_j^T) . delta_t``, some rows at a time, of which products stay in a cache.
+
+    Of a row its products are [C, m], which a sum over the classes reads in the order that they
+    lie: of [m, C] with few classes it takes as long as the product. That is left to few X.
+    """
+    many, classes, d = x.shape
+    few = many < _FEW
+    right = (x if few else x.transpose(0, 1)).reshape(-1, d).t()
+    elements = _CACHED_ELEMENTS if out.device.type == "cpu" else TILE_ELEMENTS
+    step = max(1, elements // (classes * many))
+    held = out.new_empty(min(step, len(out)), classes * many)
+    for start in range(0, len(out), step):
+        rows = slice(start, start + step)
+        inputs = act[rows].to(out.dtype)
+        u = torch.mm(inputs, right, out=held[: len(inputs)])
+        if few:
+            out[rows, :, None].baddbmm_(u.view(-1, many, classes), delta[rows, :, None])
+        else:
+            out[rows, None].baddbmm_(delta[rows, None], u.view(-1, classes, many))
 
 
 def _kernel_limits(delta: Tensor, act: Tensor, x: Tensor, offsets: Tensor, has_bias: bool) -> str:

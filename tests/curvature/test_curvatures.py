@@ -118,7 +118,8 @@ def test_preconditioned_conjugate_gradient(preconditioner, case, monkeypatch):
 def test_chunks_of_tokens_change_nothing(name, monkeypatch):
     f = make(CASES[1], torch.float64)
     expected = imu.fit(name, f, damping=0.1).damped
-    monkeypatch.setattr(sys.modules["imu_fast.curvature.kfac"], "_CHUNK_ELEMENTS", 20)
+    for limit, value in (("_PIECE_ROWS", 3), ("_PIECE_ELEMENTS", 0), ("_STRIP", 2)):
+        monkeypatch.setattr(sys.modules["imu_fast.ops.symmetric"], limit, value)
     torch.testing.assert_close(imu.fit(name, f, damping=0.1).damped, expected)
 
 
