@@ -31,6 +31,8 @@ _FEWEST, _SMALL = 192, 1e-2
 _TOLERANCE, _ENOUGH = 1e-12, 2e-6
 # Numbers of the queries' solutions that exist at once.
 _ELEMENTS = 1 << 22
+# Columns of a product with A and B at a time.
+_STRIP = 512
 # Tokens of samples that are turned at once.
 _TURNED_TOKENS = 4096
 
@@ -200,7 +202,12 @@ class RefinedKronecker(Fitted):
 
     def _product(self, v: Tensor) -> Tensor:
         v = v.double()
-        return (self._b @ v @ self._a).add_(v, alpha=self.damping)
+        out = v * self.damping
+        # By strips of A's columns: a solve's memory is what of v's size exists beside it.
+        for start in range(0, len(self._a), _STRIP):
+            columns = slice(start, start + _STRIP)
+            out[..., columns] += self._b @ (v @ self._a[:, columns])
+        return out
 
     def _solve(self, v: Tensor, out: Tensor | None) -> Tensor:
         basis = self._single

@@ -101,7 +101,7 @@ def refine(
     """
     column = (-1,) + (1,) * (v.dim() - 1)
     # Of unit size, so that norms neither underflow nor overflow; a NaN stays one.
-    size = v.double().flatten(1).abs().amax(dim=1).view(column)
+    size = v.flatten(1).abs().amax(dim=1).double().view(column)
     size = size.where((size != 0) & ~size.isinf(), 1.0)
 
     def right(rows: Tensor) -> Tensor:
