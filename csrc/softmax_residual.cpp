@@ -44,6 +44,7 @@ struct Rows {
 
   // -log p of a label, whose p is given, and the others'.
   static IMU_FAST_INLINE T loss(const Residual<T>& of, int64_t i, T p, T others) {
+    if (std::isnan(p)) return p;  // so is the whole row
     if (others < T(0.5)) return -std::log1p(-others);
     if (p > std::numeric_limits<T>::min() * T(1024)) return -std::log(p);
     // The largest p is 1 over the normaliser.

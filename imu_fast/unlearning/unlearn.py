@@ -18,6 +18,7 @@ from imu_fast.distributed import Group
 from imu_fast.errors import InputError, check_flag, check_seed
 from imu_fast.model.batches import ForgetSet, as_batches, rereadable
 from imu_fast.model.causal import settled_on
+from imu_fast.model.forward import forward_of
 from imu_fast.model.guard import copied, door, preserved, rolled_back
 from imu_fast.model.labels import is_integer
 from imu_fast.model.outputs import measured
@@ -203,7 +204,8 @@ def unlearn(
         reading.of_tokens("unlearn()")
     else:
         reading.of_classes("unlearn()")
-    reading = settled_on(reading, model, forget)
+    if sequences or forward_of(model).labels is not None:  # else no loss of its own
+        reading = settled_on(reading, model, forget)
     described = {"method": label, "seed": seed, **how.flat(), **reading.flat()}
     depths = depths.measured(lambda unseen: _accuracy_on(unseen, model, reading))
     lines = [rule.unseen_accuracy for rule in depths.rules if rule.unseen_accuracy is not None]
