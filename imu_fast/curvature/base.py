@@ -15,6 +15,7 @@ from typing_extensions import Self
 
 from imu_fast import distributed
 from imu_fast.ambient import no_autocast
+from imu_fast.curvature.contraction import scores
 from imu_fast.curvature.gradients import gradient_slabs
 from imu_fast.curvature.in_step import the_same
 from imu_fast.curvature.parameters import scipy_operator
@@ -22,10 +23,8 @@ from imu_fast.errors import InputError, check_flag, check_tensor, is_finite
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.joint import joint
 from imu_fast.factors.operands import check_result
-from imu_fast.factors.outputs import sum_of_outputs
 from imu_fast.factors.sharded import ShardedFactors
 from imu_fast.factors.source import Factors, in_memory, is_factors
-from imu_fast.ops.bilinear_scores import bilinear_scores
 from imu_fast.options import Options
 from imu_fast.storage import save_tensors, writable
 
@@ -296,7 +295,7 @@ class Fitted(ABC):
         first, worst = 0, 0.0
         for chunk in queries.chunks():
             for _, h in gradient_slabs(chunk):
-                x = self._solve(h, h).to(out)  # h is ours
+                x = self._solve(h, h).to(out.device)  # h is ours
                 worst = max(worst, self.residual)
                 last = first + len(h)
                 out[:, first:last] = scores(factors, x)
@@ -362,25 +361,14 @@ def _finite(what: str, x: Tensor) -> Tensor:
 @no_autocast
 @torch.no_grad()
 def solved(fitted: Fitted, v: Tensor, out: Tensor | None = None) -> Tensor:
-    """``fitted.solve(v, out)`` of a v that is known to fit, for :func:`scores`.
+    """X of a v that is known to fit, as it is solved for, in float64 or in v's dtype: for scores.
 
     What is not finite in v or X shows there, so that nothing of size [C, D] is looked through.
+
+    Args:
+        out: where X may go, in v's dtype; may be v itself.
     """
-    return fitted._answer(v, out)
-
-
-def scores(factors: Factors, x: Tensor) -> Tensor:
-    """``<g_i, X>`` of every sample that is here: [n], or [n, m] for x [m, C, D]."""
-
-    def term(part: Factors, classes: slice) -> Tensor:
-        rows = x[..., classes, :]
-        return part.each(
-            lambda chunk: bilinear_scores(
-                chunk.delta, chunk.act, rows, chunk.offsets, chunk.has_bias
-            )
-        )
-
-    return check_result("influence", sum_of_outputs(factors, term), factors)
+    return fitted._solve(_at_least_single(v), out)
 
 
 def self_influence(fitted: Fitted, factors: Factors) -> tuple[Tensor, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from imu_fast.curvature.base import Fitted, Layer, Saved, self_influence
+from imu_fast.curvature.contraction import in_float64
 from imu_fast.curvature.damping import Damped
 from imu_fast.errors import InputError, check_positive
 from imu_fast.factors.gradient_factors import GradientFactors
@@ -25,9 +25,6 @@ from imu_fast.solvers.conjugate_gradient import refine
 
 # The Gram matrix and its factor are [n, n] float64: 20,000 samples are 3.2 GB each.
 MAX_SAMPLES = 20_000
-# Elements of the factors that are widened to float64 at a time, where they are not kept so: two
-# pieces of 4 MB live; a GPU needs more to be filled.
-_ELEMENTS, _GPU_ELEMENTS = 1 << 19, 1 << 26
 
 
 @options
@@ -57,21 +54,10 @@ class Fisher(Damped):
         f = in_memory(factors, "curvature='fisher'")
 
         def trace() -> float:
-            norms = (gradient_norms(*_operands(piece), f.has_bias).sum() for piece in _pieces(f))
+            norms = (gradient_norms(*_operands(piece), f.has_bias).sum() for piece in in_float64(f))
             return float(sum(norms)) / f.n
 
         return FittedFisher(f, self.absolute(f, trace), self.tolerance)
-
-
-def _pieces(factors: GradientFactors) -> Iterator[GradientFactors]:
-    """The samples in float64: all at once where they are that, else some at a time."""
-    if factors.dtype == torch.float64:
-        yield factors
-        return
-    elements = _ELEMENTS if factors.device.type == "cpu" else _GPU_ELEMENTS
-    for piece in factors.chunks(max(1, elements // (factors.num_classes + factors.feature_dim))):
-        delta, act = piece.delta.double(), piece.act.double()
-        yield GradientFactors(delta, act, piece.offsets, piece.has_bias)
 
 
 def _operands(piece: GradientFactors) -> Operands:
@@ -84,11 +70,11 @@ def _gram(factors: GradientFactors) -> Tensor:
         return gram(*_operands(factors), factors.has_bias)
     k = factors.delta.new_empty(factors.n, factors.n, dtype=torch.float64)
     first = 0
-    for left in _pieces(factors):
+    for left in in_float64(factors):
         rows = slice(first, first + left.n)
         k[rows, rows] = gram(*_operands(left), left.has_bias)
         first = start = rows.stop
-        for right in _pieces(factors.samples(first, factors.n)) if first < factors.n else ():
+        for right in in_float64(factors.samples(first, factors.n)) if first < factors.n else ():
             columns = slice(start, start + right.n)
             k[rows, columns] = cross_gram(_operands(left), _operands(right), left.has_bias)
             k[columns, rows] = k[rows, columns].t()
@@ -120,14 +106,14 @@ class FittedFisher(Fitted):
         """``G v``: [n, m] for v [m, C, D]."""
         found = [
             bilinear_scores(piece.delta, piece.act, v, piece.offsets, piece.has_bias)
-            for piece in _pieces(self.factors)
+            for piece in in_float64(self.factors)
         ]
         return joined(found)
 
     def _add_adjoint(self, out: Tensor, alpha: Tensor, scale: float) -> Tensor:
         """``out + scale G^T alpha``, in place: out [m, C, D], alpha [n, m]."""
         first = 0
-        for piece in _pieces(self.factors):
+        for piece in in_float64(self.factors):
             of_token = first + sample_of_token(piece.offsets, piece.device)
             for one, column in zip(out, alpha.t(), strict=True):
                 weighted = piece.delta * column[of_token, None]
@@ -152,7 +138,7 @@ class FittedFisher(Fitted):
 
     def _diagonal(self) -> Tensor:
         n = self.factors.n
-        parts = (p.fisher_diagonal().mul_(p.n / n) for p in _pieces(self.factors))
+        parts = (p.fisher_diagonal().mul_(p.n / n) for p in in_float64(self.factors))
         return summed(parts).add_(self.damping)
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

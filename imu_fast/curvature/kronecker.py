@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from imu_fast.curvature.base import Fitted, Layer, Saved, scores
+from imu_fast.curvature.base import Fitted, Layer, Saved
+from imu_fast.curvature.contraction import scores
 from imu_fast.curvature.gradients import gradients
 from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
-from imu_fast.factors.operands import check_result
 from imu_fast.factors.probabilities import augmented
 from imu_fast.factors.source import Factors
 from imu_fast.factors.sums import joined
@@ -146,19 +146,23 @@ class KroneckerEigenbasis(Fitted):
 
     def _scores(self, factors: Factors, y: Tensor) -> Tensor:
         """``<g_i, Q_B Y_j Q_A^T>``: [n, k]; y [k, C, D]. Either side is turned, as is less work."""
-        (classes, width), dtype = self.shape, factors.dtype
+        classes, width = self.shape
         back = 2 * len(y) * classes * width * (classes + width)
         if back <= factors.num_tokens * (classes**2 + width**2):
-            return scores(factors, self._back(y).to(factors.device, dtype))
-        # In the factors' dtype, as <g_i, X> is: turns change no norm, and no rounding beside it.
-        basis_out, basis_in, y = (x.to(dtype) for x in (self.basis_out, self.basis_in, y))
+            return scores(factors, self._back(y).to(factors.device))
 
-        def turned(part: GradientFactors) -> Tensor:
-            act = augmented(part.act, part.has_bias, dtype) @ basis_in
-            return bilinear_scores(part.delta @ basis_out, act, y, part.offsets, False)
+        def turned(some: Factors, x: Tensor) -> Tensor:
+            """In X's dtype: turns change no norm, and no rounding beside it."""
+            basis_out, basis_in = self.basis_out.to(x.dtype), self.basis_in.to(x.dtype)
 
-        found = factors.each(lambda chunk: joined(map(turned, chunk.chunks(_TURNED_TOKENS))))
-        return check_result("influence", found, factors)
+            def of_part(part: GradientFactors) -> Tensor:
+                delta = part.delta.to(x.dtype) @ basis_out
+                act = augmented(part.act, part.has_bias, x.dtype) @ basis_in
+                return bilinear_scores(delta, act, x, part.offsets, False).to(part.dtype)
+
+            return some.each(lambda chunk: joined(map(of_part, chunk.chunks(_TURNED_TOKENS))))
+
+        return scores(factors, y, turned)
 
     def _back(self, y: Tensor) -> Tensor:
         """``Q_B Y Q_A^T``."""

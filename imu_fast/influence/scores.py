@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from imu_fast.curvature.base import Curvature, Layer, solved
-from imu_fast.curvature.base import scores as scores_of
+from imu_fast.curvature.contraction import scores as scores_of
 from imu_fast.curvature.gauss_newton import fisher_for, kept_of
 from imu_fast.curvature.in_step import check_whole, the_same
 from imu_fast.curvature.named import CURVATURES, CurvatureName, OwnOptions
@@ -235,7 +235,7 @@ def influence_scores(
             v = _vector(goal, part, classes, check=not spec.separates)
             # In place where v is ours: fresh memory of size C x D costs as much as the division.
             x = solved(spec.fit(part), v, out=None if isinstance(goal, Tensor) else v)
-            x = x.to(layer.device, layer.dtype)
+            x = x.to(layer.device)
             found = scores_of(rows(part), x).neg_()
             scores = found if scores is None else scores.add_(found)
             if first_row_is_mean:

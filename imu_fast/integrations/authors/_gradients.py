@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from imu_fast.curvature.base import scores
+from imu_fast.curvature.contraction import scores
 from imu_fast.curvature.fisher_diag import DampingMode, FisherDiag
 from imu_fast.curvature.gradients import gradients
 from imu_fast.errors import InputError
@@ -100,7 +100,7 @@ class Gradients:
         """``<g_i, v>``: [n] for v [P], [n, m] for v [m, P]."""
         out: Tensor | None = None
         for layer, x in zip(self.layers, self.chosen.per_layer(vectors), strict=True):
-            part = scores(layer, x.to(layer.dtype))
+            part = scores(layer, x)
             out = part if out is None else out.add_(part)
         assert out is not None
         return out
