@@ -67,7 +67,8 @@ def scores(factors: Factors, x: Tensor, contract: Contract = contracted) -> Tens
     """
     found = contract(factors, x.to(factors.dtype))
     if x.dtype != factors.dtype and x.dtype == torch.float64:
-        many, rows = x.view(-1, *x.shape[-2:]), found.view(len(found), -1)
+        many = x.view(-1, *x.shape[-2:])
+        rows = found.view(len(found), len(many))  # a process may have no samples
         lost = torch.nonzero(_cancel(factors, many, rows)).flatten()
         if len(lost):
             rows[:, lost] = contract(factors, many[lost])
