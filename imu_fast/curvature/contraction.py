@@ -21,8 +21,10 @@ _ELEMENTS, _GPU_ELEMENTS = 1 << 19, 1 << 26
 # Of scores, relative to their norm: the error that rounding may leave.
 _ERROR = 1e-5
 
-Contract = Callable[[Factors, Tensor], Tensor]
-"""Factors, and X of their dtype or float64: ``<g_i, X>`` in that precision, in their dtype."""
+Seen = Callable[[GradientFactors], None]
+Contract = Callable[[Factors, Tensor, Seen], Tensor]
+"""Factors, and X of their dtype or float64: ``<g_i, X>`` in that precision, in their dtype. Each
+chunk is shown as it is read: another pass over the samples may be one through the model."""
 
 
 def in_float64(factors: GradientFactors) -> Iterator[GradientFactors]:
@@ -36,13 +38,14 @@ def in_float64(factors: GradientFactors) -> Iterator[GradientFactors]:
         yield GradientFactors(delta, act, piece.offsets, piece.has_bias)
 
 
-def contracted(factors: Factors, x: Tensor) -> Tensor:
+def contracted(factors: Factors, x: Tensor, seen: Seen) -> Tensor:
     """``<g_i, X>`` of every sample that is here: [n], or [n, m] for x [m, C, D]; x's precision."""
 
     def term(part: Factors, classes: slice) -> Tensor:
         rows = x[..., classes, :]
 
         def of_chunk(chunk: GradientFactors) -> Tensor:
+            seen(chunk)
             pieces = [chunk] if rows.dtype == chunk.dtype else in_float64(chunk)
             found = [
                 bilinear_scores(piece.delta, piece.act, rows, piece.offsets, piece.has_bias)
@@ -65,25 +68,29 @@ def scores(factors: Factors, x: Tensor, contract: Contract = contracted) -> Tens
     Raises:
         InputError: scores beyond the range of the factors' dtype.
     """
-    found = contract(factors, x.to(factors.dtype))
-    if x.dtype != factors.dtype and x.dtype == torch.float64:
+    squares: list[Tensor] = []
+    exact = x.dtype == factors.dtype or x.dtype != torch.float64
+
+    def measure(chunk: GradientFactors) -> None:
+        if not exact:
+            squares.append(_sizes(chunk).double().square().sum())
+
+    found = contract(factors, x.to(factors.dtype), measure)
+    if squares:
         many = x.view(-1, *x.shape[-2:])
-        rows = found.view(len(found), len(many))  # a process may have no samples
-        lost = torch.nonzero(_cancel(factors, many, rows)).flatten()
+        rows = found.view(len(found), len(many))
+        # Of each X, whether rounding may have changed its scores by more than is allowed.
+        rounding = torch.finfo(factors.dtype).eps * torch.stack(squares).sum().sqrt()
+        sizes = many.flatten(1).norm(dim=1), rows.double().norm(dim=0)
+        lost = torch.nonzero(rounding * sizes[0] > _ERROR * sizes[1]).flatten()
         if len(lost):
-            rows[:, lost] = contract(factors, many[lost])
+            rows[:, lost] = contract(factors, many[lost], lambda _: None)
     return check_result("influence", found, factors)
 
 
-def _cancel(factors: Factors, x: Tensor, found: Tensor) -> Tensor:
-    """Whose scores [n, m] rounding may have changed by more than ``_ERROR``: [m]."""
-
-    def sizes(chunk: GradientFactors) -> Tensor:
-        act = torch.linalg.vector_norm(chunk.act, dim=1, dtype=chunk.dtype)
-        if chunk.has_bias:
-            act = torch.hypot(act, act.new_ones(()))
-        return sum_over_tokens((chunk.delta.norm(dim=1) * act)[:, None], chunk.offsets)
-
-    of_samples = sum_of_outputs(factors, lambda part, _: part.each(sizes)).double().norm()
-    rounding = torch.finfo(factors.dtype).eps * of_samples * x.flatten(1).norm(dim=1)
-    return rounding > _ERROR * found.double().norm(dim=0)
+def _sizes(chunk: GradientFactors) -> Tensor:
+    """At least ``||g_i||``, of every sample: the sum of its tokens'."""
+    act = torch.linalg.vector_norm(chunk.act, dim=1, dtype=chunk.dtype)
+    if chunk.has_bias:
+        act = torch.hypot(act, act.new_ones(()))
+    return sum_over_tokens((chunk.delta.norm(dim=1) * act)[:, None], chunk.offsets)

@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from imu_fast.curvature.base import Fitted, Layer, Saved
-from imu_fast.curvature.contraction import scores
+from imu_fast.curvature.contraction import Seen, scores
 from imu_fast.curvature.gradients import gradients
 from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
@@ -151,7 +151,7 @@ class KroneckerEigenbasis(Fitted):
         if back <= factors.num_tokens * (classes**2 + width**2):
             return scores(factors, self._back(y).to(factors.device))
 
-        def turned(some: Factors, x: Tensor) -> Tensor:
+        def turned(some: Factors, x: Tensor, seen: Seen) -> Tensor:
             """In X's dtype: turns change no norm, and no rounding beside it."""
             basis_out, basis_in = self.basis_out.to(x.dtype), self.basis_in.to(x.dtype)
 
@@ -160,7 +160,11 @@ class KroneckerEigenbasis(Fitted):
                 act = augmented(part.act, part.has_bias, x.dtype) @ basis_in
                 return bilinear_scores(delta, act, x, part.offsets, False).to(part.dtype)
 
-            return some.each(lambda chunk: joined(map(of_part, chunk.chunks(_TURNED_TOKENS))))
+            def of_chunk(chunk: GradientFactors) -> Tensor:
+                seen(chunk)
+                return joined(map(of_part, chunk.chunks(_TURNED_TOKENS)))
+
+            return some.each(of_chunk)
 
         return scores(factors, y, turned)
 
