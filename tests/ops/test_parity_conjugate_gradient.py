@@ -111,12 +111,12 @@ def test_solves_under_the_reference_backend():
 
 
 def iterated(v, diagonal, precondition, threads=1):
-    """Three iterations on M = diagonal."""
+    """On M = diagonal; of few unknowns one iteration alone, as residuals soon are rounding there."""
     state = start(v, v if precondition is None else precondition(v), tolerance=1e-6)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for _ in range(3):
+        for _ in range(3 if diagonal.numel() > 100 else 1):
             state = iterate(state, state.p * diagonal, precondition)
     finally:
         torch.set_num_threads(before)
@@ -126,25 +126,23 @@ def iterated(v, diagonal, precondition, threads=1):
 @pytest.mark.skipif(extension.load() is None, reason="no compiled module")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("preconditioned", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1, 7), (5, 7, 65), (1, 17, 4099), (2, 10, 4096)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 3), (5, 7, 65), (1, 17, 4099), (2, 10, 4096)], ids=str)
 def test_compiled_and_not_are_one_iteration(monkeypatch, shape, preconditioned, dtype):
-    """Rows of less than a vector, of several pieces, and of a piece and a bit; and more unknowns
-    than iterations, after which residuals would be rounding alone."""
-    v, diagonal = torch.randn(shape, dtype=dtype), 1 + torch.rand(shape[1:], dtype=dtype)
+    """Rows of less than a vector, of several pieces, and of a piece and a bit."""
+    v, diagonal = torch.randn(shape, dtype=dtype), 1 + 9 * torch.rand(shape[1:], dtype=dtype)
 
     def precondition(r):
-        return r / (diagonal + 0.3)
+        return r * diagonal.flip(-1)
 
     how = precondition if preconditioned else None
     found = iterated(v, diagonal, how)
     for one, other in zip(found, iterated(v, diagonal, how, threads=3), strict=True):
         assert torch.equal(one, other), "the number of threads changes no bit"
     monkeypatch.setattr(sys.modules["imu_fast.ops.conjugate_gradient"], "_extension", no_extension)
-    # Sums of K products, and three iterations of condition number two on top of each other.
+    # Sums of K products, and a few iterations on top of each other.
     tolerance = 8 * (v[0].numel() + 10) * torch.finfo(dtype).eps
     for one, other in zip(found, iterated(v, diagonal, how), strict=True):
-        # A residual is a difference of what had v's size, and as exact as that.
-        size = float(torch.maximum(other.abs().max(), v.abs().max()))
+        size = float(other.abs().max())
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * size)
 
 
