@@ -111,7 +111,7 @@ def test_solves_under_the_reference_backend():
 
 
 def iterated(v, diagonal, precondition, threads=1):
-    """On M = diagonal; of few unknowns one iteration alone, as residuals soon are rounding there."""
+    """On M = diagonal; of few unknowns one iteration: residuals are rounding alone soon."""
     state = start(v, v if precondition is None else precondition(v), tolerance=1e-6)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
