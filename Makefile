@@ -68,17 +68,20 @@ fuzz: $(VENV)/.test
 
 # The extension under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own.
 SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=undefined -g
+SANITIZED = solvers/cholesky/test_cholesky.py ops/test_parity_conjugate_gradient.py \
+    ops/test_parity_softmax_residual.py ops/test_squared_products.py ops/test_tokens.py
 sanitize: $(VENV)/.test
 	rm -rf $(VENV)/sanitized && mkdir -p $(VENV)/sanitized
 	cp -r imu_fast kernels csrc setup.py pyproject.toml README.md $(VENV)/sanitized
 	rm -f $(VENV)/sanitized/imu_fast/*.so
-	cd $(VENV)/sanitized && IMU_FAST_BUILD_EXT=1 IMU_FAST_BUILD_CUDA=0 \
+	$(PIP) --target $(VENV)/sanitized/build-requires 'pybind11>=2.12'
+	cd $(VENV)/sanitized && PYTHONPATH=build-requires IMU_FAST_BUILD_EXT=1 IMU_FAST_BUILD_CUDA=0 \
 	    CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" \
 	    $(abspath $(BIN))/python setup.py -q build_ext --inplace
 	nm -D $(VENV)/sanitized/imu_fast/*.so | grep -q __asan_init
 	cd $(VENV)/sanitized && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=.:$(abspath tests) $(abspath $(BIN))/python -m pytest -q -p no:cacheprovider \
-	    $(abspath tests)/solvers/cholesky/test_cholesky.py --rootdir . -c /dev/null --import-mode=importlib
+	    $(SANITIZED:%=$(abspath tests)/%) --rootdir . -c /dev/null --import-mode=importlib
 
 # Predicted time per kernel on an H200, from counted bytes and FLOPs.
 roofline: $(VENV)/.test

@@ -161,7 +161,7 @@ def head_ascent(
     Returns:
         the loss before the step, as a scalar tensor (no host synchronisation).
     """
-    # So too.
+    # Without the dispatch and the checks of an operation within an operation.
     step, loss = head_ascent_gradient.body(features, labels, weights, theta, has_bias, name)
     if alpha:
         step.add_(theta.sign(), alpha=alpha)
