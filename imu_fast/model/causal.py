@@ -281,16 +281,24 @@ class _Own:
         if abs(less - ours) > allowed:
             logger.warning(
                 "the model's own loss on the first samples is %.6g, theirs by %r %.6g: it has "
-                "terms or weights that are not in this loss",
+                "terms or weights that are not in this loss%s",
                 own,
                 replace(self.loss, shift=shift),
                 ours,
+                self._way_out(part),
             )
         elif others:
             logger.warning(
                 "the model's own loss has terms that belong to no sample, which are left out: %s",
                 ", ".join(f"{name} ({value:.4g})" for name, value in others),
             )
+
+    def _way_out(self, part: Parts) -> str:
+        """Of labels that are no class numbers, a transformers model chooses its loss by them."""
+        config = getattr(innermost(self.model), "config", None)
+        numbers = part.labels is not None and part.labels.is_floating_point()
+        followed = numbers and hasattr(config, "problem_type")
+        return "; loss='auto' takes the model's own kind of loss" if followed else ""
 
 
 @contextmanager

@@ -253,6 +253,20 @@ def test_auto_is_the_loss_of_a_transformers_model(kind, outputs):
         assert model.config.problem_type == kind
 
 
+@pytest.mark.parametrize("kind", ["multi_label_classification", None])
+def test_one_hot_rows_are_classes_unless_the_loss_is_asked_to_follow_the_model(kind, caplog):
+    """Of such rows a transformers model makes one loss per class; what differs is said."""
+    model, ids = transformer(3, kind), torch.randint(50, (N, 7))
+    y = torch.nn.functional.one_hot(torch.arange(N) % 3, 3).float()
+    with caplog.at_level("WARNING", "imu_fast"):
+        imu.capture(model, {"input_ids": ids, "labels": y})
+    assert "the model's own loss on the first samples is" in caplog.text
+    assert "loss='auto' takes the model's own kind of loss" in caplog.text
+    caplog.clear()
+    imu.capture(model, {"input_ids": ids, "labels": y}, loss="auto")
+    assert not caplog.text
+
+
 def test_auto_of_a_language_model_is_cross_entropy():
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
