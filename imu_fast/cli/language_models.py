@@ -270,7 +270,7 @@ def _with_adapter(model: nn.Module, source: Source, trained: bool) -> nn.Module:
             local_files_only=True,
         )
         if not any(config.is_prompt_learning for config in made.peft_config.values()):
-            return made.merge_and_unload() if source.merge else made
+            return _merged(made) if source.merge else made
     except Exception as error:  # what the library makes of the folder
         raise InputError(
             f"model={str(source.model)!r}: the adapter does not load onto its base: {brief(error)}"
@@ -279,6 +279,14 @@ def _with_adapter(model: nn.Module, source: Source, trained: bool) -> nn.Module:
         f"model={str(source.model)!r}: an adapter of prompts, which puts own tokens before a "
         "text; pass one that changes layers, such as LoRA"
     )
+
+
+def _merged(made: Any) -> nn.Module:
+    """A model like any other, whose weights peft leaves frozen."""
+    model: nn.Module = made.merge_and_unload()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return model
 
 
 def _tokenizer(source: Source, base: Path) -> Any:
