@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from imu_fast.data.chat import Encoded
+from imu_fast.data.text import Padded
 from imu_fast.errors import InputError
 from imu_fast.model.guard import door
 from imu_fast.model.independence import apart, coarsest_of
@@ -19,7 +20,7 @@ from imu_fast.model.reading import Reading
 def check_padding(
     model: nn.Module,
     encoded: Sequence[Encoded],
-    padded: Callable[[Sequence[Encoded]], dict[str, Tensor]],
+    pad: int,
     argument: str,
 ) -> None:
     """Raise InputError where the logits of the shortest text are others beside the longest.
@@ -28,11 +29,12 @@ def check_padding(
     (XLNet's classifier): then a sample's loss is that of its batch.
 
     Args:
-        padded: makes a batch. argument: of the texts.
+        pad: the token that padding is. argument: of the texts.
     """
     short, long = (of(encoded, key=lambda one: len(one.input_ids)) for of in (min, max))
     if len(short.input_ids) == len(long.input_ids):
         return
+    padded = Padded(pad)
     alone = padded([short])
     behind = {name: column[:1] for name, column in padded([short, long]).items()}
     batches: Any = [alone, behind]

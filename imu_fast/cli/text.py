@@ -89,7 +89,7 @@ class Reader:
         else:
             check_vocabulary(made.model, found.pad)
         if self.batch_size > 1:
-            check_padding(made.model, encoded, found.loader.collate_fn, argument)
+            check_padding(made.model, encoded, found.pad, argument)
         for remark in found.remarks:
             typer.echo(remark)
         if texts.verbose:
