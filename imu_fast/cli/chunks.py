@@ -94,9 +94,9 @@ class Checkpoint:
 
     def _agree(self, model: Any, here: Processes) -> None:
         """The first process makes the folder, before the others look."""
-        from imu_fast.model.shared import checksums
+        from imu_fast.attribution.index_reading import weights_of
 
-        weights = hashlib.blake2b(repr(checksums(model)).encode(), digest_size=16).hexdigest()
+        weights = hashlib.blake2b(repr(weights_of(model)).encode(), digest_size=16).hexdigest()
         belongs = self.belongs | {"model": weights, "processes": str(here.world)}
         if here.first:
             self._check(belongs)

@@ -123,8 +123,8 @@ def _quiet() -> Iterator[None]:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether it holds a PEFT adapter, and no model."""
-    return (folder / _ADAPTER).is_file() and not (folder / "config.json").is_file()
+    """Whether it holds a PEFT adapter; what else is there is not read."""
+    return (folder / _ADAPTER).is_file()
 
 
 def load(source: Source, *, trained: bool = False) -> LanguageModel:
@@ -201,6 +201,8 @@ def _base_of(source: Source) -> Path:
 def _loaded(folder: Path, source: Source, argument: str) -> tuple[nn.Module, Task]:
     transformers = _transformers()
     shown = f"{argument}={str(folder)!r}"
+    if is_adapter(folder):  # which transformers would put on the model without a word
+        raise InputError(f"{shown} holds an adapter itself ({_ADAPTER}); name the model alone")
     path = str(folder.resolve())  # which an adapter's config will name
     common = {"local_files_only": True, "trust_remote_code": source.trust_remote_code}
     try:

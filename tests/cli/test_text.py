@@ -675,3 +675,38 @@ def test_parts_of_a_checkpoint_are_of_the_tokens_that_were_read(folders, data, t
     else:
         tm.tokenizer(tm.CHATML).save_pretrained(tmp_path / "model")
     assert "were read in another way" in run(*options, code=2)
+
+
+def test_an_adapter_beside_a_model_is_an_adapter_and_says_so(folders, data, tmp_path):
+    """transformers puts it on the model that is there, without a word."""
+    pytest.importorskip("peft")
+    base = ["unlearn", "--data", data, "--method", "uniform", "--lr", 0.5, "--epochs", 2]
+    run(*base, "--model", folders / "llama", "--lora", "r=2", "--out", tmp_path / "adapter")
+    shutil.copytree(folders / "llama", tmp_path / "both")
+    for file in (tmp_path / "adapter").glob("adapter_*"):
+        shutil.copy(file, tmp_path / "both")
+    found = []
+    for name in ("adapter", "both"):
+        out = tmp_path / f"{name}.jsonl"
+        said = run("score", "--model", tmp_path / name, "--data", data, "--out", out)
+        assert f"with the adapter {name}" in said
+        found.append(of(read_lines(out), "score"))
+    assert torch.equal(*found)
+    options = ["--base", tmp_path / "both", "--data", data, "--out", tmp_path / "s.jsonl"]
+    said = run("score", "--model", tmp_path / "adapter", *options, code=2)
+    assert "holds an adapter itself" in said
+
+
+def test_what_an_adapter_counts_is_part_of_the_model(folders, data, tmp_path):
+    pytest.importorskip("peft")
+    base = ["unlearn", "--data", data, "--method", "uniform", "--lr", 0.5, "--epochs", 2]
+    run(*base, "--model", folders / "llama", "--lora", "r=2", "--out", tmp_path / "a")
+    of_it = ["--model", tmp_path / "a", "--data", data]
+    run("index", *of_it, "--out", tmp_path / "index")
+    score = ["score", *of_it, "--checkpoint", tmp_path / "parts", "--force"]
+    run(*score, "--out", tmp_path / "s.jsonl")
+    config = tmp_path / "a" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 64}))
+    query = ["query", *of_it, "--index", tmp_path / "index", "--out", tmp_path / "q.npz"]
+    assert "lora_alpha' (and" in run(*query, code=2)
+    assert "its model is another" in run(*score, "--out", tmp_path / "s.jsonl", code=2)
