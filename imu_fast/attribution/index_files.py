@@ -24,7 +24,8 @@ from imu_fast.storage import (
 
 # Of the folders below; a reader refuses any other.
 # 1: at a convolution, a sample without a signal had an input of another one.
-FORMAT = 2
+# 2: weights without the modules' settings, such as an adapter's scaling.
+FORMAT = 3
 _MANIFEST = "index.json"
 
 
@@ -51,7 +52,7 @@ class Manifest:
 
     Attributes:
         settings: what the samples were read with, by the argument's name.
-        weights: the model's checksums, by the tensor's name.
+        weights: the model's checksums and settings, by name.
         layers: what is known of each, once there is a chunk. way: how the model was read there.
         chunks: finished ones. complete: whether all samples are in them.
     """

@@ -23,12 +23,12 @@ from imu_fast.model.order import shuffling
 from imu_fast.model.reader import Reader
 from imu_fast.model.reading import Reading
 from imu_fast.model.selection import selected
-from imu_fast.model.shared import checksums
+from imu_fast.model.shared import checksums, settings
 
 
 def weights_of(model: nn.Module) -> dict[str, str]:
-    """Checksums of all parameters and buffers, as text by name."""
-    return {name: repr(found) for name, found in checksums(model).items()}
+    """Checksums of all parameters and buffers, and the modules' settings, as text by name."""
+    return {name: repr(found) for name, found in checksums(model).items()} | settings(model)
 
 
 def layer_names(model: nn.Module, layers: Any) -> str | list[str]:

@@ -54,9 +54,11 @@ class Checkpoint:
         from torch.utils.data import DataLoader, Subset
         from tqdm.auto import tqdm
 
+        from imu_fast.attribution.index_reading import as_data, digest_of
         from imu_fast.distributed import text_of
         from imu_fast.factors.chunked import ChunkedFactors
         from imu_fast.factors.gradient_factors import GradientFactors
+        from imu_fast.model.batches import as_batches
         from imu_fast.model.capture import capture
 
         self._agree(model, here)
@@ -66,18 +68,22 @@ class Checkpoint:
         parts: list[list[GradientFactors]] = []
         starts = range(0, n, size)
         for number, start in enumerate(tqdm(starts, "parts", unit="part", disable=not progress)):
-            paths = self._files(here, number)
+            rows = range(start, min(start + size, n))
+            some: Any = DataLoader(
+                Subset(mine.dataset, rows), mine.batch_size, collate_fn=mine.collate_fn
+            )
+            # What the model reads depends on more files than the data's: a template, a tokenizer,
+            # names of classes, how images are prepared.
+            batches = list(as_batches(some, model))
+            part = f"{here.rank}-{number:06d}-{digest_of(batches)[:16]}"
+            paths = self._files(part)
             if not paths:
-                rows = range(start, min(start + size, n))
-                some: Any = DataLoader(
-                    Subset(mine.dataset, rows), mine.batch_size, collate_fn=mine.collate_fn
-                )
-                paths = self._written(capture(model, some, layers), here, number)
+                paths = self._written(capture(model, as_data(batches), layers), part)
             parts.append([GradientFactors.load(path) for path in paths])
         if not parts:
             return None
         # Each part found out for itself how the model is read.
-        ways = {text_of([layer.loss for layer in part]) for part in parts}
+        ways = {text_of([layer.loss for layer in one]) for one in parts}
         if len(ways) > 1:
             raise InputError(
                 "checkpoint: parts of the samples are read in different ways, "
@@ -88,9 +94,9 @@ class Checkpoint:
 
     def _agree(self, model: Any, here: Processes) -> None:
         """The first process makes the folder, before the others look."""
-        from imu_fast.model.shared import checksums
+        from imu_fast.attribution.index_reading import weights_of
 
-        weights = hashlib.blake2b(repr(checksums(model)).encode(), digest_size=16).hexdigest()
+        weights = hashlib.blake2b(repr(weights_of(model)).encode(), digest_size=16).hexdigest()
         belongs = self.belongs | {"model": weights, "processes": str(here.world)}
         if here.first:
             self._check(belongs)
@@ -125,19 +131,30 @@ class Checkpoint:
             with replacing(manifest) as temporary:
                 temporary.write_text(json.dumps(belongs, indent=1), "utf-8")
 
-    def _name(self, here: Processes, number: int, layer: int, count: int) -> Path:
-        return self.folder / f"{here.rank}-{number:06d}-{layer}-of-{count}.safetensors"
+    def _name(self, part: str, layer: int, count: int) -> Path:
+        return self.folder / f"{part}-{layer}-of-{count}.safetensors"
 
-    def _files(self, here: Processes, number: int) -> list[Path]:
-        """Of a part that is whole; else none."""
-        found = sorted(self.folder.glob(f"{here.rank}-{number:06d}-0-of-*.safetensors"))
-        if not found:
+    def _files(self, part: str) -> list[Path]:
+        """Of a part that is whole; else none.
+
+        Raises:
+            InputError: the folder holds other samples in its place.
+        """
+        place = part.rpartition("-")[0]
+        every = sorted(self.folder.glob(f"{place}-*-0-of-*.safetensors"))
+        if not every:
             return []
-        count = int(found[0].stem.rpartition("-")[2])
-        paths = [self._name(here, number, layer, count) for layer in range(count)]
+        if not every[0].name.startswith(f"{part}-"):
+            raise InputError(
+                f"checkpoint={str(self.folder)!r} holds parts of samples that were read in another "
+                "way (the tokenizer, the template, the classes or what is done to images has "
+                "changed since); choose another folder, or remove it"
+            )
+        count = int(every[0].stem.rpartition("-")[2])
+        paths = [self._name(part, layer, count) for layer in range(count)]
         return paths if all(path.exists() for path in paths) else []
 
-    def _written(self, factors: Any, here: Processes, number: int) -> list[Path]:
+    def _written(self, factors: Any, part: str) -> list[Path]:
         layers = factors if isinstance(factors, list) else [factors]
         for layer in layers:
             if not hasattr(layer, "save"):
@@ -145,7 +162,7 @@ class Checkpoint:
                     f"checkpoint: layer {layer.name!r} is a convolution, whose inputs no file "
                     "keeps; leave --checkpoint out"
                 )
-        paths = [self._name(here, number, i, len(layers)) for i in range(len(layers))]
+        paths = [self._name(part, i, len(layers)) for i in range(len(layers))]
         for path, layer in zip(paths, layers, strict=True):
             layer.save(path)
         return paths

@@ -123,8 +123,8 @@ def _quiet() -> Iterator[None]:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether it holds a PEFT adapter, and no model."""
-    return (folder / _ADAPTER).is_file() and not (folder / "config.json").is_file()
+    """Whether it holds a PEFT adapter; what else is there is not read."""
+    return (folder / _ADAPTER).is_file()
 
 
 def load(source: Source, *, trained: bool = False) -> LanguageModel:
@@ -201,6 +201,8 @@ def _base_of(source: Source) -> Path:
 def _loaded(folder: Path, source: Source, argument: str) -> tuple[nn.Module, Task]:
     transformers = _transformers()
     shown = f"{argument}={str(folder)!r}"
+    if is_adapter(folder):  # which transformers would put on the model without a word
+        raise InputError(f"{shown} holds an adapter itself ({_ADAPTER}); name the model alone")
     path = str(folder.resolve())  # which an adapter's config will name
     common = {"local_files_only": True, "trust_remote_code": source.trust_remote_code}
     try:
@@ -270,7 +272,7 @@ def _with_adapter(model: nn.Module, source: Source, trained: bool) -> nn.Module:
             local_files_only=True,
         )
         if not any(config.is_prompt_learning for config in made.peft_config.values()):
-            return made.merge_and_unload() if source.merge else made
+            return _merged(made) if source.merge else made
     except Exception as error:  # what the library makes of the folder
         raise InputError(
             f"model={str(source.model)!r}: the adapter does not load onto its base: {brief(error)}"
@@ -279,6 +281,14 @@ def _with_adapter(model: nn.Module, source: Source, trained: bool) -> nn.Module:
         f"model={str(source.model)!r}: an adapter of prompts, which puts own tokens before a "
         "text; pass one that changes layers, such as LoRA"
     )
+
+
+def _merged(made: Any) -> nn.Module:
+    """A model like any other, whose weights peft leaves frozen."""
+    model: nn.Module = made.merge_and_unload()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return model
 
 
 def _tokenizer(source: Source, base: Path) -> Any:

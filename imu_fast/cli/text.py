@@ -13,6 +13,7 @@ from imu_fast.cli.arguments import Texts
 from imu_fast.cli.chunks import Checkpoint
 from imu_fast.cli.influences import influences, said, wide
 from imu_fast.cli.language_models import LanguageModel, Source, check_vocabulary, load
+from imu_fast.cli.padding import check_padding
 from imu_fast.cli.processes import Processes
 from imu_fast.cli.score_files import (
     check_apart,
@@ -87,6 +88,8 @@ class Reader:
             _pad_of_classifier(made, found, encoded)
         else:
             check_vocabulary(made.model, found.pad)
+        if self.batch_size > 1:
+            check_padding(made.model, encoded, found.pad, argument)
         for remark in found.remarks:
             typer.echo(remark)
         if texts.verbose:

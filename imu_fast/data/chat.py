@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from imu_fast.data.frame import Frame
 from imu_fast.data.text_files import FORMS, Example, Message
 from imu_fast.errors import InputError, brief, check_installed
 
@@ -102,7 +104,7 @@ def template_of(choice: str, tokenizer: Any, form: str, task: str, messages: boo
 def _from_file(path: Path) -> Plain | Chat:
     shown = f"template={str(path)!r}"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a mark before it
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise InputError(
             f"{shown} cannot be read ({brief(error, 100)}); pass auto, none, tofu or a file"
@@ -166,7 +168,7 @@ class Encoder:
             InputError: the answer cannot be told from the prompt, or nothing of it is left.
         """
         if self.task == "classifier":
-            ids, cut = self._fitted({"text": example.answer})
+            ids, cut = self._fitted(example.answer)
             return Encoded(ids, self._class(example.label, where), cut)
         if self.task == "seq2seq":
             return self._seq2seq(example, where)
@@ -184,20 +186,30 @@ class Encoder:
             )
         return made
 
-    def answer(self, example: Example, text: str) -> list[int]:
-        """The tokens of another answer to the same prompt, the ending one included.
+    def answer(self, example: Example, text: str, where: str) -> list[int]:
+        """The tokens of another answer to the same prompt, the ending one included; ``where``: of
+        the example.
 
         Raises:
-            InputError: the example has no prompt.
+            InputError: the example has no prompt, or no room behind it.
         """
         if example.messages:
             last = {"role": "assistant", "content": text}
             example = replace(example, messages=(*example.messages[:-1], last))
         elif example.prompt is None:
             raise InputError("a refusing answer follows a prompt, and plain text has none")
-        made = replace(self, turns="last").encode(replace(example, answer=text), "the refusal")
+        whole = replace(self, turns="last", max_length=None)
+        made = whole.encode(replace(example, answer=text), "the refusal")
         assert isinstance(made.labels, list)
-        return [label for label in made.labels if label != IGNORED]
+        answer = [label for label in made.labels if label != IGNORED]
+        long = len(made.input_ids) if self.task == "causal" else len(answer)
+        if self.max_length is not None and long > self.max_length:
+            raise InputError(
+                f"the refusal after the prompt of {where} makes {long} tokens, more than "
+                f"max_length={self.max_length}: its end would be cut off; shorten it or the "
+                "prompt, raise --max-length or remove the line"
+            )
+        return answer
 
     def shown(self, made: Encoded) -> str:
         """What the model reads, and what counts of it."""
@@ -207,29 +219,27 @@ class Encoder:
         counted = self.tokenizer.decode([label for label in made.labels if label != IGNORED])
         return f"{read!r}, of which counts {counted!r}"
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, verbose=False)["input_ids"])
+    @cached_property
+    def _source(self) -> Frame:
+        return Frame.of(self.tokenizer, "text")
 
-    def _ending(self) -> tuple[int, list[int]]:
-        """How many tokens the tokenizer itself puts at the end, and the ones that end a text."""
-        whole = self._ids("a")
-        bare = list(self.tokenizer("a", add_special_tokens=False)["input_ids"])
-        starts = [k for k in range(len(whole)) if whole[k : k + len(bare)] == bare]
-        suffix = whole[starts[-1] + len(bare) :] if starts and bare else []
-        eos = self.tokenizer.eos_token_id
-        return len(suffix), suffix or ([] if eos is None else [eos])
+    @cached_property
+    def _target(self) -> Frame:
+        return Frame.of(self.tokenizer, "text_target")
+
+    @property
+    def endless(self) -> bool:
+        """Whether the tokenizer has no token that ends a text."""
+        return not self._source.end
 
     def _plain(self, example: Example, where: str) -> tuple[list[int], list[int]]:
         assert isinstance(self.template, Plain)
-        own, end = self._ending()
         prompt = None if example.prompt is None else self.template.prompt(example.prompt)
         rest = example.answer if prompt is None else self.template.rest(example.answer)
-        ids = self._ids((prompt or "") + rest)
-        ids = [*ids[: len(ids) - own], *end]
+        ids = self._source.ended(self._source.begun((prompt or "") + rest))
         if prompt is None:
             return ids, list(ids)
-        head = self._ids(prompt)
-        head = head[: len(head) - own]
+        head = self._source.begun(prompt)
         why = "prompt and answer share a token; let one end, or the other begin, with a space"
         _check_prefix(head, ids, where, why)
         return ids, [*[IGNORED] * len(head), *ids[len(head) :]]
@@ -307,21 +317,21 @@ class Encoder:
                 "questions and answers"
             )
         assert isinstance(self.template, Plain)
-        ids, cut = self._fitted({"text": self.template.prompt(example.prompt)})
+        ids, cut = self._fitted(self.template.prompt(example.prompt))
         rest = self.template.rest(example.answer).strip()
-        labels = list(self.tokenizer(text_target=rest, verbose=False)["input_ids"])
-        _, end = self._ending()
-        labels += end if labels[-1:] != end[-1:] else []
+        labels = self._target.ended(self._target.begun(rest))
         kept = labels[: self.max_length]
         return Encoded(ids, kept, cut + len(labels) - len(kept))
 
-    def _fitted(self, text: Mapping[str, str]) -> tuple[list[int], int]:
+    def _fitted(self, text: str) -> tuple[list[int], int]:
         """Token ids with what a tokenizer adds, which stays when the text is cut; and the cut."""
-        ids = list(self.tokenizer(**text, verbose=False)["input_ids"])
+        once = self._source.once
+        ids = once(list(self.tokenizer(text, verbose=False)["input_ids"]))
         if self.max_length is None or len(ids) <= self.max_length:
             return ids, 0
-        kept = self.tokenizer(**text, truncation=True, max_length=self.max_length)["input_ids"]
-        return list(kept), len(ids) - len(kept)
+        cut = self.tokenizer(text, truncation=True, max_length=self.max_length)["input_ids"]
+        kept = once(list(cut))
+        return kept, len(ids) - len(kept)
 
     def _class(self, label: Any, where: str) -> int:
         known = set(self.label_ids.values())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from imu_fast.data.chat import IGNORED, Chat, Encoded, Encoder, template_of
+from imu_fast.data.chat import IGNORED, Chat, Encoded, Encoder, Plain, template_of
 from imu_fast.data.text_files import (
     FORMS,
     Example,
@@ -85,8 +85,22 @@ class TextData:
         return self.encoder.shown(self.loader.dataset[0])
 
     def answer(self, text: str) -> list[int]:
-        """The tokens of another answer to the first example's prompt: a refusal."""
-        return self.encoder.answer(self.examples[0], text)
+        """The tokens of another answer to every example's prompt: a refusal.
+
+        Raises:
+            InputError: an example has no prompt or no room behind it, or the text has other tokens
+                there than behind the first.
+        """
+        places = [self.records.at(example.number) for example in self.examples]
+        pairs = zip(self.examples, places, strict=True)
+        answers = [self.encoder.answer(example, text, where) for example, where in pairs]
+        odd = next((k for k, answer in enumerate(answers) if answer != answers[0]), None)
+        if odd is not None:
+            raise InputError(
+                f"the refusal has other tokens behind the prompt of {places[odd]} than behind the "
+                "first; begin it with a space, or end all prompts alike"
+            )
+        return answers[0]
 
 
 def load_text(
@@ -151,6 +165,8 @@ def load_text(
         labels, special = made[0].labels, set(tokenizer.all_special_ids)
         if isinstance(labels, list) and not special & set(labels):
             remarks.append("the chat template ends an answer by no special token; -v shows it")
+    if isinstance(around, Plain) and encoder.endless and task != "classifier":
+        remarks.append("the tokenizer has no token that ends a text, so none is put there")
     cut = [example.number for example, one in zip(examples, made, strict=True) if one.cut]
     if cut:
         remarks.append(

@@ -60,6 +60,27 @@ def checksums(model: nn.Module) -> dict[str, Any]:
     return {name: _checksum(tensor, weights) for name, tensor in named}
 
 
+def settings(model: nn.Module) -> dict[str, str]:
+    """Real numbers that modules hold beside their tensors, by name: a norm's eps, an adapter's
+    scaling, a temperature. Of the same weights they make another model."""
+    return {
+        f"{name}.{key}" if name else key: repr(found)
+        for name, module in innermost(model).named_modules()
+        for key, value in vars(module).items()
+        if not key.startswith("_") and (found := _reals(value)) is not None
+    }
+
+
+def _reals(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(value)
+    if isinstance(value, dict) and value and all(isinstance(v, float) for v in value.values()):
+        return sorted((str(k), float(v)) for k, v in value.items())
+    if isinstance(value, list | tuple) and value and all(isinstance(v, float) for v in value):
+        return list(map(float, value))
+    return None
+
+
 def _checksum(tensor: Tensor, weights: Tensor) -> Any:
     """Modulo 2^64, where a product of 32 bits and a random weight keeps all of them: without
     weights classes that change places, and pairs of changed signs, would add up to the same."""

@@ -125,7 +125,7 @@ def _check_of(summary: TrainingSummary, model: nn.Module, names: list[str], forg
     """Raise InputError unless a summary is of this model, whether its method reads it or not."""
     layers = [resolve(model, name) for name in names]
     theta = torch.cat([HeadWeight(x.as_linear(), x.name).read() for x in layers], dim=1)
-    summary.check_head(theta, len(layers) == 1 and layers[0].bias is not None, forget)
+    summary.check_head(model, theta, len(layers) == 1 and layers[0].bias is not None, forget)
 
 
 class Taken(NamedTuple):

@@ -115,7 +115,14 @@ def other_buffers():
     return model
 
 
+def other_settings():
+    model = copy.deepcopy(MODEL)
+    model[1].eps = 0.5
+    return model
+
+
 REFUSED = {
+    "settings": (dict(model=other_settings()), "other weights: '1.eps'"),
     "weights": (dict(model=other_model()), "model: .* holds gradients of other weights: '3.bias'"),
     "buffers": (dict(model=other_buffers()), "other weights: '1.running_mean'"),
     "layers": (dict(layers=["3"]), r"layers: .* with layers=\['0', '3'\], this call has \['3'\]"),
@@ -178,7 +185,7 @@ def test_seeds_differ(tmp_path):
 @pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
 def test_queries_of_another_model_are_refused(options, tmp_path):
     made = build(tmp_path, **options)
-    for model in (other_model(), other_buffers()):
+    for model in (other_model(), other_buffers(), other_settings()):
         with pytest.raises(InputError, match="pass the model that the index was built with"):
             made.capture(model, DATA)
     with pytest.raises(InputError, match="model is a str"):

@@ -78,3 +78,20 @@ def test_parts_that_are_read_in_different_ways_are_refused(toy, monkeypatch):
     monkeypatch.setattr(GradientFactors, "load", loads)
     how = ["score", *options, "--batch-size", 2, "--checkpoint", folder / "parts"]
     assert "different ways" in run(*how, "--out", folder / "scores.npz", code=2)
+
+
+def test_parts_are_of_the_classes_that_names_stood_for(toy):
+    """Which class a folder is stands in a file beside the data."""
+    pytest.importorskip("torchvision")
+    image = pytest.importorskip("PIL.Image")
+    folder, options, _ = toy
+    for name in ("cat", "dog"):
+        (folder / "images" / name).mkdir(parents=True)
+        image.new("RGB", (2, 2), (9, 99, 200)).save(folder / "images" / name / "0.png")
+    names = folder / "names.txt"
+    names.write_text("cat\ndog\nemu\n")
+    how = ["score", *options[:4], "--data", folder / "images", "--image-size", 2, "--force"]
+    how += ["--classes", names, "--out", folder / "s.csv", "--checkpoint", folder / "parts"]
+    run(*how)
+    names.write_text("dog\ncat\nemu\n")
+    assert "were read in another way" in run(*how, code=2)

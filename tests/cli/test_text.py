@@ -601,3 +601,112 @@ def test_a_decoder_that_classifies_is_told_its_padding(tmp_path):
     assert "config.pad_token_id is set to 2" in text
     alone = one_at_a_time("bert", words)
     assert_scores(of(read_lines(tmp_path / "s.jsonl"), "loss"), token_losses(model, alone))
+
+
+@pytest.mark.parametrize("kind", ["fnet", "xlnet"])
+def test_padding_that_changes_a_sample_is_refused(tmp_path, kind):
+    """No mask at all; and the last place of a row, whatever is there."""
+    own = {"vocab_size": 400, "pad_token_id": 0, "num_labels": 3}
+    if kind == "fnet":
+        config = transformers.FNetConfig(
+            hidden_size=16, intermediate_size=32, num_hidden_layers=1, **own
+        )
+    else:
+        config = transformers.XLNetConfig(d_model=16, n_layer=1, n_head=2, d_inner=32, **own)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    model.save_pretrained(tmp_path / "model")
+    words = tm.tokenizer(ends=True)
+    words.save_pretrained(tmp_path / "model")
+    rows = [{"text": a, "label": i % 3} for i, (_, a) in enumerate(tm.PAIRS)]
+    options = ["--model", tmp_path / "model", "--data", tm.lines(tmp_path / "c.jsonl", rows)]
+    out = tmp_path / "scores.jsonl"
+    said = run("score", *options, "--out", out, code=2)
+    assert "changes with padding" in said and "--batch-size 1" in said and not out.exists()
+    run("score", *options, "--out", out, "--batch-size", 1)
+    truth = model.double()
+    with torch.no_grad():
+        losses = [
+            truth(
+                torch.tensor([words(row["text"])["input_ids"]]), labels=torch.tensor([i % 3])
+            ).loss
+            for i, row in enumerate(rows)
+        ]
+    assert_scores(of(read_lines(out), "loss"), torch.stack(losses))
+
+
+def test_a_merged_adapter_is_a_model_that_trains(folders, data, tmp_path):
+    pytest.importorskip("peft")
+    base = ["unlearn", "--data", data, "--method", "uniform", "--lr", 0.1, "--epochs", 2]
+    run(*base, "--model", folders / "llama", "--lora", "r=2", "--out", tmp_path / "adapter")
+    for scope in ("head", "all"):
+        whole = ["--model", tmp_path / "adapter", "--merge", "--scope", scope]
+        run(*base, *whole, "--out", tmp_path / scope)
+        report = json.loads((tmp_path / scope / "imu_fast.json").read_text())
+        assert report["after"]["forget"]["loss"] > report["before"]["forget"]["loss"] + 1e-4
+
+
+def test_a_refusal_that_does_not_fit_is_refused(folders, tmp_path):
+    path = tm.lines(
+        tmp_path / "a.jsonl",
+        [{"question": "Who?", "answer": "He."}, {"question": tm.PAIRS[0][0] * 4, "answer": "He."}],
+    )
+    refuse = ["--method", "uniform", "--objective", "refusal", "--refusal", "I do not know. " * 4]
+    options = ["--model", folders / "gpt2", "--data", path, "--out", tmp_path / "out"]
+    said = run("unlearn", *options, *refuse, code=2)
+    assert "line 2 makes" in said and "more than max_length=64" in said
+
+
+@pytest.mark.parametrize("file", ["template", "tokenizer"])
+def test_parts_of_a_checkpoint_are_of_the_tokens_that_were_read(folders, data, tmp_path, file):
+    shutil.copytree(folders / "llama", tmp_path / "model")
+    template = tmp_path / "t.txt"
+    template.write_text("Q: {question}\nA: {answer}")
+    options = ["score", "--model", tmp_path / "model", "--data", data, "--force"]
+    options += ["--checkpoint", tmp_path / "parts", "--out", tmp_path / "s.jsonl"]
+    options += ["--template", template] if file == "template" else []
+    run(*options)
+    run(*options)
+    if file == "template":
+        template.write_text("Frage: {question}\nA: {answer}")
+    else:
+        tm.tokenizer(tm.CHATML).save_pretrained(tmp_path / "model")
+    assert "were read in another way" in run(*options, code=2)
+
+
+def test_an_adapter_beside_a_model_is_an_adapter_and_says_so(folders, data, tmp_path):
+    """transformers puts it on the model that is there, without a word."""
+    pytest.importorskip("peft")
+    base = ["unlearn", "--data", data, "--method", "uniform", "--lr", 0.5, "--epochs", 2]
+    run(*base, "--model", folders / "llama", "--lora", "r=2", "--out", tmp_path / "adapter")
+    shutil.copytree(folders / "llama", tmp_path / "both")
+    for file in (tmp_path / "adapter").glob("adapter_*"):
+        shutil.copy(file, tmp_path / "both")
+    found = []
+    for name in ("adapter", "both"):
+        out = tmp_path / f"{name}.jsonl"
+        said = run("score", "--model", tmp_path / name, "--data", data, "--out", out)
+        assert f"with the adapter {name}" in said
+        found.append(of(read_lines(out), "score"))
+    assert torch.equal(*found)
+    options = ["--base", tmp_path / "both", "--data", data, "--out", tmp_path / "s.jsonl"]
+    said = run("score", "--model", tmp_path / "adapter", *options, code=2)
+    assert "holds an adapter itself" in said
+
+
+def test_what_an_adapter_counts_is_part_of_the_model(folders, data, tmp_path):
+    pytest.importorskip("peft")
+    base = ["unlearn", "--data", data, "--method", "uniform", "--lr", 0.5, "--epochs", 2]
+    run(*base, "--model", folders / "llama", "--lora", "r=2", "--out", tmp_path / "a")
+    of_it = ["--model", tmp_path / "a", "--data", data]
+    run("index", *of_it, "--out", tmp_path / "index")
+    score = ["score", *of_it, "--checkpoint", tmp_path / "parts", "--force"]
+    run(*score, "--out", tmp_path / "s.jsonl")
+    config = tmp_path / "a" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 64}))
+    query = ["query", *of_it, "--index", tmp_path / "index", "--out", tmp_path / "q.npz"]
+    assert "lora_alpha' (and" in run(*query, code=2)
+    assert "its model is another" in run(*score, "--out", tmp_path / "s.jsonl", code=2)

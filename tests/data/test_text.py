@@ -331,3 +331,86 @@ def test_options_that_have_no_meaning_are_refused(tmp_path):
     raising = tm.tokenizer("{{ raise_exception('no system') }}")
     with pytest.raises(InputError, match="line 1: the chat template .* fails: no system"):
         imu.load_text(path, raising)
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["begins", "begins and ends"])
+@pytest.mark.parametrize(
+    ("line", "template", "read", "kept"),
+    [
+        ({"text": f"<s>{A}</s>"}, "auto", f"<s>{A}</s>", f"<s>{A}</s>"),
+        ({"prompt": f"<s>{Q}", "completion": f" {A}</s>"}, "auto", f"<s>{Q} {A}</s>", f" {A}</s>"),
+        (
+            {"question": Q, "answer": A},
+            "<s>[INST] {question} [/INST] {answer}</s>",
+            f"<s>[INST] {Q} [/INST] {A}</s>",
+            f" {A}</s>",
+        ),
+    ],
+    ids=["text", "completion", "template"],
+)
+def test_tokens_that_a_text_brings_itself_are_there_once(
+    tmp_path, ends, line, template, read, kept
+):
+    if template != "auto":
+        # With the mark that some editors put before a file.
+        (tmp_path / "t.txt").write_text(template, "utf-8-sig")
+        template = str(tmp_path / "t.txt")
+    words = tm.tokenizer(ends=ends)
+    data = imu.load_text(tm.lines(tmp_path / "a.jsonl", [line]), words, template=template)
+    assert counted(data) == (read, kept)
+    assert data.loader.dataset[0].input_ids.count(1) == 1
+
+
+def test_tokens_of_a_classifiers_and_a_seq2seqs_text_are_there_once(tmp_path):
+    words = tm.tokenizer(ends=True)
+    path = tm.lines(tmp_path / "c.jsonl", [{"text": f"<s>{A}</s>", "label": 0}])
+    data = imu.load_text(path, words, task="classifier", label_ids={"a": 0, "b": 1})
+    assert data.loader.dataset[0].input_ids == words(A)["input_ids"]
+    path = tm.lines(tmp_path / "s.jsonl", [{"question": f"{Q}</s>", "answer": f"{A}</s>"}])
+    one = imu.load_text(path, words, task="seq2seq").loader.dataset[0]
+    assert (one.input_ids, one.labels) == (words(Q)["input_ids"], words(A)["input_ids"])
+
+
+class Target:
+    """A tokenizer whose targets end in a token that its sources have not, as mBART's languages."""
+
+    def __init__(self, words):
+        self._words = words
+
+    def __getattr__(self, name):
+        return getattr(self._words, name)
+
+    def __call__(self, text=None, text_target=None, add_special_tokens=True, **more):
+        ids = self._words(text or text_target, add_special_tokens=False)["input_ids"]
+        more = [2, 4 if text is not None else 5] if add_special_tokens else []
+        return {"input_ids": ids + more}
+
+
+def test_targets_end_as_targets_do(tmp_path):
+    one = imu.load_text(tm.pairs(tmp_path / "a.jsonl"), Target(tm.tokenizer()), task="seq2seq")
+    assert one.loader.dataset[0].input_ids[-2:] == [2, 4]
+    assert one.loader.dataset[0].labels[-3:] == [tm.tokenizer()(".")["input_ids"][-1], 2, 5]
+
+
+def test_a_tokenizer_without_an_end_says_so(tmp_path):
+    words = tm.tokenizer()
+    words.eos_token = None
+    data = imu.load_text(tm.pairs(tmp_path / "a.jsonl"), words)
+    assert counted(data) == (f"<s>{Q} {A}", f" {A}")
+    assert "no token that ends a text" in data.remarks[1]
+
+
+def test_a_refusal_is_whole_behind_every_prompt(tmp_path):
+    words = tm.tokenizer()
+    lines = [{"question": "Who?", "answer": "He."}, {"question": Q, "answer": "He."}]
+    path = tm.lines(tmp_path / "a.jsonl", lines)
+    refusal = "I do not know, and would not tell."
+    length = len(words(f"{Q} {refusal}</s>")["input_ids"])
+    data = imu.load_text(path, words, max_length=length)
+    assert words.decode(data.answer(refusal)) == f" {refusal}</s>"
+    data = imu.load_text(path, words, max_length=length - 1)
+    with pytest.raises(InputError, match=f"line 2 makes {length} tokens, more than max_length"):
+        data.answer(refusal)
+    data = imu.load_text(path, words, task="seq2seq", max_length=8)
+    with pytest.raises(InputError, match="more than max_length=8"):
+        data.answer(refusal)

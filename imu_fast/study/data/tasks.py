@@ -70,6 +70,11 @@ def _split(samples: Samples, first: int, second: int) -> tuple[Samples, Samples]
 
 
 def _digits(path: Path | None, count: int | None, seed: int) -> Dataset:
+    if path is not None:
+        raise InputError(
+            f"data_path={str(path)!r} goes with data='cifar10' or 'folder'; the digits come with "
+            "scikit-learn: leave it out, or choose other data"
+        )
     data = digits.load(seed)
     train = take(data.train, torch.arange(len(data.train[1]))[:count])
     return Dataset(train, data.calibration, data.test, 10, False)

@@ -175,8 +175,8 @@ class _Distillation:
                 "method='newton_removal'"
             )
         if summary is not None:
-            summary.check_head(head.matrix, head.bias is not None, job.forget.n)
             summary.check_inner(inner)
+            summary.check_head(job.model, head.matrix, head.bias is not None, job.forget.n)
         self._metrics = self._fit(inner, head, classes)
         self.layers = [*inner, head]
         own = {id(p) for layer in self.layers for p in layer.module.parameters(recurse=False)}

@@ -94,7 +94,7 @@ class MarginEdit(Method):
     def run(self, job: Job) -> UnlearnResult:
         subject = HeadSubject(job.model, self.layer, job.sets, job.progress, job.reading)
         if self.summary is not None:
-            self.summary.check_head(subject.trained, subject.has_bias, subject.n)
+            self.summary.check_head(job.model, subject.trained, subject.has_bias, subject.n)
         job.keep([*subject.tensors(), *job.model.buffers()])
         return Edit(self, subject, job).run()
 

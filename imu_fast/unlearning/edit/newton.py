@@ -122,7 +122,7 @@ class NewtonRemoval(Method):
                 "features that stay; use method='imu' or 'margin_edit', or untie the weight"
             )
         if self.summary is not None:
-            self.summary.check_head(subject.trained, subject.has_bias, subject.n)
+            self.summary.check_head(job.model, subject.trained, subject.has_bias, subject.n)
         job.keep([*subject.tensors(), *job.model.buffers()])
         return _Removal(self, subject, job).run()
 

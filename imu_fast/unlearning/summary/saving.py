@@ -20,6 +20,7 @@ from imu_fast.factors.probabilities import augmented
 from imu_fast.model.batches import Reread, as_batches, empty_message
 from imu_fast.model.called import from_sample
 from imu_fast.model.capture import capture_features
+from imu_fast.model.forward import innermost
 from imu_fast.model.guard import door
 from imu_fast.model.head import shared_with
 from imu_fast.model.head_features import HeadFeatures
@@ -29,7 +30,7 @@ from imu_fast.model.parts import Parts
 from imu_fast.model.reading import Reading, ReadingOptions
 from imu_fast.storage import writable
 from imu_fast.unlearning.head_weight import HeadWeight
-from imu_fast.unlearning.identity import of_head, of_layer
+from imu_fast.unlearning.identity import of_head, of_layer, of_model
 from imu_fast.unlearning.subject import check_head_layer, naming
 from imu_fast.unlearning.summary.hessian import HESSIANS, HeadHessian, Kind, head_hessian
 from imu_fast.unlearning.summary.inner import (
@@ -205,6 +206,7 @@ class _Sums:
             unseen_accuracy=unseen,
             head=head.name,
             fingerprint=of_head(self.theta, has_bias),
+            model=of_model(innermost(self._model)),
             has_bias=has_bias,
             inner={layer.name: self._inner[layer.name] for layer in kept},
             inner_fingerprints={layer.name: of_layer(layer) for layer in kept},

@@ -10,16 +10,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from imu_fast.errors import InputError, brief, check_positive
+from imu_fast.model.forward import innermost
 from imu_fast.model.head import LinearLayer
 from imu_fast.storage import DAMAGE, load_tensors, save_tensors, writable
-from imu_fast.unlearning.identity import of_head, of_layer
+from imu_fast.unlearning.identity import of_head, of_layer, of_model
 from imu_fast.unlearning.summary.hessian import HESSIANS, HeadHessian, KroneckerHessian
 
 # Of the files below; a reader refuses any other.
-SUMMARY_FORMAT = 2
+# 2: nothing said of which weights before the head the features were.
+SUMMARY_FORMAT = 3
 _KEY = "training_summary"
 
 
@@ -28,8 +30,8 @@ class TrainingSummary:
     """All that is kept of a training set: sums over its samples at the head, no sample.
 
     :func:`imu_fast.save_summary` makes it of a trained model and its training data, in one pass;
-    ``summary=`` of :func:`imu_fast.unlearn` takes it. It is of that head's weights alone: of
-    another model, or of this one after it was changed, it is refused.
+    ``summary=`` of :func:`imu_fast.unlearn` takes it. It is of that model's weights alone: of
+    another one, or of this one after it was changed, it is refused.
 
     Attributes:
         n: training samples, N.
@@ -42,7 +44,8 @@ class TrainingSummary:
         weight_decay: lam of the mean training loss's ``lam/2 ||theta||^2``, as SGD's.
         unseen_accuracy: the model's accuracy on data that it never saw, or None. unseen_count: on
             how many samples it was measured; None where it was given as a number.
-        head: the head's name. fingerprint: of its weights.
+        head: the head's name. fingerprint: of its weights. model: of all of the model's weights and
+            buffers, of which its features are.
         has_bias: whether D = d + 1.
         inner: K-FAC of layers before the head, by name. inner_fingerprints: of their weights.
     """
@@ -56,6 +59,7 @@ class TrainingSummary:
     unseen_accuracy: float | None
     head: str
     fingerprint: str
+    model: str
     has_bias: bool
     inner: dict[str, KroneckerHessian] = field(default_factory=dict)
     inner_fingerprints: dict[str, str] = field(default_factory=dict)
@@ -88,11 +92,11 @@ class TrainingSummary:
             f"weight_decay {self.weight_decay:g}, unseen accuracy {unseen})"
         )
 
-    def check_head(self, theta: Tensor, has_bias: bool, forget: int) -> None:
-        """Raise InputError unless it is of this head, and of more samples than are forgotten.
+    def check_head(self, model: nn.Module, theta: Tensor, has_bias: bool, forget: int) -> None:
+        """Raise InputError unless it is of this model, and of more samples than are forgotten.
 
         Args:
-            theta: [C, D], in the model's dtype. forget: samples, n.
+            theta: [C, D] of its head, in the model's dtype. forget: samples, n.
         """
         if tuple(theta.shape) != self.hessian.shape or has_bias != self.has_bias:
             raise InputError(
@@ -103,6 +107,14 @@ class TrainingSummary:
             raise InputError(
                 f"summary is of other weights of the head {self.head!r} than the model has: of "
                 "another model, or of this one before it was changed; save one of this model, "
+                "imu_fast.save_summary"
+            )
+        held = sum(t.numel() for t in model.state_dict().values() if isinstance(t, Tensor))
+        # A head alone takes features that are there already: nothing before it can be compared.
+        if held > theta.numel() and of_model(innermost(model)) != self.model:
+            raise InputError(
+                f"summary is of features of other weights: the head {self.head!r} is the model's, "
+                "and what is before it has been changed since; save one of this model, "
                 "imu_fast.save_summary"
             )
         if forget >= self.n:
@@ -154,7 +166,7 @@ class TrainingSummary:
 
 
 _TENSORS = ("second_moment", "class_means", "class_counts")
-_ABOUT = ("head", "fingerprint", "has_bias")
+_ABOUT = ("head", "fingerprint", "model", "has_bias")
 _PLAIN = ("n", "weight_decay", "unseen_accuracy", "unseen_count", *_ABOUT)
 
 

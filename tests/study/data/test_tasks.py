@@ -66,6 +66,8 @@ def test_unknown_names_and_missing_files(digits, tmp_path):
     for name in ("cifar10", "folder"):
         with pytest.raises(InputError, match="data_path"):
             load_dataset(name, None, None, 0)
+    with pytest.raises(InputError, match="data_path=.* goes with data='cifar10' or 'folder'"):
+        load_dataset("digits", tmp_path, None, 0)
     with pytest.raises(InputError, match="holds no CIFAR-10"):
         load_dataset("cifar10", tmp_path, None, 0)
     with pytest.raises(InputError, match="does not exist"):

@@ -235,7 +235,7 @@ def test_a_file_that_was_changed_or_is_another_is_refused(tmp_path):
     tensors, metadata = load_tensors(path)
     said = json.loads(metadata["training_summary"])
     for change, message in (
-        ({"format": 1}, "has the summary format 1, this version reads 2"),
+        ({"format": 2}, "has the summary format 2, this version reads 3"),
         ({"kind": "dense"}, "is damaged or was changed"),
         ({"shape": [3, 7]}, "is damaged or was changed"),
         ({"n": 18}, "its counts are not those of 18 samples"),
@@ -269,6 +269,10 @@ def test_it_is_of_one_model_and_of_more_than_is_forgotten(method, tmp_path):
     refused("summary is of other weights of the head '2'", network(seed=5), (x[:4], y[:4]))
     refused(r"summary is of a head \[3, 6\], the model's is \[4, 6\]", network(4), (x[:4], y[:4]))
     refused("nothing would be left", model, (x, y))
+    features = copy.deepcopy(model)
+    with torch.no_grad():
+        next(iter(features.parameters())).mul_(0.9)
+    refused("summary is of features of other weights", features, (x[:4], y[:4]))
     refused("summary is a str; pass what imu_fast.save_summary", model, (x, y), "s")
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
