@@ -5,6 +5,7 @@ An edit of the classifier may reach any depth that outputs show and leave the kn
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -65,8 +66,9 @@ def _head_accuracies(
     if has_bias:
         theta = torch.cat([theta, found.head.bias.detach().to(wide)[:, None]], dim=1)
     velocity = torch.zeros_like(theta)
-    while True:
+    for step in itertools.count():
         logits = head_logits(features, theta, has_bias)
+        _check_finite(logits, step, lr)
         yield float((logits.argmax(dim=1) == labels).double().mean())
         rows = next(batches).to(labels.device)
         delta, _ = softmax_residual(logits[rows], labels[rows])
@@ -83,8 +85,10 @@ def _network_accuracies(
     model = copied(model).eval().requires_grad_()
     device = device_of(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=_MOMENTUM)
-    while True:
-        yield outputs_of(model, samples, **reading.given()).accuracy
+    for step in itertools.count():
+        found = outputs_of(model, samples, **reading.given())
+        _check_finite(found.logits, step, lr)
+        yield found.accuracy
         args, kwargs, labels = to_device(split_batch(samples.get(next(batches).tolist())), device)
         optimizer.zero_grad()
         with torch.enable_grad():
@@ -92,6 +96,13 @@ def _network_accuracies(
             labels = reading.labels_of_all(labels, logits, "relearning_steps()")
             nn.functional.cross_entropy(logits.float(), labels).backward()
         optimizer.step()
+
+
+def _check_finite(logits: Tensor, step: int, lr: float) -> None:
+    """Raise InputError where descent has diverged: it has no accuracy."""
+    if bool(torch.isnan(logits.logsumexp(dim=1)).any()):
+        said = f"lr={lr!r}: relearning diverged by step {step}; lower it"
+        raise InputError(said if step else "logits are not finite: the model has diverged")
 
 
 _ACCURACIES = {"head": _head_accuracies, "all": _network_accuracies}
@@ -126,7 +137,7 @@ def relearning_steps(
         Steps taken: 0 if the target holds already, ``max_steps`` if it is never reached.
 
     Raises:
-        InputError: an argument is out of range, or the forget set is empty.
+        InputError: an argument is out of range, the forget set is empty, or the descent diverges.
         NoHeadFoundError: ``scope="head"`` and no linear layer produces the logits.
     """
     if check_positive("target", target, allow_zero=True) > 1:

@@ -140,8 +140,14 @@ def _pairs(rows: Sequence[Row], metric: str, baseline: str, cluster: str | None)
 
 
 def t_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """Student's interval of the mean of [k] values; NaN for fewer than two."""
+    """Student's interval of the mean of [k] values; NaN for fewer than two.
+
+    Raises:
+        InputError: a level outside (0, 1).
+    """
     check_installed("t_interval()", "scipy")
+    if not 0 < check_positive("level", level) < 1:
+        raise InputError(f"level={level!r} must lie in (0, 1), such as 0.95")
     from scipy.stats import t
 
     k = len(values)
@@ -165,7 +171,7 @@ def intervals(
         for fewer than two clusters).
 
     Raises:
-        InputError: as :func:`summary`.
+        InputError: as :func:`summary`; a level outside (0, 1).
     """
     _check_rows(rows, [metric])
     if cluster is not None:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from imu_fast.errors import check_seed
+from imu_fast.errors import InputError, check_count, check_seed
+from imu_fast.losses.cross_entropy import check_labels
 from imu_fast.model.guard import modes
+from imu_fast.model.labels import class_labels
 
 Samples = tuple[Tensor, Tensor]
 
@@ -18,6 +20,27 @@ def _margin(logits: Tensor, label: Tensor) -> Tensor:
     """``log(p_y / (1 - p_y))`` of one sample, from logits [C]; no index depends on data."""
     own = (torch.arange(logits.shape[-1], device=logits.device) == label).to(logits.dtype)
     return (logits * own).sum() - (logits - 1e9 * own).logsumexp(0)
+
+
+def _checked(model: nn.Module, samples: Samples, name: str) -> Samples:
+    """Samples with labels as int64, each of a class of the model's.
+
+    Raises:
+        InputError: they are not, or the model returns no logits [n, C].
+    """
+    x, y = samples
+    with torch.no_grad():
+        logits = model(x[:1])
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise InputError(f"models: one returns {what}; trak() takes models that return [n, C]")
+    if len(x) != len(y):
+        raise InputError(f"{name} has {len(x)} inputs and {len(y)} labels")
+    labels = class_labels(y, (len(y), logits.shape[1]))
+    check_labels(labels, logits.shape[1])
+    if bool((labels < 0).any()):
+        raise InputError(f"{name}: {int((labels < 0).sum())} samples have no label; remove them")
+    return x, labels
 
 
 def _projected(
@@ -62,7 +85,16 @@ def trak(
     Args:
         models: trained on random subsets of the data, as the paper does; each is run in evaluation
             mode, and left in its own.
+        data: (x [n, ...], y [n]). queries: (x [m, ...], y [m]). chunk: samples at a time.
+
+    Raises:
+        InputError: no model, one that does not return logits [n, C], or labels that are no class
+            indices in [0, C).
     """
+    if not models:
+        raise InputError("models is empty; pass at least one")
+    check_count("width", width)
+    check_count("chunk", chunk)
     generator = torch.Generator().manual_seed(check_seed("seed", seed))
     total = torch.zeros(len(data[1]), len(queries[1]), dtype=torch.float64)
     uncertain = torch.zeros(len(data[1]), dtype=torch.float64)
@@ -70,6 +102,7 @@ def trak(
         size = sum(p.numel() for p in model.parameters())
         projection = torch.randn(size, width, generator=generator) / width**0.5
         with modes(model, batchnorm="eval", dropout="eval"):
+            data, queries = _checked(model, data, "data"), _checked(model, queries, "queries")
             phi, rest = _projected(model, data, projection, chunk)
             theirs, _ = _projected(model, queries, projection, chunk)
         phi, theirs = phi.double(), theirs.double()

@@ -239,7 +239,7 @@ class HeadCapture:
         )
         write_back = self._write_back()
         if only is not None:
-            linear = only.as_linear()
+            linear = only.held() if only.derived else only.as_linear()
         else:
             linear = nn.Linear(ends[-1], len(blocks[0]), bias=False, device="meta")
             linear.weight = nn.Parameter(torch.cat(blocks, dim=1), requires_grad=False)

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from imu_fast.ambient import finish, is_data, plain_torch
 from imu_fast.errors import InputError, brief, is_dtensor
@@ -22,6 +23,9 @@ from imu_fast.factors.joint import joined
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+# Under these names a layer's parameters, or what is made of others in their place.
+_MADE = ("weight", "bias")
 
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _registry = threading.Lock()
@@ -246,7 +250,7 @@ class _Snapshot:
         self.generators: list[tuple[torch.Generator, Tensor]] = []
         if looked_at:
             owned += [m._buffers for m in plain]
-            self.attributes = [(vars(m), _tensors_in(vars(m))) for m in plain]
+            self.attributes = [(vars(m), _state_of(m)) for m in plain]
             self.values += copies_of(model.buffers())
             self.values += copies_of(t for _, kept in self.attributes for t in kept.values())
             inner = [v for m in plain for v in vars(m).values()]
@@ -287,8 +291,35 @@ class _Snapshot:
                 parameter.grad = gradient
 
 
+def _state_of(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors that a module keeps, but for those that stand for a layer's parameters.
+
+    A hook or the layer's owner makes these anew before each forward (weight_norm, pruning). Until
+    the next they are what they were made of before, as after ``load_state_dict``; so what a forward
+    pass has made is left there.
+    """
+    found = _tensors_in(vars(module))
+    layer = isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+    if layer or module._forward_pre_hooks:
+        return {name: tensor for name, tensor in found.items() if name not in _MADE}
+    return found
+
+
 def _tensors_in(attributes: dict[str, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in attributes.items() if isinstance(value, Tensor)}
+
+
+def made(module: nn.Module, name: str) -> Any:
+    """``module.<name>`` as a forward pass in evaluation mode has it.
+
+    Reading a weight that a parametrization makes runs it: in training mode spectral_norm's goes on
+    by an iteration, and changes its buffers.
+    """
+    if not parametrize.is_parametrized(module, name):
+        return getattr(module, name)
+    parametrization: Any = module.parametrizations[name]  # type: ignore[index]
+    with modes(parametrization, batchnorm="eval", dropout="eval"):
+        return getattr(module, name)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from imu_fast.errors import InputError, NoHeadFoundError
+from imu_fast.model.guard import made
 from imu_fast.model.run import innermost
 
 logger = logging.getLogger("imu_fast")
@@ -42,7 +43,7 @@ class LinearLayer:
     @property
     def weight(self) -> Tensor:
         """[C, d]; a view of the module's own where that is a parameter."""
-        return self.like_weight(self.module.weight.detach())  # type: ignore[operator]
+        return self.like_weight(made(self.module, "weight").detach())
 
     def like_weight(self, stored: Tensor) -> Tensor:
         """What has the shape of the module's weight, as [C, d]."""
@@ -56,7 +57,7 @@ class LinearLayer:
     @property
     def bias(self) -> Tensor | None:
         """[C], or None."""
-        bias = self.module.bias
+        bias = made(self.module, "bias")
         return bias.detach() if isinstance(bias, Tensor) else None
 
     @property
@@ -99,8 +100,10 @@ class LinearLayer:
 
     def as_linear(self) -> nn.Linear:
         """The module, or for another kind an nn.Linear that shares its memory."""
-        if isinstance(self.module, nn.Linear):
-            return self.module
+        return self.module if isinstance(self.module, nn.Linear) else self.held()
+
+    def held(self) -> nn.Linear:
+        """An nn.Linear of the weight and the bias as they are, in their memory."""
         bias = self.bias
         classes, width = self.weight.shape
         linear = nn.Linear(width, classes, bias=bias is not None, device="meta")
@@ -198,6 +201,25 @@ def say_of_weight(model: nn.Module, layer: LinearLayer, uses: Uses | None = None
             layer.name,
             ", ".join(others),
         )
+
+
+def check_not_frozen(model: nn.Module, name: str, head: Sequence[nn.Module]) -> None:
+    """Raise InputError where the user keeps the parameters of a head that nobody has named.
+
+    A model of which nothing is trained keeps nothing in particular.
+
+    Args:
+        head: its modules. name: theirs.
+    """
+    own = [(n, p) for layer in head for n, p in layer.named_parameters()]
+    frozen = [n.rpartition(".")[2] for n, p in own if not p.requires_grad]
+    if not frozen or not any(p.requires_grad for p in model.parameters()):
+        return
+    what = "" if len(frozen) == len(own) else f"'s {' and '.join(frozen)}"
+    raise InputError(
+        f"the head {name!r}{what} has requires_grad=False while other parameters do not; ask for "
+        f"it by name, layers={name!r}, or use scope='all' for those that are not frozen"
+    )
 
 
 def resolve(

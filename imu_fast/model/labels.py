@@ -55,6 +55,17 @@ def as_labels(value: Any) -> Tensor:
     return labels.to(torch.int64) if is_integer(labels.dtype) else labels
 
 
+def check_classes(logits_shape: torch.Size | tuple[int, ...]) -> None:
+    """Raise InputError for logits [..., 1] under a softmax."""
+    if logits_shape[-1] == 1:
+        raise InputError(
+            f"logits have shape {tuple(logits_shape)}, of one class: its probability is one and "
+            "the cross-entropy zero, whatever the model says. Where one logit tells two classes "
+            "apart make two of it, output=lambda o: torch.cat([torch.zeros_like(o), o], -1), or "
+            "take scores with loss='binary_cross_entropy'"
+        )
+
+
 def class_labels(labels: Tensor, logits_shape: torch.Size | tuple[int, ...]) -> Tensor:
     """Class indices, one per row of the logits.
 
@@ -67,8 +78,9 @@ def class_labels(labels: Tensor, logits_shape: torch.Size | tuple[int, ...]) -> 
         int64, of shape ``logits_shape[:-1]``. Whether they lie in [0, C) is not looked at.
 
     Raises:
-        InputError: bool, floating, or of another shape.
+        InputError: bool, floating, or of another shape; there is one class.
     """
+    check_classes(logits_shape)
     rows = tuple(logits_shape[:-1])
     if labels.dtype == torch.bool:
         raise InputError(

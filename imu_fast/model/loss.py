@@ -12,7 +12,7 @@ from imu_fast.errors import InputError
 from imu_fast.losses.auto import AutoLoss
 from imu_fast.losses.base import Loss, Signal, mean_scale
 from imu_fast.losses.cross_entropy import CrossEntropy
-from imu_fast.model.labels import class_labels
+from imu_fast.model.labels import check_classes, class_labels
 from imu_fast.model.reading import Reading
 from imu_fast.ops.tokens import sum_over_tokens
 
@@ -99,6 +99,8 @@ def targets_of(labels: Tensor, logits: Tensor, loss: Loss) -> Targets:
     if isinstance(loss, AutoLoss):
         loss = loss.of(labels, logits.shape)
     soft = labels.is_floating_point() and labels.shape == logits.shape
+    if isinstance(loss, CrossEntropy) and soft:
+        check_classes(logits.shape)
     if isinstance(loss, CrossEntropy) and not soft:
         found = class_labels(labels, logits.shape)
     else:

@@ -83,6 +83,11 @@ class Measurement:
         return cls(loss, correct, torch.exp(-loss), tokens)
 
 
+def is_correct(logits: Tensor, labels: Tensor, losses: Tensor) -> Tensor:
+    """Whether the likeliest class is the label: [N] bool; of NaN none is, and argmax says one."""
+    return (logits.argmax(dim=1) == labels) & ~losses.isnan()
+
+
 def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy [N], float32 or float64, and correctness [N] of rows [N, C]."""
     losses, correct = [], []
@@ -90,7 +95,7 @@ def row_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     for z, y in zip(logits.split(step), labels.split(step), strict=True):
         z = z if z.dtype == torch.float64 else z.float()
         losses.append(nn.functional.cross_entropy(z, y, reduction="none"))
-        correct.append(z.argmax(dim=1) == y)
+        correct.append(is_correct(z, y, losses[-1]))
     return torch.cat(losses), torch.cat(correct)
 
 
@@ -162,8 +167,8 @@ class Outputs:
 
     @cached_property
     def correct(self) -> Tensor:
-        """Whether each sample is classified as labelled: [n] bool."""
-        return self.logits.argmax(dim=1) == self.labels
+        """Whether each sample is classified as labelled: [n] bool; of NaN logits none is."""
+        return is_correct(self.logits, self.labels, self.loss)
 
     @cached_property
     def confidence(self) -> Tensor:
@@ -223,12 +228,21 @@ def measured(model: nn.Module, loader: Any, reading: Reading, name: str) -> Meas
     """How a model predicts samples of one label each, or the tokens of sequences.
 
     Raises:
-        InputError: the loader is empty, a label is out of range, or a classifier's sample has none.
+        InputError: the loader is empty, a label is out of range, a classifier's sample has none, or
+            the logits of a sample are NaN or +inf, of which no class is the likeliest.
     """
     rows = [row_sums(z, y) for z, y in logits_in_batches(model, loader, reading, name)]
     if not rows:
         raise InputError(empty_message(loader))
-    return Measurement.of(rows)
+    found = Measurement.of(rows)
+    undefined = found.loss.isnan()
+    if bool(undefined.any()):
+        first, count = int(undefined.nonzero()[0]), int(undefined.sum())
+        raise InputError(
+            f"logits are not finite at sample {first} ({count} of {len(undefined)} samples); "
+            "remove these samples or repair the model (it may have diverged)"
+        )
+    return found
 
 
 @door

@@ -114,6 +114,7 @@ def forget_with(
     """
     own = options.get("method") == "auto"
     rates = (None,) if own else LEARNING_RATES
+    found: list[tuple[UnlearnResult, float | None]] = []
     for lr in rates:
         given: dict[str, Any] = {} if own else {"lr": lr, **_BUDGET}
         try:
@@ -128,9 +129,10 @@ def forget_with(
             )
         except DivergedError:
             continue
+        found.append((result, lr))
         if result.steps >= _MIN_STEPS:
             break
-    return result, lr
+    return found[-1]
 
 
 def run(out: Path, *, seed: int = 0, quick: bool = False, progress: bool = True) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from imu_fast.errors import InputError
-from imu_fast.model.guard import copied
+from imu_fast.model.guard import copied, made
 
 # Rows of random input that a written weight is tried on.
 _PROBES = 4
@@ -39,20 +39,25 @@ class HeadWeight:
 
     def __init__(self, head: nn.Linear, name: str = "head") -> None:
         self.head, self.name = head, name
-        if not head.weight.is_floating_point():
-            raise self._refusal(f"is {head.weight.dtype}", "dequantise it first")
+        if not self.dtype.is_floating_point:
+            raise self._refusal(f"is {self.dtype}", "dequantise it first")
         self.derived = "weight" not in head._parameters
-        if self.derived or self._hooked:
+        if self.derived or "bias" not in head._parameters or self._hooked:
             self._try()
 
     @property
     def dtype(self) -> torch.dtype:
         """The head's own."""
-        return self.head.weight.dtype
+        return made(self.head, "weight").dtype
 
     @property
     def _hooked(self) -> bool:
         return bool(self.head._forward_pre_hooks or self.head._forward_hooks)
+
+    @property
+    def _parametrized(self) -> str | None:
+        names = ("weight", "bias")
+        return next((name for name in names if parametrize.is_parametrized(self.head, name)), None)
 
     def tensors(self) -> list[Tensor]:
         """Everything that writing changes."""
@@ -61,9 +66,9 @@ class HeadWeight:
     def read(self) -> Tensor:
         """``[W, b]``: [C, D], a new tensor of the head's dtype."""
         with torch.no_grad():
-            parts = [self.head.weight.detach()]
+            parts = [made(self.head, "weight").detach()]
             if self.head.bias is not None:
-                parts.append(self.head.bias.detach()[:, None])
+                parts.append(made(self.head, "bias").detach()[:, None])
             return torch.cat(parts, dim=1)
 
     def write(self, theta: Tensor) -> None:
@@ -116,16 +121,16 @@ class HeadWeight:
             raise self._refusal(self._made_of(), self._remedy())
 
     def _made_of(self) -> str:
-        if parametrize.is_parametrized(self.head, "weight"):
-            kinds = [type(p).__name__ for p in self.head.parametrizations["weight"]]  # type: ignore[index]
-            return f"has a weight made by {', '.join(kinds)}, which cannot give any weight"
+        if (name := self._parametrized) is not None:
+            kinds = [type(p).__name__ for p in self.head.parametrizations[name]]  # type: ignore[index]
+            return f"has a {name} made by {', '.join(kinds)}, which cannot give any {name}"
         hooks = [*self.head._forward_pre_hooks.values(), *self.head._forward_hooks.values()]
         names = [type(h).__name__ for h in hooks]
         return f"has a weight or an output that hooks make ({', '.join(names)})"
 
     def _remedy(self) -> str:
-        if parametrize.is_parametrized(self.head, "weight"):
-            how = f"torch.nn.utils.parametrize.remove_parametrizations({self.name}, 'weight')"
+        if (name := self._parametrized) is not None:
+            how = f"torch.nn.utils.parametrize.remove_parametrizations({self.name}, {name!r})"
         elif any(type(h).__name__ == "SpectralNorm" for h in self.head._forward_pre_hooks.values()):
             how = f"torch.nn.utils.remove_spectral_norm({self.name})"
         else:

@@ -34,8 +34,9 @@ class UnlearnResult:
         batch_losses: the ascent's loss at every step.
         steps, epochs: optimizer steps made, and epochs begun.
         stopped_by: "epochs", "max_steps", "milestones" (the last one was passed), "edit" (all that
-            was asked for), "left_alone" (``"auto"`` found nothing to forget), or the stop rule's
-            condition.
+            was asked for), "left_alone" (``"auto"`` found nothing to forget), "no_descent" (no step
+            of a self-distillation lowers its loss, and targets further away do not help), or the
+            stop rule's condition.
         reached: whether the depth that was asked for (stop, or the last milestone) is there, by the
             model's own forward pass; None where none was asked for.
         step_fraction: how much of the last step was kept by the bisection, in (0, 1]; of

@@ -13,6 +13,7 @@ from imu_fast import distributed
 from imu_fast.errors import InputError
 from imu_fast.model.capture import HeadFeatures, capture_features
 from imu_fast.model.guard import copied, copies_of, put_back
+from imu_fast.model.head import check_not_frozen
 from imu_fast.model.reading import Reading
 from imu_fast.unlearning.ascent.ascent import Ascent
 from imu_fast.unlearning.ascent.retain import RETAIN, Retain
@@ -168,9 +169,5 @@ def _check_plain(found: HeadFeatures, model: nn.Module, named: bool) -> None:
             f"head {found.name!r}: {why}; processes share the samples of a head that the model "
             "ends in, and in nothing else: leave group out"
         )
-    frozen = not all(p.requires_grad for p in found.head.parameters())
-    if frozen and not named and any(p.requires_grad for p in model.parameters()):
-        raise InputError(
-            f"the head {found.name!r} has requires_grad=False while other parameters do not; ask "
-            f"for it by name, layers={found.name!r}"
-        )
+    if not named:
+        check_not_frozen(model, found.name, [part.module for part, _ in found.parts])

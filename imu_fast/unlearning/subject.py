@@ -17,7 +17,7 @@ from imu_fast.model.called import called, from_sample
 from imu_fast.model.capture import HeadFeatures, capture, capture_features
 from imu_fast.model.convolution import scored_layers
 from imu_fast.model.guard import modes
-from imu_fast.model.head import LinearLayer, shared_with
+from imu_fast.model.head import LinearLayer, check_not_frozen, shared_with
 from imu_fast.model.labels import class_labels
 from imu_fast.model.loss import labelled
 from imu_fast.model.outputs import (
@@ -162,7 +162,8 @@ class HeadSubject:
         found = captured["forget"]
         self.name, self.has_bias = found.name, found.head.bias is not None
         self.layers = [part.module for part, _ in found.parts]
-        self._check_not_frozen()
+        if self._asked == "head":
+            check_not_frozen(model, self.name, self.layers)
         captured |= {k: self._captured(k, self._asked) for k in loaders if k != "forget"}
         self.computed = max(
             (found.computed, found.head.weight.dtype), key=lambda dtype: torch.finfo(dtype).eps
@@ -185,23 +186,6 @@ class HeadSubject:
             )
             self._check(found)
         return found
-
-    def _check_not_frozen(self) -> None:
-        """Raise InputError where the user keeps the head's parameters, and has not asked for it.
-
-        A model of which nothing is trained keeps nothing in particular.
-        """
-        own = [(n, p) for layer in self.layers for n, p in layer.named_parameters()]
-        frozen = [n.rpartition(".")[2] for n, p in own if not p.requires_grad]
-        named = self._asked != "head"
-        if named or not frozen or not any(p.requires_grad for p in self.model.parameters()):
-            return
-        what = "" if len(frozen) == len(own) else f"'s {' and '.join(frozen)}"
-        raise InputError(
-            f"the head {self.name!r}{what} has requires_grad=False while other parameters do not; "
-            f"ask for it by name, layers={self.name!r}, or use scope='all' for those that are not "
-            "frozen"
-        )
 
     @staticmethod
     def _check(captured: HeadFeatures) -> None:

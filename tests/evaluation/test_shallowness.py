@@ -128,6 +128,17 @@ def test_arguments_of_relearning(change, message):
         relearning_steps(network(), blobs(), **{"target": 1.0, **change})
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+def test_descent_that_diverges_has_relearned_nothing(scope):
+    model, x, y = network(), torch.ones(60, 6), torch.arange(60) // 59  # not all can be right
+    with pytest.raises(InputError, match=r"lr=1e\+38: relearning diverged by step \d"):
+        relearning_steps(model, (x, y), target=1.0, lr=1e38, scope=scope, batch_size=10)
+    with torch.no_grad():
+        model[-1].bias[0] = torch.nan
+    with pytest.raises(InputError, match="logits are not finite: the model has diverged"):
+        relearning_steps(model, (x, torch.zeros(60).long()), target=0.9, scope=scope)
+
+
 def test_data_of_relearning():
     with pytest.raises(InputError, match="empty"):
         relearning_steps(network(), [], target=1.0)

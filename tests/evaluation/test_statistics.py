@@ -251,6 +251,12 @@ def test_intervals_are_students_over_clusters(cluster):
         assert (line["low"], line["high"]) == pytest.approx(bounds)
 
 
+@pytest.mark.parametrize("level", [95, 1, 0, -0.5])
+def test_a_level_is_a_probability(level):
+    with pytest.raises(InputError, match=f"level={level}"):
+        intervals(shared(5), "retain", level=level)
+
+
 def test_holm_by_hand():
     values = {
         "uniform": [0.0] * 4,

@@ -128,6 +128,32 @@ def test_trak_of_a_double_model_in_training_mode():
     assert model.training
 
 
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda x, y: (x, y + 9), r"is outside \[0, "),
+        (lambda x, y: (x, torch.full_like(y, -100)), "samples have no label"),
+        (lambda x, y: (x, y.float()), "integer class indices"),
+        (lambda x, y: (x, y > 0), "torch.bool"),
+        (lambda x, y: (x, y[:-1]), "inputs and"),
+    ],
+)
+@pytest.mark.parametrize("which", [0, 1])
+def test_trak_is_of_class_indices(change, match, which):
+    pair = list(problem())
+    model = fitted(pair[0], 0)
+    pair[which] = change(*pair[which])
+    with pytest.raises(imu.InputError, match=match):
+        trak([model], *pair, width=8)
+
+
+def test_trak_is_of_models_that_return_logits():
+    with pytest.raises(imu.InputError, match="models is empty"):
+        trak([], *problem())
+    with pytest.raises(imu.InputError, match=r"returns .*; trak\(\) takes models that return"):
+        trak([nn.Flatten(0)], *problem())
+
+
 def test_a_setting_without_a_score_is_not_the_best():
     assert best_of({"a": nan, "b": -0.1, "c": -0.2}) == "b"
     assert best_of({"a": nan, "b": nan}) == "a"

@@ -392,6 +392,33 @@ def test_derived_weights(wrap, caplog):
     assert_scores(imu.influence_scores(model, (x, y), layers=["fc"]), truth(plain, x, y))
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.filterwarnings("ignore")
+def test_a_derived_weight_is_the_one_that_evaluation_makes(wrap, training):
+    """Whatever was made of it before: parameters are loaded, and nothing has run since."""
+    model, (x, y) = Net(wrap(nn.Linear(H, C))), data()
+    other = Net(wrap(nn.Linear(H, C)))
+    with torch.no_grad():
+        next(p for n, p in other.fc.named_parameters() if "weight" in n).mul_(3).add_(0.5)
+    model.load_state_dict(other.state_dict())
+    fresh = Net(wrap(nn.Linear(H, C)))
+    fresh.load_state_dict(other.state_dict())
+    fresh.eval()(x)
+    plain = Net()
+    weights = {"body.weight": fresh.body.weight, "body.bias": fresh.body.bias}
+    weights |= {"fc.weight": fresh.fc.weight.detach(), "fc.bias": fresh.fc.bias}
+    plain.load_state_dict(weights)
+    model.train(training)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for layers in ("head", ["fc"]):
+        assert_scores(imu.influence_scores(model, (x, y), layers=layers), truth(plain, x, y))
+    found = imu.capture_features(model, (x, y))
+    torch.testing.assert_close(found.head(found.features), plain(x))
+    assert model.training is training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
 def test_shared_weights_are_said():
     class Tied(nn.Module):
         def __init__(self):

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations, prune, weight_norm
+from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 
 import imu_fast as imu
+from imu_fast.model.outputs import outputs_of
 
 
 class Net(nn.Module):
@@ -69,6 +70,17 @@ def wrapped(how):
     return model.eval()
 
 
+class Halved(nn.Module):
+    def forward(self, x):
+        return x / 2
+
+
+def halved_bias():
+    model = Net()
+    parametrize.register_parametrization(model.fc, "bias", Halved())
+    return model
+
+
 MODELS = {
     "plain": lambda: Net(),
     "no bias": lambda: Net(bias=False),
@@ -90,6 +102,7 @@ REFUSED = {
     ),
     "orthogonal": (lambda: wrapped(parametrizations.orthogonal), "remove_parametrizations"),
     "pruned": (lambda: wrapped(lambda m: prune.random_unstructured(m, "weight", 0.5)), "prune"),
+    "parametrized bias": (lambda: halved_bias(), "'bias'"),
     "capped": (lambda: Capped(), "scope='layers'"),
 }
 METHODS = {
@@ -131,6 +144,7 @@ def test_the_report_is_the_models_own(name, method):
 def test_what_would_not_hold_is_refused_before_the_work(name, method):
     make, remedy = REFUSED[name]
     model, x, y = problem(make)
+    model.train()  # in which reading a weight may change what it is made of
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(imu.InputError, match=remedy):
         imu.unlearn(model, (x, y), method=method, callback=pytest.fail, **METHODS[method])
@@ -199,12 +213,55 @@ def test_frozen_parameters_stay_unless_asked_for():
         for method in HEAD_METHODS:
             with pytest.raises(imu.InputError, match=f"head 'fc''s {name} has requires_grad=False"):
                 imu.unlearn(model, (x, y), method, stop=imu.StopRule(forget_accuracy=0.0))
+        with pytest.raises(imu.InputError, match=f"head 'fc''s {name} has requires_grad=False"):
+            imu.unlearn(model, (x, y), "uniform", scope="layers")
     before = model.fc.bias.clone()
     imu.unlearn(model, (x, y), "margin_edit", layers="fc")
     assert not torch.equal(model.fc.bias, before), "asked for by name"
     model.requires_grad_(False)
     with pytest.raises(imu.InputError, match="all of this model's have requires_grad=False"):
         imu.unlearn(model, (x, y), method="uniform", scope="all")
+
+
+@pytest.mark.parametrize("frozen", [("0.0",), ("0.0.bias", "0.1"), ("0",)])
+def test_what_is_frozen_inside_of_a_named_module_stays(frozen):
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 6))
+    model, x, y = problem(lambda: nn.Sequential(body, nn.ReLU(), nn.Linear(6, 5)))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(f"{name}.".startswith(f"{f}.") for f in frozen))
+    before = {k: (v.detach().clone(), v.requires_grad) for k, v in model.named_parameters()}
+    imu.unlearn(model, (x, y), method="uniform", scope="layers", layers="0", epochs=2)
+    moved = {k for k, v in model.named_parameters() if not torch.equal(v, before[k][0])}
+    inside = {k for k in before if k.startswith("0.")}
+    free = {k for k in inside if before[k][1]}
+    assert moved == (free or inside), "all of what is frozen as a whole"
+    assert all(v.requires_grad is before[k][1] for k, v in model.named_parameters())
+
+
+@pytest.mark.parametrize("labels", ["zeros", "ones", "soft"])
+def test_one_logit_is_no_softmax(labels):
+    model, x, _ = problem(lambda: Net(c=1))
+    y = {"zeros": torch.zeros(60).long(), "ones": torch.ones(60).long(), "soft": torch.ones(60, 1)}
+    doors = [imu.influence_scores] if labels == "soft" else [imu.influence_scores, imu.evaluate]
+    doors += [] if labels == "soft" else [lambda *a, m=m: imu.unlearn(*a, m) for m in METHODS]
+    for door in doors:
+        with pytest.raises(imu.InputError, match=r"of one class.*output=lambda"):
+            door(model, (x, y[labels]))
+    two = lambda o: torch.cat([torch.zeros_like(o), o], -1)  # noqa: E731
+    wanted = F.binary_cross_entropy_with_logits(model(x)[:, 0].detach(), torch.zeros(60))
+    assert imu.evaluate(model, (x, y["zeros"]), output=two)["loss"] == pytest.approx(float(wanted))
+
+
+def test_a_model_without_numbers_has_no_accuracy():
+    model, x, y = problem(Net)
+    y = torch.zeros_like(y)  # argmax of NaN is 0
+    broken = torch.cat([x[:30], torch.full_like(x[:30], torch.nan)])
+    assert outputs_of(model, (broken, y)).correct[30:].sum() == 0
+    depths = {"stop": imu.StopRule(unseen_accuracy=(broken, y))}, {"unseen": (broken, y)}
+    for depth, method in zip(depths, ("uniform", "auto"), strict=True):
+        with pytest.raises(imu.InputError, match=r"unseen.*not finite at sample 30 \(30 of 60"):
+            imu.unlearn(model, (x, y), method, **depth)
 
 
 @pytest.mark.parametrize("method", ["uniform", "margin_edit"])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from imu_fast.errors import InputError, check_choice
 from imu_fast.model.capture import head_of
-from imu_fast.model.head import WHOLE_MODEL, find_head, linears
+from imu_fast.model.head import WHOLE_MODEL, check_not_frozen, find_head, linears
 from imu_fast.options import Choice, Options, Table, option, options
 from imu_fast.unlearning.ascent.head import HeadSteps
 from imu_fast.unlearning.ascent.network import NetworkSteps
@@ -161,7 +161,8 @@ class Layers(_Autograd):
 
     Args:
         layers: names or modules; a pattern such as ``"*fc*"`` stands for the linear layers whose
-            names it matches. None: the head, found while the first batch runs.
+            names it matches. None: the head, found while the first batch runs. Of a module that
+            holds others, what is frozen in these (``requires_grad=False``) stays, unless all is.
     """
 
     name = "layers"
@@ -189,14 +190,28 @@ class Layers(_Autograd):
 
     def _trained(self, job: Job) -> set[int]:
         model, names = job.model, self.layers
-        if names is None:
+        if named := names is not None:
+            assert isinstance(names, list)  # bound
+        else:
             names, _ = head_of(model, job.forget, job.reading)
-        assert isinstance(names, list)  # bound
         modules = [model if n == WHOLE_MODEL else model.get_submodule(n) for n in names]
-        found = {id(p) for module in modules for p in module.parameters()}
+        if not named:
+            check_not_frozen(model, "+".join(names), modules)
+        found = {id(p) for module in modules for p in _asked_for(module)}
         if not found:
             raise InputError(f"layers={names} have no parameters to train; name other layers")
         return found
+
+
+def _asked_for(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a module that was named, but for those that are frozen deeper in it.
+
+    Of one that is frozen as a whole, all.
+    """
+    every, own = list(module.parameters()), {id(p) for p in module.parameters(recurse=False)}
+    if not any(p.requires_grad for p in every):
+        return every
+    return [p for p in every if p.requires_grad or id(p) in own]
 
 
 def _names(layer: Any, modules: dict[str, nn.Module], model: nn.Module) -> list[str]:

@@ -47,8 +47,9 @@ from imu_fast.unlearning.trajectory import Trajectory
 
 logger = logging.getLogger("imu_fast")
 
-# A step is halved this often at most to find one along which the distillation loss falls.
-_HALVINGS = 20
+# A step is halved this often at most to find one along which the distillation loss falls: where
+# the forget set is predicted with certainty its Hessian is next to nothing, and its inverse large.
+_HALVINGS = 60
 # Steps towards the same targets; then the margin is doubled, up to this.
 _ROUND, _MOST_MARGIN = 40, 1e3
 
@@ -276,6 +277,7 @@ class _Distillation:
         )
         self.trajectory.records[-1]["step"] = self._at(kept)
         stopped = "milestones" if depths.stop is None else reached
+        spent = "max_steps" if self.steps >= self.method.max_steps else "no_descent"
         return UnlearnResult(
             job.model,
             None,
@@ -283,7 +285,7 @@ class _Distillation:
             torch.ones(job.forget.n, device=self.subject.device),
             self.trajectory.records,
             steps=self.steps,
-            stopped_by=(stopped if reached else None) or "max_steps",
+            stopped_by=(stopped if reached else None) or spent,
             step_fraction=kept,
             reached=own is not None,
             settings={

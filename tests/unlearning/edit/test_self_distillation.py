@@ -110,6 +110,28 @@ def test_a_step_is_the_natural_gradient_of_dense_autograd(with_summary, calibrat
         torch.testing.assert_close(found, -LR * step, rtol=1e-9, atol=1e-12)
 
 
+def test_a_forget_set_predicted_with_certainty_is_forgotten():
+    """Its Hessian is next to nothing, so that the first steps by its inverse are far too long."""
+    model, (x, _) = network(), samples()
+    with torch.no_grad():
+        for parameter in model[5].parameters():
+            parameter.mul_(100)
+    labels = model(x).argmax(1)
+    result = imu.unlearn(
+        model, (x, labels), "self_distillation", stop=imu.StopRule(unseen_accuracy=0.5)
+    )
+    assert result.reached and result.trajectory[-1]["forget_accuracy"] <= 0.5
+
+
+def test_a_run_that_finds_no_descent_says_so(monkeypatch):
+    monkeypatch.setattr("imu_fast.unlearning.edit.distillation._HALVINGS", 0)
+    model, (x, _) = network(), samples()
+    rule = imu.StopRule(unseen_accuracy=0.5)
+    with pytest.warns(UserWarning, match="is not reached"):
+        result = imu.unlearn(model, (x, model(x).argmax(1)), "self_distillation", stop=rule)
+    assert (result.steps, result.stopped_by, result.reached) == (0, "no_descent", False)
+
+
 def test_targets_are_lowered_by_the_least_that_gives_the_accuracy():
     torch.manual_seed(0)
     z, y = torch.randn(40, 5, dtype=torch.float64), torch.randint(5, (40,))
