@@ -25,6 +25,7 @@ import itertools
 import json
 import logging
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -246,7 +247,10 @@ class Worker:
         if line := self._process.stdout.readline():
             return json.loads(line)
         self._log.seek(0)
-        raise RuntimeError("".join(self._log.read().strip().splitlines()[-1:]))
+        last = "".join(self._log.read().strip().splitlines()[-1:])
+        if (code := self._process.wait()) < 0:  # it had no time for a last line of its own
+            last = f"killed by {signal.Signals(-code).name}, as where memory runs out"
+        raise RuntimeError(last)
 
     def close(self) -> None:
         self._process.communicate()

@@ -95,8 +95,13 @@ def main() -> None:
             row |= {"ours": statistics.median(mine), "ratio": middle, "low": low, "high": high}
             kept.append(row)
     if asked.out is not None:
-        versions = {"imu_fast": imu.__version__, "torch": torch.__version__}
-        found = {"threads": 1, "versions": versions, "unit": "CPU seconds", "rows": kept}
+        found = {
+            "threads": 1,
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "versions": {"imu_fast": imu.__version__, "torch": torch.__version__},
+            "unit": "CPU seconds",
+            "rows": kept,
+        }
         with replacing(asked.out) as path:
             path.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -10,9 +10,10 @@ import torch
 
 
 def pytest_configure(config):
-    """Workers side by side have a thread each."""
+    """Workers side by side have a thread each, and so have the processes that they start."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     if os.environ.get("TRITON_INTERPRET") == "1":
         _look_through_the_language_once()
 

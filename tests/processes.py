@@ -42,7 +42,7 @@ def specs():
 
 
 def statistics(rank, world):
-    cases = (CASES[1], CASES[2], CASES[7], CASES[8]) if world == 2 else (CASES[1], CASES[8])
+    cases = (CASES[1], CASES[2], CASES[7], CASES[8]) if world == 2 else (CASES[8],)
     for number, case in enumerate(cases):
         whole = head_factors(case)
         for cut in SHARES[world]:
@@ -326,7 +326,7 @@ def failures(rank, world):
 
 PARTS = {
     2: (statistics, single, shared_layers.walk, shared_head.walk, models, failures),
-    4: (statistics, single, shared_layers.walk, shared_head.walk, failures),
+    4: (statistics, shared_layers.walk, shared_head.walk, failures),
 }
 
 

@@ -35,7 +35,7 @@ def _digits_network(epochs: int, samples: Samples, seed: int) -> torch.nn.Module
 
 
 def _cifar_network(epochs: int, samples: Samples, seed: int) -> torch.nn.Module:
-    return train("resnet", samples, 10, seed=seed, epochs=epochs, batch_size=64, mirror=True)
+    return train("vgg", samples, 10, seed=seed, epochs=epochs, batch_size=64, mirror=True)
 
 
 def run(

@@ -603,9 +603,7 @@ def test_real_photographs_from_an_image_folder(tmp_path, data_dir):
 
 @pytest.mark.parametrize("module", ["imu_fast", "imu_fast.cli"])
 def test_as_a_module(module):
-    command = [sys.executable, "-m", module]
-    done = subprocess.run([*command, "doctor"], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", module, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "torch" in done.stdout
-    done = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=120)
     assert "Usage: imu-fast" in done.stdout

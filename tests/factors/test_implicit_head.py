@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, every_case, every_dtype
+from cases import CASES, every_dtype
 from memory import peak
 from torch.nn.functional import cross_entropy, linear
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +21,15 @@ from imu_fast.factors.statistics import mean_gradient, second_moment, trace
 every_curvature = pytest.mark.parametrize("name", imu.curvatures())
 SEPARATE = ["fisher_diag", "identity"]
 from_head = imu.GradientFactors.from_head
+
+
+# One token at a time, a thousand take a thousand turns: this case is cut where cuts are as long.
+FEW = [case for case in CASES if len(case.lengths) < 99]
+CUT = [(3, case) for case in FEW]
+CUT += [(slab, case) for slab in (1, 1000) for case in (CASES[1], CASES[8])]
+cut_cases = pytest.mark.parametrize(
+    ("slab", "case"), CUT, ids=[f"{slab}-{case.why}" for slab, case in CUT], indirect=["slab"]
+)
 
 
 @pytest.fixture(params=[1, 3, 1000])
@@ -61,7 +70,7 @@ def test_it_is_factors_of_the_same_sizes(slab):
     assert next(c.stop - c.start for c in cuts_of_outputs(head)) == min(slab, head.num_classes)
 
 
-@every_case
+@cut_cases
 @every_dtype
 def test_chunks_are_those_of_stored_factors(case, dtype, slab):
     head, stored = both(case, dtype)
@@ -90,7 +99,7 @@ def test_chunks_are_those_of_stored_factors(case, dtype, slab):
 
 
 @every_curvature
-@pytest.mark.parametrize("case", [c for c in CASES if len(c.lengths) < 99], ids=lambda c: c.why)
+@cut_cases
 def test_every_curvature_scores_as_with_stored_factors(name, case, slab):
     head, stored = both(case)
     if case.scale > 1 and name in ("ggn", "ggn_block", "kfac", "ekfac", "fisher"):
@@ -124,8 +133,16 @@ def test_every_curvature_scores_as_with_stored_factors(name, case, slab):
     close(fitted.self_influence(head), truth.self_influence(stored), bound)
 
 
-@every_case
+@cut_cases
 def test_statistics(case, slab):
+    statistics_are_equal(case)
+
+
+def test_statistics_of_more_samples_than_a_chunk():
+    statistics_are_equal(CASES[4])
+
+
+def statistics_are_equal(case):
     head, stored = both(case)
     close(mean_gradient(head), stored.mean_gradient(), 1e-9)
     close(head.mean_gradient(), stored.mean_gradient(), 1e-9)
@@ -247,8 +264,9 @@ MANY = {
 
 
 @pytest.mark.parametrize("call", MANY)
-@pytest.mark.parametrize("of_samples", [1, 8], ids="tokens of a sample: {}".format)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "of_samples"), [(torch.float32, 8), (torch.bfloat16, 1)], ids=str
+)
 def test_peak_memory_of_a_vocabulary(call, of_samples, dtype):
     """Logits would take 320 MB; the call chooses by itself to have none."""
     tokens, classes, d = 800, 100_000, 8
