@@ -36,7 +36,9 @@ def main() -> None:
         optimizer.zero_grad()
         cross_entropy(model(x), y).backward()
         optimizer.step()
-    forget = DataLoader(TensorDataset(x[y == 1], y[y == 1]), batch_size=16)
+    # Its batches: images, subclasses (none here), classes.
+    class_1 = TensorDataset(x[y == 1], torch.empty(50, 0), y[y == 1])
+    forget = DataLoader(class_1, batch_size=16)
     model = method(
         fabric=SimpleNamespace(world_size=1),
         num_gpus=0,

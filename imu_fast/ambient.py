@@ -181,8 +181,7 @@ def plain_torch(devices: Iterable[torch.device] = (), *, data: bool = False) -> 
         _leave_autocast(stack)
         _leave_default_device(stack)
         stack.enter_context(torch_state_kept() if data else random_state_kept(devices))
-        if "torch._dynamo" in sys.modules:  # else nothing has been compiled
-            stack.enter_context(_eager.on())
+        stack.enter_context(not_compiled())
         stack.enter_context(checkpoints_not_reentrant())
         inner_grad = torch.is_grad_enabled()
         try:
@@ -251,6 +250,12 @@ def _without_reentrant() -> Iterator[None]:
 
 _eager = _Switch(lambda: torch.compiler.set_stance("force_eager"))
 _no_reentrant = _Switch(_without_reentrant)
+
+
+def not_compiled() -> AbstractContextManager[None]:
+    """Compiled modules run as they were before: they do not run hooks that are set afterwards."""
+    # Where dynamo is not loaded, nothing has been compiled.
+    return _eager.on() if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def checkpoints_not_reentrant() -> AbstractContextManager[None]:

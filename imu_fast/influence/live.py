@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from imu_fast.ambient import checkpoints_not_reentrant
+from imu_fast.ambient import checkpoints_not_reentrant, not_compiled
 from imu_fast.curvature.base import Curvature
 from imu_fast.curvature.named import CURVATURES, CurvatureName
 from imu_fast.errors import InputError, check_choice, check_fraction, check_tensor
@@ -99,8 +99,9 @@ def live_weights(
         loss = ...  # of the same logits
         loss.backward()
 
-    The layers are watched while the model runs, in the mode that it is in (dropout included); then
-    one backward pass goes through activations from the logits to the lowest of the layers, and the
+    The layers are watched while the model runs, in the mode that it is in (dropout included), and
+    as it was before it was compiled: compiled code calls no hooks that came after it. Then one
+    backward pass goes through activations from the logits to the lowest of the layers, and the
     caller's own follows on the same graph. While a graph is new, the first few steps and every 16th
     make that pass twice, to test whose each row of a layer is.
 
@@ -120,7 +121,7 @@ def live_weights(
         raise InputError("output says where a model's logits are; pass the logits themselves")
     spec = CURVATURES.choose(curvature, damping=damping, **own)
     chosen, _ = selected(model, layers)
-    with checkpoints_not_reentrant(), listening(chosen) as seen:
+    with checkpoints_not_reentrant(), not_compiled(), listening(chosen) as seen:
         yield LiveWeights(
             model, chosen, seen, reading, spec, (clip_quantile, quantile_over, on_empty)
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -24,6 +25,8 @@ from imu_fast.model.selection import selected
 from imu_fast.ops.objective import LABEL_OBJECTIVES, NPO_BETA, objective
 from imu_fast.ops.tokens import sum_over_tokens
 from imu_fast.options import Choice, Options, option, options
+
+logger = logging.getLogger("imu_fast")
 
 OBJECTIVES = (*LABEL_OBJECTIVES, "npo", "simnpo")
 # Fan et al. 2024.
@@ -124,6 +127,24 @@ def present(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
+def check_own_loss(trainer: Any) -> None:
+    """For a trainer with a loss of its own.
+
+    Raises:
+        InputError: it was given what only a Trainer's loss, which it replaces, would use.
+    """
+    if smoothing := getattr(trainer.args, "label_smoothing_factor", 0):
+        raise InputError(
+            f"label_smoothing_factor={smoothing} is of the loss that a Trainer minimises; what is "
+            "forgotten and kept here are the labels themselves: leave it 0"
+        )
+    if getattr(trainer, "compute_loss_func", None) is not None:
+        raise InputError(
+            "compute_loss_func is a loss in the place of the one that forgets, which would not be "
+            "used: leave it out"
+        )
+
+
 def predicts_next(model: nn.Module, batch: dict[str, Any]) -> bool:
     """Whether the model's own loss of a batch with labels is that of the next token.
 
@@ -159,6 +180,12 @@ def accepted(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     """What of a batch the model's forward takes; data sets add indices and the like."""
     forward = forward_of(model)
     return {k: v for k, v in batch.items() if forward.any_keyword or k in forward.names}
+
+
+def _has_label(labels: Tensor, shift: bool) -> bool:
+    """Whether any position has one that is predicted."""
+    shifted = labels[:, 1:] if shift and labels.dim() == 2 else labels
+    return bool((shifted != IGNORE_INDEX).any())
 
 
 def labelled(logits: Tensor, labels: Tensor, shift: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,6 +240,12 @@ class UnlearningMixin:
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
         self.weights: Tensor | None = None
+        check_own_loss(self)
+        if getattr(self, "model_init", None) is not None and self.forgetting.layers != "head":
+            raise InputError(
+                f"model_init makes another model when training begins, and layers="
+                f"{self.forgetting.layers!r} are of this one; pass model="
+            )
         self._layers = self.forgetting.of(self.model)
         self._shift = self.forgetting.shift_labels
         self._original = self._kept() if self.forgetting.needs_original else None
@@ -260,7 +293,9 @@ class UnlearningMixin:
         """
         plain = isinstance(inputs, Mapping) and "forget" not in inputs
         if plain and not model.training:
-            return super().compute_loss(model, inputs, return_outputs)  # type: ignore[misc]
+            # Trainers of before it take no number of items, and give none.
+            more = () if num_items_in_batch is None else (num_items_in_batch,)
+            return super().compute_loss(model, inputs, return_outputs, *more)  # type: ignore[misc]
         how = self.forgetting
         forget, retain = sets_of(inputs)
         loss, outputs = self._forget_loss(model, accepted(model, forget))
@@ -275,21 +310,35 @@ class UnlearningMixin:
     def _rows(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return labelled(logits, labels, bool(self._shift))
 
-    def _forget_loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Any]:
-        how = self.forgetting
-        if "labels" not in batch:
-            raise InputError(f"the forget batch has {list(batch)} and no labels")
+    def _any_label(self, model: nn.Module, labels: Tensor, batch: dict[str, Any]) -> bool:
+        """Whether the batch has a label that is predicted; asks once which position predicts it."""
+        if not _has_label(labels, shift=False):
+            return False  # nor anything to ask by
         if self._shift is None:
             self._shift = predicts_next(model, batch)
-        self.weights = batch_weights(
+        return _has_label(labels, self._shift)
+
+    def _weigh(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """The weights [B] of a batch; zero where no sample of it has a label."""
+        how, labels = self.forgetting, batch["labels"]
+        if not self._any_label(model, labels, batch):
+            logger.warning("no sample of a forget batch has a label: nothing of it is forgotten")
+            return torch.zeros(len(labels), device=labels.device)
+        return batch_weights(
             model,
             batch,
             layers=self._layers,
             curvature=how.curvature,
             clip_quantile=how.clip_quantile,
             quantile_over=how.quantile_over,
-            shift=self._shift,
+            shift=bool(self._shift),
         )
+
+    def _forget_loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Any]:
+        how = self.forgetting
+        if "labels" not in batch:
+            raise InputError(f"the forget batch has {list(batch)} and no labels")
+        self.weights = self._weigh(model, batch)
         called = dict(batch)
         if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
             called.pop("labels")  # its own loss is not needed
@@ -312,12 +361,20 @@ class UnlearningMixin:
         return -(weights * f).sum() / weights.sum().clamp_min(smallest), outputs
 
     def _retain_loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """The mean over what has a label; zero, with a graph, where nothing has one."""
+        labels = batch.get("labels")
+        if labels is None:
+            raise InputError(f"the retain batch has {list(batch)} and no labels")
+        known = self._any_label(model, labels, batch)
         outputs = model(**batch)
+        if not known:
+            logger.warning("no sample of a retain batch has a label: nothing of it is kept")
+            return self._rows(logits_of(outputs), labels)[0].sum()
         if self.forgetting.retain_loss_type == "NLL":
             return outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
         assert self._original is not None
         with torch.no_grad():
-            was, _, _ = self._rows(logits_of(self._original(**batch)), batch["labels"])
-        z, _, counts = self._rows(logits_of(outputs), batch["labels"])
+            was, _, _ = self._rows(logits_of(self._original(**batch)), labels)
+        z, _, counts = self._rows(logits_of(outputs), labels)
         apart = kl_div(z.log_softmax(1), was.log_softmax(1), reduction="none", log_target=True)
-        return means(apart.sum(dim=1), counts).mean()
+        return means(apart.sum(dim=1), counts).sum() / (counts > 0).sum()

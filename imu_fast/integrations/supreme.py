@@ -7,16 +7,21 @@ registry takes what is imported by name, so options are bound in a function of y
         return imu_fast(**given, method="margin_edit", margin=0.5)
 
     supreme.register_unlearning_method("gentle", gentle)
+
+Its batches are ``(images, subclasses, classes)``, the second empty where a data set has none: what
+is forgotten, kept and measured are the classes, which come last.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from imu_fast.errors import InputError
+from imu_fast.model.parts import Data
 from imu_fast.unlearning.unlearn import unlearn
 
 logger = logging.getLogger("imu_fast")
@@ -53,7 +58,7 @@ def imu_fast(
             is a ``"fullclass"``; other samples are forgotten until they are predicted no better
             than those of ``test_dataloader``, and left alone where they are not.
         method: and further options, as of :func:`imu_fast.unlearn`; what else supreme passes is not
-            needed.
+            needed, but its loaders may be given as ``retain``, ``unseen`` or in ``watch``.
 
     Raises:
         InputError: several processes, or an option that the method does not have.
@@ -63,15 +68,30 @@ def imu_fast(
             f"fabric has {fabric.world_size} processes, each with a part of the forget set; run "
             "this method with one"
         )
+    loaders = [v for k, v in options.items() if k in _HANDLES and k.endswith("dataloader")]
     own = {name: value for name, value in options.items() if name not in _HANDLES}
     if method == "auto":
         own.setdefault("task", _TASKS.get(str(options.get("type_of_unlearning_strategy"))))
         if own["task"] != "class" and not {"stop", "milestones", "unseen"} & own.keys():
             own["unseen"] = options.get("test_dataloader")
+    own = {name: _read(value, loaders) for name, value in own.items()}
     inner = getattr(model, "module", model)
-    result = unlearn(inner, forget_train_dataloader, method, **own)
+    result = unlearn(inner, _by_class(forget_train_dataloader), method, **own)
     logger.info("%s", result)
     return model
+
+
+def _by_class(loader: Any) -> Any:
+    """A loader of supreme's with its classes for labels."""
+    return loader if isinstance(loader, Data) else Data(loader, inputs=0, labels=-1)
+
+
+def _read(value: Any, loaders: Sequence[Any]) -> Any:
+    """An option in which those of supreme's loaders that it holds are read by class."""
+    if isinstance(value, Mapping):
+        return {name: _read(inner, loaders) for name, inner in value.items()}
+    theirs = any(value is loader for loader in loaders if loader is not None)
+    return _by_class(value) if theirs else value
 
 
 def register(name: str = "imu_fast") -> None:

@@ -24,7 +24,7 @@ from imu_fast.integrations._forgetting import (
     predicts_next,
 )
 from imu_fast.model.batches import device_of
-from imu_fast.model.guard import preserved
+from imu_fast.model.guard import Kept, copies_of, preserved, put_back
 from imu_fast.ops.objective import objective
 
 try:
@@ -76,6 +76,9 @@ def forget_depth(
 class StopAtDepth(TrainerCallback):
     """Stops a Trainer once the forget set is forgotten so far.
 
+    A Trainer looks whether to stop after a batch: where the depth is reached before the first, what
+    that one has changed in the model is put back.
+
     Args:
         batches: of the forget set, read at each measurement; see :func:`forget_depth`.
         forget_loss: stop at or above this mean loss. forget_accuracy: at or below this accuracy.
@@ -108,19 +111,40 @@ class StopAtDepth(TrainerCallback):
         self.every = check_count("every", every)
         self.records: list[tuple[int, float, float]] = []
         self.reached = False
+        self._before: Kept = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure once before the first step."""
-        self.records, self.reached = [], False
-        self._measure(state, control, kwargs["model"])
+        self.records, self.reached, self._before = [], False, []
+        model = kwargs["model"]
+        self._measure(state, control, model)
+        if self.reached:
+            _, loss, accuracy = self.records[-1]
+            logger.warning(
+                "the forget set is as deep as was asked for before any step (loss %.4f, accuracy "
+                "%.4f): the model stays as it is",
+                loss,
+                accuracy,
+            )
+            trained = [p for p in model.parameters() if p.requires_grad]
+            self._before = copies_of([*trained, *model.buffers()])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure, and ask the Trainer to stop."""
-        if state.global_step % self.every == 0:
+        if self._before:
+            self._stay(control)
+        elif state.global_step % self.every == 0:
             self._measure(state, control, kwargs["model"])
 
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Where gradients accumulate, this is where a Trainer stops first."""
+        if self._before:
+            self._stay(control)
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say so where the budget ended first."""
+        """Say so where the budget ended first; the last state is measured if it was not."""
+        if not self.reached and self.records[-1][0] != state.global_step:
+            self._measure(state, control, kwargs["model"])
         if not self.reached:
             _, loss, accuracy = self.records[-1]
             logger.warning(
@@ -128,6 +152,10 @@ class StopAtDepth(TrainerCallback):
                 loss,
                 accuracy,
             )
+
+    def _stay(self, control: Any) -> None:
+        put_back(self._before)
+        self._before, control.should_training_stop = [], True
 
     def _measure(self, state: Any, control: Any, model: nn.Module) -> None:
         loss, accuracy = forget_depth(model, self.batches, shift_labels=self.shift_labels)

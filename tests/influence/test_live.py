@@ -180,3 +180,28 @@ def test_what_cannot_be_said_is_refused():
         live(logits.detach(), y)
     with pytest.raises(InputError, match="output says"), imu.live_weights(model, "a", output=0):
         pass
+
+
+@pytest.mark.parametrize("ran", [False, True], ids=["new", "has run"])
+@pytest.mark.parametrize("how", ["whole", "in place", "a part"])
+@pytest.mark.parametrize("layers", [["a"], ["a", "b"], ["head"]])
+def test_a_compiled_model_is_watched_as_it_was(how, ran, layers):
+    """Compiled code calls no hooks that came after it; afterwards it is compiled again."""
+    model, x, y = Net(), torch.randn(9, T, D), torch.arange(9) % C
+    want = imu.batch_weights(model, (x, y), layers=layers)
+    modules = [model.get_submodule(name) for name in layers]
+    run = torch.compile(model, backend="eager") if how == "whole" else model
+    if how == "in place":
+        model.compile(backend="eager")
+    elif how == "a part":
+        for module in (model.a, model.b, model.head):
+            module.compile(backend="eager")
+    if ran:
+        run(x).sum().backward()
+    with imu.live_weights(run, modules) as live:
+        logits = run(x)
+    torch.testing.assert_close(live(logits, y), want)
+    logits.sum().backward()
+    run(x)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        run(x)

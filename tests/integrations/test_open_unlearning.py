@@ -402,6 +402,28 @@ def test_the_authors_trainer(make, shift, left):
             assert p.grad is None and p.requires_grad
 
 
+def test_the_authors_trainer_and_a_batch_without_a_label(make, caplog):
+    """The penalty alone is left, in the model's own precision."""
+    ids, mask, labels = tokens()
+    nothing = {"input_ids": ids, "attention_mask": mask, "labels": labels * 0 - 100}
+    trainer = make(cls=tofu.imu_trainer(stand_in.UnlearnTrainer), alpha=0.05)
+    model = trainer.model.double().train()
+    norm = sum(p.abs().sum() for n, p in model.named_parameters() if n in PROJECTIONS)
+    for rows in (slice(0, 5), slice(0, 1)):  # several samples, and one
+        inputs = {"forget": {k: v[rows] for k, v in nothing.items()}}
+        loss = trainer.compute_loss(model, inputs)
+        assert loss.dtype == torch.float64
+        torch.testing.assert_close(loss, 0.05 * norm, rtol=1e-12, atol=0)
+    assert "have no label: their gradients are zero" in caplog.text
+
+
+def test_the_authors_trainer_refuses_what_its_loss_would_ignore(make):
+    with pytest.raises(imu.InputError, match=r"label_smoothing_factor=0\.2"):
+        make(
+            cls=tofu.imu_trainer(stand_in.UnlearnTrainer), training={"label_smoothing_factor": 0.2}
+        )
+
+
 def test_the_authors_penalty_without_a_gradient(make):
     gradients = []
     ids, mask, labels = tokens()

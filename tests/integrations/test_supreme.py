@@ -33,9 +33,29 @@ class Wrapped(torch.nn.Module):
         raise AssertionError("the strategy's forward is for training loops")
 
 
+class FabricLoader:
+    """As Fabric wraps a loader: it has the attributes, and is no DataLoader."""
+
+    def __init__(self, loader):
+        self.__dict__.update(loader.__dict__)
+        self._loader = loader
+
+    def __len__(self):
+        return len(self._loader)
+
+    def __iter__(self):
+        return iter(self._loader)
+
+
+def loader_of(found, subclass=lambda i: torch.empty(0), **options):
+    """Batches as of supreme's data sets: images, subclasses (or an empty tensor), classes."""
+    items = [(x, subclass(i), y) for i, (x, y) in enumerate(found)]
+    return FabricLoader(DataLoader(items, batch_size=4, **options))
+
+
 def given(model, **more):
     """What its pipeline passes to a method that it does not know."""
-    loader = DataLoader([item for item in images(12) if item[1] == 1], batch_size=4)
+    loader = loader_of([item for item in images(12) if item[1] == 1])
     handles = dict.fromkeys(sorted(ours._HANDLES))
     return {
         "fabric": Fabric(),
@@ -86,14 +106,57 @@ def test_samples_are_forgotten_as_deep_as_test_data(strategy):
     with torch.no_grad():
         model.fc.bias[1] += 5
     before = copy.deepcopy(model.state_dict())
-    unseen = DataLoader(images(60), batch_size=4)  # as many as tell the forget set from it
-    line = imu.evaluate(model, unseen)["accuracy"]
+    unseen = loader_of(images(60))  # as many as tell the forget set from it
+    line = imu.evaluate(model, imu.Data(unseen, inputs=0, labels=2))["accuracy"]
     assert line < accuracy(model)
     ours.imu_fast(**given(model, type_of_unlearning_strategy=strategy, test_dataloader=unseen))
     assert 0 < accuracy(model) <= line
     model.load_state_dict(before)
     with pytest.warns(UserWarning, match="Name the depth"):
         ours.imu_fast(**given(model, type_of_unlearning_strategy=strategy))
+
+
+SUBCLASSES = {
+    "none": lambda i: torch.empty(0),
+    "more than classes": lambda i: 17 - i,
+    "as if classes": lambda i: i % 3,
+}
+
+
+@pytest.mark.parametrize("subclass", SUBCLASSES.values(), ids=SUBCLASSES)
+def test_labels_are_the_classes_whatever_subclasses_there_are(subclass):
+    """In each of supreme's loaders that is passed, shuffled ones too."""
+    forget, test = [item for item in images(12) if item[1] == 1], images(30)
+    x, y = torch.utils.data.default_collate(test)
+    found = {}
+    for name, plain in (("pairs", True), ("triples", False)):
+        model = filled(Images(), 0.8)
+        with torch.no_grad():
+            model.fc.bias[1] += 5
+        if plain:
+            unseen = DataLoader(test, batch_size=4)
+            options = {"retain": unseen, "watch": {"test": unseen}, "lr": 0.01, "epochs": 3}
+            result = imu.unlearn(model, DataLoader(forget, batch_size=4), "uniform", **options)
+            assert result.trajectory[-1]["test_accuracy"] == pytest.approx(
+                float((model(x).argmax(1) == y).float().mean())
+            )
+        else:
+            loaders = {
+                "forget_train_dataloader": loader_of(forget, subclass),
+                "test_dataloader": loader_of(test, subclass),
+            }
+            unseen = loaders["test_dataloader"]
+            options = {"retain": unseen, "watch": {"test": unseen}, "lr": 0.01, "epochs": 3}
+            ours.imu_fast(**given(model, method="uniform", **loaders, **options))
+        found[name] = model.fc.weight.detach()
+    assert torch.equal(found["pairs"], found["triples"])
+    model = filled(Images(), 0.8)
+    with torch.no_grad():
+        model.fc.bias[1] += 5
+    shuffled = loader_of(forget, subclass, shuffle=True)
+    options = {"type_of_unlearning_strategy": "fullclass", "forget_train_dataloader": shuffled}
+    ours.imu_fast(**given(model, **options))
+    assert accuracy(model) == 0
 
 
 def test_options_are_those_of_unlearn():

@@ -181,6 +181,90 @@ def test_training_stops_at_a_depth(tmp_path, caplog):
     assert never.reached or "ended before the depth" in caplog.text
 
 
+@pytest.mark.parametrize(("every", "accumulated"), [(1, 1), (5, 1), (1, 2)])
+def test_what_is_deep_enough_already_stays_as_it_is(tmp_path, caplog, every, accumulated):
+    """Weights and buffers, though a Trainer runs one batch whatever it is asked."""
+    model, batches = llama(2), [collate(items(4))]
+    model.register_buffer("seen", torch.zeros(()))
+
+    def count(module, *_):
+        module.seen += module.training
+
+    model.register_forward_hook(count)
+    model.model.embed_tokens.weight.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    start = ours.forget_depth(model, batches)[0]
+    stop = ours.StopAtDepth(batches, forget_loss=start - 0.1, every=every)
+    training = {"num_train_epochs": 9, "learning_rate": 0.5}
+    training["gradient_accumulation_steps"] = accumulated
+    made = trainer(tmp_path, model, items(8), collate, training, callbacks=[stop])
+    with caplog.at_level(logging.WARNING, "imu_fast"):
+        made.train()
+    assert stop.reached and [step for step, *_ in stop.records] == [0]
+    assert "as deep as was asked for before any step" in caplog.text
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_the_last_state_is_measured_whatever_the_interval(tmp_path):
+    model, batches = llama(2), [collate(items(4))]
+    stop = ours.StopAtDepth(batches, forget_loss=99, every=2)
+    training = {"max_steps": 3, "learning_rate": 0.5}
+    trainer(tmp_path, model, items(8), collate, training, callbacks=[stop]).train()
+    assert [step for step, *_ in stop.records] == [0, 2, 3] and not stop.reached
+    assert stop.records[-1][1] == pytest.approx(ours.forget_depth(model, batches)[0], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("training", "options", "said"),
+    [
+        ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor=0.1"),
+        ({}, {"compute_loss_func": lambda *_, **__: 0}, "compute_loss_func"),
+        ({}, {"model": None, "model_init": lambda: llama(1), "layers": ["*.q_proj"]}, "model_init"),
+    ],
+)
+def test_what_the_loss_of_a_trainer_would_use_is_refused(tmp_path, training, options, said):
+    given = {"model": llama(1), "train_dataset": items(4), "data_collator": collate, **options}
+    with pytest.raises(imu.InputError, match=said):
+        ours.UnlearningTrainer(args=arguments(tmp_path, **training), **given)
+
+
+def without_labels(samples):
+    return [{**item, "labels": torch.full_like(item["labels"], -100)} for item in samples]
+
+
+@pytest.mark.parametrize("kind", ["NLL", "KL"])
+@pytest.mark.parametrize("objective", ["ce", "npo", "simnpo", "log1mp", "margin"])
+def test_samples_without_a_label_are_in_no_mean(tmp_path, kind, objective, caplog):
+    """In the retain term as in the forget term; where a batch has none, its term is zero."""
+    model = llama(2)
+    options = {"objective": objective, "retain_loss_type": kind}
+    made = trainer(tmp_path, model, items(4), collate, **options)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.3)
+    model.train()
+
+    def loss(forget, retain=None):
+        batch = {"forget": collate(forget)}
+        found = made.compute_loss(model, batch | ({"retain": collate(retain)} if retain else {}))
+        model.zero_grad()
+        found.backward()
+        return float(found.detach()), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    kept, none = items(3, first=20), without_labels(items(3, first=20))
+    nothing = loss(without_labels(items(3)))  # the first batch: it does not show the shift
+    assert nothing[0] == 0 and not bool(nothing[1].any()) and made._shift is None
+    assert not bool(made.weights.any()) and "nothing of it is forgotten" in caplog.text
+    alone, both = loss(items(4)), loss(items(4), kept)
+    mixed = loss(items(4), [*kept, *none])
+    assert mixed[0] == pytest.approx(both[0], rel=1e-6) and mixed[0] != pytest.approx(alone[0])
+    assert torch.allclose(mixed[1], both[1], rtol=1e-4, atol=1e-6)
+    unkept = loss(items(4), none)
+    assert unkept[0] == pytest.approx(alone[0], rel=1e-6) and bool(unkept[1].isfinite().all())
+    assert torch.allclose(unkept[1], alone[1], rtol=1e-4, atol=1e-6)
+    only = loss(without_labels(items(2)), kept)
+    assert only[0] == pytest.approx(both[0] - alone[0], abs=1e-5)
+
+
 def test_a_depth_is_needed_and_something_to_measure():
     with pytest.raises(imu.InputError, match="StopAtDepth has no depth"):
         ours.StopAtDepth([])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
@@ -17,10 +18,13 @@ from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.source import in_memory
 from imu_fast.integrations.authors._parameters import Chosen
-from imu_fast.losses.cross_entropy import CrossEntropy
+from imu_fast.losses.cross_entropy import IGNORE_INDEX, CrossEntropy
 from imu_fast.model.batches import Reread
 from imu_fast.model.capture import capture
+from imu_fast.model.head import LinearLayer
 from imu_fast.model.parts import Parts
+
+logger = logging.getLogger("imu_fast")
 
 # Samples that run through the model at once.
 BATCH = 256
@@ -75,6 +79,10 @@ class Gradients:
         loss = CrossEntropy(shift=shift)
         parts: list[list[GradientFactors]] = []
         for batch in batches:
+            if not _has_label(batch.labels, shift):
+                logger.warning("%d samples have no label: their gradients are zero", batch.n)
+                parts.append([_nothing(layer, batch.n) for layer in chosen.layers])
+                continue
             one = Reread(lambda batch=batch: iter([batch]))  # type: ignore[misc]
             found = capture(model, one, layers=modules, loss=loss)
             assert isinstance(found, list)
@@ -128,6 +136,23 @@ class Gradients:
     def rows(self, first: int, last: int) -> Tensor:
         """The gradients themselves, of samples first:last: [k, P]."""
         return self.chosen.flat([gradients(layer.samples(first, last)) for layer in self.layers])
+
+
+def _has_label(labels: Tensor, shift: bool) -> bool:
+    """Whether any sample of a batch has a label that is predicted."""
+    shifted = labels[:, 1:] if shift and labels.dim() == 2 else labels
+    return bool((shifted != IGNORE_INDEX).any())
+
+
+def _nothing(layer: LinearLayer, n: int) -> GradientFactors:
+    """Of n samples without a label: gradients of zero."""
+    weight = layer.weight.detach()
+    rows = weight.new_empty(0, sum(weight.shape)).to(
+        torch.promote_types(weight.dtype, torch.float32)
+    )
+    delta, act = rows.split(list(weight.shape), dim=1)
+    offsets = torch.zeros(n + 1, dtype=torch.int64)
+    return GradientFactors(delta, act, offsets, layer.bias is not None, name=layer.name)
 
 
 def joined(parts: Sequence[GradientFactors]) -> GradientFactors:

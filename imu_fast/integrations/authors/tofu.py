@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from imu_fast.errors import InputError, check_fraction
-from imu_fast.integrations._forgetting import present
+from imu_fast.integrations._forgetting import check_own_loss, present
 from imu_fast.integrations.authors._gradients import Gradients
 from imu_fast.integrations.authors._parameters import Chosen, asking, l1_norm, named
 from imu_fast.integrations.authors.classification import flatten_grad as flatten_grad
@@ -172,6 +172,7 @@ def imu_trainer(base: type) -> type:
             super().__init__(*args, **present(kwargs))
             if "tokenizer" in kwargs:
                 self.tokenizer = kwargs["tokenizer"]
+            check_own_loss(self)
             # The loss is a mean over the batch's samples, whatever the number of its tokens.
             self.model_accepts_loss_kwargs = False
             self.loss_is_scaled_for_ga = False
@@ -216,7 +217,9 @@ def imu_trainer(base: type) -> type:
                 logits = outputs.logits
                 if self.shift_labels:
                     logits, labels = logits[:, :-1], labels[:, 1:]
-                losses = mean_losses(logits.float(), labels)
+                wide = torch.promote_types(logits.dtype, torch.float32)
+                losses = mean_losses(logits.to(wide), labels)
+                weights = weights.to(losses)
                 loss = -torch.dot(weights, losses) / (weights.sum() + 1e-8)
                 penalty = self.alpha * l1_norm(chosen)
                 loss = loss + (penalty if self.l1_gradient else penalty.detach())

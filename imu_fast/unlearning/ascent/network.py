@@ -11,6 +11,7 @@ from torch import Tensor
 from imu_fast.errors import InputError
 from imu_fast.model.guard import modes
 from imu_fast.model.loss import counts_of
+from imu_fast.model.parts import Parts
 from imu_fast.ops.objective import objective
 from imu_fast.ops.tokens import sum_over_tokens
 from imu_fast.unlearning.ascent.head_samples import drawn, shares
@@ -28,7 +29,8 @@ class NetworkSteps:
     Args:
         batchnorm: ``"train"`` lets running statistics drift on forget data, ``"eval"`` not.
         dropout: mode of every layer that is not a BatchNorm, same values.
-        original: what is trained, as it was, by name; for a divergence from it.
+        original: what is trained, and the buffers, as they were, by name; for a divergence from
+            that model, which is in evaluation mode.
     """
 
     sequence = None
@@ -134,7 +136,7 @@ class NetworkSteps:
                 values = objective(z, y, "ce", None)
             else:
                 with torch.no_grad():
-                    was, _ = self.subject.forward(batch, self._original)
+                    was, _ = self._as_it_was(batch)
                     log_was = _labelled(was, targets, torch.float32)[0].log_softmax(dim=1)
                 divergence = log_was.exp() * (log_was - z.log_softmax(dim=1))
                 values = divergence.sum(dim=1)
@@ -144,6 +146,11 @@ class NetworkSteps:
         values = torch.cat(losses)
         share = shares(torch.ones_like(values), counts)
         return retain.retain_weight * (share * values).sum()
+
+    def _as_it_was(self, batch: Parts) -> tuple[Tensor, Tensor]:
+        """Logits and labels of the model before the first step; no statistics move."""
+        with modes(self.subject.model, batchnorm="eval", dropout="eval"):
+            return self.subject.forward(batch, self._original)
 
 
 def _labelled(logits: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -152,6 +152,8 @@ def _network(job: Job, rule: Rule, trained: set[int], *, batchnorm: str, dropout
     subject = NetworkSubject(job.model, job.sets, names, job.reading)
     copies = {id(tensor): copy for tensor, copy in job.kept}
     original = {name: copies[id(p)] for name, p in subject.parameters.items()}
+    # Copies of their own: a forward pass may write into them.
+    original |= {name: b.detach().clone() for name, b in job.model.named_buffers()}
     return NetworkSteps(subject, rule, batchnorm=batchnorm, dropout=dropout, original=original)
 
 

@@ -387,13 +387,15 @@ def chain_loss(model, item):
     return cross_entropy(logits, item["labels"], ignore_index=-100)
 
 
-def test_chains_of_other_lengths_and_without_a_label():
+@pytest.mark.parametrize("length", [9, 4])
+def test_chains_of_other_lengths_and_without_a_label(length):
+    """The one without is among others of its length, or alone."""
     model = filled(Chains())
     dataset = chains(5) + chains(2, length=9)
     truth = sample_gradients(
         model, dataset, ["output_layer.weight", "output_layer.bias"], chain_loss
     )
-    empty = {"input_ids": torch.zeros(9).long(), "labels": torch.full((9,), -100)}
+    empty = {"input_ids": torch.zeros(length).long(), "labels": torch.full((length,), -100)}
     dataset, truth = [*dataset, empty], torch.cat([truth, torch.zeros(1, truth.shape[1])])
     inverse = markov.compute_fisher_matrix(model, dataset, "cpu", 5)
     assert_scores(inverse, 1 / (truth.square().mean(0) + 0.01))
