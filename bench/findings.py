@@ -1,12 +1,14 @@
 """Write ``bench/FINDINGS.md`` from the results: ``python bench/findings.py``.
 
 Every number in the findings is taken from ``results/compare-cifar10`` (its ``results.json`` and
-``cells``) by the template ``findings.md.j2``, so text, tables and results cannot differ; a test
-makes the file again and compares.
+``cells``), the linear datamodeling scores from ``results/validate-*``, by the template
+``findings.md.j2``, so text, tables and results cannot differ; a test makes the file again and
+compares.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from imu_fast.study.entries import AUTO, FLIPS, ORIGINAL, RETRAINED, TWIN
 from imu_fast.study.report.blocks import Block, Line, blocks, number, p_value, verdict
 from imu_fast.study.results import at_every_depth, read_results
 from imu_fast.study.runs import STRESS
+from imu_fast.study.validation import markdown
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "compare-cifar10"
@@ -141,6 +144,11 @@ class Findings:
                 for column in columns
             ]
         return columns, rows
+
+    def validated(self, data: str) -> str:
+        """Caption and table of scores beside retraining on a data set."""
+        path = HERE / "results" / f"validate-{data}" / "results.json"
+        return markdown(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _mean(values: Any) -> float:

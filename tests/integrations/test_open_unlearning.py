@@ -424,6 +424,16 @@ def test_the_authors_trainer_refuses_what_its_loss_would_ignore(make):
         )
 
 
+def test_the_authors_trainer_refuses_inputs_that_it_would_not_pass_on(make):
+    ids, mask, labels = tokens()
+    trainer = make(cls=tofu.imu_trainer(stand_in.UnlearnTrainer))
+    forget = {"input_ids": ids, "attention_mask": mask, "labels": labels, "index": labels[:, 0]}
+    trainer.compute_loss(trainer.model.train(), {"forget": forget})
+    forget["position_ids"] = torch.arange(ids.shape[1]).expand_as(ids)
+    with pytest.raises(imu.InputError, match="'position_ids'.*reads input_ids, attention_mask"):
+        trainer.compute_loss(trainer.model, {"forget": forget})
+
+
 def test_the_authors_penalty_without_a_gradient(make):
     gradients = []
     ids, mask, labels = tokens()

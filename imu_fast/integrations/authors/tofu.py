@@ -27,6 +27,7 @@ from imu_fast.integrations.authors.classification import flatten_grad as flatten
 from imu_fast.integrations.authors.markov import calc_loss as calc_loss
 from imu_fast.integrations.authors.markov import check_device, mean_losses
 from imu_fast.losses.cross_entropy import IGNORE_INDEX
+from imu_fast.model.forward import forward_of
 from imu_fast.model.parts import Parts
 
 logger = logging.getLogger("imu_fast")
@@ -195,7 +196,15 @@ def imu_trainer(base: type) -> type:
             num_items_in_batch: Any = None,
         ) -> Any:
             """``- sum_i w_i l_i / sum_i w_i + alpha ||theta||_1``, and the model's output."""
-            given = {k: v for k, v in inputs["forget"].items() if k in _INPUTS}
+            batch = inputs["forget"]
+            taken = set(batch) & set(forward_of(model).names) - set(_INPUTS)
+            if unread := [name for name in sorted(taken) if batch[name] is not None]:
+                raise InputError(
+                    f"the forget batch has {unread[0]!r}, which the model takes and this trainer "
+                    f"does not pass on: it reads {', '.join(_INPUTS)}; leave it out, or use the "
+                    "trainer of imu_fast.integrations.open_unlearning"
+                )
+            given = {k: batch[k] for k in _INPUTS if k in batch}
             if self.device is not None:
                 check_device(model, self.device)
             device = next(model.parameters()).device
