@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from imu_fast.attribution.similarity import pairwise_similarity
 from imu_fast.curvature.base import Curvature
 from imu_fast.curvature.gauss_newton import fisher_for
-from imu_fast.curvature.named import CURVATURES, CurvatureName
+from imu_fast.curvature.named import CURVATURES
 from imu_fast.errors import (
     InputError,
     brief,
@@ -128,18 +128,6 @@ def _random(model: nn.Module, halves: list[nn.Module], data: Samples, queries: S
     return torch.randn(len(data[1]), len(queries[1]), generator=generator)
 
 
-def over_dampings(curvature: CurvatureName, layers: str | list[str]) -> Candidate:
-    """A curvature's influence at ``layers``, over ``DAMPINGS`` where it is damped."""
-    grid = DAMPINGS if "damping" in CURVATURES[curvature].paths() else (None,)
-    named = {
-        "" if d is None else f"damping {d:g}": CURVATURES.choose(curvature, damping=d) for d in grid
-    }
-    return Candidate(
-        {k: _influence(spec, layers) for k, spec in named.items()},
-        {k: _alone(spec, layers) for k, spec in named.items()},
-    )
-
-
 def candidates(layers: list[str] | None = None) -> dict[str, Candidate]:
     """Every curvature at the head over ``DAMPINGS``, and what they are compared with.
 
@@ -147,10 +135,24 @@ def candidates(layers: list[str] | None = None) -> dict[str, Candidate]:
         layers: names of linear layers and convolutions; plain and diagonal influence of them all
             is compared too.
     """
-    found = {curvature: over_dampings(curvature, "head") for curvature in CURVATURES}
+    found: dict[str, Candidate] = {}
+
+    def add(name: str, curvature: str, where: str | list[str]) -> None:
+        grid = DAMPINGS if "damping" in CURVATURES[curvature].paths() else (None,)
+        named = {
+            "" if d is None else f"damping {d:g}": CURVATURES.choose(curvature, damping=d)
+            for d in grid
+        }
+        found[name] = Candidate(
+            {k: _influence(spec, where) for k, spec in named.items()},
+            {k: _alone(spec, where) for k, spec in named.items()},
+        )
+
+    for curvature in CURVATURES:
+        add(curvature, curvature, "head")
     for curvature in ("identity", "fisher_diag") if layers else ():
         assert layers is not None
-        found[f"{curvature}, all layers"] = over_dampings(curvature, layers)
+        add(f"{curvature}, all layers", curvature, layers)
     found["gradient cosine"] = Candidate({"": _cosine})
     found["TRAK"] = Candidate({"": _trak})
     found["the sample's loss"] = Candidate(

@@ -15,7 +15,7 @@ from rich.table import Table
 
 import imu_fast
 from imu_fast.errors import check_choice, check_count, check_seed
-from imu_fast.evaluation.validate import over_dampings, validate
+from imu_fast.evaluation.validate import validate
 from imu_fast.storage import replacing
 from imu_fast.study.cells import rounded
 from imu_fast.study.data.tasks import Samples, load_dataset
@@ -23,23 +23,10 @@ from imu_fast.study.networks import train, train_small_network
 from imu_fast.study.report.demo_plots import new_figure, save
 from imu_fast.study.report.escapes import markdown_text
 
-# Per data set: training samples, queries, epochs, the layers beside the head, and curvatures that
-# are tried at all of these too (of digits they are in bench/attribution_default.py).
+# Per data set: training samples, queries, epochs, and the layers beside the head.
 _SIZES: dict[str, dict[str, Any]] = {
-    "digits": {
-        "samples": None,
-        "queries": 180,
-        "epochs": 20,
-        "layers": ["0", "3", "8", "10"],
-        "everywhere": [],
-    },
-    "cifar10": {
-        "samples": 2000,
-        "queries": 300,
-        "epochs": 20,
-        "layers": [*(f"backbone.{i}.0" for i in (0, 2, 5, 7, 10)), "backbone.15", "fc"],
-        "everywhere": ["ekfac"],
-    },
+    "digits": {"samples": None, "queries": 180, "epochs": 20, "layers": ["0", "3", "8", "10"]},
+    "cifar10": {"samples": 2000, "queries": 300, "epochs": 20, "layers": None},
 }
 
 
@@ -78,7 +65,7 @@ def run(
     seed = check_seed("seed", seed)
     size = dict(_SIZES[data])
     if quick:
-        size |= {"samples": 300, "queries": 40, "epochs": 3, "layers": None, "everywhere": []}
+        size |= {"samples": 300, "queries": 40, "epochs": 3, "layers": None}
     started = time.perf_counter()
     loaded = load_dataset(data, data_path, size["samples"], seed)
     queries = tuple(part[: size["queries"]] for part in loaded.test)
@@ -91,10 +78,6 @@ def run(
         repeats=repeats,
         seed=seed,
         layers=size["layers"],
-        extra={
-            f"{name}, all layers": over_dampings(name, size["layers"])
-            for name in size["everywhere"]
-        },
         folder=out / "cache",
         progress=progress,
     )

@@ -12,15 +12,40 @@ pytest.importorskip("matplotlib")
 from imu_fast.study.validation import markdown
 
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "bench" / "results" / "validate-digits"
+FOLDER = ROOT / "bench" / "results"
+RESULTS = FOLDER / "validate-digits"
 
 
-def test_the_table_is_that_of_the_results():
-    results = json.loads((RESULTS / "results.json").read_text())
+@pytest.mark.parametrize(("data", "mark"), [("digits", "table"), ("cifar10", "table cifar10")])
+def test_the_table_is_that_of_the_results(data, mark):
+    folder = FOLDER / f"validate-{data}"
+    results = json.loads((folder / "results.json").read_text())
     page = (ROOT / "docs" / "validation.md").read_text()
-    (table,) = re.findall("<!-- table -->\n(.*)<!-- end -->", page, re.DOTALL)
-    assert table == markdown(results) == (RESULTS / "table.md").read_text()
-    assert not results["quick"]
+    (table,) = re.findall(f"<!-- {mark} -->\n(.*?)<!-- end -->", page, re.DOTALL)
+    assert table == markdown(results) == (folder / "table.md").read_text()
+    assert results["data"] == data and not results["quick"]
+
+
+def test_the_words_about_cifar10_follow_from_the_numbers():
+    results = json.loads((FOLDER / "validate-cifar10" / "results.json").read_text())
+    lds = {row["candidate"]: row for row in results["lds"]}
+    coupled = [lds[name] for name in ("ggn", "ggn_block", "kfac", "ekfac", "fisher")]
+    others = [lds[name] for name in ("gradient cosine", "fisher_diag", "identity")]
+    assert all(max(row["lds"] for row in others) < one["lds"] for one in coupled)
+    assert max(row["low"] for row in coupled) < min(row["high"] for row in others)
+    assert all(one["lds"] < lds["TRAK"]["low"] < one["high"] for one in coupled)
+    assert all(float(one["setting"].split()[1]) in (1e-3, 1e-2) for one in coupled)
+    grid = {
+        row["setting"]: row["development"] for row in results["grid"] if row["candidate"] == "ggn"
+    }
+    assert grid["damping 1e-06"] < 0.55 * max(grid.values())
+    for blind in ("the sample's loss", "random"):
+        assert lds[blind]["low"] < 0 < lds[blind]["high"]
+    alone = {row["candidate"]: row["spearman"] for row in results["memorisation"]}
+    loss = alone["the sample's loss"]
+    assert f"{max(alone.values()):.2f} at the most against {loss:.2f}" in " ".join(
+        (ROOT / "docs" / "validation.md").read_text().split()
+    )
 
 
 def test_its_words_follow_from_the_numbers():
