@@ -80,8 +80,9 @@ def class_labels(labels: Tensor, logits_shape: torch.Size | tuple[int, ...]) -> 
     Raises:
         InputError: bool, floating, or of another shape; there is one class.
     """
-    check_classes(logits_shape)
     rows = tuple(logits_shape[:-1])
+    if len(rows) == 1:  # of more axes the last need not be the classes
+        check_classes(logits_shape)
     if labels.dtype == torch.bool:
         raise InputError(
             "labels have dtype torch.bool; pass class indices: labels.long() for two classes"
@@ -105,6 +106,7 @@ def class_labels(labels: Tensor, logits_shape: torch.Size | tuple[int, ...]) -> 
             f"labels have shape {tuple(labels.shape)}, logits {tuple(logits_shape)}; expected one "
             f"label per row of logits, classes last: {way_out}"
         )
+    check_classes(logits_shape)
     return labels.to(torch.int64)
 
 
