@@ -128,10 +128,16 @@ def load_dataset(name: str, path: Path | None, count: int | None, seed: int) -> 
         path: of the files; digits need none. count: training images to use; None: all.
 
     Raises:
-        InputError: unknown name, missing or broken files.
+        InputError: unknown name, missing or broken files, fewer images than ``count``.
     """
     check_choice("data", name, DATASETS)
-    return DATASETS[name](path, count, seed)
+    found = DATASETS[name](path, count, seed)
+    there = len(found.train[1])
+    if count is not None and count > there:
+        raise InputError(
+            f"train={count}: there are {there} training images; ask for as many, or leave it out"
+        )
+    return found
 
 
 def kind_of(task: str) -> str:

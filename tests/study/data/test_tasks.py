@@ -112,3 +112,10 @@ def test_image_folders(tmp_path):
     (tmp_path / "test" / "dog").rename(tmp_path / "test" / "wolf")
     with pytest.raises(InputError, match="must be the same sub-folders"):
         load_dataset("folder", tmp_path, None, 0)
+
+
+def test_more_training_images_than_there_are_are_refused():
+    everything = len(load_dataset("digits", None, None, 0).train[1])
+    assert len(load_dataset("digits", None, everything, 0).train[1]) == everything
+    with pytest.raises(InputError, match=f"train={everything + 1}: there are {everything}"):
+        load_dataset("digits", None, everything + 1, 0)
