@@ -182,8 +182,8 @@ def accepted(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in batch.items() if forward.any_keyword or k in forward.names}
 
 
-def _has_label(labels: Tensor, shift: bool) -> bool:
-    """Whether any position has one that is predicted."""
+def has_label(labels: Tensor, shift: bool) -> bool:
+    """Whether any position of a batch has a label that is predicted."""
     shifted = labels[:, 1:] if shift and labels.dim() == 2 else labels
     return bool((shifted != IGNORE_INDEX).any())
 
@@ -312,11 +312,11 @@ class UnlearningMixin:
 
     def _any_label(self, model: nn.Module, labels: Tensor, batch: dict[str, Any]) -> bool:
         """Whether the batch has a label that is predicted; asks once which position predicts it."""
-        if not _has_label(labels, shift=False):
+        if not has_label(labels, shift=False):
             return False  # nor anything to ask by
         if self._shift is None:
             self._shift = predicts_next(model, batch)
-        return _has_label(labels, self._shift)
+        return has_label(labels, self._shift)
 
     def _weigh(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """The weights [B] of a batch; zero where no sample of it has a label."""

@@ -129,9 +129,10 @@ _HEADINGS = ("scores", "setting", "LDS", "95 %", "memorisation")
 
 
 def _caption(results: dict[str, Any]) -> str:
+    each = "one model" if results["repeats"] == 1 else f"{results['repeats']} models"
     return (
         f"{results['data']}: {results['samples']} training samples, {results['subsets']} random "
-        f"halves, {results['repeats']} models each, {results['queries']} queries. LDS: Spearman "
+        f"halves, {each} each, {results['queries']} queries. LDS: Spearman "
         "correlation of summed scores with the losses of the retrained models. memorisation: "
         "Spearman correlation of a sample's own score with how much its loss rises without it. "
         "Settings were chosen on one half (of the queries, of the samples), these numbers are of "

@@ -17,8 +17,9 @@ from imu_fast.curvature.gradients import gradients
 from imu_fast.errors import InputError
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.source import in_memory
+from imu_fast.integrations._forgetting import has_label
 from imu_fast.integrations.authors._parameters import Chosen
-from imu_fast.losses.cross_entropy import IGNORE_INDEX, CrossEntropy
+from imu_fast.losses.cross_entropy import CrossEntropy
 from imu_fast.model.batches import Reread
 from imu_fast.model.capture import capture
 from imu_fast.model.head import LinearLayer
@@ -79,7 +80,7 @@ class Gradients:
         loss = CrossEntropy(shift=shift)
         parts: list[list[GradientFactors]] = []
         for batch in batches:
-            if not _has_label(batch.labels, shift):
+            if not has_label(batch.labels, shift):
                 logger.warning("%d samples have no label: their gradients are zero", batch.n)
                 parts.append([_nothing(layer, batch.n) for layer in chosen.layers])
                 continue
@@ -136,12 +137,6 @@ class Gradients:
     def rows(self, first: int, last: int) -> Tensor:
         """The gradients themselves, of samples first:last: [k, P]."""
         return self.chosen.flat([gradients(layer.samples(first, last)) for layer in self.layers])
-
-
-def _has_label(labels: Tensor, shift: bool) -> bool:
-    """Whether any sample of a batch has a label that is predicted."""
-    shifted = labels[:, 1:] if shift and labels.dim() == 2 else labels
-    return bool((shifted != IGNORE_INDEX).any())
 
 
 def _nothing(layer: LinearLayer, n: int) -> GradientFactors:
