@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import text_models as tm
 import torch
 from toy_command import toy_model
 
@@ -18,3 +19,20 @@ def toy(tmp_path, monkeypatch):
     np.savez(tmp_path / "forget.npz", x=x.numpy(), y=y.numpy())
     options = ["--arch", "toy_arch:make", "--weights", tmp_path / "weights.pt"]
     return tmp_path, [*options, "--data", tmp_path / "forget.npz"], (x, y)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """A folder of each kind of language model; made once, read by all."""
+    from text_command import AUTO
+
+    root = tmp_path_factory.mktemp("models")
+    for kind in AUTO:
+        tm.folder(root / kind, kind)
+    return root
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Questions and answers."""
+    return tm.pairs(tmp_path / "qa.jsonl")
