@@ -69,7 +69,8 @@ fuzz: $(VENV)/.test
 # The extension under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own.
 SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=undefined -g
 SANITIZED = solvers/cholesky/test_cholesky.py ops/test_parity_conjugate_gradient.py \
-    ops/test_parity_softmax_residual.py ops/test_squared_products.py ops/test_tokens.py
+    ops/test_parity_head_ascent.py ops/test_parity_softmax_residual.py ops/test_squared_products.py \
+    ops/test_tokens.py
 sanitize: $(VENV)/.test
 	rm -rf $(VENV)/sanitized && mkdir -p $(VENV)/sanitized
 	cp -r imu_fast kernels csrc setup.py pyproject.toml README.md $(VENV)/sanitized

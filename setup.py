@@ -115,12 +115,12 @@ def extensions():
         "imu_fast._C",
         [
             *("csrc/bindings.cpp", "csrc/cholesky_cpu.cpp", "csrc/cholesky_small.cpp"),
-            *("csrc/conjugate_gradient.cpp", "csrc/softmax_residual.cpp"),
-            "csrc/squared_products.cpp",
+            *("csrc/conjugate_gradient.cpp", "csrc/head_ascent.cpp"),
+            *("csrc/softmax_residual.cpp", "csrc/squared_products.cpp"),
         ],
         depends=[
             *("csrc/cholesky_cpu.h", "csrc/cholesky_small.h", "csrc/squared_products.h"),
-            *("csrc/conjugate_gradient.h", "csrc/softmax_residual.h"),
+            *("csrc/conjugate_gradient.h", "csrc/head_ascent.h", "csrc/softmax_residual.h"),
             *("csrc/offsets.h", "csrc/parallel.h", "csrc/versions.h"),
         ],
         cxx_std=17,

@@ -6,6 +6,7 @@
 #include "cholesky_cpu.h"
 #include "cholesky_small.h"
 #include "conjugate_gradient.h"
+#include "head_ascent.h"
 #include "offsets.h"
 #include "parallel.h"
 #include "softmax_residual.h"
@@ -91,6 +92,45 @@ int64_t softmax_residual(std::array<int64_t, 3> p, std::array<int64_t, 3> logits
       threads);
 }
 
+// Of features and theta: their address, and how far apart rows are; sizes: samples that there are,
+// those of a step, classes, width.
+template <typename T>
+imu_fast::Head<T> head_at(std::array<int64_t, 2> features, Address labels, Address chosen,
+                          std::array<int64_t, 2> theta, std::array<int64_t, 4> sizes,
+                          bool has_bias) {
+  return {as<const T>(features[0]), features[1], as<const int64_t>(labels),
+          as<const int64_t>(chosen), sizes[0], as<T>(theta[0]), theta[1], sizes[1], sizes[2],
+          sizes[3], has_bias};
+}
+
+// Both return which of the chosen samples does not fit; then nothing is done.
+template <typename T>
+int64_t head_gradient(std::array<int64_t, 2> features, Address labels, Address chosen,
+                      std::array<int64_t, 2> theta, std::array<int64_t, 4> sizes, bool has_bias,
+                      Address share, Address gradient, Address loss, int threads) {
+  py::gil_scoped_release release;
+  const auto head = head_at<T>(features, labels, chosen, theta, sizes, has_bias);
+  const int64_t wrong = imu_fast::unfit(head, head.n);
+  if (wrong < 0)
+    imu_fast::head_gradient<T>(head, as<const T>(share), as<T>(gradient), as<T>(loss), threads);
+  return wrong;
+}
+
+template <typename T>
+int64_t head_ascent(std::array<int64_t, 2> features, Address labels, Address chosen,
+                    std::array<int64_t, 2> theta, std::array<int64_t, 4> sizes, bool has_bias,
+                    Address weights, int64_t steps, std::array<T, 4> rates, Address buffer,
+                    Address losses, int threads) {
+  py::gil_scoped_release release;
+  const auto head = head_at<T>(features, labels, chosen, theta, sizes, has_bias);
+  const int64_t wrong = imu_fast::unfit(head, chosen ? steps * head.n : head.n);
+  if (wrong < 0)
+    imu_fast::head_ascent<T>(head, as<const T>(weights), steps,
+                             {rates[0], rates[1], rates[2], rates[3]}, as<T>(buffer),
+                             as<T>(losses), threads);
+  return wrong;
+}
+
 // A factor is its data, then the tables of its starts, tokens and places.
 template <typename T>
 imu_fast::Factor<T> factor_at(const std::array<Address, 4>& at) {
@@ -112,7 +152,7 @@ void squared_products(std::array<Address, 4> left, std::array<Address, 4> right,
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Loops on raw pointers; use imu_fast.";
-  m.attr("__version__") = 2;  // of what is below: see imu_fast/ops/extension.py
+  m.attr("__version__") = 3;  // of what is below: see imu_fast/ops/extension.py
   m.attr("__compiler__") = __VERSION__;
   m.def("use_openmp", [](Address run) {  // of GOMP_parallel; 0: threads of its own
     imu_fast::openmp = reinterpret_cast<imu_fast::OpenMP>(run);
@@ -133,6 +173,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("turn_f64", &turn<double>);
   m.def("softmax_residual_f32", &softmax_residual<float>);
   m.def("softmax_residual_f64", &softmax_residual<double>);
+  m.def("head_gradient_f32", &head_gradient<float>);
+  m.def("head_gradient_f64", &head_gradient<double>);
+  m.def("head_ascent_f32", &head_ascent<float>);
+  m.def("head_ascent_f64", &head_ascent<double>);
   m.def("lengths", [](Address offsets, int64_t n) {
     return imu_fast::lengths(as<const int64_t>(offsets), n);
   });

@@ -208,7 +208,7 @@ def one_of(*known: str) -> Callable[[str, object], str]:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether every number is: one reduction, and a second look where the sum overflows."""
-    total = tensor.sum(dtype=torch.float32 if tensor.itemsize < 4 else None)
+    total = tensor.detach().sum(dtype=torch.float32 if tensor.itemsize < 4 else None)
     return math.isfinite(float(total)) or bool(torch.isfinite(tensor).all())
 
 

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
@@ -15,7 +14,7 @@ from imu_fast.curvature.contraction import scores as scores_of
 from imu_fast.curvature.gauss_newton import fisher_for, kept_of
 from imu_fast.curvature.in_step import check_whole, the_same
 from imu_fast.curvature.named import CURVATURES, CurvatureName, OwnOptions
-from imu_fast.errors import InputError, check_choice, check_tensor
+from imu_fast.errors import InputError, check_choice, check_tensor, is_finite
 from imu_fast.factors.joint import said
 from imu_fast.factors.outputs import at_outputs, cuts_of_outputs
 from imu_fast.factors.protocol import is_shared
@@ -116,7 +115,7 @@ def _goals(target: Any, layers: list[Factors]) -> list[Goal]:
                 f"layer: {shapes}"
             )
         for v in vectors:
-            if not bool(torch.isfinite(v).all()):
+            if not is_finite(v):
                 raise InputError("target is not finite; remove the NaN or infinite entries")
         return [*vectors]
     others = as_layers(target, "target")

@@ -15,7 +15,7 @@ logger = logging.getLogger("imu_fast")
 
 
 # Of what the module has: one of another is not used. As in csrc/bindings.cpp.
-_VERSION = 2
+_VERSION = 3
 SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 # Numbers below which a loop is one thread's, as of torch's own loops.
 _GRAIN = 1 << 15

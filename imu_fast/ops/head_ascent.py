@@ -1,17 +1,26 @@
-"""One reweighted ascent step at a softmax head on cached features, in closed form."""
+"""Reweighted ascent steps at a softmax head on cached features, in closed form."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from imu_fast.errors import InputError
+from imu_fast.ops.extension import SUFFIX, loaded_for, threads_for
 from imu_fast.ops.mean_gradient import add_gradients
 from imu_fast.ops.objective import objective, objective_residual
 from imu_fast.ops.operation import PRODUCTS, kernel_dtypes, operation
 from imu_fast.ops.softmax_residual import linear_logits, softmax_residual
+
+# Up to so many classes the compiled loop is no slower than two products of torch's on a copy of the
+# samples, alone; beyond, it lacks the packing of a large product.
+_FEW_CLASSES = 1024
+# Multiply-adds of one product beside a number of an elementwise loop.
+_PRODUCTS_A_NUMBER = 16
 
 
 def head_logits(features: Tensor, theta: Tensor, has_bias: bool) -> Tensor:
@@ -26,6 +35,12 @@ def _decide(
     return features, theta
 
 
+def _chosen(features: Tensor, labels: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    if rows is None:
+        return features, labels
+    return features.index_select(0, rows), labels.index_select(0, rows)
+
+
 def _gradient_by_definition(
     reference: ModuleType,
     features: Tensor,
@@ -33,9 +48,10 @@ def _gradient_by_definition(
     weights: Tensor,
     theta: Tensor,
     *rest: Any,
+    rows: Tensor | None = None,
     **named: Any,
 ) -> tuple[Tensor, Tensor]:
-    operands = (features, labels, weights, theta, *rest)
+    operands = (*_chosen(features, labels, rows), weights, theta, *rest)
     gradient, loss = reference.head_ascent_gradient(*operands, **named)
     return gradient.to(theta.dtype), loss.to(theta.dtype)
 
@@ -49,19 +65,31 @@ def head_ascent_gradient(
     has_bias: bool,
     name: str,
     auxiliary: Tensor | None = None,
+    *,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of ``- sum_i w_i f(l_i) / sum_i w_i`` for the head, and that loss.
 
+    On a CPU the cross-entropy of a few classes is one pass of a compiled loop
+    (``csrc/head_ascent.cpp``): it copies no sample, and makes neither logits nor residual.
+
     Args:
-        features: [B, d]. labels: [B]. weights: [B], positive. theta: [C, D] as ``[W, b]``.
+        features: [n, d]. labels: [n]. weights: [B], positive. theta: [C, D] as ``[W, b]``.
         has_bias: whether there is a b.
-        name, auxiliary: see :func:`imu_fast.ops.objective.objective`.
+        name, auxiliary [B]: see :func:`imu_fast.ops.objective.objective`.
+        rows: [B] int64, which of the n samples; None: all, and B = n.
 
     Returns:
         gradient [C, D], and the loss as a scalar tensor (no host synchronisation).
     """
-    features, share = features.to(theta.dtype), weights / -weights.sum()
-    d = features.shape[1]
+    share = weights / -weights.sum()
+    if name == "ce" and _is_plain(features, labels, share, theta, rows):
+        gradient, loss = torch.empty_like(theta), theta.new_empty(())
+        head = (features, labels, theta, has_bias, rows)
+        _by_extension("head_gradient", *head, share, gradient, loss)
+        return gradient, loss
+    features, labels = _chosen(features, labels, rows)
+    features, d = features.to(theta.dtype), features.shape[1]
     logits = linear_logits(features, theta[:, :d], theta[:, d] if has_bias else None)
     if name == "ce":  # the residual comes with its loss
         # On a CPU without the dispatch and the checks of an operation within an operation.
@@ -73,6 +101,55 @@ def head_ascent_gradient(
         residual = objective_residual(logits, labels, name, auxiliary).mul_(share[:, None])
     gradient = torch.empty_like(theta)
     return add_gradients(gradient, residual, features, has_bias, beta=0.0, alpha=1.0), loss
+
+
+def _is_plain(
+    features: Tensor, labels: Tensor, weights: Tensor, theta: Tensor, rows: Tensor | None
+) -> bool:
+    """Whether the compiled loop is there, is the faster one, and reads these as they lie."""
+    dtype, adjacent = theta.dtype, features.stride(-1) == theta.stride(-1) == 1
+    operands = (features, weights, labels) if rows is None else (features, weights, labels, rows)
+    fits = features.dtype == weights.dtype == dtype and labels.dtype == torch.int64
+    fits = fits and (rows is None or rows.dtype == torch.int64) and adjacent
+    fits = (
+        fits and weights.shape == (labels if rows is None else rows).shape and weights.numel() > 0
+    )
+    there = all(tensor.is_cpu for tensor in operands) and loaded_for(theta) is not None
+    return fits and there and len(theta) <= _FEW_CLASSES and labels.shape == features.shape[:1]
+
+
+def _by_extension(
+    name: str,
+    features: Tensor,
+    labels: Tensor,
+    theta: Tensor,
+    has_bias: bool,
+    rows: Tensor | None,
+    weights: Tensor,
+    *more: Any,
+) -> None:
+    """Call the compiled ``name`` of a head, with what it takes beside."""
+    classes, n, d = len(theta), weights.shape[-1], theta.shape[1] - has_bias
+    labels, weights = labels.contiguous(), weights.contiguous()
+    rows = None if rows is None else rows.contiguous()
+    wrong = getattr(loaded_for(theta), f"{name}_{SUFFIX[theta.dtype]}")(
+        (features.data_ptr(), features.stride(0)),
+        labels.data_ptr(),
+        0 if rows is None else rows.data_ptr(),
+        (theta.data_ptr(), theta.stride(0)),
+        (len(features), n, classes, d),
+        has_bias,
+        weights.data_ptr(),
+        *(m.data_ptr() if isinstance(m, Tensor) else m for m in more),
+        threads_for(n * d * classes // _PRODUCTS_A_NUMBER),
+    )
+    if wrong >= 0:
+        at = wrong if rows is None else int(rows.flatten()[wrong])
+        if not 0 <= at < len(labels):
+            raise InputError(f"rows[{wrong}]={at} is out of range; there are {len(labels)} samples")
+        raise InputError(
+            f"labels[{at}]={int(labels[at])} is out of range; classes are 0 to {classes - 1}"
+        )
 
 
 def _kernel_limits(
@@ -93,14 +170,19 @@ def _launch(
     name: str,
     *,
     precision: str,
+    rows: Tensor | None = None,
     **rates: float,
 ) -> Tensor:
     from imu_fast.kernels import head_ascent as kernel
 
-    logits, share = head_logits(features, theta, has_bias), weights / weights.sum()
-    operands = (logits, features, labels, share, theta, buffer, has_bias, name)
     rates = {key: float(rate) for key, rate in rates.items()}
-    return kernel.head_ascent(*operands, **rates, precision=precision)
+
+    def step(features: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        logits, share = head_logits(features, theta, has_bias), weights / weights.sum()
+        operands = (logits, features, labels, share, theta, buffer, has_bias, name)
+        return kernel.head_ascent(*operands, **rates, precision=precision)
+
+    return _one_by_one(step, features, labels, weights, rows)
 
 
 def _by_definition(
@@ -111,14 +193,31 @@ def _by_definition(
     theta: Tensor,
     buffer: Tensor | None,
     *rest: Any,
+    rows: Tensor | None = None,
     **rates: float,
 ) -> Tensor:
-    operands = (features, labels, weights, theta, buffer, *rest)
-    new_theta, new_buffer, loss = reference.head_ascent(*operands, **rates)
-    theta.copy_(new_theta)
-    if buffer is not None:
-        buffer.copy_(new_buffer)
-    return loss.to(theta.dtype)
+    def step(*batch: Tensor) -> Tensor:
+        new_theta, new_buffer, loss = reference.head_ascent(*batch, theta, buffer, *rest, **rates)
+        theta.copy_(new_theta)
+        if buffer is not None:
+            buffer.copy_(new_buffer)
+        return loss.to(theta.dtype)
+
+    return _one_by_one(step, features, labels, weights, rows)
+
+
+def _one_by_one(
+    step: Callable[[Tensor, Tensor, Tensor], Tensor],
+    features: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    rows: Tensor | None,
+) -> Tensor:
+    """The losses of ``step`` on the chosen features, labels and weights of each step."""
+    if rows is None or rows.ndim == 1:
+        return step(*_chosen(features, labels, rows), weights)
+    steps = zip(rows, weights, strict=True)
+    return torch.stack([step(*_chosen(features, labels, r), w) for r, w in steps])
 
 
 # A small share of a weighted residual keeps its bits: none of the step is rounded to bfloat16.
@@ -145,24 +244,57 @@ def head_ascent(
     momentum: float,
     weight_decay: float,
     alpha: float,
+    rows: Tensor | None = None,
 ) -> Tensor:
-    """One step of SGD on ``- sum_i w_i f(l_i) / sum_i w_i + alpha ||theta||_1``, in place.
+    """Steps of SGD on ``- sum_i w_i f(l_i) / sum_i w_i + alpha ||theta||_1``, in place.
 
     With g its gradient, ``buffer <- momentum buffer + g + weight_decay theta`` and
-    ``theta <- theta - lr buffer``, as torch.optim.SGD does (no dampening, no Nesterov).
+    ``theta <- theta - lr buffer``, as torch.optim.SGD does (no dampening, no Nesterov). On a CPU
+    steps of the cross-entropy of a few classes are one call of a compiled loop
+    (``csrc/head_ascent.cpp``).
 
     Args:
-        features: [B, d]; half precision is multiplied in theta's dtype. labels: [B].
+        features: [n, d]; half precision is multiplied in theta's dtype. labels: [n].
         weights: [B], positive. theta: [C, D] as ``[W, b]``, adjacent columns; changed.
         buffer: [C, D], zeros before the first step, changed; None without momentum.
         has_bias: whether there is a b. name: one of ``LABEL_OBJECTIVES``.
         lr, momentum, weight_decay, alpha: as above, 0 or more.
+        rows: [B] int64, which of the n samples; None: all, and B = n. Of k steps, one after the
+            other: [k, B], with weights [k, B].
 
     Returns:
-        the loss before the step, as a scalar tensor (no host synchronisation).
+        the loss before the step, as a scalar tensor (no host synchronisation); of k steps [k].
     """
-    # Without the dispatch and the checks of an operation within an operation.
-    step, loss = head_ascent_gradient.body(features, labels, weights, theta, has_bias, name)
+    rates = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "alpha": alpha}
+    adjacent = buffer is None or buffer.is_contiguous()
+    if name == "ce" and adjacent and _is_plain(features, labels, weights, theta, rows):
+        losses = weights.new_empty(weights.shape[:-1])
+        head = (features, labels, theta, has_bias, rows)
+        plan = (losses.numel(), tuple(map(float, rates.values())))
+        _by_extension("head_ascent", *head, weights, *plan, 0 if buffer is None else buffer, losses)
+        return losses
+
+    def step(features: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        # Without the dispatch and the checks of an operation within an operation.
+        batch = (features, labels, weights, theta, has_bias, name)
+        gradient, loss = head_ascent_gradient.body(*batch)
+        return _sgd(gradient, loss, theta, buffer, **rates)
+
+    return _one_by_one(step, features, labels, weights, rows)
+
+
+def _sgd(
+    step: Tensor,
+    loss: Tensor,
+    theta: Tensor,
+    buffer: Tensor | None,
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    alpha: float,
+) -> Tensor:
+    """Change theta and its buffer by a gradient, which is changed too; returns the loss."""
     if alpha:
         step.add_(theta.sign(), alpha=alpha)
         loss = loss + alpha * theta.abs().sum()

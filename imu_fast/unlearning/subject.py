@@ -263,6 +263,8 @@ class HeadSubject:
             weight.write(self.theta[:, columns])
 
     def rounded_away(self) -> float:
+        if self.theta.dtype == self.trained.dtype:
+            return 0.0
         changed = self.theta != self.trained.to(self._wide)
         same = self.theta.to(self.trained.dtype) == self.trained
         return float((changed & same).sum() / changed.sum().clamp_min(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import pytest
@@ -9,8 +10,24 @@ import torch
 from cases import ASCENT_RATES, CASES, Call, ascent_arguments
 
 from imu_fast import reference
+from imu_fast.errors import InputError
+from imu_fast.ops import head_ascent as file
+from imu_fast.ops.extension import load
 from imu_fast.ops.head_ascent import head_ascent, head_ascent_gradient, head_logits
 from imu_fast.ops.objective import LABEL_OBJECTIVES, NEEDS_AUXILIARY, OBJECTIVES
+
+HAS = load() is not None
+WAYS = [
+    pytest.param("extension", marks=pytest.mark.skipif(not HAS, reason="no compiled module")),
+    "torch",
+]
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(file, "loaded_for", lambda tensor: None)
+    return request.param
 
 
 def operands(case, dtype, name, buffer):
@@ -69,7 +86,7 @@ def test_the_kernel_updates_float32():
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("alpha", [0.0, 0.05])
-def test_head_ascent_is_torchs_sgd_to_the_bit(momentum, alpha):
+def test_head_ascent_is_torchs_sgd(way, momentum, alpha):
     args, *_ = ascent_arguments(CASES[1], torch.float64, "ce")
     features, labels, weights, theta, buffer, *options = args
     other = theta.clone()
@@ -81,4 +98,138 @@ def test_head_ascent_is_torchs_sgd_to_the_bit(momentum, alpha):
         optimizer.step()
         rates = ASCENT_RATES | dict(momentum=momentum, alpha=alpha)
         head_ascent(features, labels, weights, theta, state, *options, **rates)
-    assert torch.equal(theta, other)
+    if way == "torch":
+        assert torch.equal(theta, other)
+    else:  # products are added without being rounded first, or after it
+        torch.testing.assert_close(theta, other, rtol=1e-14, atol=1e-14)
+
+
+def problem(n, d, classes, dtype, *, has_bias=True, size=1.0):
+    generator = torch.Generator().manual_seed(n + d + classes)
+    x, labels = torch.randn(n, d, generator=generator), torch.arange(n) % classes
+    theta = size * torch.randn(classes, d + has_bias, generator=generator)
+    return x.to(dtype), labels, theta.to(dtype)
+
+
+def closest(found, exact, dtype, length):
+    """Within ``length`` roundings of the largest number of a result."""
+    for one, other in zip(found, exact, strict=True):
+        size = float(other.abs().max()) + torch.finfo(dtype).tiny
+        off = float((one.double() - other.double()).abs().max())
+        assert off <= 8 * length * torch.finfo(dtype).eps * size, (off / size, length)
+
+
+# n, batch, d, C: one of each; less and more than a vector, a tile, a strip, a block of samples.
+SHAPES = [
+    (1, 1, 1, 2),
+    (9, 5, 3, 2),
+    (40, 17, 8, 6),
+    (40, 33, 15, 7),
+    (70, 31, 33, 13),
+    (300, 256, 64, 10),
+    (600, 513, 130, 97),
+    (300, 300, 271, 5),
+    (20, 7, 16, 1025),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_chosen_samples_are_the_gradients(way, shape, dtype, has_bias):
+    n, batch, d, classes = shape
+    x, labels, theta = problem(n, d, classes, dtype, has_bias=has_bias)
+    rows, weights = torch.randperm(n)[:batch], (torch.rand(batch) + 0.1).to(dtype)
+    exact = reference.head_ascent_gradient(x[rows], labels[rows], weights, theta, has_bias, "ce")
+    plain = file._is_plain(x, labels, weights, theta, rows)
+    assert plain == (way == "extension" and classes <= 1024)
+    # Rows that lie apart, and a head that does.
+    apart = torch.cat([x, x], dim=1)[:, :d]
+    wide = torch.cat([theta, theta], dim=1)[:, : d + has_bias]
+    for features, head in ((x, theta), (apart, wide), (x.t().contiguous().t(), theta)):
+        operands = (features, labels, weights, head, has_bias, "ce")
+        found = head_ascent_gradient(*operands, rows=rows)
+        closest(found, exact, dtype, batch + classes + d**0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_steps_at_once_are_steps_one_by_one(way, dtype, momentum):
+    x, labels, theta = problem(90, 13, 6, dtype)
+    rows, weights = torch.randperm(90).view(3, 30), torch.rand(3, 30).to(dtype) + 0.1
+    rates = ASCENT_RATES | dict(momentum=momentum)
+    exact, velocity, wanted = theta.double(), None, []
+    for r, w in zip(rows, weights, strict=True):
+        operands = (x[r], labels[r], w, exact, velocity, True, "ce")
+        exact, velocity, loss = reference.head_ascent(*operands, **rates)
+        velocity = velocity if momentum else None
+        wanted.append(loss)
+    found, buffer = theta.clone(), torch.zeros_like(theta) if momentum else None
+    losses = head_ascent(x, labels, weights, found, buffer, True, "ce", rows=rows, **rates)
+    assert losses.shape == (3,)
+    closest((found, losses), (exact, torch.stack(wanted)), dtype, 60)
+
+
+def test_threads_change_no_bit(way):
+    x, labels, theta = problem(600, 513, 40, torch.float32)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(head_ascent_gradient(x, labels, torch.ones(600), theta, True, "ce"))
+    finally:
+        torch.set_num_threads(before)
+    if way == "extension":
+        assert all(
+            torch.equal(a, b) for other in found for a, b in zip(other, found[0], strict=True)
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [3.0, 30.0, 100.0, 700.0, 1e4])
+def test_a_confident_sample_keeps_its_digits(way, dtype, size):
+    """Its residual is 1e-20 or 1e-300 at the label, not ``p_y - 1``."""
+    theta = torch.tensor([[size], [0.0], [-size]], dtype=dtype)
+    for label in range(3):
+        x, labels = torch.ones(1, 1, dtype=dtype), torch.tensor([label])
+        operands = (x, labels, torch.ones(1, dtype=dtype), theta, False, "ce")
+        gradient, loss = head_ascent_gradient(*operands)
+        logits = theta[:, 0].double()
+        others = [c for c in range(3) if c != label]
+        log_p = torch.log_softmax(logits, dim=0)
+        residual = log_p.exp()
+        residual[label] = -residual[others].sum()
+        spacing = 2.0**-149 if dtype == torch.float32 else 2.0**-1074
+        roundings = 8 * torch.finfo(dtype).eps * (1 + size * (dtype == torch.float32))
+        off = (gradient[:, 0].double() + residual).abs()
+        assert bool((off <= roundings * residual.abs() + 2 * spacing).all())
+        wanted = (
+            -log_p[label] if label else torch.log1p(residual[others].sum() / log_p[label].exp())
+        )
+        assert abs(float(loss + wanted)) <= roundings * float(wanted) + 2 * spacing
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_no_number_stays_none(way, bad):
+    x, labels, theta = problem(20, 9, 5, torch.float32)
+    x[7, 8] = bad
+    gradient, loss = head_ascent_gradient(x, labels, torch.ones(20), theta, True, "ce")
+    assert not bool(torch.isfinite(loss)) and not bool(torch.isfinite(gradient[:, 8]).any())
+
+
+@pytest.mark.parametrize("wrong", ["row", "negative row", "label"])
+def test_a_sample_that_is_none_is_refused_before_any_step(wrong):
+    if not HAS:
+        pytest.skip("no compiled module: torch refuses it, in words of its own")
+    x, labels, theta = problem(20, 9, 5, torch.float32)
+    rows, said = torch.arange(20).view(2, 10), "labels[19]=5 is out of range; classes are 0 to 4"
+    if wrong == "label":
+        labels[19] = 5
+    else:
+        rows[1, 9] = 20 if wrong == "row" else -1
+        said = f"rows[19]={int(rows[1, 9])} is out of range; there are 20 samples"
+    before = theta.clone()
+    operands = (x, labels, torch.ones(2, 10), theta, None, True, "ce")
+    with pytest.raises(InputError, match=re.escape(said)):
+        head_ascent(*operands, rows=rows, **ASCENT_RATES | dict(momentum=0.0))
+    assert torch.equal(theta, before)

@@ -17,6 +17,7 @@ from imu_fast.errors import (
     check_count,
     check_positive,
     check_same_device,
+    is_finite,
 )
 from imu_fast.solvers.cholesky import cusolver, lapack, low_precision, refined
 from imu_fast.solvers.conjugate_gradient import Solution
@@ -195,7 +196,7 @@ def _check_right_hand_side(a: Tensor, dtype: torch.dtype, b: Tensor) -> bool:
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raise InputError unless all of it is finite."""
-    if not bool(torch.isfinite(tensor).all()):
+    if not is_finite(tensor):
         raise InputError(f"{name} is not finite; remove the NaN or infinite entries")
 
 

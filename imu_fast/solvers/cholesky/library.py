@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imu_fast.errors import InputError
+from imu_fast.errors import InputError, is_finite
 from imu_fast.solvers.cholesky import cholesky
 from imu_fast.solvers.cholesky.cholesky import (
     DampedCholesky,
@@ -67,7 +67,7 @@ def applied(factor: Tensor, b: Tensor, check: bool) -> Tensor:
         return torch.empty_like(b.mT, memory_format=torch.contiguous_format).mT
     solver = DampedCholesky(factor, 0.0, cholesky.backend_of(factor), factor.dtype)
     x = solver.solve_columns(b).mT.contiguous().mT
-    if check and not bool(torch.isfinite(x).all()):
+    if check and not is_finite(x):
         check_finite("b", b)
     return x
 

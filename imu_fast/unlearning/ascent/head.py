@@ -42,10 +42,12 @@ class HeadSteps:
         self.optimizer = rule.optimizer.make([subject.theta])
 
     @cached_property
-    def sequence(self) -> StepSequence | None:
-        """Several steps at once; a graph of them where a step only launches kernels."""
-        graph = self.subject.theta.is_cuda and self._rates() is not None
-        return StepSequence(self.step, graph)
+    def sequence(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """Several steps at once; on a GPU a graph of them where a step only launches kernels."""
+        plain = self._rates() is not None
+        if plain and not self.subject.theta.is_cuda:
+            return self._several
+        return StepSequence(self.step, plain)
 
     def _rates(self) -> tuple[float, float, float] | None:
         """Those of :func:`plain_sgd`, where the step is that and nothing more."""
@@ -59,29 +61,12 @@ class HeadSteps:
         return self.subject
 
     def step(self, rows: Tensor, weights: Tensor) -> Tensor:
-        theta, has_bias, rule = self.subject.theta, self.subject.has_bias, self._rule
+        theta, rule = self.subject.theta, self._rule
         rows = rows.to(theta.device)
         if (rates := self._rates()) is not None:
-            features, labels, weights = self._batch(rows, weights)
-            lr, momentum, weight_decay = rates
-            # The buffer lives where torch keeps it, so that a checkpoint finds it.
-            slots = self.optimizer.state[theta]
-            if momentum and "momentum_buffer" not in slots:
-                slots["momentum_buffer"] = torch.zeros_like(theta)
-            buffer = slots["momentum_buffer"] if momentum else None
-            return head_ascent(
-                features,
-                labels,
-                weights,
-                theta,
-                buffer,
-                has_bias,
-                rule.objective.name,
-                lr=lr,
-                momentum=momentum,
-                weight_decay=weight_decay,
-                alpha=self._alpha,
-            )
+            if len(rows) == len(self.subject.sets["forget"][0]):  # sums in their own order
+                return self._sgd(rates, None, torch.empty_like(weights).scatter_(0, rows, weights))
+            return self._sgd(rates, rows, weights)
         gradient, loss = self._gradient(rows, weights)
         if self._preconditioner is not None:
             moved = self._preconditioner(gradient).to(gradient)
@@ -100,12 +85,36 @@ class HeadSteps:
             theta[self._frozen] = kept
         return loss
 
-    def _batch(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Features [B, d], labels [B] and weights [B] of different samples ``rows``."""
-        features, labels = self.subject.sets["forget"]
-        if len(rows) == len(features):  # all of them: sums in their own order, without a copy
-            return features, labels, torch.empty_like(weights).scatter_(0, rows, weights)
-        return features.index_select(0, rows), labels.index_select(0, rows), weights
+    def _several(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """Losses [k] of k steps in order; rows [k, B] of different samples, weights [k, B]."""
+        rates = self._rates()
+        if rates is None or rows.shape[1] == len(self.subject.sets["forget"][0]):
+            return torch.stack([self.step(r, w) for r, w in zip(rows, weights, strict=True)])
+        return self._sgd(rates, rows, weights)
+
+    def _sgd(
+        self, rates: tuple[float, float, float], rows: Tensor | None, weights: Tensor
+    ) -> Tensor:
+        (features, labels), theta = self.subject.sets["forget"], self.subject.theta
+        lr, momentum, weight_decay = rates
+        # The buffer lives where torch keeps it, so that a checkpoint finds it.
+        slots = self.optimizer.state[theta]
+        if momentum and "momentum_buffer" not in slots:
+            slots["momentum_buffer"] = torch.zeros_like(theta)
+        return head_ascent(
+            features,
+            labels,
+            weights,
+            theta,
+            slots["momentum_buffer"] if momentum else None,
+            self.subject.has_bias,
+            self._rule.objective.name,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            alpha=self._alpha,
+            rows=rows,
+        )
 
     def _gradient(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Of ``- sum_i w_i f_i / sum_i w_i``: [C, D], and that loss."""
@@ -114,11 +123,5 @@ class HeadSteps:
             return of_samples(self.subject, rule, rows, weights)
         features, labels = self.subject.sets["forget"]
         auxiliary = None if rule.auxiliary is None else rule.auxiliary.of(rows).to(theta.device)
-        batch = (
-            features.index_select(0, rows),
-            labels.index_select(0, rows),
-            weights,
-            theta,
-            has_bias,
-        )
-        return head_ascent_gradient(*batch, rule.objective.name, auxiliary)
+        batch = (features, labels, weights, theta, has_bias, rule.objective.name, auxiliary)
+        return head_ascent_gradient(*batch, rows=rows)

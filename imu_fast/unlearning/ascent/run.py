@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from imu_fast.errors import EmptySelectionError, InputError
+from imu_fast.errors import EmptySelectionError, InputError, is_finite
 from imu_fast.model.loss import check_labelled
 from imu_fast.unlearning.ascent.step import Steps
 from imu_fast.unlearning.ascent.weights import Weights, by_index
@@ -376,6 +376,6 @@ class Run:
 
     def _check_finite(self, losses: list[Tensor]) -> None:
         state = self.subject.state().values()
-        finite = not losses or bool(torch.isfinite(torch.stack(losses)).all())
-        if not finite or not all(bool(torch.isfinite(t).all()) for t in state):
+        finite = not losses or is_finite(torch.stack(losses))
+        if not finite or not all(map(is_finite, state)):
             raise DivergedError("loss or weights are no longer finite")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from imu_fast.unlearning.ascent.graph import StepSequence
 from imu_fast.unlearning.ascent.objectives import Auxiliary, Objective
 from imu_fast.unlearning.ascent.optimizer import Optimizer
 from imu_fast.unlearning.ascent.retain import Retain
@@ -49,7 +49,7 @@ class Steps(Protocol):
     def optimizer(self) -> torch.optim.Optimizer: ...
 
     @property
-    def sequence(self) -> StepSequence | None: ...
+    def sequence(self) -> Callable[[Tensor, Tensor], Tensor] | None: ...
 
     def seen(self, rows: Tensor, layers: str) -> Scored:
         """What the weights of the next step, on samples of ``rows`` [B], are made of."""

@@ -13,6 +13,8 @@ from imu_fast.unlearning.ascent import graph as head_run
 from imu_fast.unlearning.ascent import head as ascent
 from imu_fast.unlearning.ascent.graph import StepSequence
 
+OWN = ascent.HeadSteps.sequence.func
+
 
 class Walk:
     """A step with state: ``x += sum rows * weights``; the loss is x before it."""
@@ -68,19 +70,24 @@ def head():
 
 
 def run(head, monkeypatch, graph, **options):
-    """unlearn, its sequences replaced; how many steps they made, and the trained head."""
+    """unlearn, its sequences counted; how many steps they made, and the trained head.
+
+    ``graph``: None for the steps' own sequence, which on a CPU is one call of a compiled loop;
+    else a StepSequence, with a graph or without.
+    """
     model, x, y = head
     model, made = copy.deepcopy(model), []
 
-    class Counted(StepSequence):
-        def __init__(self, step, _):
-            super().__init__(step, graph)
+    def sequence(steps):
+        inner = OWN(steps) if graph is None else StepSequence(steps.step, graph)
 
-        def __call__(self, rows, weights):
+        def counted(rows, weights):
             made.append(len(rows))
-            return super().__call__(rows, weights)
+            return inner(rows, weights)
 
-    monkeypatch.setattr(ascent, "StepSequence", Counted)
+        return counted
+
+    monkeypatch.setattr(ascent.HeadSteps, "sequence", property(sequence))
     monkeypatch.setattr(head_run, "capture", lambda run: run)
     rate = {} if options.get("optimizer") else dict(lr=0.05)
     options = dict(epochs=4, batch_size=16, method="uniform") | rate | options
@@ -91,7 +98,7 @@ def run(head, monkeypatch, graph, **options):
 def test_a_run_in_sequences_is_the_run_step_by_step(head, monkeypatch, optimizer):
     alone, none = run(head, monkeypatch, False, record="step", optimizer=optimizer)
     assert none == 0
-    for graph in (False, True):
+    for graph in (None, False, True):
         result, made = run(head, monkeypatch, graph, optimizer=optimizer)
         assert made == 4 * 3 and result.steps == 4 * 4  # the last batch of 2 goes alone
         assert result.batch_losses == alone.batch_losses
