@@ -1,9 +1,9 @@
 """Write ``bench/FINDINGS.md`` from the results: ``python bench/findings.py``.
 
 Every number in the findings is taken from ``results/compare-cifar10`` (its ``results.json`` and
-``cells``), the linear datamodeling scores from ``results/validate-*``, by the template
-``findings.md.j2``, so text, tables and results cannot differ; a test makes the file again and
-compares.
+``cells``), what freezing does from ``results/compare-freezing``, the linear datamodeling scores from
+``results/validate-*``, by the template ``findings.md.j2``, so text, tables and results cannot differ;
+a test makes the file again and compares.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from imu_fast.study.validation import markdown
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "compare-cifar10"
+# Of whole networks too, on other models: what a network costs leaves room for fewer.
+FREEZING = HERE / "results" / "compare-freezing"
 FINDINGS = HERE / "FINDINGS.md"
 # Beside these, each table has the method that is nearest to retraining.
 SHOWN = (
@@ -64,6 +66,11 @@ class Findings:
         references = [line for name in REFERENCES if (line := block.line(name)) is not None]
         return references + [m for m in block.methods if m.method in SHOWN or m.method == best]
 
+    def all_lines(self, block: Block) -> list[Line]:
+        """References, then every method, in the block's order."""
+        references = [line for name in REFERENCES if (line := block.line(name)) is not None]
+        return references + list(block.methods)
+
     def title(self, block: Block) -> str:
         about = self.results["tasks"][block.task]
         return f"{about['title']} (n = {about['n']})"
@@ -78,6 +85,11 @@ class Findings:
             for test in self.results["tests"]
             if (test["question"], test["metric"]) == (question, metric)
         ]
+
+    def methods(self, question: str) -> tuple[str, ...]:
+        """The methods that a question was asked of."""
+        tests = self.results["tests"]
+        return tuple({test["method"] for test in tests if test["question"] == question})
 
     def where(self, test: dict[str, Any]) -> str:
         return f"{self.results['tasks'][test['task']]['title']}, {test['depth']}"
@@ -169,8 +181,8 @@ def of(line: Line, metric: str, digits: int = 3) -> str:
     return value(line.values[metric].mean, digits)
 
 
-def render(results: dict[str, Any]) -> str:
-    """The findings as Markdown."""
+def render(results: dict[str, Any], freezing: dict[str, Any] | None = None) -> str:
+    """The findings as Markdown, of a study and of a second one; None: the one that is here."""
     environment = Environment(
         loader=FileSystemLoader(HERE),
         undefined=StrictUndefined,
@@ -181,6 +193,7 @@ def render(results: dict[str, Any]) -> str:
     )
     return environment.get_template("findings.md.j2").render(
         f=Findings(results),
+        z=Findings(freezing or read_results(FREEZING)),
         of=of,
         points=points,
         value=value,
