@@ -24,7 +24,9 @@ def test_the_findings_are_made_from_the_results():
     assert findings.FINDINGS.read_text() == findings.render(read_results(findings.RESULTS))
 
 
-STUDIES = pytest.mark.parametrize("folder", [findings.RESULTS, findings.FREEZING], ids=lambda f: f.name)
+STUDIES = pytest.mark.parametrize(
+    "folder", [findings.RESULTS, findings.FREEZING], ids=lambda path: path.name
+)
 
 
 @STUDIES
