@@ -192,12 +192,16 @@ class Options:
         return value
 
     def flat(self) -> dict[str, Any]:
-        """Every flat option and its value; a choice is shown by its name."""
-        return {
-            name: value.name or repr(value) if isinstance(value, Options) else value
-            for name, path in self.paths().items()
-            for value in [self._at(path)]
-        }
+        """Every option and its value, under one name; a choice is shown by its name.
+
+        Given to :meth:`with_options` they make the same object.
+        """
+        found: dict[tuple[str, ...], tuple[str, Any]] = {}
+        for name, path in self.paths().items():
+            value = self._at(path)
+            shown = value.name or repr(value) if isinstance(value, Options) else value
+            found.setdefault(path, (name, shown))
+        return dict(found.values())
 
     def with_options(self, described: str, given: Mapping[str, Any]) -> Self:
         """A copy with flat options, each put where it belongs.

@@ -368,8 +368,8 @@ def test_flat_options_and_their_values():
         "shape": "round",
         "layers": None,
         "radius": 2.0,
-        "r": 2.0,
-    }
+    }, "each once, not under its second name"
+    assert WORKS.choose("brushed", **made.flat()) == made
     assert list(made.flat())[:3] == ["paint", "coats", "color"], "its own come first"
     assert Wall(paint=Brush(shape=torch.ones(1))).flat()["shape"] == "Held(tensor=tensor([1.]))"
     assert made.get("radius") == 2.0

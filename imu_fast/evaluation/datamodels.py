@@ -67,6 +67,20 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> Tensor:
         return torch.from_numpy((u * v).sum(axis=0) / norms)
 
 
+def _sums(chosen: np.ndarray, tau: np.ndarray) -> np.ndarray:
+    """``chosen @ tau`` but for a factor of each column, where equal sums are equal to the bit.
+
+    Ranks would order them by the rounding on the way. Each column is two parts on grids so coarse
+    that every sum of either is exact; what is finer than both is 2^-80 of the column's largest.
+    """
+    _, top = np.frexp(np.abs(tau).max(axis=0, initial=0.0))
+    unit = np.ldexp(tau, -top)
+    room = np.finfo(np.float64).nmant - len(tau).bit_length()
+    coarse = np.ldexp(np.rint(np.ldexp(unit, room)), -room)
+    fine = np.ldexp(np.rint(np.ldexp(unit - coarse, 2 * room)), -2 * room)
+    return chosen @ coarse + chosen @ fine
+
+
 def linear_datamodeling_score(attributions: Tensor, subsets: Tensor, outputs: Tensor) -> Tensor:
     """How well sums of attributions order what models retrained on subsets do (Park et al. 2023).
 
@@ -89,7 +103,7 @@ def linear_datamodeling_score(attributions: Tensor, subsets: Tensor, outputs: Te
         raise InputError(f"attributions has shape {tuple(attributions.shape)}; pass [n, m]")
     tau = _check("attributions", attributions, (chosen.shape[1], attributions.shape[1]))
     observed = _check("outputs", outputs, (len(chosen), tau.shape[1]))
-    return rank_correlation(chosen.astype(np.float64) @ tau, observed)
+    return rank_correlation(_sums(chosen.astype(np.float64), tau), observed)
 
 
 def memorisation(subsets: Tensor, losses: Tensor) -> Tensor:

@@ -80,7 +80,9 @@ def _normal(name: str, values: Tensor, n: int, variance: str) -> tuple[Tensor, T
         )
     x = values.double()
     count = (~x.isnan()).sum(dim=0)
-    mean = x.nanmean(dim=0).where(count > 1, math.nan)
+    # From a value of theirs: the mean of equal ones is that value, where x.nanmean() may round.
+    top = x.nan_to_num(-math.inf).amax(dim=0) if len(x) else x.new_zeros(n)
+    mean = (top + (x - top).nanmean(dim=0)).where(count > 1, math.nan)
     squares = ((x - mean) ** 2).nansum(dim=0)
     if variance == "auto":
         variance = "global" if len(x) < _FEW else "sample"

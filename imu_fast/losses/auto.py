@@ -59,6 +59,13 @@ class AutoLoss(Loss):
                 f"logits {tuple(shape)}; name the loss: 'cross_entropy', 'binary_cross_entropy' "
                 "or 'squared_error'"
             )
+        if kind in ("multi_label_classification", "regression") and self.shift is True:
+            raise InputError(f"shift=True is for labels that are classes; loss='auto' is {kind}")
+        if kind == "regression" and self.ignore_index != IGNORE_INDEX:
+            raise InputError(
+                f"ignore_index={self.ignore_index}: loss='auto' is regression, where every label "
+                "is a number; leave samples without one out"
+            )
         if kind == "multi_label_classification":
             return BinaryCrossEntropy(reduction="mean", ignore_index=self.ignore_index)
         if kind == "regression":

@@ -71,7 +71,7 @@ class CrossEntropy(Loss):
 
     name = "cross_entropy"
     ignore_index: int = option(default=IGNORE_INDEX, check=check_index)
-    shift: bool | Literal["auto"] = option(default="auto", check=check_shift)
+    shift: bool | Literal["auto"] = option(default="auto", check=check_shift, also="shift_labels")
     label_smoothing: float = option(default=0.0, check=_check_smoothing)
     class_weights: tuple[float, ...] | None = option(default=None, check=numbers)
 

@@ -117,7 +117,12 @@ def targets_of(labels: Tensor, logits: Tensor, loss: Loss) -> Targets:
     prepared = loss.prepared(found.reshape(rows.numel(), *found.shape[len(rows) :]), classes)
     valid = loss.valid(prepared).view(rows)
     prepared = prepared.view(*rows, *prepared.shape[1:])
-    if isinstance(loss, CrossEntropy) and loss.shift is True and valid.dim() == 2:
+    if isinstance(loss, CrossEntropy) and loss.shift is True:
+        if valid.dim() != 2:
+            raise InputError(
+                f"shift=True is for logits [n, T, C], of which position t predicts the label at "
+                f"t + 1; they have shape {tuple(logits.shape)}: leave it out"
+            )
         valid = torch.nn.functional.pad(valid[:, 1:], (0, 1), value=False)
         prepared = prepared.roll(-1, dims=1)
     kept = prepared.flatten(0, len(rows) - 1) if bool(valid.all()) else prepared[valid]

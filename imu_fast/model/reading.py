@@ -56,17 +56,11 @@ def _check_output(name: str, value: Any) -> None:
         )
 
 
-def _shift_labels(reading: Reading, value: Any) -> Reading:
-    """The name that ``shift`` has elsewhere."""
-    return reading.with_options(f"shift_labels={value!r}", {"shift": value})
-
-
 @options
 class Reading(Options):
     """How a model is read: see :class:`ReadingOptions`."""
 
     name = "reading"
-    shorthands = {"shift_labels": _shift_labels}  # noqa: RUF012  # frozen like the class
     output: Output | None = option(default=None, check=_check_output)
     loss: Choice[Loss, LossName] = Choice(LOSSES, "cross_entropy")
 

@@ -73,6 +73,21 @@ def test_a_sample_without_models_has_no_score(confidences):
     assert torch.equal(found.isnan(), lira(t, out, variance="sample").isnan())
 
 
+@pytest.mark.parametrize("variance", ["global", "sample"])
+@pytest.mark.parametrize("models", [2, 3, 6, 10, 11])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_models_that_agree_have_no_spread_whatever_their_number(models, variance, dtype):
+    """The mean of equal numbers may round to another, and a spread of 1e-17 scores 1e15."""
+    t = torch.tensor([0.5, 0.1, 3.0, -0.3], dtype=dtype)
+    out = torch.tensor([0.1, 0.7, 1.1, 2.3], dtype=dtype).repeat(models, 1)
+    for column in (slice(0, 1), slice(1, 2), slice(None)):
+        with pytest.raises(imu.InputError, match="there is no spread"):
+            lira(t[column], out[:, column], variance=variance)
+    absent = torch.cat([out[:, :1], torch.full((1, 1), nan, dtype=dtype)])
+    with pytest.raises(imu.InputError, match="there is no spread"):
+        lira(t[:1], absent, variance=variance)
+
+
 def test_scaled_confidence_does_not_saturate():
     logits = torch.tensor([[40.0, 0.0, 0.0], [0.0, 1e4, 0.0], [-1e4, 0.0, 5.0], [0.1, 0.2, 0.3]])
     labels = torch.tensor([0, 1, 0, 2])

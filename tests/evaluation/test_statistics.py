@@ -270,3 +270,44 @@ def test_holm_by_hand():
     second = max(first, 2 * ordered[1]["t_p"])
     expected = [first, second, max(second, ordered[2]["t_p"])]
     assert [line["t_p_holm"] for line in ordered] == pytest.approx(expected)
+
+
+def by_flips(differences):
+    """p of exact sign flips of whole numbers, both ways."""
+    signs = itertools.product((1, -1), repeat=len(differences))
+    sums = np.array([np.dot(sign, differences) for sign in signs])
+    seen = sum(differences)
+    return min(1.0, 2 * min((sums >= seen).mean(), (sums <= seen).mean()))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_fractions_are_ranked_as_the_counts_that_they_are_of(seed):
+    """0.49 - 0.46 and 0.67 - 0.64 are not the same number, and must not be ranked by that."""
+    rng = np.random.default_rng(seed)
+    n = int(rng.choice([30, 100, 1024]))
+    counts = rng.integers(n // 3, n - 9, int(rng.integers(4, 9)))
+    gains = rng.integers(-3, 5, len(counts))
+    gains[0] = 1
+    lines = [
+        only(
+            paired_tests(
+                rows_of(
+                    {"uniform": (counts / k).tolist(), "ours": ((counts + gains) / k).tolist()}
+                ),
+                "retain",
+                "uniform",
+            )
+        )
+        for k in (n, 1)
+    ]
+    for name in ("t_p", "wilcoxon_p", "sign_flip_p"):
+        assert lines[0][name] == pytest.approx(lines[1][name], rel=1e-9)
+    assert lines[0]["wilcoxon_p"] == pytest.approx(stats.wilcoxon(gains).pvalue)
+    assert lines[0]["sign_flip_p"] == pytest.approx(by_flips(gains.tolist()))
+
+
+def test_what_is_equal_but_for_rounding_does_not_differ():
+    rows = rows_of({"uniform": [0.3, 0.8, 0.6], "ours": [0.1 + 0.2, 0.7 + 0.1, 0.2 * 3]})
+    line = only(paired_tests(rows, "retain", "uniform"))
+    assert (line["t_p"], line["wilcoxon_p"], line["sign_flip_p"]) == (1, 1, 1)
+    assert (line["low"], line["high"]) == (0, 0)

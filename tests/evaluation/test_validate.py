@@ -65,6 +65,26 @@ def test_score_is_spearmans_correlation_of_sums():
     assert perfect.tolist() == pytest.approx([1, 1]), "any monotone output"
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-300, 1e300])
+def test_sums_that_are_equal_are_tied_whatever_their_order(scale):
+    g = torch.Generator().manual_seed(0)
+    subsets, outputs = random_subsets(60, 40, seed=3), torch.randn(40, 5, generator=g)
+    whole = torch.randint(0, 3, (60, 5), generator=g)
+    found = linear_datamodeling_score(whole.double() * 0.1 * scale, subsets, outputs)
+    sums = (subsets.long() @ whole).numpy()
+    expected = [spearmanr(sums[:, j], outputs[:, j]).statistic for j in range(5)]
+    assert found.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_equal_attributions_order_nothing():
+    g = torch.Generator().manual_seed(0)
+    for n in (37, 2000):
+        subsets, outputs = random_subsets(n, 40, seed=1), torch.randn(40, 3, generator=g)
+        for value in (0.1, 0.0, -1 / 3):
+            tau = torch.full((n, 3), value, dtype=torch.float64)
+            assert linear_datamodeling_score(tau, subsets, outputs).isnan().all()
+
+
 def test_memorisation_by_hand():
     subsets = torch.tensor([[True, False, True], [False, True, True]])
     losses = torch.tensor([[1.0, 5.0, 2.0], [4.0, 3.0, 2.0]])

@@ -281,6 +281,51 @@ def test_auto_of_a_language_model_is_cross_entropy():
     assert torch.equal(found.delta, imu.capture(model, data, loss="auto").delta)
 
 
+def test_auto_takes_no_option_that_its_loss_does_not_have():
+    labels = torch.zeros(2, 3)
+    for kind in ("regression", "multi_label_classification"):
+        with pytest.raises(InputError, match=f"shift=True is for .* is {kind}"):
+            AutoLoss(problem_type=kind, shift=True).of(labels, labels.shape)
+    with pytest.raises(InputError, match="ignore_index=-1: loss='auto' is regression"):
+        AutoLoss(problem_type="regression", ignore_index=-1).of(labels, labels.shape)
+
+
+@pytest.mark.parametrize("name", ["shift", "shift_labels"])
+def test_shift_is_the_losses_own_option_under_either_name(name):
+    """Beside ``loss=`` it was dropped, or did nothing, under its second name."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(4, 3), torch.randn(5, 6, 4)
+    y = torch.randint(3, (5, 6))
+    found = {
+        value: imu.capture(model, (x, y), loss="cross_entropy", **{name: value}).losses
+        for value in (True, False)
+    }
+    for value, losses in found.items():
+        rows, of = (model(x)[:, :-1], y[:, 1:]) if value else (model(x), y)
+        own = torch.nn.functional.cross_entropy(rows.mT, of, reduction="none").mean(1)
+        torch.testing.assert_close(losses, own.detach())
+    for loss in ("squared_error", "binary_cross_entropy", SE()):
+        with pytest.raises(InputError, match=f"no option {name};.*'cross_entropy' would"):
+            imu.capture(model, (x, torch.zeros(5, 6, 3)), loss=loss, **{name: True})
+    with pytest.raises(InputError, match=f"object, which holds its own options; give {name} to it"):
+        imu.capture(model, (x, y), loss=CE(), **{name: True})
+    with pytest.raises(InputError, match="are two names of one option"):
+        imu.capture(model, (x, y), shift=True, shift_labels=False)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("loss", ["cross_entropy", "auto"])
+def test_logits_without_positions_are_not_shifted(loss, soft):
+    model, x, y = torch.nn.Linear(4, 3), torch.randn(5, 4), torch.arange(5) % 3
+    if soft:
+        y = torch.nn.functional.one_hot(y, 3).float()
+        loss = CE(shift=True) if loss == "cross_entropy" else AutoLoss(by_labels=True, shift=True)
+    given = {"loss": loss} if soft else {"loss": loss, "shift": True}
+    for call in (imu.capture, imu.parameter_importance, imu.self_influence):
+        with pytest.raises(InputError, match="shift=True is for"):
+            call(model, (x, y), **given)
+
+
 def test_what_auto_is_made_of():
     with pytest.raises(InputError, match="problem_type='ranking' is unknown"):
         AutoLoss(problem_type="ranking")
