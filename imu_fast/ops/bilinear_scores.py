@@ -24,11 +24,20 @@ _PAIRS = 1 << 18
 
 
 def _token_scores(delta: Tensor, act: Tensor, x: Tensor, has_bias: bool) -> Tensor:
-    """``delta_t^T X a~_t`` per token: [N], by chunks of rows; x [C, D]."""
-    d = act.shape[1]
+    """``delta_t^T X a~_t`` per token: [N], by chunks of rows; x [C, D].
+
+    Of the products ``X a~_t`` [C] and ``delta_t^T X`` [D] the shorter one is made.
+    """
+    classes, d = delta.shape[1], act.shape[1]
     out = delta.new_empty(delta.shape[0])
     for start in range(0, delta.shape[0], CHUNK_TOKENS):
         rows = slice(start, start + CHUNK_TOKENS)
+        if classes <= d:
+            # Class by class in memory, which is faster of a few and no slower of many.
+            left, right = x[:, :d], act[rows].to(delta.dtype).t()
+            product = torch.addmm(x[:, d:], left, right) if has_bias else left @ right
+            out[rows] = product.mul_(delta[rows].t()).sum(dim=0)
+            continue
         product = delta[rows] @ x
         if has_bias:
             # A narrower act is converted entry by entry, as it is multiplied.

@@ -24,9 +24,15 @@ def test_the_findings_are_made_from_the_results():
     assert findings.FINDINGS.read_text() == findings.render(read_results(findings.RESULTS))
 
 
-def test_the_summary_is_of_the_cells():
+STUDIES = pytest.mark.parametrize(
+    "folder", [findings.RESULTS, findings.FREEZING], ids=lambda path: path.name
+)
+
+
+@STUDIES
+def test_the_summary_is_of_the_cells(folder):
     """So every number of a table is a mean of rows that are kept."""
-    results = read_results(findings.RESULTS)
+    results = read_results(folder)
     again = rounded(summary(at_every_depth(results["rows"]), METRICS))
     assert again == results["summary"]
 
@@ -39,8 +45,8 @@ def test_no_number_stands_in_the_template_itself():
     assert found <= {"75", "50", "10", "95"}, found
 
 
-def test_results_are_small():
-    folder = findings.RESULTS
+@STUDIES
+def test_results_are_small(folder):
     size = sum(
         p.stat().st_size for p in folder.rglob("*") if p.is_file() and "cache" not in p.parts
     )

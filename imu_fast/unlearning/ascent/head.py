@@ -87,7 +87,7 @@ class HeadSteps:
 
     def _several(self, rows: Tensor, weights: Tensor) -> Tensor:
         """Losses [k] of k steps in order; rows [k, B] of different samples, weights [k, B]."""
-        rates = self._rates()
+        rates, rows = self._rates(), rows.to(self.subject.theta.device)
         if rates is None or rows.shape[1] == len(self.subject.sets["forget"][0]):
             return torch.stack([self.step(r, w) for r, w in zip(rows, weights, strict=True)])
         return self._sgd(rates, rows, weights)
