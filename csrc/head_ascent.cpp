@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <memory>
 #include <type_traits>
 #include <vector>
@@ -261,7 +260,7 @@ struct Workspace {
       rows[i] = of.features + sample * of.features_row;
       labels[i] = of.labels[sample];
     }
-    std::memset(to, 0, sizeof(T) * of.classes * of.row());
+    std::fill_n(to, of.classes * of.row(), T(0));
     std::fill(biases.begin(), biases.end(), 0);
     for (int64_t first = 0; first < of.n; first += BLOCK) {
       const int64_t n = std::min(BLOCK, of.n - first);

@@ -208,6 +208,8 @@ def one_of(*known: str) -> Callable[[str, object], str]:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether every number is: one reduction, and a second look where the sum overflows."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
     total = tensor.detach().sum(dtype=torch.float32 if tensor.itemsize < 4 else None)
     return math.isfinite(float(total)) or bool(torch.isfinite(tensor).all())
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from imu_fast.ops.extension import SUFFIX, loaded_for, threads_for
+from imu_fast.ops.extension import SUFFIX, loaded_for, threads_for, written
 from imu_fast.ops.operation import kernel_dtypes, operation
 
 # Iterations between two looks at who still moves, where a look waits for a device: dearer than a
@@ -101,6 +101,7 @@ def _launch(state: Iterates, mp: Tensor, precondition: Precondition | None = Non
     from imu_fast.kernels import conjugate_gradient as kernel
 
     x, r, p, rho, size, goal, _ = state
+    written(x, r, p)
     new_size, step = torch.empty_like(size), torch.empty_like(rho)
     sizes = kernel.advance(x, r, p, mp.contiguous(), rho, size, goal, step)
     z = r if precondition is None else precondition(r).contiguous()
@@ -137,6 +138,7 @@ def _by_extension(
     found: Any, state: Iterates, mp: Tensor, precondition: Precondition | None
 ) -> Iterates:
     x, r, p, rho, size, goal, _ = state
+    written(x, r, p)
     rho, size, step = rho.clone(), size.clone(), torch.empty_like(size)
     many, kind, numbers = x.shape[0], SUFFIX[x.dtype], x.numel()
     sizes, threads = (many, numbers // many), threads_for(numbers)

@@ -26,6 +26,13 @@ def loaded_for(tensor: Tensor) -> Any:
     return load() if tensor.is_cpu and tensor.dtype in SUFFIX else None
 
 
+def written(*tensors: Tensor | None) -> None:
+    """Tell autograd, and who else counts, of what a loop on raw pointers has changed."""
+    for tensor in tensors:
+        if tensor is not None:
+            torch.autograd.graph.increment_version(tensor)
+
+
 def threads_for(numbers: int) -> int:
     """Of a loop over so many numbers."""
     return torch.get_num_threads() if numbers > _GRAIN else 1

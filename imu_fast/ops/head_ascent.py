@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from imu_fast.errors import InputError
-from imu_fast.ops.extension import SUFFIX, loaded_for, threads_for
+from imu_fast.ops.extension import SUFFIX, loaded_for, threads_for, written
 from imu_fast.ops.mean_gradient import add_gradients
 from imu_fast.ops.objective import objective, objective_residual
 from imu_fast.ops.operation import PRODUCTS, kernel_dtypes, operation
@@ -35,6 +35,43 @@ def _decide(
     return features, theta
 
 
+def _check_shapes(
+    features: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    theta: Tensor,
+    has_bias: bool,
+    rows: Tensor | None,
+    buffer: Tensor | None = None,
+    *,
+    steps: bool = False,
+) -> None:
+    """Raise InputError unless these fit: torch takes some others, and a compiled loop any.
+
+    Args:
+        steps: whether ``rows`` may be those of several.
+    """
+    samples, named = (labels, "labels") if rows is None else (rows, "rows")
+    wanted = {
+        "theta": (theta, (*theta.shape[:1], features.shape[-1] + has_bias)),
+        "labels": (labels, features.shape[:1]),
+        "weights": (weights, samples.shape),
+        "buffer": (theta if buffer is None else buffer, theta.shape),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tensor.shape != shape:
+            raise InputError(
+                f"{name} has shape {[*tensor.shape]} where {[*shape]} fits features "
+                f"{[*features.shape]}, theta {[*theta.shape]}, {named} {[*samples.shape]} and "
+                f"has_bias={has_bias}"
+            )
+    if features.ndim != 2 or not 1 <= samples.ndim <= 1 + steps:
+        raise InputError(
+            f"features {[*features.shape]} and {named} {[*samples.shape]} must be [n, d] and [B]"
+            + (" or [k, B]" if steps else "")
+        )
+
+
 def _chosen(features: Tensor, labels: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
     if rows is None:
         return features, labels
@@ -47,11 +84,13 @@ def _gradient_by_definition(
     labels: Tensor,
     weights: Tensor,
     theta: Tensor,
+    has_bias: bool,
     *rest: Any,
     rows: Tensor | None = None,
     **named: Any,
 ) -> tuple[Tensor, Tensor]:
-    operands = (*_chosen(features, labels, rows), weights, theta, *rest)
+    _check_shapes(features, labels, weights, theta, has_bias, rows)
+    operands = (*_chosen(features, labels, rows), weights, theta, has_bias, *rest)
     gradient, loss = reference.head_ascent_gradient(*operands, **named)
     return gradient.to(theta.dtype), loss.to(theta.dtype)
 
@@ -81,7 +120,11 @@ def head_ascent_gradient(
 
     Returns:
         gradient [C, D], and the loss as a scalar tensor (no host synchronisation).
+
+    Raises:
+        InputError: shapes that do not fit; or, of the compiled loop, a row or a label that is none.
     """
+    _check_shapes(features, labels, weights, theta, has_bias, rows)
     share = weights / -weights.sum()
     if name == "ce" and _is_plain(features, labels, share, theta, rows):
         gradient, loss = torch.empty_like(theta), theta.new_empty(())
@@ -108,14 +151,12 @@ def _is_plain(
 ) -> bool:
     """Whether the compiled loop is there, is the faster one, and reads these as they lie."""
     dtype, adjacent = theta.dtype, features.stride(-1) == theta.stride(-1) == 1
+    adjacent = adjacent and theta.stride(0) >= theta.shape[1]  # torch says what is amiss of others
     operands = (features, weights, labels) if rows is None else (features, weights, labels, rows)
     fits = features.dtype == weights.dtype == dtype and labels.dtype == torch.int64
-    fits = fits and (rows is None or rows.dtype == torch.int64) and adjacent
-    fits = (
-        fits and weights.shape == (labels if rows is None else rows).shape and weights.numel() > 0
-    )
+    fits = fits and (rows is None or rows.dtype == torch.int64) and adjacent and weights.numel() > 0
     there = all(tensor.is_cpu for tensor in operands) and loaded_for(theta) is not None
-    return fits and there and len(theta) <= _FEW_CLASSES and labels.shape == features.shape[:1]
+    return fits and there and len(theta) <= _FEW_CLASSES
 
 
 def _by_extension(
@@ -175,6 +216,7 @@ def _launch(
 ) -> Tensor:
     from imu_fast.kernels import head_ascent as kernel
 
+    _check_shapes(features, labels, weights, theta, has_bias, rows, buffer, steps=True)
     rates = {key: float(rate) for key, rate in rates.items()}
 
     def step(features: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
@@ -182,6 +224,7 @@ def _launch(
         operands = (logits, features, labels, share, theta, buffer, has_bias, name)
         return kernel.head_ascent(*operands, **rates, precision=precision)
 
+    written(theta, buffer)
     return _one_by_one(step, features, labels, weights, rows)
 
 
@@ -192,12 +235,17 @@ def _by_definition(
     weights: Tensor,
     theta: Tensor,
     buffer: Tensor | None,
+    has_bias: bool,
     *rest: Any,
     rows: Tensor | None = None,
     **rates: float,
 ) -> Tensor:
+    _check_shapes(features, labels, weights, theta, has_bias, rows, buffer, steps=True)
+
     def step(*batch: Tensor) -> Tensor:
-        new_theta, new_buffer, loss = reference.head_ascent(*batch, theta, buffer, *rest, **rates)
+        new_theta, new_buffer, loss = reference.head_ascent(
+            *batch, theta, buffer, has_bias, *rest, **rates
+        )
         theta.copy_(new_theta)
         if buffer is not None:
             buffer.copy_(new_buffer)
@@ -264,14 +312,19 @@ def head_ascent(
 
     Returns:
         the loss before the step, as a scalar tensor (no host synchronisation); of k steps [k].
+
+    Raises:
+        InputError: as :func:`head_ascent_gradient`; nothing is changed then.
     """
     rates = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "alpha": alpha}
-    adjacent = buffer is None or buffer.is_contiguous()
-    if name == "ce" and adjacent and _is_plain(features, labels, weights, theta, rows):
+    _check_shapes(features, labels, weights, theta, has_bias, rows, buffer, steps=True)
+    plain = buffer is None or (buffer.is_contiguous() and buffer.dtype == theta.dtype)
+    if name == "ce" and plain and _is_plain(features, labels, weights, theta, rows):
         losses = weights.new_empty(weights.shape[:-1])
         head = (features, labels, theta, has_bias, rows)
         plan = (losses.numel(), tuple(map(float, rates.values())))
         _by_extension("head_ascent", *head, weights, *plan, 0 if buffer is None else buffer, losses)
+        written(theta, buffer)
         return losses
 
     def step(features: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from functools import partial
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from cases import ASCENT_RATES, CASES, Call, ascent_arguments
 
-from imu_fast import reference
+from imu_fast import reference, use_backend
 from imu_fast.errors import InputError
 from imu_fast.ops import head_ascent as file
 from imu_fast.ops.extension import load
@@ -233,3 +234,60 @@ def test_a_sample_that_is_none_is_refused_before_any_step(wrong):
     with pytest.raises(InputError, match=re.escape(said)):
         head_ascent(*operands, rows=rows, **ASCENT_RATES | dict(momentum=0.0))
     assert torch.equal(theta, before)
+
+
+MISFITS = {
+    "narrow features": dict(features=torch.zeros(20, 5)),
+    "wide features": dict(features=torch.zeros(20, 12)),
+    "features of one": dict(features=torch.zeros(20)),
+    "labels": dict(labels=torch.zeros(5, dtype=torch.int64)),
+    "weights": dict(weights=torch.ones(1)),
+    "theta": dict(theta=torch.zeros(10)),
+    "buffer": dict(buffer=torch.zeros(2, 10)),
+    "rows": dict(rows=torch.zeros(2, 2, 5, dtype=torch.int64), weights=torch.ones(2, 2, 5)),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS.values(), ids=MISFITS)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_shapes_that_do_not_fit_are_refused(way, backend, misfit):
+    x, labels, theta = problem(20, 9, 5, torch.float32)
+    operands = dict(features=x, labels=labels, weights=torch.ones(20), theta=theta, buffer=None)
+    named = operands | dict(has_bias=True, name="ce") | misfit
+    with use_backend(backend):
+        with pytest.raises(InputError, match="has shape|must be"):
+            head_ascent(**named, **ASCENT_RATES)
+        if named.pop("buffer") is None:
+            with pytest.raises(InputError, match="has shape|must be"):
+                head_ascent_gradient(**named)
+
+
+def test_memory_that_a_loop_cannot_take_is_torchs(way):
+    """A buffer of another dtype; rows of theta that are one."""
+    x, labels, theta = problem(20, 9, 5, torch.float32)
+    found, wanted = theta.clone(), theta.clone()
+    operands = (x, labels, torch.ones(20))
+    wide = torch.zeros_like(theta, dtype=torch.float64)
+    head_ascent(*operands, found, wide, True, "ce", **ASCENT_RATES)
+    head_ascent(*operands, wanted, torch.zeros_like(theta), True, "ce", **ASCENT_RATES)
+    torch.testing.assert_close(found, wanted)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        one = theta[:1].expand(5, 10)
+        head_ascent(*operands, one, None, True, "ce", **ASCENT_RATES | dict(momentum=0.0))
+
+
+def test_a_head_without_any_weight_has_losses(way):
+    x, labels, theta = problem(20, 0, 5, torch.float32, has_bias=False)
+    gradient, loss = head_ascent_gradient(x, labels, torch.ones(20), theta, False, "ce")
+    assert gradient.shape == (5, 0) and float(loss) == pytest.approx(-math.log(5))
+
+
+def test_what_is_written_in_place_is_counted(way):
+    """Autograd refuses a product whose factor has changed; so do factors that read a head late."""
+    x, labels, theta = problem(20, 9, 5, torch.float32)
+    factor, buffer = torch.ones(5, 10, requires_grad=True), torch.zeros_like(theta)
+    product = (factor * theta).sum() + (factor * buffer).sum()
+    head_ascent(x, labels, torch.ones(20), theta, buffer, True, "ce", **ASCENT_RATES)
+    assert theta._version and buffer._version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()

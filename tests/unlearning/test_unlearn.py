@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import imu_fast as imu
-from imu_fast.errors import EmptySelectionError, InputError
+from imu_fast.errors import EmptySelectionError, InputError, is_finite
 from imu_fast.unlearning.result import DivergedError
 
 CLASSES, WIDTH, N = 5, 12, 40
@@ -517,3 +517,30 @@ def test_dict_batches_and_list_of_batches(trained):
     a = imu.unlearn(Wrapped(), batches, epochs=1, scope="layers")
     b = imu.unlearn(copy.deepcopy(model), [(x[:25], y[:25]), (x[25:], y[25:])], epochs=1)
     torch.testing.assert_close(a.scores, b.scores)
+
+
+class Rotated(torch.nn.Module):
+    """With a complex buffer, as rotary embeddings have."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("turn", torch.polar(torch.ones(4), torch.arange(4.0)))
+        self.fc = torch.nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.fc(torch.view_as_real(torch.view_as_complex(x) * self.turn).flatten(1))
+
+
+def test_a_network_may_have_complex_buffers():
+    model, x, y = Rotated(), torch.randn(12, 4, 2), torch.arange(12) % 3
+    before = model.fc.weight.detach().clone()
+    result = imu.unlearn(model, (x, y), "uniform", scope="all", lr=0.01, epochs=2)
+    assert result.steps == 2 and not torch.equal(model.fc.weight, before)
+
+
+@pytest.mark.parametrize("bad", [complex("nan"), complex(0, float("inf"))])
+def test_complex_numbers_are_finite_or_not(bad):
+    numbers = torch.full((3,), 1e38 + 1e38j)
+    assert is_finite(numbers) and is_finite(numbers.conj())
+    numbers[1] = bad
+    assert not is_finite(numbers)

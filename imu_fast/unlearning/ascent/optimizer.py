@@ -135,7 +135,8 @@ class Custom(Optimizer):
                 "torch.optim.Optimizer"
             )
         try:
-            inspect.signature(made.step).bind()
+            # The class's own: a scheduler's around it has the signature of what it wraps.
+            inspect.signature(type(made).step).bind(made)
         except TypeError:
             raise InputError(
                 f"optimizer={self._called} makes a {type(made).__name__}, whose step needs a "

@@ -90,3 +90,23 @@ def test_trying_leaves_no_trace(monkeypatch):
     monkeypatch.setattr("imu_fast.unlearning.ascent.optimizer.Custom._try", lambda *_: None)
     untried = forget(made, "head", lr=None, epochs=2)
     assert torch.equal(result.model.fc2.weight, untried.model.fc2.weight)
+
+
+def test_a_scheduler_may_be_in_it():
+    """It wraps the optimizer's step, which has no other signature for that."""
+
+    def scheduled(tensors):
+        optimizer = torch.optim.SGD(tensors, lr=0.05, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        optimizer.register_step_post_hook(lambda *_: scheduler.step())
+        return optimizer
+
+    class Halved(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            self.param_groups[0]["lr"] *= 0.5
+
+    options = dict(lr=None, epochs=3)
+    found = forget(scheduled, "head", **options).model
+    wanted = forget(lambda ts: Halved(ts, lr=0.05, momentum=0.9), "head", **options).model
+    assert torch.equal(found.fc2.weight, wanted.fc2.weight)
