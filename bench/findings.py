@@ -63,13 +63,15 @@ class Findings:
     def lines(self, block: Block) -> list[Line]:
         """References, then the methods shown and the nearest, in the block's order."""
         best = block.best.method if block.best else None
-        references = [line for name in REFERENCES if (line := block.line(name)) is not None]
-        return references + [m for m in block.methods if m.method in SHOWN or m.method == best]
+        shown = [m for m in block.methods if m.method in SHOWN or m.method == best]
+        return self.references(block) + shown
 
     def all_lines(self, block: Block) -> list[Line]:
         """References, then every method, in the block's order."""
-        references = [line for name in REFERENCES if (line := block.line(name)) is not None]
-        return references + list(block.methods)
+        return self.references(block) + list(block.methods)
+
+    def references(self, block: Block) -> list[Line]:
+        return [line for name in REFERENCES if (line := block.line(name)) is not None]
 
     def title(self, block: Block) -> str:
         about = self.results["tasks"][block.task]

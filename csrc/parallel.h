@@ -13,6 +13,9 @@
 
 namespace imu_fast {
 
+// How many pieces of b numbers hold a of them.
+inline int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // GOMP_parallel of libgomp, which LLVM's and Intel's libraries export too: runs work(data) on each
 // of `threads` threads, the caller's among them, and returns when all have ended.
 using OpenMP = void (*)(void (*work)(void*), void* data, unsigned threads, unsigned flags);

@@ -158,8 +158,6 @@ IMU_FAST_VERSION(avx2, IMU_FAST_AVX2, 32, 6, 2)
 IMU_FAST_VERSION(avx512, IMU_FAST_AVX512, 64, 12, 2)
 #endif
 
-int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 }  // namespace
 
 template <typename T>

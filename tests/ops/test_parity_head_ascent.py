@@ -113,7 +113,11 @@ def problem(n, d, classes, dtype, *, has_bias=True, size=1.0):
 
 
 def closest(found, exact, dtype, length):
-    """Within ``length`` roundings of the largest number of a result."""
+    """Within ``length`` roundings of the largest number of a result.
+
+    Of sums of so many terms; eight, for a logit's rounding is multiplied by the exponential's slope
+    and a residual is a product of four numbers that are rounded.
+    """
     for one, other in zip(found, exact, strict=True):
         size = float(other.abs().max()) + torch.finfo(dtype).tiny
         off = float((one.double() - other.double()).abs().max())
@@ -171,7 +175,8 @@ def test_steps_at_once_are_steps_one_by_one(way, dtype, momentum):
     closest((found, losses), (exact, torch.stack(wanted)), dtype, 60)
 
 
-def test_threads_change_no_bit(way):
+@pytest.mark.skipif(not HAS, reason="no compiled module: torch's sums may depend on its threads")
+def test_threads_change_no_bit():
     x, labels, theta = problem(600, 513, 40, torch.float32)
     before, found = torch.get_num_threads(), []
     try:
@@ -180,10 +185,8 @@ def test_threads_change_no_bit(way):
             found.append(head_ascent_gradient(x, labels, torch.ones(600), theta, True, "ce"))
     finally:
         torch.set_num_threads(before)
-    if way == "extension":
-        assert all(
-            torch.equal(a, b) for other in found for a, b in zip(other, found[0], strict=True)
-        )
+    for gradient, loss in found:
+        assert torch.equal(gradient, found[0][0]) and torch.equal(loss, found[0][1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -201,7 +204,8 @@ def test_a_confident_sample_keeps_its_digits(way, dtype, size):
         residual = log_p.exp()
         residual[label] = -residual[others].sum()
         spacing = 2.0**-149 if dtype == torch.float32 else 2.0**-1074
-        roundings = 8 * torch.finfo(dtype).eps * (1 + size * (dtype == torch.float32))
+        # One exponential, a sum of two, a quotient, a product; the exponents are exact.
+        roundings = 8 * torch.finfo(dtype).eps
         off = (gradient[:, 0].double() + residual).abs()
         assert bool((off <= roundings * residual.abs() + 2 * spacing).all())
         wanted = (
