@@ -1,8 +1,7 @@
 """Write ``bench/FINDINGS.md`` from the results: ``python bench/findings.py``.
 
 Every number in the findings is taken from ``results/compare-cifar10`` (its ``results.json`` and
-``cells``), what freezing does from ``results/compare-freezing``, the linear datamodeling scores
-from ``results/validate-*``, by the template ``findings.md.j2``, so text, tables and results cannot
+``cells``), the linear datamodeling scores from ``results/validate-*``, by the template ``findings.md.j2``, so text, tables and results cannot
 differ; a test makes the file again and compares.
 """
 
@@ -25,14 +24,16 @@ from imu_fast.study.validation import markdown
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "compare-cifar10"
-# Of whole networks too, on other models: what a network costs leaves room for fewer.
-FREEZING = HERE / "results" / "compare-freezing"
 FINDINGS = HERE / "FINDINGS.md"
 # Beside these, each table has the method that is nearest to retraining.
 SHOWN = (
     "uniform/all/train",
+    "uniform/all/eval",
+    "uniform/head/train",
     "uniform/head/eval",
+    "imu/all/train",
     "imu/head/eval",
+    "imu, paper preset",
     "permuted/head/eval",
     "npo, network",
     "random label, network",
@@ -58,6 +59,9 @@ class Findings:
         self.cells, self.planned = len(cells), results["planned"]["cells"]
         self.models = len({cell[:2] for cell in cells})
         self.seeds = len({cell[1] for cell in cells})
+        scopes = [about["scope"] for about in results["methods"].values() if about["forget_only"]]
+        self.of_head = scopes.count("head")
+        self.of_network = len(scopes) - self.of_head
         self.least_p = p_value(least_p(self.seeds))
 
     def lines(self, block: Block) -> list[Line]:
@@ -65,10 +69,6 @@ class Findings:
         best = block.best.method if block.best else None
         shown = [m for m in block.methods if m.method in SHOWN or m.method == best]
         return self.references(block) + shown
-
-    def all_lines(self, block: Block) -> list[Line]:
-        """References, then every method, in the block's order."""
-        return self.references(block) + list(block.methods)
 
     def references(self, block: Block) -> list[Line]:
         return [line for name in REFERENCES if (line := block.line(name)) is not None]
@@ -183,8 +183,8 @@ def of(line: Line, metric: str, digits: int = 3) -> str:
     return value(line.values[metric].mean, digits)
 
 
-def render(results: dict[str, Any], freezing: dict[str, Any] | None = None) -> str:
-    """The findings as Markdown, of a study and of a second one; None: the one that is here."""
+def render(results: dict[str, Any]) -> str:
+    """The findings as Markdown."""
     environment = Environment(
         loader=FileSystemLoader(HERE),
         undefined=StrictUndefined,
@@ -195,7 +195,6 @@ def render(results: dict[str, Any], freezing: dict[str, Any] | None = None) -> s
     )
     return environment.get_template("findings.md.j2").render(
         f=Findings(results),
-        z=Findings(freezing or read_results(FREEZING)),
         of=of,
         points=points,
         value=value,

@@ -24,15 +24,9 @@ def test_the_findings_are_made_from_the_results():
     assert findings.FINDINGS.read_text() == findings.render(read_results(findings.RESULTS))
 
 
-STUDIES = pytest.mark.parametrize(
-    "folder", [findings.RESULTS, findings.FREEZING], ids=lambda path: path.name
-)
-
-
-@STUDIES
-def test_the_summary_is_of_the_cells(folder):
+def test_the_summary_is_of_the_cells():
     """So every number of a table is a mean of rows that are kept."""
-    results = read_results(folder)
+    results = read_results(findings.RESULTS)
     again = rounded(summary(at_every_depth(results["rows"]), METRICS))
     assert again == results["summary"]
 
@@ -45,8 +39,8 @@ def test_no_number_stands_in_the_template_itself():
     assert found <= {"75", "50", "10", "95"}, found
 
 
-@STUDIES
-def test_results_are_small(folder):
+def test_results_are_small():
+    folder = findings.RESULTS
     size = sum(
         p.stat().st_size for p in folder.rglob("*") if p.is_file() and "cache" not in p.parts
     )
