@@ -215,18 +215,15 @@ def means(values: Tensor, counts: Tensor) -> Tensor:
 
 
 def own_loss(outputs: Any) -> Tensor:
-    """The loss that a model returns beside its logits.
-
-    Raises:
-        InputError: it returns none.
-    """
+    """The loss that a model returns beside its logits; raises InputError where it has none."""
     found = tensors_of(outputs)
-    single = [t for path, t in found.items() if path == ("loss",)]
-    single = single or [t for t in found.values() if t.dim() == 0]
+    single = (
+        [found[("loss",)]] if ("loss",) in found else [t for t in found.values() if not t.dim()]
+    )
     if len(single) != 1:
         raise InputError(
             "retain_loss_type='NLL' is the model's own loss, and it returns none for these labels; "
-            "use retain_loss_type='KL', or a model whose forward takes labels and returns a loss"
+            "use retain_loss_type='KL', or a model whose forward takes labels"
         )
     return single[0]
 

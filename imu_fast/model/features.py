@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from imu_fast.errors import InputError, NoHeadFoundError, check_finite_rows
 from imu_fast.factors.gradient_factors import GradientFactors, HeadFactors
 from imu_fast.factors.operands import input_dtype
-from imu_fast.losses.base import mean_scale
 from imu_fast.losses.cross_entropy import CrossEntropy
-from imu_fast.losses.output_curvature import LabelSoftmax, StoredCurvature
+from imu_fast.losses.forms import joined_curvature
+from imu_fast.losses.output_curvature import StoredCurvature
 from imu_fast.model import head as heads
 from imu_fast.model.between import Between, Piece, bias_columns, plain_piece, side_by_side
-from imu_fast.model.calls import Seen, operations_of
+from imu_fast.model.calls import Seen
 from imu_fast.model.causal import settled
 from imu_fast.model.head import LinearLayer, no_head, say_of_weight, shared_with
 from imu_fast.model.head_features import HeadFeatures as HeadFeatures
@@ -26,9 +26,10 @@ from imu_fast.model.independence import SampleChecks, some_samples
 from imu_fast.model.kept import Rows
 from imu_fast.model.logits import chosen
 from imu_fast.model.loss import Targets, joined_labels, targets_of
+from imu_fast.model.makers import Makers
 from imu_fast.model.reading import Reading
 from imu_fast.model.run import Batch
-from imu_fast.model.search import Head, Run, directly, find, makers, observe
+from imu_fast.model.search import Head, Run, directly, find, observe
 from imu_fast.model.unstored import fitting, is_large, may_be_unstored, unstored
 from imu_fast.model.verify import LinearChecks
 
@@ -62,7 +63,7 @@ class HeadCapture:
         self.classes = 0  # of the logits
         self._computed = torch.float64  # the coarsest dtype of a head's output
         self._samples = SampleChecks(model)
-        self._operations = set[Hashable]()  # what was done with the head's outputs, so far
+        self._makers = Makers(model)
 
     @property
     def head(self) -> Head:
@@ -181,32 +182,9 @@ class HeadCapture:
                 self.model, f"{self._head.name}: not the producer of the logits of this batch"
             )
         piece = self._between.piece(seen.calls, logits, targets)
-        self._check_makers(run, batch, operations_of(logits), piece, searched)
+        known = searched or bool(self.explicit)
+        self._makers.check(run, batch, self._head, logits, piece, known)
         return piece
-
-    def _check_makers(
-        self, run: Run, batch: Batch, operations: Hashable, piece: Piece, searched: bool
-    ) -> None:
-        """Raise NoHeadFoundError where layers make logits that made none in the first batch.
-
-        A model may send each sample to a head of its own. They are searched for anew where the
-        model does something else with its outputs than so far, or nothing for a sample.
-
-        Args:
-            searched: whether they were, in this batch.
-        """
-        known = operations in self._operations and bool(piece.act.any(dim=1).all())
-        self._operations.add(operations)
-        if known or searched or self.explicit:
-            return
-        known_parts = {part.name for part in self.head.parts}
-        others = set(makers(self.model, run, batch, self.head.choice)) - known_parts
-        if others:
-            raise NoHeadFoundError(
-                f"the logits of some samples are made by {', '.join(map(repr, sorted(others)))}, "
-                f"of those before by {self.head.name!r} alone: samples have heads of their own. "
-                "Begin with a batch that has all of them, or name one head: layers=[...]"
-            )
 
     def _targets(self, batch: Batch, logits: Tensor) -> Targets:
         targets = targets_of(batch[2], logits, self.reading.loss)
@@ -340,7 +318,7 @@ class HeadCapture:
             losses=torch.cat([piece.losses for piece in done]),
             name=head.name,
             loss=None if tokens else self.loss,
-            curvature=None if tokens else _joined(self._alike(done)),
+            curvature=None if tokens else self._curvature(done),
         )
 
     def _implicit(self, size: int, labels: Tensor) -> bool | None:
@@ -375,18 +353,10 @@ class HeadCapture:
         assert made.losses is not None and not isinstance(made.curvature, Tensor)
         return _Signal(made.delta, made.losses, made.curvature)
 
-    def _alike(self, done: Sequence[_Signal]) -> list[StoredCurvature | None]:
-        """The pieces' curvatures in one form, where labels are indices and probabilities."""
-        found = [piece.curvature for piece in done]
-        if len({type(curvature) for curvature in found}) == 1:
-            return found
-        out: list[StoredCurvature | None] = []
-        for curvature, signal, piece in zip(found, done, self.pieces, strict=True):
-            if isinstance(curvature, LabelSoftmax):
-                scale = mean_scale(piece.counts).to(signal.delta)
-                curvature = curvature.resolved(signal.delta, piece.labels, scale)
-            out.append(curvature)
-        return out
+    def _curvature(self, done: Sequence[_Signal]) -> StoredCurvature | None:
+        columns = zip(*((s.curvature, s.delta) for s in done), strict=True)
+        labels, counts = ([getattr(p, k) for p in self.pieces] for k in ("labels", "counts"))
+        return joined_curvature(*map(list, columns), labels, counts)
 
     def finish(self) -> None:
         """The last checks."""
@@ -422,8 +392,3 @@ class _Signal(NamedTuple):
     delta: Tensor
     losses: Tensor
     curvature: StoredCurvature | None
-
-
-def _joined(parts: Sequence[StoredCurvature | None]) -> StoredCurvature | None:
-    there = [part for part in parts if part is not None]
-    return type(there[0]).joined(there) if len(there) == len(parts) else None

@@ -385,3 +385,13 @@ def test_smoothing_where_a_class_is_ruled_out(how, layers):
         value[0] = -torch.inf
         with pytest.raises(InputError, match="logits are not finite at sample 0"):
             imu.influence_scores(model, (x, y), label_smoothing=0.1)
+
+
+def test_batches_of_indices_and_of_probabilities_behind_a_temperature():
+    model, x, y = Net(temperature=0.4), torch.randn(N, 6), torch.randint(OUTPUTS, (N,))
+    soft = torch.softmax(torch.randn(4, OUTPUTS), dim=1)
+    whole = torch.cat([F.one_hot(y[:7], OUTPUTS).float(), soft])
+    for curvature in ("ggn", "kfac", "fisher_diag"):
+        mixed = imu.influence_scores(model, [(x[:7], y[:7]), (x[7:], soft)], curvature=curvature)
+        expected = imu.influence_scores(model, (x, whole), curvature=curvature)
+        torch.testing.assert_close(mixed, expected, rtol=1e-4, atol=1e-5)
