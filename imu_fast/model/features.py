@@ -354,9 +354,12 @@ class HeadCapture:
         return _Signal(made.delta, made.losses, made.curvature)
 
     def _curvature(self, done: Sequence[_Signal]) -> StoredCurvature | None:
-        columns = zip(*((s.curvature, s.delta) for s in done), strict=True)
-        labels, counts = ([getattr(p, k) for p in self.pieces] for k in ("labels", "counts"))
-        return joined_curvature(*map(list, columns), labels, counts)
+        return joined_curvature(
+            [signal.curvature for signal in done],
+            [signal.delta for signal in done],
+            [piece.labels for piece in self.pieces],
+            [piece.counts for piece in self.pieces],
+        )
 
     def finish(self) -> None:
         """The last checks."""
