@@ -341,6 +341,12 @@ class Encoder:
             if label.isascii() and label.isdecimal() and int(label) in known:  # out of a CSV
                 return int(label)
         elif isinstance(label, int) and not isinstance(label, bool) and label in known:
+            named = self.label_ids.get(str(label), label)
+            if named != label:
+                raise InputError(
+                    f"{where}: the label {label} is the number of a class, and '{label}' the name "
+                    f"of class {named}; write names, as text"
+                )
             return label
         names = ", ".join(list(self.label_ids)[:5]) + (", ..." if len(self.label_ids) > 5 else "")
         raise InputError(

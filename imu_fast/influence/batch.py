@@ -32,6 +32,8 @@ from imu_fast.losses.base import mean_scale
 from imu_fast.losses.cross_entropy import IGNORE_INDEX, CrossEntropy
 from imu_fast.model.batches import Reread, split_batch
 from imu_fast.model.guard import door
+from imu_fast.model.head import LinearLayer
+from imu_fast.model.verify import deviation, is_known
 from imu_fast.ops.objective import LABEL_OBJECTIVES, objective
 from imu_fast.ops.tokens import sum_over_tokens
 
@@ -175,7 +177,7 @@ class InfluenceWeightedLoss(nn.Module):
         self._loss = CrossEntropy(ignore_index=ignore_index, shift=check_flag("shift", shift))
         # Not registered: its parameters belong to the model.
         object.__setattr__(self, "head", head)
-        self.weights = None
+        self.weights, self._known = None, False
 
     def forward(self, features: Tensor, labels: Tensor, logits: Tensor | None = None) -> Tensor:
         """The loss, a scalar.
@@ -185,8 +187,9 @@ class InfluenceWeightedLoss(nn.Module):
             logits: ``head(features)``; None: computed here.
 
         Raises:
-            InputError: shapes that do not fit, labels out of range, or logits that are not what
-                the head makes of the features.
+            InputError: shapes that do not fit, labels out of range, logits that are not what the
+                head makes of the features, or a head that makes something else than
+                ``act W^T + b`` of them (a cosine, a hook that scales).
         """
         head: nn.Linear = self.head  # type: ignore[assignment]
         loss = self._loss
@@ -215,6 +218,7 @@ class InfluenceWeightedLoss(nn.Module):
         rows, of_rows = features.flatten(0, -2), targets.flatten()
         valid = loss.valid(of_rows)
         z = head(rows[valid]) if logits is None else logits.flatten(0, -2)[valid]
+        self._check_linear(rows.detach()[valid], z.detach())
         with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
             factors = self._factors(rows, of_rows, offsets, valid, z.detach())
             scores = influence_scores(factors, curvature=self._curvature)
@@ -226,6 +230,26 @@ class InfluenceWeightedLoss(nn.Module):
         f = f / counts.clamp_min(1)
         weights = self.weights.to(f)
         return -(weights * f).sum() / weights.sum().clamp_min(torch.finfo(f.dtype).tiny)
+
+    def _check_linear(self, rows: Tensor, logits: Tensor) -> None:
+        """Raise InputError unless logits [V, C] are ``act W^T + b`` of rows [V, d]; see verify.py.
+
+        All of them at first, and of a layer whose code is not torch's own; then some.
+        """
+        if not len(rows):
+            return
+        head: nn.Linear = self.head  # type: ignore[assignment]
+        layer, hooks = LinearLayer("head", head), head._forward_hooks or head._forward_pre_hooks
+        few = self._known and is_known(layer) and not hooks
+        step = max(1, len(rows) // 4) if few else 1
+        with torch.no_grad():
+            wrong = deviation(layer, rows[::step], logits[::step])
+        if wrong:
+            raise InputError(
+                f"head is a {layer.kind} whose output is not act W^T + b: {wrong}; use "
+                "imu_fast.batch_weights(model, batch), which follows the model"
+            )
+        self._known = True
 
     def _factors(
         self, rows: Tensor, labels: Tensor, offsets: Tensor, valid: Tensor, logits: Tensor

@@ -51,7 +51,7 @@ class LiveWeights:
             InputError: no forward pass, or several; shapes or labels that do not fit; sequences
                 without ``shift=True`` or ``shift=False``; rows of a layer that samples share.
         """
-        if not self._seen.calls:
+        if not self._seen.calls and not self._seen.stopped:
             raise InputError("no layer has run: call the model inside of the with statement")
         check_tensor("logits", logits, "floating", "[B, C] or [B, T, C]")
         check_tensor("labels", labels, "real", "[B] or [B, T]")
@@ -65,7 +65,7 @@ class LiveWeights:
             )
         targets = targets_of(labels, logits, loss)
         calls, self._seen.calls = self._seen.calls, []
-        seen = Seen(calls, odd=self._seen.odd)
+        seen = Seen(calls, odd=self._seen.odd, stopped=self._seen.stopped)
         factors = self._factors(seen, logits, targets)
         scores = influence_scores(factors, curvature=self._curvature)
         return weights_of(scores, *self._empty)

@@ -18,8 +18,12 @@ from imu_fast.errors import InputError, check_fraction, check_installed, check_p
 from imu_fast.influence.batch import batch_weights
 from imu_fast.influence.weights import QUANTILE_OVER
 from imu_fast.losses.cross_entropy import IGNORE_INDEX, CrossEntropy
+from imu_fast.model.batches import Parts, split_batch
+from imu_fast.model.called import called
 from imu_fast.model.causal import declared_causal, settled_on
 from imu_fast.model.forward import forward_of, innermost
+from imu_fast.model.labels import class_labels
+from imu_fast.model.logits import logits_of, tensors_of
 from imu_fast.model.reading import Reading
 from imu_fast.model.selection import selected
 from imu_fast.ops.objective import LABEL_OBJECTIVES, NPO_BETA, objective
@@ -177,9 +181,10 @@ def sets_of(inputs: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
 
 
 def accepted(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
-    """What of a batch the model's forward takes; data sets add indices and the like."""
+    """What of a batch the model's forward takes, and the labels; data sets add indices, say."""
     forward = forward_of(model)
-    return {k: v for k, v in batch.items() if forward.any_keyword or k in forward.names}
+    taken = {"labels", *forward.names}
+    return {k: v for k, v in batch.items() if forward.any_keyword or k in taken}
 
 
 def has_label(labels: Tensor, shift: bool) -> bool:
@@ -189,7 +194,12 @@ def has_label(labels: Tensor, shift: bool) -> bool:
 
 
 def labelled(logits: Tensor, labels: Tensor, shift: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows [N, C] with a label in at least float32, these labels, and how many each sample has."""
+    """Rows [N, C] with a label in at least float32, these labels, and how many each sample has.
+
+    Raises:
+        InputError: labels that are no class indices, or are not one for each row of the logits.
+    """
+    labels = class_labels(labels, logits.shape)
     if shift and labels.dim() == 2:
         logits, labels = logits[:, :-1], labels[:, 1:]
     labels = labels.to(logits.device)
@@ -204,11 +214,18 @@ def means(values: Tensor, counts: Tensor) -> Tensor:
     return sum_over_tokens(values, ends) / counts.clamp_min(1)
 
 
-def logits_of(outputs: Any) -> Tensor:
-    """Of a transformers output, a tuple, or the tensor itself."""
-    if isinstance(outputs, Tensor):
-        return outputs
-    return outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+def own_loss(outputs: Any) -> Tensor:
+    """The loss that a model returns beside its logits; raises InputError where it has none."""
+    found = tensors_of(outputs)
+    single = (
+        [found[("loss",)]] if ("loss",) in found else [t for t in found.values() if not t.dim()]
+    )
+    if len(single) != 1:
+        raise InputError(
+            "retain_loss_type='NLL' is the model's own loss, and it returns none for these labels; "
+            "use retain_loss_type='KL', or a model whose forward takes labels"
+        )
+    return single[0]
 
 
 class UnlearningMixin:
@@ -318,7 +335,7 @@ class UnlearningMixin:
             self._shift = predicts_next(model, batch)
         return has_label(labels, self._shift)
 
-    def _weigh(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    def _weigh(self, model: nn.Module, batch: dict[str, Any], parts: Parts) -> Tensor:
         """The weights [B] of a batch; zero where no sample of it has a label."""
         how, labels = self.forgetting, batch["labels"]
         if not self._any_label(model, labels, batch):
@@ -326,7 +343,7 @@ class UnlearningMixin:
             return torch.zeros(len(labels), device=labels.device)
         return batch_weights(
             model,
-            batch,
+            parts,
             layers=self._layers,
             curvature=how.curvature,
             clip_quantile=how.clip_quantile,
@@ -338,12 +355,11 @@ class UnlearningMixin:
         how = self.forgetting
         if "labels" not in batch:
             raise InputError(f"the forget batch has {list(batch)} and no labels")
-        self.weights = self._weigh(model, batch)
-        called = dict(batch)
-        if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
-            called.pop("labels")  # its own loss is not needed
-        outputs = model(**called)
-        z, y, counts = self._rows(logits_of(outputs), batch["labels"])
+        # Labels are among the inputs where logits are made of them; else no loss is needed.
+        parts = split_batch(batch, model)
+        self.weights = self._weigh(model, batch, parts)
+        outputs = called(model, *parts)
+        z, y, counts = self._rows(logits_of(outputs, batch["labels"]), batch["labels"])
         token = how.objective if how.objective in LABEL_OBJECTIVES else "ce"
         f = means(objective(z, y, token), counts)
         if how.objective == "simnpo":
@@ -353,7 +369,8 @@ class UnlearningMixin:
             beta, assumed = how.beta or NPO_BETA, self._original
             assert assumed is not None
             with torch.no_grad():
-                zo, yo, _ = self._rows(logits_of(assumed(**called)), batch["labels"])
+                was = logits_of(called(assumed, *parts), batch["labels"])
+                zo, yo, _ = self._rows(was, batch["labels"])
                 before = means(objective(zo, yo, "ce"), counts) * counts
             f = -2 / beta * softplus(beta * (before - f * counts))
         weights = self.weights.to(f)
@@ -365,16 +382,18 @@ class UnlearningMixin:
         labels = batch.get("labels")
         if labels is None:
             raise InputError(f"the retain batch has {list(batch)} and no labels")
-        known = self._any_label(model, labels, batch)
-        outputs = model(**batch)
+        known, parts = self._any_label(model, labels, batch), split_batch(batch, model)
+        if known and self.forgetting.retain_loss_type == "NLL":
+            name = forward_of(model).labels
+            given = parts.kwargs if name is None else parts.kwargs | {name: labels}
+            return own_loss(called(model, parts.args, given, labels))
+        logits = logits_of(called(model, *parts), labels)
         if not known:
             logger.warning("no sample of a retain batch has a label: nothing of it is kept")
-            return self._rows(logits_of(outputs), labels)[0].sum()
-        if self.forgetting.retain_loss_type == "NLL":
-            return outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
+            return self._rows(logits, labels)[0].sum()
         assert self._original is not None
         with torch.no_grad():
-            was, _, _ = self._rows(logits_of(self._original(**batch)), labels)
-        z, _, counts = self._rows(logits_of(outputs), labels)
+            was, _, _ = self._rows(logits_of(called(self._original, *parts), labels), labels)
+        z, _, counts = self._rows(logits, labels)
         apart = kl_div(z.log_softmax(1), was.log_softmax(1), reduction="none", log_target=True)
         return means(apart.sum(dim=1), counts).sum() / (counts > 0).sum()

@@ -7,6 +7,7 @@ In a loop of your own, ``imu.batch_weights(model, batch)`` gives the weights in 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,12 +20,13 @@ from imu_fast.integrations._forgetting import (
     accepted,
     as_inputs,
     labelled,
-    logits_of,
     means,
     predicts_next,
 )
-from imu_fast.model.batches import device_of
+from imu_fast.model.batches import device_of, split_batch
+from imu_fast.model.called import called
 from imu_fast.model.guard import Kept, copies_of, preserved, put_back
+from imu_fast.model.logits import logits_of
 from imu_fast.ops.objective import objective
 
 try:
@@ -53,7 +55,7 @@ def forget_depth(
         shift_labels: None: where the model's own loss of the first batch says so.
 
     Raises:
-        InputError: there is no sample with a label.
+        InputError: there is no sample with a label, or labels are no class indices.
     """
     shift = shift_labels
     device, losses, right, n = device_of(model), 0.0, 0.0, 0
@@ -62,9 +64,13 @@ def forget_depth(
         for batch in batches:
             given = accepted(model, as_inputs(batch))
             given = {k: v.to(device) if hasattr(v, "to") else v for k, v in given.items()}
+            if "labels" not in given:
+                raise InputError(f"a batch has {list(given)} and no labels")
             if shift is None:
                 shift = predicts_next(model, given)
-            z, y, counts = labelled(logits_of(model(**given)), given["labels"], shift)
+            labels = given["labels"]
+            outputs = called(model, *split_batch(given, model))
+            z, y, counts = labelled(logits_of(outputs, labels), labels, shift)
             losses += float(means(objective(z, y, "ce"), counts).sum())
             right += float(means((z.argmax(dim=1) == y).to(z.dtype), counts).sum())
             n += int((counts > 0).sum())
@@ -89,7 +95,7 @@ class StopAtDepth(TrainerCallback):
         records: ``(step, loss, accuracy)`` of each measurement. reached: whether it was.
 
     Raises:
-        InputError: neither depth is given.
+        InputError: neither depth is given, or batches that can be read once.
     """
 
     def __init__(
@@ -106,6 +112,11 @@ class StopAtDepth(TrainerCallback):
         for name, value in (("forget_loss", forget_loss), ("forget_accuracy", forget_accuracy)):
             if value is not None:
                 check_positive(name, value, allow_zero=True)
+        if isinstance(batches, Iterator):
+            raise InputError(
+                f"batches is a {type(batches).__name__}, which can be read once, and is read at "
+                "each measurement; pass a list or a DataLoader"
+            )
         self.batches, self.shift_labels = batches, shift_labels
         self.forget_loss, self.forget_accuracy = forget_loss, forget_accuracy
         self.every = check_count("every", every)

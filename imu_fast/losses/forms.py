@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from imu_fast.errors import InputError, check_same_device
+from imu_fast.losses.base import mean_scale
 from imu_fast.losses.output_curvature import (
     Dense,
     Diagonal,
@@ -45,3 +48,27 @@ def curvature_like(given: StoredCurvature | Tensor, delta: Tensor) -> StoredCurv
             )
         check_same_device("delta", delta, f"the curvature's {name}", tensor)
     return given
+
+
+def joined_curvature(
+    found: Sequence[StoredCurvature | None],
+    deltas: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    counts: Sequence[Tensor],
+) -> StoredCurvature | None:
+    """Of several batches of one loss, one after the other; None where one has none.
+
+    Where labels are class indices in some and probabilities in others, in the form of the latter.
+
+    Args:
+        deltas, labels: [N, C] and [N] or [N, C], of each batch's tokens. counts: [n], of its
+            samples.
+    """
+    parts = []
+    for one, delta, of, tokens in zip(found, deltas, labels, counts, strict=True):
+        if one is None:
+            return None
+        several = len({type(other) for other in found}) > 1
+        mixed = several and isinstance(one, LabelSoftmax)
+        parts.append(one.resolved(delta, of, mean_scale(tokens).to(delta)) if mixed else one)
+    return type(parts[0]).joined(parts)

@@ -41,7 +41,7 @@ _MOVED = "rows that are chosen or reordered"
 def _check_finite(logits: Tensor, targets: Targets) -> None:
     """Raise InputError for NaN, infinity, or -inf at a label; other classes may be ruled out."""
     bad = (torch.isnan(logits) | (logits == torch.inf)).any(dim=-1)
-    if targets.labels.dim() == 1:
+    if targets.labels.dim() == 1 and not _is_smoothed(targets):
         label = logits[targets.valid].gather(1, targets.labels[:, None])[:, 0]
         bad[targets.valid] |= label == -torch.inf
     else:
@@ -52,6 +52,11 @@ def _check_finite(logits: Tensor, targets: Targets) -> None:
             f"logits are not finite at sample {int(torch.nonzero(bad)[0])} ({int(bad.sum())} of "
             f"{len(bad)} samples), or rule out its label; remove these samples or repair the model"
         )
+
+
+def _is_smoothed(targets: Targets) -> bool:
+    """Whether every class has a share of each label: then none can be ruled out."""
+    return bool(getattr(targets.loss, "label_smoothing", 0.0))
 
 
 def named_steps(names: Sequence[str]) -> list[str]:
@@ -173,7 +178,7 @@ class Between:
         r = r.to(rows.dtype) * valid[:, None]
         pulled = self._pulled(calls, logits, r.view_as(logits))
         possible = torch.ones_like(rows, dtype=torch.bool)
-        if targets.labels.dim() == 1:  # of a softmax, where a class may be ruled out
+        if targets.labels.dim() == 1 and not _is_smoothed(targets):  # a class may be ruled out
             possible = torch.softmax(rows.to(_wide(rows)), dim=1) > 0
             labels = torch.nonzero(valid).flatten()
             possible[labels, targets.labels] = True
@@ -201,6 +206,10 @@ class Between:
         made = torch.zeros_like(logits.detach().reshape(units, -1), dtype=_wide(logits))
         for part in self.parts:
             own = [k for k, call in enumerate(calls) if call.layer.name == part.name]
+            if not own:  # such as an expert that none of these samples was sent to
+                empty = part.weight.new_zeros(len(kept), part.weight.shape[1])
+                blocks.append((empty, empty.new_zeros(len(kept))))
+                continue
             acts = [calls[k].act.reshape(-1, calls[k].act.shape[-1]) for k in own]
             used = [torch.nonzero(scales[k]).flatten() for k in own]
             act = torch.cat([a[u] for a, u in zip(acts, used, strict=True)])

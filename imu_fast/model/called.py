@@ -1,4 +1,8 @@
-"""The user's forward, called: its own errors pass, those of data that it cannot take say so."""
+"""The user's forward, called: its own errors pass, those of data that it cannot take say so.
+
+It gets copies, for it may write to what it is given (``x.div_(255)``): a batch is read several
+times here, and is the user's.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from torch import Tensor, nn
 from imu_fast.ambient import default_device_back
 from imu_fast.errors import InputError, brief
 from imu_fast.model.labels import is_integer
+from imu_fast.model.nested import copied
 
 # What torch and Python raise of data that an operation cannot take; never a subclass, which
 # is an error of the user's own, or says that memory ran out.
@@ -54,7 +59,7 @@ def called(
     """
     try:
         with default_device_back():
-            return (run or model)(*args, **kwargs)
+            return (run or model)(*copied(list(args)), **copied(dict(kwargs)))
     except _REFUSALS as error:
         if type(error) not in _REFUSALS or _MACHINE.search(str(error)) or _is_own(error):
             raise

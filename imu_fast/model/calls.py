@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -62,7 +63,11 @@ class Call:
         return self.layer.outputs(torch.zeros_like(self.out) if gradient is None else gradient)
 
     def is_returned_as(self, logits: Tensor) -> bool:
-        """Whether the logits are this output itself: its memory, row by row, never written to."""
+        """Whether the logits are this output itself: its memory, row by row, never written to.
+
+        Nor with another gradient: a function of the user's may return what it is given, and reverse
+        or scale what comes back.
+        """
         given = self.layer.outputs(self.given)
         same = (
             given.data_ptr() == logits.data_ptr()
@@ -73,6 +78,8 @@ class Call:
             and rows_in_order(logits)
         )
         if not same or (not logits.is_inference() and logits._version != self.version):
+            return False
+        if self.leaf is not None and any(name.endswith("Backward") for name in steps_of(logits)[0]):
             return False
         # A copy shows what no version counts: writing by .data, or under inference mode.
         out = self.layer.outputs(self.out).reshape(logits.shape)
@@ -100,12 +107,16 @@ class Seen:
         calls: of the watched layers, in the order in which they happened.
         output: what the model returned.
         odd: calls that could not be read, as text by layer.
+        quiet: whether a call was where the model's own code takes no gradients.
+        stopped: layers of which such calls were left out.
         made: modules by the tensor they returned, innermost first.
     """
 
     calls: list[Call] = field(default_factory=list)
     output: Any = None
     odd: dict[str, str] = field(default_factory=dict)
+    quiet: bool = False
+    stopped: set[str] = field(default_factory=set)
     made: list[tuple[weakref.ref[Tensor], str, nn.Module]] = field(default_factory=list)
 
     def maker_of(self, tensor: Tensor) -> tuple[str, nn.Module] | None:
@@ -126,6 +137,7 @@ def watched(
     traced: bool = False,
     copied: bool = True,
     own: AbstractSet[int] = frozenset(),
+    stops: bool | None = False,
 ) -> Iterator[Seen]:
     """Record each call of these layers; the hooks are always removed.
 
@@ -143,6 +155,9 @@ def watched(
             as autograd keeps them; whoever reads them asks for ``is_overwritten`` first.
         own: ids of the layers' parameters, which ask for a gradient; what layers return has none of
             it, and each call says which of these its input is made of.
+        stops: whether ``torch.no_grad()`` in the model's code stops gradients, as ``detach()``
+            does: calls inside of it are left out. False: they are as all others, of a model that is
+            run so as a whole; None: not known yet, see :class:`imu_fast.model.run.Runner`.
     """
     seen = Seen()
     active = True
@@ -152,6 +167,11 @@ def watched(
     ) -> Any:
         if not active:  # a checkpoint runs layers again during backward
             return None
+        if not torch.is_grad_enabled():
+            seen.quiet = True
+            if stops or (stops is None and torch.is_inference_mode_enabled()):
+                seen.stopped.add(layer.name)
+                return None
         x = _input(args, kwargs)
         if not isinstance(x, Tensor) or not isinstance(output, Tensor):
             seen.odd[layer.name] = f"it maps a {type(x).__name__} to a {type(output).__name__}"
@@ -257,6 +277,11 @@ def steps_of(tensor: Tensor) -> tuple[list[str], list[tuple[int, ...]]]:
     return list(dict.fromkeys(names)), list(dict.fromkeys(shapes))
 
 
+def operations_of(tensor: Tensor) -> Hashable:
+    """Which operations are between the leaves and a tensor, and how many of each."""
+    return tuple(sorted(Counter(node.name() for node in _walk(tensor)[1]).items()))
+
+
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Tensors in nested arguments."""
     if isinstance(value, Tensor):
@@ -287,14 +312,16 @@ def _cut(value: Any, found: Callable[[Tensor], None]) -> Any:
 
 
 @contextmanager
-def searched(model: nn.Module, layers: Sequence[LinearLayer]) -> Iterator[Seen]:
+def searched(
+    model: nn.Module, layers: Sequence[LinearLayer], stops: bool | None = False
+) -> Iterator[Seen]:
     """Watch every layer, to find those from which the outputs come with no other in between.
 
     Whatever enters a module with a weight matrix is cut off there, and the layers that it came
     from are marked ``upstream`` and forgotten, so that little more is kept than the model needs.
     """
     with ExitStack() as stack:
-        seen = stack.enter_context(watched(layers, leaves=True, traced=True))
+        seen = stack.enter_context(watched(layers, leaves=True, traced=True, stops=stops))
 
         def forget(tensor: Tensor) -> None:
             found = leaves_of(tensor)

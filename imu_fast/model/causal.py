@@ -118,9 +118,7 @@ class _Own:
         """True, False, or None: this batch does not show it."""
         labels = self.batch.labels
         if labels.dim() != 2 or labels.shape[1] < 2:
-            if labels.dim() == 2 and declared_causal(self.model):
-                return None  # of one token: what comes next may have more
-            return self.unshifted()
+            return self._of_one_token() if labels.dim() == 2 else self.unshifted()
         with torch.no_grad():
             part = self._part(1)
             logits = chosen(self.run(part), self.choice)
@@ -132,6 +130,27 @@ class _Own:
             if compared is not None:
                 self._compare(compared)
         return shift
+
+    def _of_one_token(self) -> bool | None:
+        """A loss that shifts is of none of these labels, which would be those of their positions.
+
+        None: not shown, by a batch without any label; what comes next may have more tokens.
+        """
+        if not declared_causal(self.model):
+            return self.unshifted()
+        labels = self.batch.labels
+        if not bool((labels != self.loss.ignore_index).any()):
+            return None
+        with torch.no_grad():
+            part = self._part(1)
+            output = self._with_labels(part, part.labels)
+            own = _loss_in(output)
+            if own is None:  # NaN, the mean of none
+                return True
+            logits = chosen(output, self.choice)
+            targets = targets_of(part.labels, logits, replace(self.loss, shift=False))
+            here = float(sample_losses(logits, targets).losses.sum())
+        return abs(own - here) > _NEAR * here
 
     def unshifted(self) -> bool:
         """Of labels that no position before them predicts."""

@@ -14,6 +14,7 @@ from imu_fast.errors import InputError, NoHeadFoundError, check_finite_rows
 from imu_fast.factors.gradient_factors import GradientFactors, HeadFactors
 from imu_fast.factors.operands import input_dtype
 from imu_fast.losses.cross_entropy import CrossEntropy
+from imu_fast.losses.forms import joined_curvature
 from imu_fast.losses.output_curvature import StoredCurvature
 from imu_fast.model import head as heads
 from imu_fast.model.between import Between, Piece, bias_columns, plain_piece, side_by_side
@@ -25,6 +26,7 @@ from imu_fast.model.independence import SampleChecks, some_samples
 from imu_fast.model.kept import Rows
 from imu_fast.model.logits import chosen
 from imu_fast.model.loss import Targets, joined_labels, targets_of
+from imu_fast.model.makers import Makers
 from imu_fast.model.reading import Reading
 from imu_fast.model.run import Batch
 from imu_fast.model.search import Head, Run, directly, find, observe
@@ -61,6 +63,7 @@ class HeadCapture:
         self.classes = 0  # of the logits
         self._computed = torch.float64  # the coarsest dtype of a head's output
         self._samples = SampleChecks(model)
+        self._makers = Makers(model)
 
     @property
     def head(self) -> Head:
@@ -118,6 +121,7 @@ class HeadCapture:
             fresh._checks.finish()
         except (InputError, NoHeadFoundError):
             return
+        self._untouched = fresh._untouched
         if fresh._untouched:
             self._head, self._between, self._checks = fresh.head, fresh._between, fresh._checks
             self._samples = fresh._samples
@@ -150,8 +154,11 @@ class HeadCapture:
         return plain_piece(act.reshape(*targets.shape, -1), targets)
 
     def _piece(self, run: Run, batch: Batch) -> Piece:
+        searched = self._head is None
         if self._head is None:
-            self._head, seen = find(self.model, run, batch, self.explicit, self.reading.output)
+            leaves = None if self._untouched else True
+            asked = self.explicit, self.reading.output
+            self._head, seen = find(self.model, run, batch, *asked, leaves)
             self._between = Between(self._head.parts)
         else:
             seen = observe(run, batch, self._head.parts, not self._untouched)
@@ -174,7 +181,10 @@ class HeadCapture:
             raise no_head(
                 self.model, f"{self._head.name}: not the producer of the logits of this batch"
             )
-        return self._between.piece(seen.calls, logits, targets)
+        piece = self._between.piece(seen.calls, logits, targets)
+        known = searched or bool(self.explicit)
+        self._makers.check(run, batch, self._head, logits, piece, known)
+        return piece
 
     def _targets(self, batch: Batch, logits: Tensor) -> Targets:
         targets = targets_of(batch[2], logits, self.reading.loss)
@@ -308,7 +318,7 @@ class HeadCapture:
             losses=torch.cat([piece.losses for piece in done]),
             name=head.name,
             loss=None if tokens else self.loss,
-            curvature=None if tokens else _joined([piece.curvature for piece in done]),
+            curvature=None if tokens else self._curvature(done),
         )
 
     def _implicit(self, size: int, labels: Tensor) -> bool | None:
@@ -342,6 +352,14 @@ class HeadCapture:
         )
         assert made.losses is not None and not isinstance(made.curvature, Tensor)
         return _Signal(made.delta, made.losses, made.curvature)
+
+    def _curvature(self, done: Sequence[_Signal]) -> StoredCurvature | None:
+        return joined_curvature(
+            [signal.curvature for signal in done],
+            [signal.delta for signal in done],
+            [piece.labels for piece in self.pieces],
+            [piece.counts for piece in self.pieces],
+        )
 
     def finish(self) -> None:
         """The last checks."""
@@ -377,8 +395,3 @@ class _Signal(NamedTuple):
     delta: Tensor
     losses: Tensor
     curvature: StoredCurvature | None
-
-
-def _joined(parts: Sequence[StoredCurvature | None]) -> StoredCurvature | None:
-    there = [part for part in parts if part is not None]
-    return type(there[0]).joined(there) if len(there) == len(parts) else None

@@ -18,14 +18,17 @@ LABEL_NAMES = ("labels", "label", "label_ids", "target", "targets", "y")
 
 def innermost(model: nn.Module) -> nn.Module:
     """The user's own module inside DataParallel, DistributedDataParallel and torch.compile."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        wraps = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
-        if wraps:
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
+    while (inner := wrapped(model)) is not None:
         model = inner
+    return model
+
+
+def wrapped(model: nn.Module) -> nn.Module | None:
+    """The module that one of these wraps; None: it is none of them."""
+    inner = getattr(model, "_orig_mod", None)
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        inner = model.module
+    return inner if isinstance(inner, nn.Module) else None
 
 
 @dataclass(frozen=True)

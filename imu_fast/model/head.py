@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -220,6 +220,18 @@ def check_not_frozen(model: nn.Module, name: str, head: Sequence[nn.Module]) -> 
         f"the head {name!r}{what} has requires_grad=False while other parameters do not; ask for "
         f"it by name, layers={name!r}, or use scope='all' for those that are not frozen"
     )
+
+
+def check_gradients(layers: Iterable[nn.Module]) -> None:
+    """Raise InputError where the user changes gradients, as to keep some rows as they are."""
+    for layer in layers:
+        for key, parameter in layer.named_parameters():
+            if parameter._backward_hooks:
+                raise InputError(
+                    f"a {type(layer).__name__} that is to change has a hook on the gradient of its "
+                    f"{key} (Tensor.register_hook), which only autograd runs; remove it, or use an "
+                    "ascent with scope='layers'"
+                )
 
 
 def resolve(

@@ -14,7 +14,7 @@ from imu_fast.model.called import called
 from imu_fast.model.calls import watched
 from imu_fast.model.head import linear_layers
 from imu_fast.model.logits import chosen
-from imu_fast.model.nested import taken
+from imu_fast.model.parts import Parts
 from imu_fast.model.run import Batch, innermost
 
 Run = Callable[[Batch], Any]
@@ -30,8 +30,7 @@ def some_samples(batch: Batch, rows: range) -> Batch:
     Raises:
         InputError: it cannot be cut.
     """
-    n = len(batch[2])
-    args, kwargs, labels = (taken(part, rows, n) for part in batch)
+    args, kwargs, labels = Parts(*batch).taken(rows)
     return args, kwargs, labels
 
 

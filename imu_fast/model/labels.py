@@ -51,7 +51,7 @@ def as_labels(value: Any) -> Tensor:
             "batch; to say where they are: imu_fast.Data(loader, labels=...), an index, a key or "
             "a function of the batch"
         )
-    labels = check_tensor("labels", as_tensor(value), "any")
+    labels = check_tensor("labels", as_tensor(value), "any").detach()  # of a teacher, say
     return labels.to(torch.int64) if is_integer(labels.dtype) else labels
 
 

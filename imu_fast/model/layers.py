@@ -25,7 +25,7 @@ from imu_fast.model.logits import chosen
 from imu_fast.model.loss import Targets, check_labelled, on_logits, sample_losses, targets_of
 from imu_fast.model.own_use import OfWhole, Whole, check_whole, whole_parameters
 from imu_fast.model.packing import BatchPacker, Input, Part
-from imu_fast.model.proofs import Proof, proof_of
+from imu_fast.model.proofs import Proof, moves_samples, proof_of
 from imu_fast.model.reading import Reading
 from imu_fast.model.rows import (
     Backward,
@@ -35,8 +35,8 @@ from imu_fast.model.rows import (
     check_owned,
     one_sample_at_a_time,
 )
-from imu_fast.model.run import Batch, copy_of, evaluated, full_precision, read
-from imu_fast.model.search import Run, locate
+from imu_fast.model.run import Batch, Runner, evaluated, full_precision, read
+from imu_fast.model.search import locate
 from imu_fast.model.stacks import LayerRows, Stack
 from imu_fast.model.verify import LinearChecks, is_known
 
@@ -75,9 +75,9 @@ class LayersCapture:
         self._kind = None if fisher is None else fisher.kind
         self._expected = None if fisher is None else Expected(fisher)
         self._copied = False
-        self._ran, self._reached = set[str](), set[str]()
+        self.ran, self._reached = set[str](), set[str]()  # names of layers
 
-    def add(self, run: Run, batch: Batch) -> None:
+    def add(self, run: Runner, batch: Batch) -> None:
         seen, output = self._run(run, batch)
         check_readable(seen)
         self.output = locate(self.model, run, batch, output, self.output)
@@ -91,14 +91,15 @@ class LayersCapture:
 
         self.take(seen, logits, targets, independent)
 
-    def _run(self, run: Run, batch: Batch) -> tuple[Seen, Any]:
-        """Without copies of what the layers read and return, until a model writes to these.
-
-        It gets a copy of the batch then, which may be what a layer reads, and is run again.
-        """
-        given = batch if self._copied else copy_of(batch)
-        with watched(self.layers, leaves=True, trained=True, copied=self._copied) as seen:
-            output = run(given)
+    def _run(self, run: Runner, batch: Batch) -> tuple[Seen, Any]:
+        """Without copies of what the layers read and return, until a model writes to these."""
+        stops = run.stops
+        how: dict[str, Any] = {"trained": True, "copied": self._copied, "stops": stops}
+        with watched(self.layers, leaves=True, **how) as seen:
+            output = run(batch)
+        if stops is None and seen.quiet:
+            run.settle(batch)
+            return self._run(run, batch)
         if any(call.is_overwritten for call in seen.calls):
             del seen, output
             self._copied = True
@@ -116,7 +117,7 @@ class LayersCapture:
         """
         found = sample_losses(logits, targets)
         signal = on_logits(found.delta, logits.detach(), targets)
-        self._ran |= {call.layer.name for call in seen.calls}
+        self.ran |= {call.layer.name for call in seen.calls} | seen.stopped
         labelled = targets.counts > 0
         self.samples.append(labelled)
         calls = seen.calls if logits.requires_grad else []
@@ -202,7 +203,8 @@ class LayersCapture:
         del whole
         names = [call.layer.name for call in calls]
         try:
-            owners = self._ownership.owners(names, base, backward, n)
+            due = moves_samples(logits, calls)
+            owners = self._ownership.owners(names, base, backward, n, due)
         except Mixed as mixed:
             name = names[mixed.call]
             independent(name)
@@ -248,7 +250,7 @@ class LayersCapture:
         check_labelled(int(labelled.sum()), len(labelled), self.reading.loss)
         self._checks.finish()
         for layer in self.layers:
-            if layer.name not in self._ran:
+            if layer.name not in self.ran:
                 raise InputError(
                     f"layers={layer.name!r} never ran as a module: the model does not use it on "
                     "these samples, or reads its weight directly (as nn.MultiheadAttention does "

@@ -24,24 +24,34 @@ def listening(layers: Sequence[LinearLayer]) -> Iterator[Seen]:
     """Record the layers' calls; the graph is the caller's, and goes on through them.
 
     What a layer returns is copied once, so that what happens to it in place can be differentiated.
+    Calls where the caller's code takes no gradients have none.
     """
-    with watched(layers, leaves=True, trained=True) as seen:
+    with watched(layers, leaves=True, trained=True, stops=True) as seen:
         yield seen
 
 
 def live_factors(
-    model: nn.Module, layers: Sequence[LinearLayer], passes: Sequence[Pass], reading: Reading
+    model: nn.Module,
+    layers: Sequence[LinearLayer],
+    passes: Sequence[Pass],
+    reading: Reading,
+    ran: set[str] | None = None,
 ) -> list[LayerFactors]:
     """Factors of the layers in the order of the passes, whose graphs stay alive.
 
     One backward pass each, through activations alone, from the logits to the lowest layer; a second
     one while it is not known yet whose each row is, see :mod:`imu_fast.model.proofs`.
 
+    Args:
+        ran: names of layers that have run in passes before, and need not in these (experts that
+            none of their samples is sent to); those that do are added.
+
     Raises:
         InputError: a call that cannot be read, or rows that belong to several samples.
     """
     taken = LayersCapture(model, layers, reading, always=False)
     taken.batches = len(passes)
+    taken.ran = set() if ran is None else ran
     with exclusive(model), torch.enable_grad():
         for seen, logits, targets in passes:
             check_readable(seen)

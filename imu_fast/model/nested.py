@@ -83,35 +83,57 @@ def fields_of(value: Any) -> dict[str, Any] | None:
     return None
 
 
-def mapped(value: Any, leaf: Callable[[Any], Any]) -> Any:
+def mapped(
+    value: Any, leaf: Callable[[Any], Any], whole: Callable[[Any], bool] = lambda value: False
+) -> Any:
     """The same nesting with ``leaf`` applied to all that is no container.
 
-    Tensors, arrays and lists of numbers are leaves, and so are texts.
+    Tensors, arrays and lists of numbers are leaves, and so are texts; and what is ``whole``.
     """
-    if is_array(value) or is_number(value) or is_text(value):
+    if is_array(value) or is_number(value) or is_text(value) or whole(value):
         return leaf(value)
     if isinstance(value, torch.nn.utils.rnn.PackedSequence):  # moves itself, by .to()
         return leaf(value)
     if isinstance(value, dict) and type(value) is dict:
-        return {key: mapped(item, leaf) for key, item in value.items()}
+        return {key: mapped(item, leaf, whole) for key, item in value.items()}
     if isinstance(value, Mapping):
         try:
             made: Any = copy.copy(value)
             for key, item in value.items():
-                made[key] = mapped(item, leaf)
+                made[key] = mapped(item, leaf, whole)
         except TypeError:  # a mapping that cannot be written to
-            return {key: mapped(item, leaf) for key, item in value.items()}
+            return {key: mapped(item, leaf, whole) for key, item in value.items()}
         return made
     if isinstance(value, tuple) and hasattr(value, "_make"):
-        return value._make(mapped(item, leaf) for item in value)
+        return value._make(mapped(item, leaf, whole) for item in value)
     if isinstance(value, list | tuple):
-        return type(value)([mapped(item, leaf) for item in value])
+        return type(value)([mapped(item, leaf, whole) for item in value])
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         made = copy.copy(value)
         for name, item in (fields_of(value) or {}).items():
-            object.__setattr__(made, name, mapped(item, leaf))
+            object.__setattr__(made, name, mapped(item, leaf, whole))
         return made
     return leaf(value)
+
+
+def copied(value: Any) -> Any:
+    """The same with every tensor in memory of its own, a leaf that asks for what it asked for.
+
+    But for those that are expanded, which nothing can be written to.
+    """
+
+    def leaf(item: Any) -> Any:
+        if not isinstance(item, Tensor) or _is_expanded(item):
+            return item
+        return item.detach().clone().requires_grad_(item.requires_grad)
+
+    return mapped(value, leaf)
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return False
+    return any(s == 0 and k > 1 for s, k in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def leaves(value: Any) -> Iterator[Any]:
@@ -126,11 +148,11 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [leaf for leaf in leaves(value) if isinstance(leaf, Tensor)]
 
 
-def batch_of_one(sample: Any, floating: torch.dtype) -> Any:
+def batch_of_one(sample: Any, floating: torch.dtype | None) -> Any:
     """A sample as a batch: a first axis of length 1 before all that it holds.
 
     Args:
-        floating: dtype of plain floats and of numpy's float64.
+        floating: dtype of plain floats and of numpy's float64; None: their own.
 
     Raises:
         InputError: it holds something else than numbers and texts.
@@ -142,7 +164,7 @@ def batch_of_one(sample: Any, floating: torch.dtype) -> Any:
         if is_text(value):
             return [value]
         if is_number(value) or is_array(value):
-            return as_tensor(value, torch.get_default_dtype())[None]
+            return as_tensor(value, floating)[None]
         raise InputError(
             f"a sample holds a {type(value).__name__}, which is no number or tensor; transform it "
             "(torchvision.transforms.ToTensor for images), or pass a DataLoader with a collate_fn"
@@ -155,6 +177,17 @@ def _is_per_sample(value: Any, n: int) -> bool:
     if isinstance(value, Tensor):
         return value.dim() > 0 and len(value) == n
     return is_text(value) and not isinstance(value, str | bytes) and len(value) == n
+
+
+def _lists_samples(value: Any, n: int) -> bool:
+    """Whether this is a list of n samples, each with tensors of its own shape (bags, images).
+
+    And not one of n inputs with a row for each sample.
+    """
+    if not isinstance(value, list | tuple) or hasattr(value, "_fields") or len(value) != n:
+        return False
+    inside = tensors_in(value)
+    return bool(inside) and not all(_is_per_sample(tensor, n) for tensor in inside)
 
 
 def taken(value: Any, rows: Sequence[int], n: int) -> Any:
@@ -187,7 +220,7 @@ def taken(value: Any, rows: Sequence[int], n: int) -> Any:
                     "read sample by sample"
                 )
             return item
-        if _is_per_sample(item, n):
+        if _is_per_sample(item, n) or _lists_samples(item, n):
             return [item[row] for row in rows]
         if item is None or is_number(item) or is_text(item):
             return item
@@ -196,7 +229,7 @@ def taken(value: Any, rows: Sequence[int], n: int) -> Any:
             "DataLoader over a map-style dataset, or a batch per sample"
         )
 
-    return mapped(value, leaf)
+    return mapped(value, leaf, lambda item: _lists_samples(item, n))
 
 
 class _Differs(Exception):
@@ -242,6 +275,8 @@ def _joined(values: list[Any], sizes: list[int], dry: bool) -> Any:
             raise _Differs
         made = {key: _joined([other[key] for other in others], sizes, dry) for key in parts}
         return _rebuilt(first, made)
+    elif all(_lists_samples(v, n) for v, n in zip(values, sizes, strict=True)):
+        return first if dry else type(first)(item for value in values for item in value)
     elif isinstance(first, list | tuple):
         if len({len(value) for value in values}) > 1:
             raise _Differs

@@ -219,3 +219,45 @@ def _numbers(node: Any, name: str) -> list[Hashable]:
         value = getattr(node, attribute)
         found.append(tuple(map(str, value)) if isinstance(value, list | tuple) else str(value))
     return found
+
+
+_PICKS = re.compile(
+    r"(Index|IndexSelect|IndexPut|IndexAdd|IndexCopy|Gather|Scatter|ScatterAdd|ScatterReduce|Sort"
+    r"|Topk|MaskedSelect|MaskedScatter|Take|TakeAlongDim)Backward\d+"
+)
+
+
+def moves_samples(logits: Tensor, calls: Sequence[Call]) -> bool:
+    """Whether rows come between these calls and the logits to other places by numbers of the data.
+
+    A model that sorts its batch, or sends samples to experts, may do so in any batch: what tests of
+    others have shown of its layout says nothing of this one's.
+    """
+    if logits.grad_fn is None:
+        return False
+    seen: set[Any] = {logits.grad_fn}
+    nodes: list[Any] = [logits.grad_fn]
+    for node in nodes:  # which grows
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                nodes.append(following)
+    picking = [node for node in nodes if _PICKS.fullmatch(node.name()) and _along_samples(node)]
+    if not picking:
+        return False
+    inner = {call.target.grad_fn for call in calls} - {None}
+    leaves = {id(call.target) for call in calls if call.target.grad_fn is None}
+    inner |= {x for x in nodes if x.name() == _LEAF and id(x.variable) in leaves}
+    return _lead(picking, inner)
+
+
+def _along_samples(node: Any) -> bool:
+    """Whether an operation picks along the first axis, and not every place in order."""
+    indices = getattr(node, "_saved_indices", None)
+    if indices is not None:
+        first = indices[0]
+        if first is None:
+            return False
+        places = torch.arange(len(first), device=first.device) if first.dim() == 1 else None
+        return places is None or not torch.equal(first, places)
+    return getattr(node, "_saved_dim", 0) == 0

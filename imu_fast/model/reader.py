@@ -24,7 +24,7 @@ from imu_fast.model.nested import (
     taken,
 )
 from imu_fast.model.order import generators_kept
-from imu_fast.model.parts import Data, Parts, pick
+from imu_fast.model.parts import Data, Parts, device_of, pick
 from imu_fast.model.split import Splitter
 
 # Samples per batch where the data itself does not say.
@@ -63,12 +63,13 @@ class Reader:
         self.whole: Parts | None = None
         self.is_whole = _is_whole(columns)
         if self.is_whole:
-            self._read_whole(_tensors(columns, self.split.floating))
+            self._read_whole(columns)
         # What a list or a DataLoader gives exists side by side; another iterable may fill the
         # same memory again for its next batch.
         self._reuses = not isinstance(self.loader, list | tuple | DataLoader)
 
-    def _read_whole(self, columns: Any) -> None:
+    def _read_whole(self, given: Any) -> None:
+        columns = _tensors(given, self.split.floating)
         n = _length(columns)
         if n == 0:
             return
@@ -77,7 +78,7 @@ class Reader:
         whole = self.split(columns)
         if whole.n != n:
             raise InputError(f"loader: {whole.n} labels for {n} samples; pass one per sample")
-        self.whole = whole
+        self.whole = self._exact(whole, lambda dtype: _tensors(given, dtype))
 
     def __length_hint__(self) -> int:
         """How many batches there are; 0 where it would take reading them to know."""
@@ -141,7 +142,20 @@ class Reader:
 
     def sample(self, item: Any) -> Parts:
         """One sample as a batch of one."""
-        return self._own(self.split(batch_of_one(item, self.split.floating)))
+        parts = self.split(batch_of_one(item, self.split.floating))
+        return self._own(self._exact(parts, lambda dtype: batch_of_one(item, dtype)))
+
+    def _exact(self, parts: Parts, batch: Callable[[torch.dtype | None], Any]) -> Parts:
+        """With labels that are no class indices as they were given, and not in the model's dtype.
+
+        Args:
+            batch: what the parts were read of, its numbers in a dtype; None: their own.
+        """
+        if not parts.labels.is_floating_point():
+            return parts
+        there_is_no_other = device_of(self.split.model).type == "mps"
+        dtype = torch.float32 if there_is_no_other else None
+        return parts._replace(labels=self.split(batch(dtype)).labels)
 
     def _samples_in(self, item: Any) -> list[Parts] | None:
         """The samples that an item is or lists, each a batch of one; None: it is a batch."""
@@ -270,7 +284,7 @@ def _may_be_labels(value: Any) -> bool:
     return is_array(value) and is_integer(as_tensor(value).dtype) and as_tensor(value).dim() > 0
 
 
-def _tensors(whole: Any, floating: torch.dtype) -> Any:
+def _tensors(whole: Any, floating: torch.dtype | None) -> Any:
     """Columns as tensors, all of one length.
 
     Raises:

@@ -124,12 +124,14 @@ class Ownership:
         base: Sequence[Tensor],
         backward: Backward,
         n: int,
+        due: bool = False,
     ) -> list[Tensor]:
         """The sample of each row of each call: [...], ``NOBODY`` where no layout says it.
 
         Args:
             names: of the calls' layers. base: gradients of the plain sum of losses, [..., C].
             backward: the same for a weighted sum. n: samples of this batch.
+            due: test this batch, whatever is known.
 
         Raises:
             Mixed: a row belongs to several samples.
@@ -143,7 +145,7 @@ class Ownership:
         keys = [(name, len(shape)) for name, shape in zip(names, shapes, strict=True)]
         found = [self._agreed(key, shape, n) for key, shape in zip(keys, shapes, strict=True)]
         sure = all(self._bits.get(key, 0.0) >= _TRUST_BITS for key in keys)
-        due = self.always or number < _FIRST or number % _EVERY == 0
+        due |= self.always or number < _FIRST or number % _EVERY == 0
         if sure and not due and all(f is not None for f in found):
             self._untested += 1
             return [f for f in found if f is not None]

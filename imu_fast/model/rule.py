@@ -17,7 +17,7 @@ from imu_fast.model.forward import Forward, innermost
 from imu_fast.model.guard import preserved
 from imu_fast.model.labels import is_integer
 from imu_fast.model.logits import tensors_of
-from imu_fast.model.nested import as_tensor, is_array
+from imu_fast.model.nested import as_tensor, copied, is_array
 from imu_fast.model.parts import Parts, device_of, to_device
 
 logger = logging.getLogger("imu_fast")
@@ -95,7 +95,8 @@ def _outputs(model: nn.Module, parts: Parts, more: dict[str, Any]) -> dict[Any, 
     """What a model makes of a batch; nothing where it refuses it."""
     try:
         with default_device_back():
-            return tensors_of(model(*parts.args, **parts.kwargs, **more))
+            args, kwargs = copied(list(parts.args)), copied(parts.kwargs | more)
+            return tensors_of(model(*args, **kwargs))
     except REFUSALS as error:
         logger.info("the model refuses its inputs and %s: %s", list(more), brief(error, 100))
         return {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from operator import length_hint
 from typing import Any
@@ -17,8 +17,9 @@ from imu_fast.errors import InputError
 from imu_fast.model.batches import as_batches, device_of, split_batch, to_device
 from imu_fast.model.called import called
 from imu_fast.model.forward import innermost as innermost
+from imu_fast.model.forward import wrapped
 from imu_fast.model.guard import check_trainable, preserved
-from imu_fast.model.nested import mapped
+from imu_fast.model.logits import tensors_of
 
 logger = logging.getLogger("imu_fast")
 
@@ -54,22 +55,17 @@ def _usable(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
-def copy_of(batch: Batch) -> Batch:
-    """The same with inputs in memory of their own."""
-
-    def leaf(value: Any) -> Any:
-        return value.clone() if isinstance(value, Tensor) else value
-
-    args, kwargs, labels = batch
-    return (
-        [mapped(value, leaf) for value in args],
-        {key: mapped(value, leaf) for key, value in kwargs.items()},
-        labels,
-    )
-
-
 def _check_runs(model: nn.Module) -> None:
     check_trainable(model)
+    outer = model
+    while (inside := wrapped(outer)) is not None:
+        hooks = outer._forward_hooks or outer._forward_pre_hooks
+        if hooks and not isinstance(outer, nn.parallel.DistributedDataParallel):  # it has its own
+            raise InputError(
+                f"model: a {type(outer).__name__} with hooks of its own; what is run here is the "
+                "module inside of it, without them: register them on that"
+            )
+        outer = inside
     if isinstance(innermost(model), torch.jit.ScriptModule):
         raise InputError(
             "model is a TorchScript module, whose layers cannot be watched; pass the eager module "
@@ -84,8 +80,40 @@ def _check_runs(model: nn.Module) -> None:
             )
 
 
+class Runner:
+    """Runs a batch.
+
+    Attributes:
+        stops: whether ``torch.no_grad()`` in the model's code stops gradients, as ``detach()``
+            does. It does not where the model as a whole is run so, by a decorator say: there it
+            only saves memory. None: nobody had to know yet.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._inner = model, innermost(model)
+        self.stops: bool | None = None
+
+    def __call__(self, batch: Batch) -> Any:
+        if self._model.training:  # a loader may have meddled
+            self._model.eval()
+        return called(self._inner, *batch)
+
+    def settle(self, batch: Batch) -> None:
+        """Find out ``stops``: whether the outputs have a graph, all parameters asking for one."""
+        parameters = [p for p in self._model.parameters() if p.is_floating_point()]
+        flags = [p.requires_grad for p in parameters]
+        try:
+            for p in parameters:
+                p.requires_grad_()
+            made = tensors_of(self(batch)).values()
+            self.stops = any(tensor.requires_grad for tensor in made)
+        finally:
+            for p, flag in zip(parameters, flags, strict=True):
+                p.requires_grad_(flag)
+
+
 @contextmanager
-def evaluated(model: nn.Module) -> Iterator[Callable[[Batch], Any]]:
+def evaluated(model: nn.Module) -> Iterator[Runner]:
     """The model in evaluation mode; nothing asks for a gradient but what the caller makes ask.
 
     So no graph is recorded before a tensor of the caller's, and from there on it is, whatever the
@@ -97,7 +125,6 @@ def evaluated(model: nn.Module) -> Iterator[Callable[[Batch], Any]]:
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
     _check_runs(model)
-    inner = innermost(model)
     with ExitStack() as stack:
         stack.enter_context(preserved(model))
         stack.enter_context(torch.inference_mode(False))
@@ -108,13 +135,7 @@ def evaluated(model: nn.Module) -> Iterator[Callable[[Batch], Any]]:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         stack.enter_context(right_batch_norms(model))
-
-        def run(batch: Batch) -> Any:
-            if model.training:  # a loader may have meddled
-                model.eval()
-            return called(inner, *batch)
-
-        yield run
+        yield Runner(model)
 
 
 @contextmanager

@@ -52,13 +52,33 @@ def observe(
     own: AbstractSet[int] = frozenset(),
 ) -> Seen:
     """Run a batch and watch some layers."""
-    with watched(layers, leaves=leaves, own=own) as seen:
+    stops = getattr(run, "stops", False)
+    with watched(layers, leaves=leaves, own=own, stops=stops) as seen:
         seen.output = run(batch)
+    if stops is None and seen.quiet:
+        run.settle(batch)  # type: ignore[attr-defined]  # a Runner
+        return observe(run, batch, layers, leaves, own)
     return seen
 
 
+def search(model: nn.Module, run: Run, batch: Batch) -> Seen:
+    """Run a batch and watch every layer, see :func:`imu_fast.model.calls.searched`."""
+    stops = getattr(run, "stops", False)
+    with searched(model, list(linear_layers(model).values()), stops) as every:
+        every.output = run(batch)
+    if stops is None and every.quiet:
+        run.settle(batch)  # type: ignore[attr-defined]  # a Runner
+        return search(model, run, batch)
+    return every
+
+
 def find(
-    model: nn.Module, run: Run, batch: Batch, explicit: Sequence[LinearLayer], output: Any
+    model: nn.Module,
+    run: Run,
+    batch: Batch,
+    explicit: Sequence[LinearLayer],
+    output: Any,
+    leaves: bool | None = None,
 ) -> tuple[Head, Seen]:
     """The head, and what a run of the first batch showed of it.
 
@@ -66,6 +86,7 @@ def find(
 
     Args:
         explicit: the layers that the caller named, or empty.
+        leaves: of the likely layers, as of :func:`imu_fast.model.calls.watched`.
 
     Raises:
         InputError: several outputs may be the logits.
@@ -76,7 +97,7 @@ def find(
         raise no_head(model, "no linear head found")
     likely = list(explicit) or guess(model, layers)
     with asking(model, likely) as own:
-        seen = observe(run, batch, likely, None, own.keys())
+        seen = observe(run, batch, likely, leaves, own.keys())
     options = _options(model, seen.output, batch, output)
     if len(options) == 1:
         path, logits = next(iter(options.items()))
@@ -85,8 +106,7 @@ def find(
             check_fed(model, [direct.layer], [direct])
             seen.calls = [direct]
             return Head([direct.layer], path if output is None else output), seen
-    with searched(model, list(layers.values())) as every:
-        every.output = run(batch)
+    every = search(model, run, batch)
     options = _options(model, every.output, batch, output)
     path = _decided(options, every)
     parts = _frontier(model, every, options[path], explicit)
@@ -106,6 +126,16 @@ def find(
     return head, seen
 
 
+def makers(model: nn.Module, run: Run, batch: Batch, choice: Any) -> list[str]:
+    """Names of the layers that make a batch's logits, see :func:`find`.
+
+    Raises:
+        NoHeadFoundError: none does.
+    """
+    every = search(model, run, batch)
+    return [part.name for part in _frontier(model, every, chosen(every.output, choice), ())]
+
+
 def locate(model: nn.Module, run: Run, batch: Batch, returned: Any, output: Any) -> Any:
     """Where the logits are in what a model returned for its first batch, as ``output=`` says it.
 
@@ -116,8 +146,7 @@ def locate(model: nn.Module, run: Run, batch: Batch, returned: Any, output: Any)
         return output
     options = _options(model, returned, batch, output)
     if len(options) > 1:
-        with searched(model, list(linear_layers(model).values())) as every:
-            every.output = run(batch)
+        every = search(model, run, batch)
         return _decided(_options(model, every.output, batch, output), every)
     return next(iter(options))
 

@@ -23,6 +23,7 @@ from imu_fast.model.guard import preserved
 from imu_fast.model.labels import as_labels, labels_fit
 from imu_fast.model.nested import (
     as_tensor,
+    copied,
     fields_of,
     form_of,
     is_array,
@@ -165,7 +166,7 @@ class Splitter:
             args, kwargs, labels = to_device(parts, device_of(self.model))
             with preserved(self.model), torch.no_grad(), default_device_back():
                 self.model.eval()
-                outputs = tensors_in(self.model(*args, **kwargs))
+                outputs = tensors_in(self.model(*copied(args), **copied(kwargs)))
         except REFUSALS as error:
             return brief(error, 100)
         if any(labels_fit(labels, output) for output in outputs):
@@ -337,8 +338,16 @@ class Splitter:
 
             return Rule(read)
 
-        more = int(takes_labels) + (len(beside) if fields is not None else 0)
-        return [rule(way) for way in self._inputs(batch[0], more)]
+        more = len(beside) if fields is not None else 0
+        if not takes_labels:
+            return [rule(way) for way in self._inputs(batch[0], more)]
+        # Or its last input has a name of labels, and is one of several in the first part.
+        rules = [rule(way) for way in self._inputs(batch[0], 1)]
+        first = batch[0]
+        listed = isinstance(first, list | tuple) and not is_array(first) and not is_text(first)
+        if listed and len(first) == self.forward.fewest:
+            rules.append(Rule(lambda batch: (list(batch[0]), {}, batch[1])))
+        return rules
 
     def _several(self, items: list[Any]) -> list[Rule]:
         """``(input, ..., labels, ...)``: where the labels are follows from the signature."""

@@ -17,7 +17,7 @@ from imu_fast.model.called import called, from_sample
 from imu_fast.model.capture import HeadFeatures, capture, capture_features
 from imu_fast.model.convolution import scored_layers
 from imu_fast.model.guard import modes
-from imu_fast.model.head import LinearLayer, check_not_frozen, shared_with
+from imu_fast.model.head import LinearLayer, check_gradients, check_not_frozen, shared_with
 from imu_fast.model.labels import class_labels
 from imu_fast.model.loss import labelled
 from imu_fast.model.outputs import (
@@ -164,6 +164,7 @@ class HeadSubject:
         self.layers = [part.module for part, _ in found.parts]
         if self._asked == "head":
             check_not_frozen(model, self.name, self.layers)
+        check_gradients(self.layers)
         captured |= {k: self._captured(k, self._asked) for k in loaders if k != "forget"}
         self.computed = max(
             (found.computed, found.head.weight.dtype), key=lambda dtype: torch.finfo(dtype).eps

@@ -233,3 +233,29 @@ def test_half_precision_under_autocast():
         loss = criterion(features, labels, model.head(features))
     exact = imu.InfluenceWeightedLoss(model.head, shift=True)(model.features(ids), labels)
     assert loss.dtype == torch.float32 and abs(float(loss / exact) - 1) < 0.05
+
+
+class Cosine(nn.Linear):
+    def forward(self, input):
+        norm = nn.functional.normalize
+        return 5 * nn.functional.linear(norm(input, dim=1), norm(self.weight, dim=1))
+
+
+def hooked(kind):
+    head = nn.Linear(6, 3)
+    if kind == "before":
+        head.register_forward_pre_hook(lambda m, args: (2 * args[0] - 1,))
+    else:
+        head.register_forward_hook(lambda m, args, output: 0.2 * output)
+    return head
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Cosine(6, 3, bias=False), lambda: hooked("before"), lambda: hooked("after")]
+)
+@pytest.mark.parametrize("given", [False, True])
+def test_a_head_that_is_not_linear_in_its_inputs_is_refused(make, given):
+    head, features, y = make(), torch.randn(9, 6), torch.arange(9) % 3
+    criterion = imu.InfluenceWeightedLoss(head)
+    with pytest.raises(imu.InputError, match=r"not act W\^T \+ b.*batch_weights"):
+        criterion(features, y, head(features) if given else None)

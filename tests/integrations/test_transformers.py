@@ -308,3 +308,79 @@ def test_which_label_a_position_predicts_is_asked_of_the_models_own_loss(kind):
             losses.append(float(model(**one).loss))
     found, _ = ours.forget_depth(model, [batch])
     assert found == pytest.approx(sum(losses) / 4, rel=1e-5)
+
+
+class Plain(torch.nn.Module):
+    """Takes no labels, and returns its logits alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.fc = torch.nn.Linear(4, 6), torch.nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.fc(self.body(x).tanh())
+
+
+class OfLabels(torch.nn.Module):
+    """``(logits, loss)``; without labels the logits are the last position's."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.fc = torch.nn.Embedding(11, 6), torch.nn.Linear(6, 11)
+
+    def forward(self, input_ids, labels=None):
+        h = self.embed(input_ids).cumsum(1)
+        if labels is None:
+            return self.fc(h[:, -1:]), None
+        z = self.fc(h)
+        return z, cross_entropy(z[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("kind", ["plain", "of labels"])
+def test_models_of_ones_own(tmp_path, kind):
+    torch.manual_seed(0)
+    if kind == "plain":
+        model, batch = Plain(), {"x": torch.randn(8, 4), "labels": torch.arange(8)[:, None] % 3}
+        each = cross_entropy(model(batch["x"]), batch["labels"][:, 0], reduction="none")
+    else:
+        ids = torch.randint(11, (8, 6))
+        model, batch = OfLabels(), {"input_ids": ids, "labels": ids.clone()}
+        z = model(**batch)[0][:, :-1]
+        each = cross_entropy(z.transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
+    made = trainer(tmp_path, model, [{}], lambda samples: batch, {"num_train_epochs": 3})
+    loss = made.compute_loss(model, batch)
+    weights = imu.batch_weights(model, batch)
+    assert torch.allclose(loss, -(weights * each).sum() / weights.sum(), atol=1e-5)
+    assert ours.forget_depth(model, [batch])[0] == pytest.approx(float(each.mean()), rel=1e-5)
+    both = {"forget": batch, "retain": batch}
+    if kind == "plain":
+        with pytest.raises(imu.InputError, match="it returns none.*use retain_loss_type='KL'"):
+            made.compute_loss(model, both)
+    else:
+        kept = made.compute_loss(model, both)
+        assert torch.allclose(kept, loss + each.mean(), atol=1e-5)
+    made.train()
+    assert ours.forget_depth(model, [batch])[0] > float(each.mean())
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (torch.randint(2, (8, 3)).float(), "dtype torch.float32|probabilities"),
+        (torch.eye(3)[torch.arange(8) % 3], "one-hot or soft labels"),
+        (torch.randint(2, (8, 3)), r"labels have shape \(8, 3\)"),
+        (torch.randn(8), "labels have dtype torch.float32"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(tmp_path, labels, said):
+    batch = {"input_ids": stacked(sentences())["input_ids"], "labels": labels}
+    made = trainer(tmp_path, bert(), [{}], lambda samples: batch)
+    with pytest.raises(imu.InputError, match=said):
+        made.train()
+    with pytest.raises(imu.InputError, match=said):
+        ours.forget_depth(bert(), [batch])
+
+
+def test_batches_that_can_be_read_once_are_refused():
+    with pytest.raises(imu.InputError, match="which can be read once"):
+        ours.StopAtDepth(iter([]), forget_loss=1.0)

@@ -232,3 +232,19 @@ def test_another_loss_of_the_model_is_told(caplog):
         found = imu.capture(Smoothed(), [{"idx": ids, "labels": ids}])
     assert found.offsets.diff().tolist() == [6] * 4
     assert "the model's own loss on the first samples is" in caplog.text
+
+
+def test_a_sequence_of_one_token_has_no_label_that_is_predicted():
+    """Whatever comes first, and though its labels have the shape of others'."""
+    model, data = lm.make("llama"), lm.batch("llama")
+    one = {"input_ids": torch.randint(1, 9, (3, 1))}
+    one["labels"] = one["input_ids"].clone()
+    for batches, place in (([one, data], 0), ([data, one], 6)):
+        found = imu.influence_scores(model, batches)
+        assert not found[place : place + 3].any() and bool(found.any())
+        factors = imu.capture(model, batches, layers=lm.KINDS["llama"].attention)
+        assert not factors.offsets.diff()[place : place + 3].any()
+    losses = [imu.evaluate(model, batches)["loss"] for batches in ([one, data], [data])]
+    assert losses[0] == losses[1]
+    with pytest.raises(InputError, match="none of 3 samples has a label to be predicted"):
+        imu.influence_scores(model, [one])

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from per_sample import assert_scores, sample_gradients, scores
 from torch import nn
 from torch.nn import functional as F
 
@@ -355,3 +356,42 @@ def test_some_batches_may_have_indices_and_others_probabilities(layers, first, o
     found = imu.influence_scores(model, batches, **alike)
     truth = imu.influence_scores(model, (x[order], rows[order]), **alike)
     torch.testing.assert_close(found, truth, rtol=1e-10, atol=0)
+
+
+RULED_OUT = {
+    "filled": lambda z, value: z.masked_fill(torch.arange(OUTPUTS) > 1, value),
+    "written": lambda z, value: torch.cat([z[:, :2], torch.full_like(z[:, 2:], value)], dim=1),
+}
+
+
+@pytest.mark.parametrize("how", RULED_OUT)
+@pytest.mark.parametrize("layers", ["head", ["body"]])
+def test_smoothing_where_a_class_is_ruled_out(how, layers):
+    """The class has a share of the label, and no gradient: it is a constant."""
+    model, x, y = Net(), torch.randn(N, 6), torch.randint(2, (N,))
+    value = [-1e4]
+    model.register_forward_hook(lambda m, args, z: RULED_OUT[how](z, value[0]))
+
+    def loss(model, sample):
+        z = model(sample[0][None].double())
+        return F.cross_entropy(z, sample[1][None], label_smoothing=0.1)
+
+    name = "head" if layers == "head" else "body"
+    names = [f"{name}.weight", f"{name}.bias"]
+    truth = scores(sample_gradients(model, zip(x, y, strict=True), names, loss))
+    found = imu.influence_scores(model, (x, y), layers=layers, label_smoothing=0.1)
+    assert_scores(found, truth)
+    if layers == "head":
+        value[0] = -torch.inf
+        with pytest.raises(InputError, match="logits are not finite at sample 0"):
+            imu.influence_scores(model, (x, y), label_smoothing=0.1)
+
+
+def test_batches_of_indices_and_of_probabilities_behind_a_temperature():
+    model, x, y = Net(temperature=0.4), torch.randn(N, 6), torch.randint(OUTPUTS, (N,))
+    soft = torch.softmax(torch.randn(4, OUTPUTS), dim=1)
+    whole = torch.cat([F.one_hot(y[:7], OUTPUTS).float(), soft])
+    for curvature in ("ggn", "kfac", "fisher_diag"):
+        mixed = imu.influence_scores(model, [(x[:7], y[:7]), (x[7:], soft)], curvature=curvature)
+        expected = imu.influence_scores(model, (x, whole), curvature=curvature)
+        torch.testing.assert_close(mixed, expected, rtol=1e-4, atol=1e-5)

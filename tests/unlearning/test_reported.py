@@ -408,3 +408,21 @@ def test_a_step_of_one_sample_goes_where_its_gradient_points():
     loss = F.cross_entropy(model(torch.cat([x, x])), y.repeat(2))
     truth = torch.autograd.grad(loss, model.conv.weight)[0]
     torch.testing.assert_close(found.conv.weight - model.conv.weight, truth, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "method", ["uniform", "margin_edit", "newton_removal", "self_distillation"]
+)
+def test_a_gradient_that_the_user_changes_is_not_passed_over(method):
+    """As to keep some rows of a head as they are."""
+    model, x, y = problem(Net)
+    kept = torch.ones_like(model.fc.weight)
+    kept[2] = 0
+    model.fc.weight.register_hook(lambda gradient: gradient * kept)
+    before = model.fc.weight.detach().clone()
+    stop = imu.StopRule(forget_accuracy=0.1)
+    with pytest.raises(imu.InputError, match="hook on the gradient of its weight.*scope='layers'"):
+        imu.unlearn(model, (x, y), method, stop=stop)
+    imu.unlearn(model, (x, y), "uniform", scope="layers", epochs=1, weight_decay=0.0)
+    moved = (model.fc.weight != before).any(dim=1)
+    assert not moved[2] and moved[0]

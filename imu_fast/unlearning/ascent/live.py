@@ -6,20 +6,22 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from imu_fast.errors import InputError, check_finite_rows
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.source import Factors, in_memory
 from imu_fast.losses.cross_entropy import CrossEntropy
+from imu_fast.model.calls import watched
 from imu_fast.model.capture import capture_features
 from imu_fast.model.convolution import Convolution
 from imu_fast.model.head import LinearLayer
 from imu_fast.model.live import listening, live_factors
 from imu_fast.model.loss import Targets, counts_of, sample_losses
+from imu_fast.model.search import directly
 from imu_fast.ops.tokens import tokens_of_samples
 from imu_fast.unlearning.subject import NetworkSubject, trained_layers
 
@@ -86,12 +88,12 @@ class LiveHead(Live):
     input.
 
     Args:
-        module: the head, whose output is the logits.
+        layer: the head, whose output is the logits.
     """
 
-    def __init__(self, subject: NetworkSubject, module: nn.Module) -> None:
+    def __init__(self, subject: NetworkSubject, layer: LinearLayer) -> None:
         super().__init__(subject)
-        self._module = module
+        self._layer = layer
         self._acts: list[Tensor] = []
 
     @classmethod
@@ -104,22 +106,25 @@ class LiveHead(Live):
             return None
         if found.parts[0][0].derived:
             return None
-        return cls(subject, found.parts[0][0].module)
+        return cls(subject, found.parts[0][0])
 
     def run(self, rows: Tensor) -> None:
+        """As of :class:`Live`.
+
+        Raises:
+            InputError: the logits are not the head's one output, row by row as it made them.
+        """
         self.rows, self.forwards, self._acts = rows, [], []
-
-        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._acts.append(args[0].detach())
-
-        handle = self._module.register_forward_hook(note)
-        try:
-            with torch.enable_grad():
-                for batch, at in self._subject.forget.pieces(rows.tolist()):
+        with torch.enable_grad():
+            for batch, at in self._subject.forget.pieces(rows.tolist()):
+                with watched([self._layer], leaves=False, stops=True) as seen:
                     logits, targets = self._subject.forward(batch)
-                    self.forwards.append(Forward(logits, targets, at))
-        finally:
-            handle.remove()
+                call = directly(seen, logits)
+                if call is None:
+                    self.forwards = []
+                    raise InputError(f"the logits are not the output of {self._layer.name!r} alone")
+                self.forwards.append(Forward(logits, targets, at))
+                self._acts.append(call.act)
 
     def factors(
         self, rows: Tensor | None = None, layers: Literal["head", "trained"] = "head"
@@ -148,7 +153,7 @@ class LiveHead(Live):
                 torch.cat(deltas)[tokens],
                 torch.cat(acts)[tokens],
                 torch.cat([kept.new_zeros(1), kept.cumsum(0)]),
-                self._module.bias is not None,
+                self._layer.bias is not None,
                 torch.cat(labels)[tokens],
                 torch.cat(losses)[sorted_.to(tokens.device)],
                 loss=CrossEntropy(),
@@ -166,6 +171,7 @@ class LiveLayers(Live):
         super().__init__(subject)
         self._layers = list(layers)
         self._factors: list[GradientFactors] = []
+        self._ran = set[str]()
 
     @classmethod
     def find(cls, subject: NetworkSubject) -> LiveLayers | None:
@@ -190,7 +196,8 @@ class LiveLayers(Live):
                 self.forwards.append(Forward(logits, targets, at))
                 passes.append((seen, logits, Targets.of_classes(targets)))
         try:
-            found = live_factors(self._subject.model, self._layers, passes, self._subject.reading)
+            how = self._subject.reading, self._ran
+            found = live_factors(self._subject.model, self._layers, passes, *how)
         except InputError:
             self.forwards = []
             raise

@@ -22,7 +22,7 @@ from imu_fast.errors import (
 from imu_fast.model.batches import ForgetSet, as_batches
 from imu_fast.model.capture import capture, head_of
 from imu_fast.model.guard import modes
-from imu_fast.model.head import LinearLayer, resolve
+from imu_fast.model.head import LinearLayer, check_gradients, resolve
 from imu_fast.model.outputs import logits_in_batches
 from imu_fast.model.reading import Reading
 from imu_fast.options import option, options
@@ -180,6 +180,7 @@ class _Distillation:
             summary.check_head(job.model, head.matrix, head.bias is not None, job.forget.n)
         self._metrics = self._fit(inner, head, classes)
         self.layers = [*inner, head]
+        check_gradients(layer.module for layer in self.layers)
         own = {id(p) for layer in self.layers for p in layer.module.parameters(recurse=False)}
         chosen = [name for name, p in model.named_parameters() if id(p) in own]
         job.keep(p for p in model.parameters() if id(p) in own)
