@@ -95,7 +95,7 @@ def _outputs(model: nn.Module, parts: Parts, more: dict[str, Any]) -> dict[Any, 
     """What a model makes of a batch; nothing where it refuses it."""
     try:
         with default_device_back():
-            return tensors_of(model(*parts.args, **parts.kwargs, **more))
+            return tensors_of(innermost(model)(*parts.args, **parts.kwargs, **more))
     except REFUSALS as error:
         logger.info("the model refuses its inputs and %s: %s", list(more), brief(error, 100))
         return {}
