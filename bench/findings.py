@@ -1,8 +1,9 @@
 """Write ``bench/FINDINGS.md`` from the results: ``python bench/findings.py``.
 
 Every number in the findings is taken from ``results/compare-cifar10`` (its ``results.json`` and
-``cells``), the linear datamodeling scores from ``results/validate-*``, by the template ``findings.md.j2``, so text, tables and results cannot
-differ; a test makes the file again and compares.
+``cells``), the linear datamodeling scores from ``results/validate-*``, by the template
+``findings.md.j2``, so text, tables and results cannot differ; a test makes the file again and
+compares.
 """
 
 from __future__ import annotations

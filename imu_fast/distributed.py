@@ -11,11 +11,13 @@ do different things hear of it instead of waiting for each other.
 from __future__ import annotations
 
 import hashlib
+import pickle
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -33,8 +35,28 @@ _TURNS, _AT_ONCE = (0.7, 1.3, 1.9, 2.6), 1 << 20
 
 
 def text_of(value: Any) -> str:
-    """A value as text that is the same in every process: without addresses and devices."""
+    """A value as text that is the same in every process: without addresses and devices.
+
+    Of a tensor or an array it has all numbers, by a digest: repr leaves out most of a long one, and
+    of each the last digits.
+    """
+    if isinstance(value, np.ndarray):
+        return f"array {value.dtype} {list(value.shape)} {_hash(value.tobytes())}"
+    if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta:
+        return f"tensor {value.dtype} {list(value.shape)} {_bits(value)}"
+    if isinstance(value, list | tuple):
+        return f"({', '.join(map(text_of, value))})"
     return re.sub(r" at 0x[0-9a-fA-F]+|, device='[^']*'", "", repr(value))
+
+
+def _hash(found: bytes) -> str:
+    return hashlib.blake2b(found, digest_size=16).hexdigest()
+
+
+def _bits(tensor: Tensor) -> str:
+    """A digest of the numbers."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return _hash(flat.view(torch.uint8).numpy().tobytes())
 
 
 def check_group(group: Group) -> None:
@@ -64,6 +86,11 @@ def rank_of(group: Group = None) -> int:
 def size_of(group: Group = None) -> int:
     """How many processes the group has."""
     return dist.get_world_size(group)
+
+
+def several() -> bool:
+    """Whether this process is one of several: for callers that know that all of them call."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def same_processes(one: Group, other: Group) -> bool:
@@ -145,6 +172,22 @@ def _text(error: Exception) -> str:
     return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
 
 
+def _ready(doing: str, group: Group, make: Callable[[], T]) -> T:
+    """What an exchange needs, made here, and then all begin it, or all of them raise.
+
+    Raises:
+        As :func:`in_step`; what ``make`` raises.
+    """
+    try:
+        made = make()
+    except Exception as error:
+        if not hasattr(error, _TOLD):
+            in_step(doing, group, error)
+        raise
+    in_step(doing, group)
+    return made
+
+
 @contextmanager
 def together(doing: str, group: Group = None) -> Iterator[None]:
     """The body's failure in one process is that of all; they begin and end it in step.
@@ -168,21 +211,16 @@ def _sent(tensor: Tensor, group: Group) -> Tensor:
     return (tensor.to(home) if home.type == "cuda" else tensor).contiguous()
 
 
-def sum_(tensor: Tensor, group: Group = None) -> Tensor:
-    """The sum over all processes, in place; every process gets the same bits.
-
-    Each of them has to call this, in the same order.
-    """
-    whole = _sent(tensor, group)
+def _sum(whole: Tensor, group: Group) -> None:
+    """The sum over all processes, in place; every process gets the same bits."""
     with _answered():
         dist.all_reduce(whole, group=group)
-    return tensor if whole is tensor else tensor.copy_(whole)
 
 
 def largest_(tensor: Tensor, group: Group = None) -> Tensor:
     """The largest over all processes, in place; every process gets the same bits."""
-    in_step(f"the largest of {tensor.dtype} {list(tensor.shape)}", group)
-    whole = _sent(tensor, group)
+    doing = f"the largest of {tensor.dtype} {list(tensor.shape)}"
+    whole = _ready(doing, group, lambda: _sent(tensor, group))
     with _answered():
         dist.all_reduce(whole, dist.ReduceOp.MAX, group=group)
     return tensor if whole is tensor else tensor.copy_(whole)
@@ -196,22 +234,40 @@ def summed_over(make: Callable[[], Any], group: Group = None) -> Any:
     """
     try:
         found = make()
+        tensors = (found,) if isinstance(found, Tensor) else found
+        wholes = [_sent(tensor, group) for tensor in tensors]
     except Exception as error:
         if not hasattr(error, _TOLD):
             in_step("a sum", group, error)
         raise
-    tensors = (found,) if isinstance(found, Tensor) else found
     kinds = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in tensors)
     in_step(f"a sum of {kinds}", group)
-    for tensor in tensors:
-        sum_(tensor, group)
+    for tensor, whole in zip(tensors, wholes, strict=True):
+        _sum(whole, group)
+        if whole is not tensor:
+            tensor.copy_(whole)
     return found
 
 
 def gather(value: T, group: Group = None) -> list[T]:
-    """What each process passed, in the order of their ranks; for small Python values."""
-    in_step("a gathering", group)
-    return _gathered(value, group)
+    """What each process passed, in the order of their ranks; for small Python values.
+
+    Raises:
+        InputError: a value holds what cannot be sent.
+    """
+    packed = _ready("a gathering", group, lambda: _packed(value))
+    return [pickle.loads(one) for one in _gathered(packed, group)]
+
+
+def _packed(value: Any) -> bytes:
+    try:
+        return pickle.dumps(value)
+    except (pickle.PicklingError, AttributeError, TypeError, RuntimeError) as error:
+        raise InputError(
+            f"data or loss hold what cannot be sent to another process ({brief(error)}), as one "
+            "that has no samples needs; give each process a sample, or define classes and "
+            "functions at the top of a module"
+        ) from error
 
 
 def _gathered(value: T, group: Group) -> list[T]:
@@ -229,7 +285,7 @@ def rows_of_all(rows: Tensor, group: Group = None) -> Tensor:
     """
     in_step(f"a gathering of rows of {rows.dtype} {list(rows.shape[1:])}", group)
     counts = _gathered(len(rows), group)
-    out = rows.new_empty(sum(counts), *rows.shape[1:], device=_sent(rows[:0], group).device)
+    out = _ready("rows", group, lambda: _room(rows, sum(counts), group))
     first = 0
     for rank, count in enumerate(counts):
         part = out[first : first + count]
@@ -242,18 +298,22 @@ def rows_of_all(rows: Tensor, group: Group = None) -> Tensor:
     return out.to(rows.device)
 
 
+def _room(rows: Tensor, count: int, group: Group) -> Tensor:
+    return rows.new_empty(count, *rows.shape[1:], device=_sent(rows[:0], group).device)
+
+
 def from_first(tensor: Tensor, group: Group = None) -> Tensor:
     """The tensor of the first process, in place in all of them."""
-    in_step(f"a copy of {tensor.dtype} {list(tensor.shape)}", group)
-    return _broadcast(tensor, group, 0)
+    doing = f"a copy of {tensor.dtype} {list(tensor.shape)}"
+    whole = _ready(doing, group, lambda: _sent(tensor, group))
+    _broadcast(whole, group, 0)
+    return tensor if whole is tensor else tensor.copy_(whole)
 
 
-def _broadcast(tensor: Tensor, group: Group, rank: int) -> Tensor:
-    whole = _sent(tensor, group)
+def _broadcast(whole: Tensor, group: Group, rank: int) -> None:
     source = rank if group is None else dist.get_global_rank(group, rank)
     with _answered():
         dist.broadcast(whole, source, group=group)
-    return tensor if whole is tensor else tensor.copy_(whole)
 
 
 def alike(tensor: Tensor, group: Group = None) -> bool:
@@ -268,7 +328,7 @@ def alike(tensor: Tensor, group: Group = None) -> bool:
     if any(other != kind for other in _gathered(kind, group)):
         return False
     if not tensor.is_floating_point():  # to the bit
-        found = hashlib.blake2b(tensor.cpu().numpy().tobytes(), digest_size=16).hexdigest()
+        found = _ready("a comparison", group, lambda: _bits(tensor))
         return len(set(_gathered(found, group))) == 1
     if not tensor.numel():
         return True

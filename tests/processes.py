@@ -15,6 +15,7 @@ from pathlib import Path
 
 import shared_head
 import shared_layers
+import shared_otherwise
 import torch
 import torch.distributed as dist
 from cases import CASES, Case, head_factors
@@ -325,7 +326,15 @@ def failures(rank, world):
 
 
 PARTS = {
-    2: (statistics, single, shared_layers.walk, shared_head.walk, models, failures),
+    2: (
+        statistics,
+        single,
+        shared_layers.walk,
+        shared_head.walk,
+        models,
+        shared_otherwise.walk,
+        failures,
+    ),
     4: (statistics, shared_layers.walk, shared_head.walk, failures),
 }
 

@@ -140,6 +140,8 @@ class _Unit:
             first += chunk.n
 
     def each(self, layer: Factors, statistic: Callable[[GradientFactors], Tensor]) -> Tensor:
+        if not layer.n_here:  # a process that has none of the samples, and no largest signal of any
+            return layer.each(statistic)
         first = 0
 
         def here(chunk: GradientFactors) -> Tensor:

@@ -67,13 +67,13 @@ def demo(
 
 
 app.command()(clean_errors(split))
-app.command()(clean_errors(score))
-app.command()(clean_errors(unlearn))
+app.command()(clean_errors(score, processes=True))
+app.command()(clean_errors(unlearn, processes=True))
 app.command()(clean_errors(summary))
-app.command()(clean_errors(evaluate))
+app.command()(clean_errors(evaluate, processes=True))
 app.command()(clean_errors(index))
 app.command()(clean_errors(query))
-app.command()(clean_errors(check))
+app.command()(clean_errors(check, processes=True))
 
 
 @app.command()

@@ -10,14 +10,18 @@ from typing import Any
 
 import typer
 
-from imu_fast.cli.processes import speaks
+from imu_fast.cli.processes import alone, speaks
 from imu_fast.errors import ImuFastError
 
 
-def clean_errors(command: Callable[..., None]) -> Callable[..., None]:
+def clean_errors(command: Callable[..., None], *, processes: bool = False) -> Callable[..., None]:
     """Our own errors, and those of a file that is named, as one line and exit code 2.
 
     Any other is a bug and keeps its traceback.
+
+    Args:
+        processes: whether several may run the command under torchrun: they share its work, or
+            write nothing. Of any other each would do all of it, and write the same files.
     """
 
     @functools.wraps(command)
@@ -25,6 +29,8 @@ def clean_errors(command: Callable[..., None]) -> Callable[..., None]:
         _write_any_name()
         failure: Exception
         try:
+            if not processes:
+                alone(f"imu-fast {command.__name__.replace('_', '-')}")
             command(*args, **kwargs)
         except ImuFastError as error:
             said, failure = str(error), error

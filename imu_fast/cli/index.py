@@ -10,7 +10,6 @@ import typer
 
 from imu_fast.cli.arguments import Force, Images, Texts, grouped, is_text, layer_names
 from imu_fast.cli.devices import DeviceName, device_named
-from imu_fast.cli.processes import alone
 
 BatchSize = Annotated[
     int | None, typer.Option(help="Samples per batch; default 64 images, 8 texts.")
@@ -50,7 +49,6 @@ def index(
     device: DeviceName = None,
 ) -> None:
     """Store the gradients of a training set, for queries that come later; resumable."""
-    alone("imu-fast index")
     from imu_fast.cli.index_files import Names, opened_samples
     from imu_fast.errors import InputError, check_count, check_seed
 
@@ -133,7 +131,6 @@ def query(
     force: Force = False,
 ) -> None:
     """Which training samples of an index help or harm on each query, and by how much."""
-    alone("imu-fast query")
     from imu_fast.attribution.index import load_index
     from imu_fast.cli.index_files import Answers, Names, check_lines, opened_samples
     from imu_fast.curvature.named import CURVATURES

@@ -27,6 +27,7 @@ from imu_fast.errors import (
 from imu_fast.model.batches import ForgetSet, device_of, split_batch, to_device
 from imu_fast.model.called import called
 from imu_fast.model.capture import capture_features
+from imu_fast.model.forward import innermost
 from imu_fast.model.guard import copied, door
 from imu_fast.model.labels import class_labels
 from imu_fast.model.outputs import logits_of, outputs_of
@@ -82,7 +83,7 @@ def _network_accuracies(
     model: nn.Module, samples: ForgetSet, batches: Iterator[Tensor], lr: float, reading: Reading
 ) -> Iterator[float]:
     """As :func:`_head_accuracies`, with every parameter of a copy of the network trained."""
-    model = copied(model).eval().requires_grad_()
+    model = copied(innermost(model)).eval().requires_grad_()
     device = device_of(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=_MOMENTUM)
     for step in itertools.count():

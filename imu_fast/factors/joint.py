@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 from imu_fast import distributed
+from imu_fast.errors import InputError
 from imu_fast.factors.protocol import is_shared
 
 P = ParamSpec("P")
@@ -30,17 +31,30 @@ def joined(
     """Makes a call of shared factors, or of a group, one of all or of none; None: of neither.
 
     Raises:
-        InputError: the group is none.
+        InputError: the group is none; in the context: what is shared is so by other processes.
     """
+    every = list(_shared_in((*args, *kwargs.values())))
     group = kwargs.get("group")
     if group is not None:
         distributed.check_group(group)
+    elif every:
+        group = every[0].group
     else:
-        shared = next(_shared_in((*args, *kwargs.values())), None)
-        if shared is None:
-            return None
-        group = shared.group
-    return distributed.together(f"{function.__qualname__}()", group)
+        return None
+    return _joined(f"{function.__qualname__}()", group, every)
+
+
+@contextmanager
+def _joined(call: str, group: distributed.Group, every: Sequence[Any]) -> Iterator[None]:
+    """The call by all processes of a group, of which everything that is shared has to be."""
+    with distributed.together(call, group):
+        for shared in every:
+            if not distributed.same_processes(shared.group, group):
+                raise InputError(
+                    f"{call}: what it is given is shared among different processes, whose sums are "
+                    "over other samples; pass what one group shares, or gathered() of the other"
+                )
+        yield
 
 
 def joint(function: Callable[P, R]) -> Callable[P, R]:

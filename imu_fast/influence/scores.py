@@ -76,6 +76,11 @@ def factors_of(
         source = capture(source, data, layers=layers, **how, **reading)
     elif data is not None:
         raise InputError("data is only used with a model; pass factors alone")
+    elif not (isinstance(layers, str) and layers == "head"):
+        raise InputError(
+            f"layers={layers!r} says which layers of a model are captured, and source is factors, "
+            "which are of theirs; pass it to imu_fast.capture, or choose among the factors"
+        )
     elif given := [name for name, value in reading.items() if value is not None]:
         raise InputError(
             f"{given[0]} says how a model is read, and source is factors, which are captured "
@@ -216,7 +221,9 @@ def influence_scores(
         return source.over_classes(
             f"influence_scores({spec!r}, target={_of_kind(target)}, {more})",
             spec,
-            lambda: influence_scores(source.own, data, curvature=spec, target=goal, **more),
+            lambda: influence_scores(
+                source.own, data, curvature=spec, target=goal, layers=layers, **more
+            ),
         )
     all_layers = factors_of(source, data, layers, progress, reading, spec)
     rows = rows_to_score(all_layers, per)
@@ -275,7 +282,7 @@ def self_influence(
         return source.over_classes(
             f"self_influence({spec!r})",
             spec,
-            lambda: self_influence(source.own, data, curvature=spec, **more),
+            lambda: self_influence(source.own, data, curvature=spec, layers=layers, **more),
         )
     all_layers = factors_of(source, data, layers, progress, reading, spec)
     said(all_layers, lambda: f"self_influence({spec!r})")

@@ -76,6 +76,7 @@ def top_influences(
         for query in whole:
             the_same("queries", query.delta, shared)
             the_same("queries", query.act, shared)
+            the_same("queries", query.offsets, shared)
     m, step = whole[0].n, max(1, _ELEMENTS // n)
     values, indices = [], []
     for first in range(0, m, step):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from imu_fast import distributed
 from imu_fast.errors import InputError, check_count, check_positive
 from imu_fast.integrations._forgetting import (
     Forgetting,
@@ -57,7 +58,11 @@ def forget_depth(
     Raises:
         InputError: there is no sample with a label, or labels are no class indices.
     """
-    shift = shift_labels
+    return _means([_sums(model, batches, shift_labels)])
+
+
+def _sums(model: nn.Module, batches: Any, shift: bool | None) -> tuple[float, float, int]:
+    """Of the samples' losses and accuracies, and how many samples have a label."""
     device, losses, right, n = device_of(model), 0.0, 0.0, 0
     with preserved(model), torch.no_grad():
         model.eval()
@@ -74,6 +79,11 @@ def forget_depth(
             losses += float(means(objective(z, y, "ce"), counts).sum())
             right += float(means((z.argmax(dim=1) == y).to(z.dtype), counts).sum())
             n += int((counts > 0).sum())
+    return losses, right, n
+
+
+def _means(sums: list[tuple[float, float, int]]) -> tuple[float, float]:
+    losses, right, n = (sum(column) for column in zip(*sums, strict=True))
     if not n:
         raise InputError("batches has no sample with a label")
     return losses / n, right / n
@@ -86,7 +96,9 @@ class StopAtDepth(TrainerCallback):
     that one has changed in the model is put back.
 
     Args:
-        batches: of the forget set, read at each measurement; see :func:`forget_depth`.
+        batches: of the forget set, read at each measurement; see :func:`forget_depth`. Where a
+            training has several processes, the depth is that of the samples of all: they may have
+            the same ones, or each its own part.
         forget_loss: stop at or above this mean loss. forget_accuracy: at or below this accuracy.
         every: steps between measurements.
         shift_labels: as of :func:`forget_depth`.
@@ -168,8 +180,16 @@ class StopAtDepth(TrainerCallback):
         put_back(self._before)
         self._before, control.should_training_stop = [], True
 
+    def _depth(self, model: nn.Module) -> tuple[float, float]:
+        """Of the samples of all processes of the training, so that they stop together or not."""
+        if not distributed.several():
+            return forget_depth(model, self.batches, shift_labels=self.shift_labels)
+        with distributed.together("StopAtDepth"):
+            own = _sums(model, self.batches, self.shift_labels)
+            return _means(distributed.gather(own))
+
     def _measure(self, state: Any, control: Any, model: nn.Module) -> None:
-        loss, accuracy = forget_depth(model, self.batches, shift_labels=self.shift_labels)
+        loss, accuracy = self._depth(model)
         self.records.append((state.global_step, loss, accuracy))
         deep = self.forget_loss is not None and loss >= self.forget_loss
         wrong = self.forget_accuracy is not None and accuracy <= self.forget_accuracy

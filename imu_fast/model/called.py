@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from imu_fast.ambient import default_device_back
 from imu_fast.errors import InputError, brief
+from imu_fast.model.forward import innermost
 from imu_fast.model.labels import is_integer
 from imu_fast.model.nested import copied
 
@@ -50,6 +51,9 @@ def called(
 ) -> Any:
     """``model(*args, **kwargs)``, under the default device of the user's call.
 
+    Of a wrapper the module inside: a call of DistributedDataParallel waits for those of all other
+    processes where the model has buffers, and one of ours is this process's alone.
+
     Args:
         labels: of these samples, for the message. run: instead of the model itself.
 
@@ -59,7 +63,7 @@ def called(
     """
     try:
         with default_device_back():
-            return (run or model)(*copied(list(args)), **copied(dict(kwargs)))
+            return (run or innermost(model))(*copied(list(args)), **copied(dict(kwargs)))
     except _REFUSALS as error:
         if type(error) not in _REFUSALS or _MACHINE.search(str(error)) or _is_own(error):
             raise

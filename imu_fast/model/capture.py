@@ -26,7 +26,12 @@ from imu_fast.model.loss import check_labelled
 from imu_fast.model.reading import Reading, ReadingOptions
 from imu_fast.model.run import evaluated, full_precision, read
 from imu_fast.model.selection import selected
-from imu_fast.model.shared import samples_of, shared_factors, shared_features
+from imu_fast.model.shared import (
+    check_each_once,
+    samples_of,
+    shared_factors,
+    shared_features,
+)
 from imu_fast.ops.tokens import is_flat
 
 
@@ -242,6 +247,7 @@ def capture(
     said = {"fisher": fisher} | ({} if expectation is None else expectation.options())
     said |= {name: value for name, value in sorted(reading.items()) if value is not None}
     in_step(f"capture({', '.join(f'{k}={text_of(v)}' for k, v in said.items())})", group)
+    check_each_once(loader, group)
     if expectation is None or expectation.kind == "exact":
         return shared_factors(model, group, lambda _: own(expectation))
     # A sample has the draws that its place among all gives it.

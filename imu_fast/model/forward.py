@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +29,13 @@ def wrapped(model: nn.Module) -> nn.Module | None:
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         inner = model.module
     return inner if isinstance(inner, nn.Module) else None
+
+
+def inside(model: nn.Module, named: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """The module inside of wrappers, and what is named in the wrapper by its names in that."""
+    inner = innermost(model)
+    where = next(name for name, module in model.named_modules() if module is inner)
+    return inner, {name.removeprefix(f"{where}."): value for name, value in named.items()}
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,31 @@ def warn_of_order(loader: Any) -> None:
         )
 
 
+def _shares(sampler: Any) -> int:
+    """Among how many processes a sampler shares its samples out."""
+    found = getattr(sampler, "num_replicas", getattr(sampler, "num_processes", 1))
+    return found if isinstance(found, int) else 1
+
+
+def places_shared_out(loader: Any) -> list[int] | None:
+    """The places in the data set of what a loader gives here that shares it out among processes.
+
+    None: it does not, it draws with replacement, or where samples are is not to be had.
+    """
+    samplers = samplers_of(loader)
+    draws = any(getattr(sampler, "replacement", False) for sampler in samplers)
+    if draws or not any(_shares(sampler) > 1 for sampler in samplers):
+        return None
+    batches = index_batches(loader)
+    sampler = getattr(loader, "batch_sampler", None)
+    if batches is None and sampler is not None and shuffling(loader) is None:
+        batches = [[_index(i) for i in batch] for batch in sampler]  # of accelerate
+    if batches is None:
+        return None
+    found = [place for batch in batches for place in batch]
+    return found if all(isinstance(place, int) for place in found) else None
+
+
 def _length(value: Any) -> int | None:
     try:
         return len(value)
@@ -133,8 +158,7 @@ def remarks(loader: Any) -> list[str]:
                     f"the loader has drop_last=True: its last {left_out} of {total} samples are "
                     "left out; drop_last=False keeps them"
                 )
-        shares: Any = getattr(sampler, "num_replicas", getattr(sampler, "num_processes", 1))
-        if isinstance(shares, int) and shares > 1:
+        if (shares := _shares(sampler)) > 1:
             rank = getattr(sampler, "rank", getattr(sampler, "process_index", "?"))
             said.append(
                 f"the loader is distributed: this process reads share {rank} of {shares}, which "

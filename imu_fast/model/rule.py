@@ -96,7 +96,7 @@ def _outputs(model: nn.Module, parts: Parts, more: dict[str, Any]) -> dict[Any, 
     try:
         with default_device_back():
             args, kwargs = copied(list(parts.args)), copied(parts.kwargs | more)
-            return tensors_of(model(*args, **kwargs))
+            return tensors_of(innermost(model)(*args, **kwargs))
     except REFUSALS as error:
         logger.info("the model refuses its inputs and %s: %s", list(more), brief(error, 100))
         return {}

@@ -23,7 +23,8 @@ from imu_fast.model.causal import decisions
 from imu_fast.model.features import HeadFeatures
 from imu_fast.model.forward import innermost
 from imu_fast.model.guard import preserved
-from imu_fast.model.order import generators_kept, index_batches
+from imu_fast.model.order import generators_kept, index_batches, places_shared_out
+from imu_fast.model.parts import Data
 from imu_fast.model.reader import Reader
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
@@ -32,22 +33,50 @@ _BLOCK, _NEXT = 1 << 18, 0x9E3779B97F4A7C15
 
 
 def check_same_model(model: Any, group: distributed.Group) -> None:
-    """Raise InputError where processes have other weights or buffers: compared bit by bit, summed.
+    """Raise InputError where processes have other weights, buffers or settings; compared are the
+    bits, summed, and what :func:`settings` names.
 
     Buffers make features, too: DistributedDataParallel leaves each process the running statistics
     of its own last batch.
     """
-    sums = checksums(model) if isinstance(model, nn.Module) else {}
+    known = settings(model) if isinstance(model, nn.Module) else {}
+    sums = checksums(model) | known if isinstance(model, nn.Module) else {}
     digest = hashlib.blake2b(repr(sums).encode(), digest_size=16).hexdigest()
     if len(set(distributed.gather(digest, group))) == 1:
         return
     found = distributed.gather(sums, group)
     names = list(dict.fromkeys(name for one in found for name in one))
     odd = [name for name in names if any(one.get(name) != found[0].get(name) for one in found)]
+    way = (
+        "load the same state in each, or copy the first one's: "
+        "for t in model.state_dict().values(): torch.distributed.broadcast(t, 0)"
+    )
+    if odd[0] in known:  # a number that a module holds
+        way = "set it to the same number in each"
     raise InputError(
         f"model: {odd[0]} (and {len(odd) - 1} more) differs among the processes, which share "
-        "samples of one model; load the same state in each, or copy the first one's: "
-        "for t in model.state_dict().values(): torch.distributed.broadcast(t, 0)"
+        f"samples of one model; {way}"
+    )
+
+
+def check_each_once(loader: Any, group: distributed.Group) -> None:
+    """Raise InputError where a sampler gives a sample to two processes: it would count twice.
+
+    torch's DistributedSampler and accelerate's do, to make the processes' shares equal.
+    """
+    own = places_shared_out(loader.loader if isinstance(loader, Data) else loader)
+    if not any(distributed.gather(own is not None, group)):
+        return
+    every = distributed.rows_of_all(torch.tensor(own or [], dtype=torch.int64), group)
+    places, counts = every.unique(return_counts=True)
+    if len(places) == len(every):
+        return
+    raise InputError(
+        f"loader: its sampler gives {len(every) - len(places)} samples twice (first: place "
+        f"{int(places[counts > 1][0])} of the data set) to make the processes' shares equal, and "
+        "they would count twice; read in each process its own part, by torch.utils.data."
+        "Subset(dataset, range(rank, len(dataset), world)), uneven as it is, or leave samples out, "
+        "by drop_last=True of the sampler"
     )
 
 
@@ -185,6 +214,7 @@ def shared_features(
         InputError: as :func:`shared_factors`.
     """
     check_same_model(model, group)
+    check_each_once(loader, group)
     loader, first = _lendable(model, loader)
     found: HeadFeatures | None = None
     with decisions() as shifts, suppress(NoSamplesError):
@@ -196,7 +226,7 @@ def shared_features(
     count = 0 if found is None else len(found.offsets) - 1
     if not all(here):
         lends = here.index(True) == distributed.rank_of(group)
-        lent = distributed.gather(_one_sample(first()) if lends else None, group)
+        lent = distributed.gather(_one_sample(first(), found) if lends else None, group)
         if found is None:
             found = capture([next(one for one in lent if one is not None)])
     assert found is not None
@@ -232,8 +262,11 @@ def _lendable(model: nn.Module, loader: Any) -> tuple[Any, Callable[[], Any]]:
     return loader, lambda: next(iter(as_batches(loader, model)))
 
 
-def _one_sample(batch: Any) -> Any:
-    one = batch.taken([0])
+def _one_sample(batch: Any, found: HeadFeatures | None) -> Any:
+    """Of a process's first batch, with a label where any has one."""
+    assert found is not None
+    labelled = found.offsets.diff()[: batch.n] > 0
+    one = batch.taken([int(labelled.int().argmax())])
     return one.mapped(lambda x: x.detach().cpu() if isinstance(x, Tensor) else x)
 
 

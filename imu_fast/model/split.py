@@ -166,7 +166,7 @@ class Splitter:
             args, kwargs, labels = to_device(parts, device_of(self.model))
             with preserved(self.model), torch.no_grad(), default_device_back():
                 self.model.eval()
-                outputs = tensors_in(self.model(*copied(args), **copied(kwargs)))
+                outputs = tensors_in(innermost(self.model)(*copied(args), **copied(kwargs)))
         except REFUSALS as error:
             return brief(error, 100)
         if any(labels_fit(labels, output) for output in outputs):

@@ -24,6 +24,7 @@ from imu_fast.unlearning.edit.newton import NewtonRemoval
 from imu_fast.unlearning.method import Method
 from imu_fast.unlearning.result import Record, UnlearnResult
 from imu_fast.unlearning.subject import naming
+from imu_fast.unlearning.summary.summary import TrainingSummary
 
 Run = Callable[..., UnlearnResult]
 
@@ -53,17 +54,17 @@ def unlearn_shared(
     Raises:
         InputError: the method changes more than a head, or more stands between it and the logits.
     """
+    watched = distributed.gather(given["callback"] is not None, group)
     if distributed.rank_of(group):
-        # One that does nothing, where there is one: it says when records are made.
-        silent = None if given["callback"] is None else _ignore
+        # One that does nothing, where any process has one: it says when records are made.
+        silent = _ignore if any(watched) else None
         given |= {"callback": silent, "on_milestone": None, "checkpoint": None, "progress": False}
-    layer, alone = _on_the_head(method)
+    layer, alone = _on_the_head(method.bind(model))  # by name, which a copy has too
     stop, milestones = rules
     for rule in (stop, *(milestones or {}).values()):
         _check_rule(rule)
-    plain = {k: v for k, v in method.flat().items() if isinstance(v, str | int | float | None)}
-    said = f"unlearn({type(method).__name__}({plain}), {stop!r}, {sorted(watch)}, "
-    said += f"seed={given['seed']})"
+    depths = {name: _numbers(rule) for name, rule in {"": stop, **(milestones or {})}.items()}
+    said = f"unlearn({_text(method)}, {depths}, {sorted(watch)}, seed={given['seed']})"
     distributed.in_step(said, group)
     target = model if inplace else copied(model)
 
@@ -73,6 +74,10 @@ def unlearn_shared(
         return found
 
     found = read(data)
+    if (summary := getattr(method, "summary", None)) is not None:
+        # Here, for what runs below has the head alone, and cannot see what is before it.
+        [(part, _)] = found.parts
+        summary.check_head(target, part.matrix, part.bias is not None, len(found.offsets) - 1)
     if isinstance(alone, Ascent) and isinstance(alone.retain, Retain):
         with naming(RETAIN):
             kept = read(alone.retain.data)
@@ -91,6 +96,23 @@ def unlearn_shared(
         raise
     result.model, result.dataset_indices = target, None
     return result
+
+
+def _text(method: Method) -> str:
+    """The method with all that processes have to have alike; retained data are each one's own."""
+    flat = {k: v for k, v in method.flat().items() if k not in ("data", "layer")}
+    shown = (f"{name}={distributed.text_of(_shown(value))}" for name, value in flat.items())
+    return f"{type(method).__name__}({', '.join(shown)})"
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, TrainingSummary):
+        return [value, value.fingerprint, value.model, value.second_moment]
+    return value
+
+
+def _numbers(rule: StopRule | None) -> dict[str, float]:
+    return {} if rule is None else {k: float(v) for k, v in vars(rule).items() if v is not None}
 
 
 def _ignore(record: Record) -> None:

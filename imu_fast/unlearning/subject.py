@@ -16,6 +16,7 @@ from imu_fast.model.batches import ForgetSet, Parts, as_batches, empty_message, 
 from imu_fast.model.called import called, from_sample
 from imu_fast.model.capture import HeadFeatures, capture, capture_features
 from imu_fast.model.convolution import scored_layers
+from imu_fast.model.forward import inside
 from imu_fast.model.guard import modes
 from imu_fast.model.head import LinearLayer, check_gradients, check_not_frozen, shared_with
 from imu_fast.model.labels import class_labels
@@ -328,7 +329,8 @@ class NetworkSubject:
         args, kwargs, labels = to_device(batch, self.device)
 
         def other(*args: Any, **kwargs: Any) -> Any:
-            return torch.func.functional_call(self.model, parameters or {}, args, kwargs)
+            inner, own = inside(self.model, parameters or {})
+            return torch.func.functional_call(inner, own, args, kwargs)
 
         run = None if parameters is None else other
         output = called(self.model, args, kwargs, labels, run)

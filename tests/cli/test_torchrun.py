@@ -33,12 +33,13 @@ def test_two_processes_write_what_one_writes(toy):
         ["score", *options, "--out", folder / "there.csv"],
         ["score", *options, "--device", "cuda:0", "--out", folder / "no.csv"],
         ["score", *options, *kfac, *parts, "--out", folder / "parts.npz"],
+        ["summary", *options, "--out", folder / "no.safetensors"],
     ]
     together = [str(a) for c in commands for a in ("--then", *c)][1:]
     command = [sys.executable, "-W", "ignore", str(TESTS / "commands.py"), str(folder), *together]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    said = [[(folder / f"said-{r}-{k}").read_text() for k in range(7)] for r in range(2)]
+    said = [[(folder / f"said-{r}-{k}").read_text() for k in range(8)] for r in range(2)]
     assert "20 scores" in said[0][0] and said[1][0] == "code 0\n"
     run("score", *options, *kfac, "--out", folder / "alone.npz")
     truth = np.load(folder / "alone.npz")
@@ -58,3 +59,4 @@ def test_two_processes_write_what_one_writes(toy):
     assert "there already" in said[0][4] and said[1][4] == "code 2\n"
     assert (folder / "there.csv").read_text() == "mine"
     assert "--device cuda" in said[0][5]
+    assert "runs in one process" in said[0][7] and not (folder / "no.safetensors").exists()

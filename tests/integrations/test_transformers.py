@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 
@@ -179,6 +180,20 @@ def test_training_stops_at_a_depth(tmp_path, caplog):
     assert [step for step, *_ in never.records] == [0, 2]
     assert never.reached == (never.records[-1][2] <= 0)
     assert never.reached or "ended before the depth" in caplog.text
+
+
+def test_processes_of_one_training_stop_together(monkeypatch):
+    """Whatever part of the forget set each has."""
+    model = llama(2)
+    parts = [[collate(items(3))], [collate(items(5, first=3))]]
+    sums = [ours._sums(model, part, None) for part in parts]
+    monkeypatch.setattr(ours.distributed, "several", lambda: True)
+    monkeypatch.setattr(ours.distributed, "together", lambda what: contextlib.nullcontext())
+    monkeypatch.setattr(ours.distributed, "gather", lambda own: sums)
+    whole = ours.forget_depth(model, [*parts[0], *parts[1]])
+    for part in parts:
+        found = ours.StopAtDepth(part, forget_loss=1.0)._depth(model)
+        assert found == pytest.approx(whole, rel=1e-6)
 
 
 @pytest.mark.parametrize(("every", "accumulated"), [(1, 1), (5, 1), (1, 2)])

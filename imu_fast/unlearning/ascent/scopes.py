@@ -12,8 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from imu_fast.distributed import several
 from imu_fast.errors import InputError, check_choice
 from imu_fast.model.capture import head_of
+from imu_fast.model.forward import innermost
 from imu_fast.model.head import WHOLE_MODEL, check_not_frozen, find_head, linears
 from imu_fast.options import Choice, Options, Table, option, options
 from imu_fast.unlearning.ascent.head import HeadSteps
@@ -141,7 +143,20 @@ class _Autograd(Scope):
 
     def steps(self, job: Job, rule: Rule) -> Steps:
         trained = self._trained(job)
+        if self.batchnorm == "train":
+            _check_alone(job.model)
         return _network(job, rule, trained, batchnorm=self.batchnorm, dropout=self.dropout)
+
+
+def _check_alone(model: nn.Module) -> None:
+    """Raise InputError for norms that would wait for other processes' batches."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm) and several():
+            raise InputError(
+                f"batchnorm='train': {name!r} is a SyncBatchNorm, whose statistics are of all "
+                "processes' batches, and each process unlearns alone; use batchnorm='eval', or a "
+                "model with BatchNorm"
+            )
 
 
 def _network(job: Job, rule: Rule, trained: set[int], *, batchnorm: str, dropout: str) -> Steps:
@@ -230,7 +245,10 @@ def _names(layer: Any, modules: dict[str, nn.Module], model: nn.Module) -> list[
                 f"{list(linears(model))}; name the layers with layers=[...]"
             )
     else:
-        found = [layer] if layer in modules or layer == WHOLE_MODEL else []
+        known = layer in modules or layer == WHOLE_MODEL
+        # Names of the model inside a wrapper are good too.
+        inner = None if known else dict(innermost(model).named_modules()).get(layer)
+        found = [layer] if known else [n for n, m in modules.items() if m is inner]
     if not found or not found[0]:
         raise InputError(f"layers has {layer!r}, which {named[0]}")
     return found[:1] if isinstance(layer, nn.Module) else found
