@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -408,3 +410,28 @@ def test_a_step_of_one_sample_goes_where_its_gradient_points():
     loss = F.cross_entropy(model(torch.cat([x, x])), y.repeat(2))
     truth = torch.autograd.grad(loss, model.conv.weight)[0]
     torch.testing.assert_close(found.conv.weight - model.conv.weight, truth, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("draw", ["torch", "numpy", "python", "own"])
+def test_a_forget_set_that_augments_is_measured_as_it_was_ascended(draw):
+    """Features are of one reading, and the model's own forward is of another."""
+    model, x, y = problem(Net)
+    own = torch.Generator().manual_seed(0)
+
+    class Augmented(torch.utils.data.TensorDataset):
+        def __getitem__(self, i):
+            noise = {
+                "torch": lambda: torch.randn(12),
+                "numpy": lambda: torch.from_numpy(np.random.randn(12)).float(),
+                "python": lambda: torch.tensor([random.gauss(0, 1) for _ in range(12)]),
+                "own": lambda: torch.randn(12, generator=own),
+            }[draw]()
+            return x[i] + 0.5 * noise, y[i]
+
+    loader = torch.utils.data.DataLoader(Augmented(x, y), batch_size=16, shuffle=True)
+    options = {"lr": 0.05, "epochs": 400, "stop": imu.StopRule(forget_accuracy=0.5)}
+    if draw == "own":  # whose state nobody but the data set knows
+        with pytest.raises(imu.InputError, match="a data set that augments by a generator"):
+            imu.unlearn(model, loader, "uniform", **options)
+        return
+    assert imu.unlearn(model, loader, "uniform", **options).reached
