@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +62,11 @@ class SingularMatrixError(ImuFastError, ArithmeticError):
         self.pivot = pivot
         self.index = index
         self.smallest_damping = smallest_damping
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """With its numbers: an exception comes from another process by its message alone."""
+        said = {k: getattr(self, k) for k in ("pivot", "index", "smallest_damping")}
+        return partial(type(self), **said), self.args
 
 
 class ProcessError(ImuFastError, RuntimeError):
