@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import imu_fast as imu
+
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = "imu_fast/study/report/report.html.j2"
 
@@ -46,6 +48,8 @@ def test_wheel_carries_the_package_and_works_from_another_directory(built, tmp_p
     names = set(zipfile.ZipFile(wheel).namelist())
     ours = {str(p.relative_to(ROOT)) for p in (ROOT / "imu_fast").rglob("*.py")}
     assert ours | {"imu_fast/py.typed", "imu_fast/kernels/__init__.py", TEMPLATE} <= names
+    if imu.backends()["extension"].available:  # what built it here builds it from the sources there
+        assert any(name.startswith("imu_fast/_C.") for name in names)
     assert not [n for n in names if n.startswith(("tests", "bench", "kernels", "csrc"))]
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (

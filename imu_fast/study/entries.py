@@ -13,6 +13,7 @@ from imu_fast.curvature.named import curvatures
 from imu_fast.errors import check_choice
 from imu_fast.unlearning.ascent.ascent import Ascent
 from imu_fast.unlearning.auto import Auto
+from imu_fast.unlearning.edit.distillation import SelfDistillation
 from imu_fast.unlearning.method import Method
 from imu_fast.unlearning.named import METHODS, SUMMARIES
 
@@ -22,6 +23,7 @@ BASELINE = "uniform/all/train"
 # What is left of an improvement once the backbone and BatchNorm are frozen.
 HEAD_BASELINE = "uniform/head/eval"
 AUTO = "auto"
+DISTILLED = "self-distillation, network"
 # What is no method: the reference; two floors, and what shows that the gap alone can be gamed.
 RETRAINED, TWIN = "retrained", "retrained, another seed"
 ORIGINAL, FLIPS = "original (nothing done)", "random flips"
@@ -58,8 +60,10 @@ class Entry:
 
     @property
     def scope(self) -> str:
-        """``"head"`` on cached features, ``"layers"``: the head in its network, or ``"all"``."""
-        return self.method.scope.name if isinstance(self.method, Ascent) else "head"
+        """``"head"`` on cached features, ``"layers"``: some in their network, or ``"all"``."""
+        if isinstance(self.method, Ascent):
+            return self.method.scope.name
+        return "layers" if isinstance(self.method, SelfDistillation) else "head"
 
     def budget(self, max_steps: int) -> int:
         """Steps of a run: a third of the head's where every step is one of the whole network."""
@@ -132,16 +136,23 @@ ENTRIES: dict[str, Entry] = {
     "loss weights": Entry({"method": "loss_weights"}),
     "npo": Entry({"method": "npo"}),
     "npo, network": _network("npo"),
+    "simnpo": Entry({"method": "simnpo"}),
+    "simnpo, network": _network("simnpo"),
     "random label": Entry({"method": "random_label"}),
     "random label, network": _network("random_label"),
     "boundary shrink, network": _network("boundary_shrink"),
     **_preconditioned(),
+    # Of a head alone; given the network it takes the next for random sets.
     AUTO: Entry({"method": "auto"}, rates=(1.0,)),
+    DISTILLED: Entry({"method": "self_distillation"}, kinds=("random",), rates=(0.1,)),
     "single row": Entry({"method": "single_row"}, kinds=("class",)),
     "margin edit": Entry({"method": "margin_edit"}, rates=(1.0,)),
 }
 # Methods that every trade-off figure draws, beside the one that is nearest to retraining.
-HIGHLIGHT = (BASELINE, HEAD_BASELINE, "imu/head/eval", "precond. features, margin", AUTO)
+HIGHLIGHT = (
+    *(BASELINE, HEAD_BASELINE, "imu/head/eval", "precond. features, margin"),
+    *(AUTO, DISTILLED),
+)
 
 # What a comparison of a few minutes has room for.
 QUICK = (

@@ -27,6 +27,7 @@ from imu_fast.study.data.tasks import kind_of
 from imu_fast.study.entries import (
     AUTO,
     BASELINE,
+    DISTILLED,
     FLIPS,
     HEAD_BASELINE,
     HIGHLIGHT,
@@ -81,7 +82,7 @@ QUESTIONS = {
     "recipe": Question(
         "Is the recommended recipe nearer to retraining than doing nothing?",
         ORIGINAL,
-        (AUTO, HEAD_BASELINE, BASELINE, FLIPS, TWIN),
+        (AUTO, DISTILLED, HEAD_BASELINE, BASELINE, FLIPS, TWIN),
     ),
 }
 

@@ -9,7 +9,7 @@ from cases import CASES, IDS, LargestTensor, Pieces
 import imu_fast as imu
 from imu_fast import reference
 from imu_fast.curvature.ggn import dense as ggn_dense
-from imu_fast.curvature.ggn import iterative
+from imu_fast.curvature.ggn import ggn, iterative
 from imu_fast.curvature.ggn.costs import choose_preconditioner, choose_solver
 from imu_fast.errors import InputError, SingularMatrixError
 from imu_fast.factors.probabilities import augmented, probabilities
@@ -177,6 +177,28 @@ def test_auto_counts_on_more_iterations_of_a_stiff_system(damping, made):
     fitted = imu.fit("ggn", factors, damping=damping, tolerance=1e-2)
     fitted.solve(torch.randn(16, 10, 156))
     assert fitted.direct.made == made
+
+
+@pytest.mark.parametrize("tokens, left_for", [(8, "dual"), (400, "primal"), (8, None)])
+@pytest.mark.parametrize("preconditioner", ["none", "kfac", "nystrom"])
+def test_a_wrong_guess_is_corrected_by_the_first_iterations(
+    tokens, left_for, preconditioner, monkeypatch
+):
+    """Of iterations that turn out too many: auto begins with them, and goes on with a factor."""
+    monkeypatch.setattr(ggn, "choose_solver", lambda *_, **__: "cg")
+    act, labels = torch.randn(tokens, 12).relu(), torch.arange(tokens) % 5
+    f = imu.GradientFactors.from_head(act, 3 * torch.randn(5, 12), torch.zeros(5), labels)
+    v = torch.randn(32, 5, 13, dtype=torch.float64)
+    damping = 1e-6 if left_for else 100.0
+    fitted = imu.fit("ggn", f, damping=damping, preconditioner=preconditioner)
+    x = fitted.solve(v)
+    assert fitted.direct.made == left_for and (fitted.iterations == 0) == bool(left_for)
+    matrix = dense(f, damping)
+    truth = torch.linalg.solve(matrix, v.flatten(1).T).T.view_as(v)
+    assert float((x - truth).norm() / truth.norm()) < 1e-6 * float(torch.linalg.cond(matrix))
+    asked = imu.fit("ggn", f, damping=damping, solver="cg", preconditioner=preconditioner)
+    asked.solve(v)
+    assert asked.direct.made is None and asked.iterations
 
 
 def test_preconditioner_by_cost():

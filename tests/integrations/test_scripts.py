@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import runpy
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -13,14 +16,11 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def runs(name, *arguments):
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    """What an example prints. In this process: a new one would spend its time on imports."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as said:
+        patch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return said.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,6 @@ def test_the_example_of_supreme_runs():
 
 
 def test_the_example_of_open_unlearning_says_what_it_needs():
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "open_unlearning.py")], capture_output=True, text=True
-    )
-    assert done.returncode == 1 and "PATH_OF_A_CHECKOUT" in done.stderr
+    pytest.importorskip("transformers")
+    with pytest.raises(SystemExit, match="PATH_OF_A_CHECKOUT"):
+        runs("open_unlearning.py")

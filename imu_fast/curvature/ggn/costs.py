@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 # Beyond this order the dense matrix is not an option: 8,192^2 float64 is 537 MB.
 MAX_DENSE_ORDER = 8192
 # What conjugate gradient is assumed to take at a stiffness of _USUAL, and how it grows: fitted to
@@ -73,6 +75,21 @@ def solver_costs(
         back = 0 if solver == "primal" else product
         costs[solver] = build * held + held * order / 3 + solves * (2 * held + back)
     return costs
+
+
+def dense_instead(
+    tokens: int, classes: int, width: int, solves: int = 1, form: str = "softmax"
+) -> tuple[str, float]:
+    """The cheapest dense solver, and how many iterations of conjugate gradient take its time.
+
+    Where none can be held: ``"cg"``, and infinitely many.
+    """
+    costs = solver_costs(tokens, classes, width, solves, form)
+    del costs["cg"]
+    if not costs:
+        return "cg", math.inf
+    best = min(costs, key=lambda name: costs[name])
+    return best, costs[best] / (solves * 4 * tokens * classes * width + _ITERATION)
 
 
 def choose_solver(

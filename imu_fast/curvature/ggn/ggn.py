@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -16,6 +17,7 @@ from imu_fast.curvature.ggn.costs import (
     MAX_DENSE_ORDER,
     choose_preconditioner,
     choose_solver,
+    dense_instead,
     dense_orders,
     solver_costs,
 )
@@ -54,8 +56,9 @@ class GGN(GaussNewton):
         fisher: over whose labels: see :class:`imu_fast.curvature.gauss_newton.GaussNewton`.
         solver: "primal" (damped Cholesky of size (C-1) D), "dual" (of size N C, all factors in
             memory; both in C blocks where outputs do not meet in the loss; of inner layers of sizes
-            C D and n times the signals), "cg" (conjugate
-            gradient), or "auto": the cheapest by :func:`solver_costs`.
+            C D and n times the signals), "cg" (conjugate gradient), or "auto": the cheapest by
+            :func:`solver_costs`; conjugate gradient is left for a dense one where its first
+            iterations show that it would take longer.
         tolerance: of the true relative residual of a solve.
         preconditioner: of conjugate gradient: "none", "kfac" (from the moment that it pays, see
             :func:`kfac_cost`), "nystrom" (a randomised sketch of rank 32), or "auto", by
@@ -181,6 +184,13 @@ class FittedGGN(RefinedGGN):
             return "cg"
         return choose_solver(*sizes, solves, form=self._form, stiffness=self._stiffness)
 
+    def _instead(self, solves: int) -> tuple[str, float]:
+        """What conjugate gradient may be left for, and after how many iterations."""
+        f = self._factors
+        if self.solver != "auto":
+            return self.solver, math.inf
+        return dense_instead(f.num_tokens, f.num_classes, f.width, solves, self._form)
+
     @cached_property
     def _stiffness(self) -> float:
         return trace(self._factors, self._outputs) / self.damping
@@ -198,10 +208,12 @@ class FittedGGN(RefinedGGN):
                 self.residual, self.iterations = bound, 0
                 return self.direct.primal(many.double())
         if solver == "cg":
-            approximates, goal = self.iterative.approximates(), self.tolerance
-        else:
-            approximates, goal = self.direct.approximates(solver), self.direct.goal(self.tolerance)
-        x = self._refined(approximates, many, goal)
+            solver, most = self._instead(len(many))
+            x = self._iterated(self.iterative, many, most)
+            if x is not None:
+                return x if v.dim() == 3 else x[0]
+        goal = self.direct.goal(self.tolerance)
+        x = self._refined(self.direct.approximates(solver), many, goal)
         return x if v.dim() == 3 else x[0]
 
     def _diagonal(self) -> Tensor:

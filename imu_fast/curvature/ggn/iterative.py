@@ -25,13 +25,49 @@ _FIRST_GUESS = 8
 _ROUND = 1e-3
 
 
+class DearerError(Exception):
+    """At the rate so far conjugate gradient would take longer than a dense factor."""
+
+
 def _norms(rows: Tensor) -> Tensor:
     return rows.flatten(1).norm(dim=1)
+
+
+def _ahead(goal: float) -> float:
+    """The factor that a round in float32 reduces a residual of one by."""
+    return 1 / _depth(goal, torch.float32)
 
 
 def _depth(goal: float, dtype: torch.dtype) -> float:
     """The recurrence's tolerance for a true relative residual of ``goal``, if dtype has it."""
     return goal / 2 if goal >= 8 * torch.finfo(dtype).eps else _ROUND
+
+
+def _left(iterations: int, ahead: float, depth: float) -> float:
+    """Iterations still to do at the mean rate of those that are done.
+
+    Args:
+        ahead: the factor that the residual is still to be reduced by. depth: that of them all.
+    """
+    left = math.log(ahead)
+    return iterations * left / max(math.log(depth) - left, 1e-3)
+
+
+def _in_time(depth: float, most: float, each: float = 1.0) -> Callable[[int, float], bool]:
+    """A ``give_up`` that raises DearerError once a dense factor is cheaper.
+
+    Args:
+        most: iterations that it takes the time of. each: what one costs here beside a plain one.
+    """
+
+    def dearer(iterations: int, ahead: float) -> bool:
+        # Twice the cost: the rate usually rises as the iteration goes on. Not beyond what is spent.
+        margin = 1 if iterations * each >= most else 2
+        if iterations >= _FIRST_GUESS and _left(iterations, ahead, depth) * each > margin * most:
+            raise DearerError
+        return False
+
+    return dearer
 
 
 class Iterative:
@@ -59,11 +95,20 @@ class Iterative:
         self._precondition: Operator | None = None
         self.pays = False
 
-    def approximates(self) -> list[Approximate]:
-        """In float32 where it can serve, then in float64, which takes over where that stalls."""
+    def approximates(self, most: float = math.inf) -> list[Approximate]:
+        """In float32 where it can serve, then in float64, which takes over where that stalls.
+
+        Args:
+            most: iterations without a preconditioner that a dense factor takes the time of. Where
+                they would not do (the first ones tell), the solves raise DearerError.
+        """
         if self.preconditioner == "kfac":
-            return [self._plain_first(), self._solve]
-        return [lambda r, goal: self._solve(r.float(), goal), self._solve]
+            return [self._plain_first(most), self._solve]
+
+        def solve(r: Tensor, goal: float) -> tuple[Tensor, int]:
+            return self._solve(r.float(), goal, _in_time(_ahead(goal), most))
+
+        return [solve, self._solve]
 
     def _solve(
         self,
@@ -84,7 +129,7 @@ class Iterative:
             give_up=give_up,
         )
 
-    def _plain_first(self) -> Approximate:
+    def _plain_first(self, most: float) -> Approximate:
         """In float32: K-FAC once it is likely to pay, which only the first iterations tell.
 
         (Measured: it saves from nothing to 25x.) At the mean rate so far what is left of this round
@@ -96,26 +141,27 @@ class Iterative:
         cost, applied = kfac_cost(*sizes), kfac_applied(*sizes)
 
         def solve(r: Tensor, goal: float) -> tuple[Tensor, int]:
-            r, depth = r.float(), -math.log(_depth(goal, torch.float32))
+            r, depth = r.float(), _ahead(goal)
+            in_time, with_kfac = _in_time(depth, most), _KFAC_ITERATIONS * applied + cost / len(r)
 
             def slow(iterations: int, ahead: float) -> bool:
                 nonlocal plain
                 if iterations < _FIRST_GUESS:
                     return False
-                left, gained = math.log(ahead), max(depth - math.log(ahead), 1e-3)
-                # Twice the cost: the rate usually rises as the iteration goes on.
-                most = _KFAC_ITERATIONS * applied + 2 * cost / len(r)
-                plain = iterations * left / gained <= most
-                return not plain
+                # Its cost twice: the rate usually rises as the iteration goes on.
+                plain = _left(iterations, ahead, depth) <= with_kfac + cost / len(r)
+                if not plain and with_kfac > most:
+                    raise DearerError
+                return in_time(iterations, ahead) if plain else True
 
             if not plain:
-                return self._solve(r, goal)
+                return self._solve(r, goal, _in_time(depth, most, applied))
             x, products = self._solve(r, goal, give_up=slow, plain=True)
             if plain:
                 return x, products
             rest = r - self._product(x)
-            largest = max(goal, float(_norms(rest).max()))
-            correction, more = self._solve(rest, goal / largest)
+            goal /= max(goal, float(_norms(rest).max()))
+            correction, more = self._solve(rest, goal, _in_time(_ahead(goal), most, applied))
             return x + correction, products + len(r) + more
 
         return solve

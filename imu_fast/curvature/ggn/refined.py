@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from imu_fast.curvature.base import Fitted
+from imu_fast.curvature.ggn.iterative import DearerError, Iterative
 from imu_fast.solvers.conjugate_gradient import Approximate, refine
 
 logger = logging.getLogger("imu_fast")
@@ -24,6 +25,18 @@ class RefinedGGN(Fitted):
 
     tolerance: float
     iterations: int
+
+    def _iterated(self, iterative: Iterative, many: Tensor, most: float) -> Tensor | None:
+        """X by conjugate gradient; None where its first iterations say that it takes too long.
+
+        Args:
+            most: see :meth:`Iterative.approximates`.
+        """
+        try:
+            return self._refined(iterative.approximates(most), many, self.tolerance)
+        except DearerError:
+            logger.info("ggn: conjugate gradient is slow here: left for a factor")
+            return None
 
     def _refined(self, approximates: Sequence[Approximate], many: Tensor, goal: float) -> Tensor:
         """X for right-hand sides [m, C, D], by refinement of what solves approximately.

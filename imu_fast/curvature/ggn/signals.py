@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -86,6 +87,19 @@ class FittedSignalGGN(RefinedGGN):
             return self.solver
         if self._made:
             return next(iter(self._made))
+        costs = self._costs(solves)
+        return min(costs, key=lambda name: costs[name])
+
+    def _instead(self, solves: int) -> tuple[str, float]:
+        """What conjugate gradient may be left for, and after how many iterations."""
+        costs = self._costs(solves)
+        one = costs.pop("cg") / ASSUMED_ITERATIONS
+        if self.solver != "auto" or not costs:
+            return self.solver, math.inf
+        best = min(costs, key=lambda name: costs[name])
+        return best, costs[best] / one
+
+    def _costs(self, solves: int) -> dict[str, float]:
         f, orders = self._source, self._orders()
         order, rank, rows = orders["primal"], orders["dual"], f.num_tokens * self._k
         product = 4 * rows * order
@@ -95,7 +109,7 @@ class FittedSignalGGN(RefinedGGN):
         if rank <= MAX_DENSE_ORDER and may_be_in_memory(f, self._k):
             pairs = 2 * rows**2 * (f.num_classes + f.width)
             costs["dual"] = pairs + rank**3 / 3 + solves * (2 * rank**2 + product)
-        return min(costs, key=lambda name: costs[name])
+        return costs
 
     def _product(self, v: Tensor) -> Tensor:
         many = (v if v.dim() == 3 else v[None]).double()
@@ -155,8 +169,12 @@ class FittedSignalGGN(RefinedGGN):
         check_finite_rows("right-hand side", many, "vector")
         solver = self._choose(len(many))
         ways = {"primal": [self._primal], "dual": [self._dual]}
-        approximates = ways.get(solver) or self._iterative.approximates()
-        x = self._refined(approximates, many, self.tolerance)
+        if solver == "cg":
+            solver, most = self._instead(len(many))
+            x = self._iterated(self._iterative, many, most)
+            if x is not None:
+                return x if v.dim() == 3 else x[0]
+        x = self._refined(ways[solver], many, self.tolerance)
         return x if v.dim() == 3 else x[0]
 
     def _diagonal(self) -> Tensor:
