@@ -8,10 +8,13 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Iterable
+from decimal import Decimal
+from fractions import Fraction
 from functools import partial
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,11 +84,21 @@ class InfeasibleError(ImuFastError, ArithmeticError):
     """The constraints of an optimisation problem contradict each other."""
 
 
+def plain_number(value: Any) -> Any:
+    """A number of numpy's or torch's, or a fraction, as Python's own; anything else as it is."""
+    if isinstance(value, np.generic) or (
+        isinstance(value, Tensor) and not (value.dim() or value.is_meta)
+    ):
+        return value.item()
+    return float(value) if isinstance(value, Fraction | Decimal) else value
+
+
 def check_positive(name: str, value: float, *, allow_zero: bool = False) -> float:
     """Return ``value`` as a float, or raise InputError unless it is finite and > 0 (>= 0)."""
     bound = ">= 0" if allow_zero else "> 0"
     try:
-        if isinstance(value, (bool, str)):  # float() would take True and "1"
+        # float() would take True and "1", and arrays of one number.
+        if isinstance(value, (bool, str)) or getattr(value, "ndim", 0):
             raise TypeError
         number = float(value)
     except (TypeError, ValueError):
