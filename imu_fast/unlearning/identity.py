@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
@@ -52,23 +53,41 @@ def _leaves(batch: Parts) -> list[tuple[str, Any]]:
     return leaves
 
 
-def _ones(batch: Parts) -> Iterator[Parts]:
-    """Its samples; the batch itself, where it cannot be cut."""
-    try:
-        batch.taken(range(1))
-    except InputError:
-        yield batch
+def _is_of_samples(value: Any, n: int) -> bool:
+    """Whether it is a dense tensor with an axis of n samples first."""
+    dense = isinstance(value, Tensor) and value.layout == torch.strided and value.dim() > 0
+    return dense and len(value) == n
+
+
+def _tags(batch: Parts) -> Iterator[tuple[bytes, bytes]]:
+    """Of each sample a digest of its label and inputs, and of its label; of a batch, if uncut."""
+    leaves, n = _leaves(batch), batch.n
+    if all(_is_of_samples(value, n) for _, value in leaves):
+        plain = [value.detach().cpu().contiguous().reshape(n, -1) for _, value in leaves]
+        bytes_of = [t.view(torch.uint8).numpy() if t.numel() else t.numpy() for t in plain]
+        kinds = [f"{k}{v.dtype}{tuple(v.shape[1:])}".encode() for k, v in leaves]
+        for row in range(n):
+            found = hashlib.sha256(b"".join(kinds))
+            found.update(bytes_of[0][row].data)
+            label = found.digest()
+            for rest in bytes_of[1:]:
+                found.update(rest[row].data)
+            yield found.digest(), label
         return
-    for row in range(batch.n):
-        yield batch.taken(range(row, row + 1))
+    ones = [batch]
+    with suppress(InputError):  # it cannot be cut
+        ones = [batch.taken(range(row, row + 1)) for row in range(n)]
+    for one in ones:
+        leaves = _leaves(one)
+        yield _digest(leaves).encode(), _digest(leaves[:1]).encode()
 
 
 class _Samples:
-    """What a reading of data gave, a sample at a time, so that none is kept.
+    """What a reading of data gave, a batch at a time, so that none is kept.
 
     Attributes:
         n: how many. whole, labels: of labels and inputs, and of labels alone, whatever their order.
-        order: of the order of the labels and inputs; label_order of the labels alone.
+        order, label_order: the same in their order.
     """
 
     def __init__(self, batches: Iterable[Parts]) -> None:
@@ -76,12 +95,10 @@ class _Samples:
         orders = hashlib.sha256(), hashlib.sha256()
         for batch in batches:
             self.n += batch.n
-            for one in _ones(batch):
-                leaves = _leaves(one)
-                for i, items in enumerate((leaves, leaves[:1])):
-                    tag = _digest(items)
-                    sums[i] += int(tag, 16)
-                    orders[i].update(tag.encode())
+            for tags in _tags(batch):
+                for i, tag in enumerate(tags):
+                    sums[i] += int.from_bytes(tag, "big")
+                    orders[i].update(tag)
         self.whole, self.labels = (f"{total % (1 << 128):032x}" for total in sums)
         self.order, self.label_order = (order.hexdigest()[:32] for order in orders)
 
