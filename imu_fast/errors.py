@@ -98,7 +98,7 @@ def check_positive(name: str, value: float, *, allow_zero: bool = False) -> floa
     bound = ">= 0" if allow_zero else "> 0"
     try:
         # float() would take True and "1", and arrays of one number.
-        if isinstance(value, (bool, str)) or getattr(value, "ndim", 0):
+        if isinstance(value, (bool, str)) or getattr(value, "ndim", False):
             raise TypeError
         number = float(value)
     except (TypeError, ValueError):
