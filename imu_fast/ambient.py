@@ -71,6 +71,21 @@ def random_state_kept(devices: Iterable[torch.device] = ()) -> Iterator[None]:
             np.random.set_state(arrays)
 
 
+def random_states() -> Callable[[], AbstractContextManager[None]]:
+    """What puts torch's, numpy's and Python's random states back to those of now, for a while."""
+    state, arrays, numbers = torch.get_rng_state(), np.random.get_state(), random.getstate()
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with random_state_kept():
+            torch.set_rng_state(state)
+            np.random.set_state(arrays)
+            random.setstate(numbers)
+            yield
+
+    return again
+
+
 def no_autocast(function: Callable[P, R]) -> Callable[P, R]:
     """For functions of tensors: the user's autocast and default device are set aside."""
 

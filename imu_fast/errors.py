@@ -8,8 +8,13 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Iterable
+from decimal import Decimal
+from fractions import Fraction
+from functools import partial
 from importlib import import_module
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,6 +66,11 @@ class SingularMatrixError(ImuFastError, ArithmeticError):
         self.index = index
         self.smallest_damping = smallest_damping
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """With its numbers: an exception comes from another process by its message alone."""
+        said = {k: getattr(self, k) for k in ("pivot", "index", "smallest_damping")}
+        return partial(type(self), **said), self.args
+
 
 class ProcessError(ImuFastError, RuntimeError):
     """Another process that shares the samples has failed, has ended, or does not answer."""
@@ -74,11 +84,21 @@ class InfeasibleError(ImuFastError, ArithmeticError):
     """The constraints of an optimisation problem contradict each other."""
 
 
+def plain_number(value: Any) -> Any:
+    """A number of numpy's or torch's, or a fraction, as Python's own; anything else as it is."""
+    if isinstance(value, np.generic) or (
+        isinstance(value, Tensor) and not (value.dim() or value.is_meta)
+    ):
+        return value.item()
+    return float(value) if isinstance(value, Fraction | Decimal) else value
+
+
 def check_positive(name: str, value: float, *, allow_zero: bool = False) -> float:
     """Return ``value`` as a float, or raise InputError unless it is finite and > 0 (>= 0)."""
     bound = ">= 0" if allow_zero else "> 0"
     try:
-        if isinstance(value, (bool, str)):  # float() would take True and "1"
+        # float() would take True and "1", and arrays of one number.
+        if isinstance(value, (bool, str)) or getattr(value, "ndim", False):
             raise TypeError
         number = float(value)
     except (TypeError, ValueError):

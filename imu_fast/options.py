@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Generic, TypeVar, overload
 
 from typing_extensions import Self, dataclass_transform
 
-from imu_fast.errors import InputError
+from imu_fast.errors import InputError, plain_number
 
 T = TypeVar("T", bound="Options")
 N = TypeVar("N", bound=str)
@@ -132,7 +132,11 @@ class Options:
     def __post_init__(self) -> None:
         for field in self._fields:
             if check := field.metadata.get("check"):
-                check(field.name, getattr(self, field.name))
+                given = getattr(self, field.name)
+                value = plain_number(given)  # which can be compared, and written to a file
+                if value is not given:
+                    object.__setattr__(self, field.name, value)
+                check(field.name, value)
         self.check()
 
     def check(self) -> None:

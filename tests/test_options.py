@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import json
 import pickle
 import pkgutil
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -450,3 +453,24 @@ def test_every_choice_of_the_package_is_one(table, name):
         assert len(ways) == 1, f"{option_name} as a flat option would be refused: {ways}"
     with pytest.raises(InputError, match=f"^{table.kind}='{name}' has no option no_such_option;"):
         table.choose(name, no_such_option=1)
+
+
+@pytest.mark.parametrize(
+    "number", [np.float32(0.25), torch.tensor(0.25), Fraction(1, 4), Decimal("0.25")], ids=repr
+)
+def test_numbers_of_other_libraries_become_pythons_own(number, tmp_path):
+    """As a sweep gives them: what is told of a run can be compared, and written to a file."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(6, 3), torch.randn(30, 6)
+    data = x, model(x).argmax(1)
+    options = {"lr": number, "alpha": number, "damping": number, "on_empty": "uniform"}
+    stop = imu_fast.StopRule(forget_loss=number, unseen_accuracy=number)
+    assert repr(stop) == "StopRule(unseen_accuracy=0.25, forget_loss=0.25)"
+    options |= {"epochs": np.int64(2), "checkpoint": tmp_path / "run.safetensors"}
+    result = imu_fast.unlearn(model, data, stop=stop, **options)
+    said = json.loads(json.dumps(result.settings))
+    assert [said[name] for name in ("lr", "alpha", "damping")] == [0.25] * 3
+    assert said["epochs"] == 2 and said["unseen_accuracy"] == 0.25
+    for bad in (torch.tensor([0.25]), np.array([0.25])):
+        with pytest.raises(imu_fast.InputError, match="lr=.* is not a number"):
+            imu_fast.unlearn(model, data, lr=bad)

@@ -12,6 +12,7 @@ from imu_fast.errors import (
     check_installed,
     check_positive,
     check_seed,
+    check_tensor,
 )
 
 
@@ -36,6 +37,7 @@ def random_subsets(n: int, count: int, *, fraction: float = 0.5, seed: int = 0) 
 
 
 def _check(name: str, value: Tensor, shape: tuple[int, ...]) -> np.ndarray:
+    check_tensor(name, value, "real", str(list(shape)))
     if tuple(value.shape) != shape or not bool(torch.isfinite(value).all()):
         raise InputError(
             f"{name} has shape {tuple(value.shape)} or is not finite; it must be {list(shape)}"
@@ -44,10 +46,10 @@ def _check(name: str, value: Tensor, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _subsets(subsets: Tensor) -> np.ndarray:
-    if subsets.dim() != 2 or subsets.dtype != torch.bool or len(subsets) < 2:
+    check_tensor("subsets", subsets, "boolean", "[s, n]")
+    if subsets.dim() != 2 or len(subsets) < 2:
         raise InputError(
-            f"subsets is {subsets.dtype} of shape {tuple(subsets.shape)}; pass bool [s, n] of two "
-            "subsets or more"
+            f"subsets has shape {tuple(subsets.shape)}; pass bool [s, n] of two subsets or more"
         )
     return subsets.cpu().numpy()
 
@@ -99,6 +101,7 @@ def linear_datamodeling_score(attributions: Tensor, subsets: Tensor, outputs: Te
         InputError: shapes do not match, or values are not finite.
     """
     chosen = _subsets(subsets)
+    check_tensor("attributions", attributions, "real", "[n, m]")
     if attributions.dim() != 2:
         raise InputError(f"attributions has shape {tuple(attributions.shape)}; pass [n, m]")
     tau = _check("attributions", attributions, (chosen.shape[1], attributions.shape[1]))

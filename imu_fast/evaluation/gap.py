@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from imu_fast.errors import InputError, check_positive, check_seed
-from imu_fast.model.outputs import Outputs
+from imu_fast.model.outputs import Outputs, check_outputs
 
 GAPS = ("forget_accuracy", "retain_accuracy", "test_accuracy", "membership")
 
@@ -39,7 +39,8 @@ def random_flips(outputs: Outputs, accuracy: float, *, seed: int = 0) -> Outputs
     """The outputs of a model that was made wrong on samples drawn at random, and on nothing else.
 
     No unlearning: a floor that shows what the average gap alone does not see. Each drawn sample
-    trades the logit of its label for the largest of the others.
+    trades the logit of its label for the largest of the others; where the two are equal, that one
+    becomes the next larger number.
 
     Args:
         accuracy: in [0, 1]; as many right samples are made wrong as bring it to this or just below.
@@ -50,6 +51,7 @@ def random_flips(outputs: Outputs, accuracy: float, *, seed: int = 0) -> Outputs
     if check_positive("accuracy", accuracy, allow_zero=True) > 1:
         raise InputError(f"accuracy={accuracy!r} must lie in [0, 1]")
     seed = check_seed("seed", seed)
+    check_outputs("outputs", outputs)
     if outputs.logits.shape[1] < 2:
         raise InputError("outputs have one class: no prediction can be another")
     right = torch.nonzero(outputs.correct.cpu()).flatten()
@@ -60,5 +62,7 @@ def random_flips(outputs: Outputs, accuracy: float, *, seed: int = 0) -> Outputs
     others = logits[rows].scatter(1, labels[:, None], float("-inf"))
     best, runner_up = others.max(dim=1)
     own = logits[rows, labels]
-    logits[rows, labels], logits[rows, runner_up] = best, own
+    # Of equal logits the first is predicted, and a trade changes nothing.
+    above = torch.nextafter(own, torch.full_like(own, torch.inf))
+    logits[rows, labels], logits[rows, runner_up] = best, own.where(own > best, above)
     return Outputs(logits, outputs.labels)

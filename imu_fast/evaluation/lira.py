@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from imu_fast.errors import InputError, check_choice, check_finite_rows
-from imu_fast.model.outputs import Outputs
+from imu_fast.errors import InputError, check_choice, check_finite_rows, check_tensor
+from imu_fast.model.outputs import Outputs, check_outputs
 
 _VARIANCES = ("auto", "global", "sample")
 # Below this many models the spread is estimated over all samples together, as the paper does.
@@ -23,6 +23,7 @@ def scaled_confidence(outputs: Outputs) -> Tensor:
     Raises:
         InputError: logits are not finite, or of fewer than two classes.
     """
+    check_outputs("outputs", outputs)
     check_finite_rows("outputs.logits", outputs.logits)
     z = outputs.logits.double()
     if z.shape[1] < 2:
@@ -56,13 +57,14 @@ def lira(
         InputError: shapes do not match, infinite values, no spread to be had.
     """
     check_choice("variance", variance, _VARIANCES)
+    check_tensor("target", target, "real", "[n]")
     if target.dim() != 1 or not bool(torch.isfinite(target).all()):
         raise InputError(f"target has shape {tuple(target.shape)} or is not finite; pass [n]")
-    t = target.double()
-    mean, spread = _normal("out", out, len(t), variance)
+    t = target.detach().double()
+    mean, spread = (part.to(t.device) for part in _normal("out", out, len(t), variance))
     if inside is None:
         return (t - mean) / spread
-    mean_in, spread_in = _normal("inside", inside, len(t), variance)
+    mean_in, spread_in = (v.to(t.device) for v in _normal("inside", inside, len(t), variance))
     return _log_density(t, mean_in, spread_in) - _log_density(t, mean, spread)
 
 
@@ -73,12 +75,13 @@ def _log_density(t: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
 
 def _normal(name: str, values: Tensor, n: int, variance: str) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation over models, [n] each; NaN where there are too few."""
+    check_tensor(name, values, "real", "[models, n]")
     if values.dim() != 2 or values.shape[1] != n or bool(values.isinf().any()):
         raise InputError(
             f"{name} has shape {tuple(values.shape)} or is infinite; pass [models, {n}], NaN where "
             "a model does not count for a sample"
         )
-    x = values.double()
+    x = values.detach().double()
     count = (~x.isnan()).sum(dim=0)
     # From a value of theirs: the mean of equal ones is that value, where x.nanmean() may round.
     top = x.nan_to_num(-math.inf).amax(dim=0) if len(x) else x.new_zeros(n)

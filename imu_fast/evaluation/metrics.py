@@ -14,7 +14,7 @@ from imu_fast.errors import (
     check_seed,
     check_tensor,
 )
-from imu_fast.model.outputs import Outputs
+from imu_fast.model.outputs import Outputs, check_outputs
 
 # Samples per side that the SVC attack is trained on: its cost grows with their square.
 _ATTACK_SAMPLES = 1000
@@ -78,6 +78,7 @@ def membership_accuracy(
 
 def _finite_confidence(name: str, outputs: Outputs) -> np.ndarray:
     """Confidences [n] in float64, or InputError where the model has diverged."""
+    check_outputs(name, outputs)
     check_finite_rows(f"{name}.logits", outputs.logits)
     return outputs.confidence.double().cpu().numpy()
 
@@ -116,10 +117,11 @@ def membership(
     from scipy.stats import ks_2samp
 
     forgotten, other = _finite_confidence("forget", forget), _finite_confidence("unseen", unseen)
-    check_finite_rows("retain.logits", retain.logits)
     if heldout is None:
         heldout = unseen
-    check_finite_rows("heldout.logits", heldout.logits)
+    for name, outputs in (("retain", retain), ("heldout", heldout)):
+        check_outputs(name, outputs)
+        check_finite_rows(f"{name}.logits", outputs.logits)
     return {
         "auc": roc_auc(torch.from_numpy(forgotten), torch.from_numpy(other)),
         # The p-value is not used: "asymp" spares the exact one's cost.
@@ -138,7 +140,7 @@ def distance(ours: Outputs, reference: Outputs) -> dict[str, float]:
     """How far a model is from a reference model (the retrained one) on the same samples.
 
     Args:
-        ours, reference: outputs of the two models; same samples in the same order.
+        ours, reference: outputs of the two models; same samples and classes in the same order.
 
     Returns:
         ``w1``: Wasserstein-1 distance of the two distributions of confidence, 0 to 1. ``kl``:
@@ -151,10 +153,18 @@ def distance(ours: Outputs, reference: Outputs) -> dict[str, float]:
     check_installed("distance()", "scipy")
     from scipy.stats import wasserstein_distance
 
+    check_outputs("ours", ours)
+    check_outputs("reference", reference)
     if ours.logits.shape != reference.logits.shape:
+        alike = len(ours.labels) == len(reference.labels)
+        way_out = (
+            "give both the same classes in the same order, the forgotten one too"
+            if alike
+            else "run both models on the same samples"
+        )
         raise InputError(
             f"ours has logits of shape {tuple(ours.logits.shape)} and reference "
-            f"{tuple(reference.logits.shape)}; run both models on the same samples"
+            f"{tuple(reference.logits.shape)}; {way_out}"
         )
     z, z_ref = ours.logits.double().cpu(), reference.logits.double().cpu()
     differ = torch.nonzero(ours.labels.cpu() != reference.labels.cpu()).flatten()

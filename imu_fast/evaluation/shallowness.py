@@ -24,6 +24,7 @@ from imu_fast.errors import (
     check_seed,
     check_tensor,
 )
+from imu_fast.factors.operands import HALF
 from imu_fast.model.batches import ForgetSet, device_of, split_batch, to_device
 from imu_fast.model.called import called
 from imu_fast.model.capture import capture_features
@@ -32,6 +33,7 @@ from imu_fast.model.guard import copied, door
 from imu_fast.model.labels import class_labels
 from imu_fast.model.outputs import logits_of, outputs_of
 from imu_fast.model.reading import Reading, ReadingOptions
+from imu_fast.model.run import right_batch_norms
 from imu_fast.ops.head_ascent import head_logits
 from imu_fast.ops.mean_gradient import add_gradients
 from imu_fast.ops.softmax_residual import softmax_residual
@@ -54,6 +56,12 @@ def _head_accuracies(
 ) -> Iterator[float]:
     """Accuracy on all samples before the first step, and after each: head only, closed form."""
     found = capture_features(model, samples, **reading.given())
+    if not found.linear:
+        what = found.between or "something changes its output"
+        raise InputError(
+            f"scope='head' trains the head {found.name!r} on its features, as if the logits were "
+            f"linear in it; here they are not ({what}); use scope='all'"
+        )
     wide = torch.float64 if found.features.dtype == torch.float64 else torch.float32
     features, labels = found.features.to(wide), found.labels
     class_labels(labels, (*labels.shape[:1], len(found.head.weight)))
@@ -67,10 +75,13 @@ def _head_accuracies(
     if has_bias:
         theta = torch.cat([theta, found.head.bias.detach().to(wide)[:, None]], dim=1)
     velocity = torch.zeros_like(theta)
+    half = max(found.computed, found.head.weight.dtype, key=lambda d: torch.finfo(d).eps)
     for step in itertools.count():
         logits = head_logits(features, theta, has_bias)
         _check_finite(logits, step, lr)
-        yield float((logits.argmax(dim=1) == labels).double().mean())
+        # As the model predicts them, with its weight as coarse as it holds it.
+        own = logits if half == wide else head_logits(features.to(half), theta.to(half), has_bias)
+        yield float((own.argmax(dim=1) == labels).double().mean())
         rows = next(batches).to(labels.device)
         delta, _ = softmax_residual(logits[rows], labels[rows])
         add_gradients(
@@ -85,18 +96,27 @@ def _network_accuracies(
     """As :func:`_head_accuracies`, with every parameter of a copy of the network trained."""
     model = copied(innermost(model)).eval().requires_grad_()
     device = device_of(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=_MOMENTUM)
+    # Half-precision ones in float32: steps below their resolution add up.
+    halves = {p: p.detach().float() for p in model.parameters() if p.dtype in HALF}
+    trained = [halves.get(p, p) for p in model.parameters()]
+    optimizer = torch.optim.SGD(trained, lr=lr, momentum=_MOMENTUM)
     for step in itertools.count():
         found = outputs_of(model, samples, **reading.given())
         _check_finite(found.logits, step, lr)
         yield found.accuracy
         args, kwargs, labels = to_device(split_batch(samples.get(next(batches).tolist())), device)
-        optimizer.zero_grad()
-        with torch.enable_grad():
+        model.zero_grad()
+        with torch.enable_grad(), right_batch_norms(model):
             logits = logits_of(called(model, args, kwargs, labels), labels, reading.output)
             labels = reading.labels_of_all(labels, logits, "relearning_steps()")
-            nn.functional.cross_entropy(logits.float(), labels).backward()
+            wide = logits if logits.dtype == torch.float64 else logits.float()
+            nn.functional.cross_entropy(wide, labels).backward()
+        for parameter, copy in halves.items():
+            copy.grad = None if parameter.grad is None else parameter.grad.float()
         optimizer.step()
+        with torch.no_grad():
+            for parameter, copy in halves.items():
+                parameter.copy_(copy)
 
 
 def _check_finite(logits: Tensor, step: int, lr: float) -> None:
@@ -193,6 +213,8 @@ def linear_probe(features: Tensor, labels: Tensor, forget_mask: Tensor, *, seed:
             f"forget_mask {tuple(forget_mask.shape)}; pass [N, d], [N] and [N]"
         )
     check_finite_rows("features", features)
+    if bool((labels < 0).any()):
+        raise InputError("labels holds negative numbers, as of ignore_index; leave these rows out")
     mask = forget_mask.cpu()
     forget, retain = (torch.nonzero(m).flatten() for m in (mask, ~mask))
     if len(forget) < 2:

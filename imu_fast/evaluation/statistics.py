@@ -7,7 +7,7 @@ metrics. A metric that is None, NaN or infinite is missing: that run did not rea
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +27,18 @@ _ROUNDING = 100 * np.finfo(np.float64).eps
 _FLIPS = 9999
 
 
-def _check_rows(rows: Sequence[Row], metrics: Iterable[str]) -> None:
-    """Raise InputError unless each row names a run of its own, and some row has each metric."""
+def _checked(given: Iterable[Row], metrics: Iterable[str]) -> list[Row]:
+    """The rows, read once.
+
+    Raises:
+        InputError: a row does not name a run of its own, or what it has of a metric is no number;
+            or no row has one.
+    """
+    rows = list(given)
     seen = set()
     for i, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise InputError(f"rows[{i}] is a {type(row).__name__}; pass dicts, one for each run")
         lacking = [key for key in _KEYS if key not in row]
         if lacking:
             raise InputError(f"rows[{i}] has no {', '.join(lacking)}; a row needs {_KEYS}")
@@ -41,6 +49,23 @@ def _check_rows(rows: Sequence[Row], metrics: Iterable[str]) -> None:
     for metric in metrics:
         if not any(metric in row for row in rows):
             raise InputError(f"metric {metric!r} is in no row; pass rows that have it")
+        for i, row in enumerate(rows):
+            if not _is_number_or_none(row.get(metric)):
+                raise InputError(
+                    f"rows[{i}][{metric!r}]={row[metric]!r} is no number; pass float(...) of it, "
+                    "or None where the run has none"
+                )
+    return rows
+
+
+def _is_number_or_none(value: Any) -> bool:
+    if value is None or isinstance(value, str | bytes | complex | np.complexfloating):
+        return value is None
+    try:
+        float(value)
+    except (TypeError, ValueError, RuntimeError):  # of tensors
+        return False
+    return True
 
 
 def _value(row: Row, metric: str) -> float | None:
@@ -57,7 +82,7 @@ def _groups(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]
     return groups
 
 
-def summary(rows: Sequence[Row], metrics: Sequence[str]) -> list[dict[str, Any]]:
+def summary(rows: Iterable[Row], metrics: Iterable[str]) -> list[dict[str, Any]]:
     """Mean and standard deviation of each method over all architectures and seeds.
 
     Returns:
@@ -68,7 +93,8 @@ def summary(rows: Sequence[Row], metrics: Sequence[str]) -> list[dict[str, Any]]
     Raises:
         InputError: a row lacks a key or repeats a run, or no row has a metric.
     """
-    _check_rows(rows, metrics)
+    metrics = list(metrics)
+    rows = _checked(rows, metrics)
     table = []
     for (task, depth, method), group in _groups(rows, "task", "depth", "method").items():
         line = {"task": task, "depth": depth, "method": method, "n": len(group)}
@@ -118,9 +144,9 @@ class _Pairs:
         }
 
 
-def _pairs(rows: Sequence[Row], metric: str, baseline: str, cluster: str | None) -> list[_Pairs]:
+def _pairs(rows: Iterable[Row], metric: str, baseline: str, cluster: str | None) -> list[_Pairs]:
     """Runs that both a method and the baseline have, averaged within each cluster."""
-    _check_rows(rows, [metric])
+    rows = _checked(rows, [metric])
     check_choice("baseline", baseline, dict.fromkeys(row["method"] for row in rows))
     if cluster is not None:
         check_choice("cluster", cluster, _CLUSTERS)
@@ -162,6 +188,9 @@ def _tied(values: np.ndarray, slack: float) -> np.ndarray:
 def t_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     """Student's interval of the mean of [k] values; NaN for fewer than two.
 
+    Args:
+        values: [k], an array; a list or a tensor will do.
+
     Raises:
         InputError: a level outside (0, 1).
     """
@@ -170,6 +199,7 @@ def t_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
         raise InputError(f"level={level!r} must lie in (0, 1), such as 0.95")
     from scipy.stats import t
 
+    values = np.asarray(values, dtype=np.float64)
     k = len(values)
     if k < 2:
         return math.nan, math.nan
@@ -178,7 +208,7 @@ def t_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
 
 
 def intervals(
-    rows: Sequence[Row], metric: str, *, cluster: str | None = None, level: float = 0.95
+    rows: Iterable[Row], metric: str, *, cluster: str | None = None, level: float = 0.95
 ) -> list[dict[str, Any]]:
     """Mean of each method and Student's interval of it.
 
@@ -193,7 +223,7 @@ def intervals(
     Raises:
         InputError: as :func:`summary`; a level outside (0, 1).
     """
-    _check_rows(rows, [metric])
+    rows = _checked(rows, [metric])
     if cluster is not None:
         check_choice("cluster", cluster, _CLUSTERS)
     table = []
@@ -251,6 +281,7 @@ def _p_values(pairs: _Pairs, alternative: str) -> dict[str, float]:
 
 def least_p(k: int, alternative: str = "two-sided") -> float:
     """The least p that Wilcoxon's test or sign flips can give for k pairs."""
+    check_choice("alternative", alternative, _ALTERNATIVES)
     return min(1.0, 2.0 ** -(k - (alternative == "two-sided")))
 
 
@@ -266,7 +297,7 @@ def _holm(p_values: list[float]) -> list[float]:
 
 
 def paired_tests(
-    rows: Sequence[Row],
+    rows: Iterable[Row],
     metric: str,
     baseline: str,
     *,
@@ -315,7 +346,7 @@ def paired_tests(
 
 
 def equivalence_tests(
-    rows: Sequence[Row],
+    rows: Iterable[Row],
     metric: str,
     baseline: str,
     margin: float,

@@ -8,34 +8,50 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from imu_fast.errors import InputError, check_count, check_seed
+from imu_fast.errors import InputError, check_count, check_finite_rows, check_seed, check_tensor
 from imu_fast.losses.cross_entropy import check_labels
-from imu_fast.model.guard import modes
+from imu_fast.model.guard import preserved
 from imu_fast.model.labels import class_labels
+from imu_fast.model.parts import device_of
 
 Samples = tuple[Tensor, Tensor]
 
 
+def check_samples(name: str, samples: Samples, least: int = 1) -> None:
+    """Raise InputError unless these are tensors ``(x [n, ...], y [n])`` of ``least`` samples."""
+    if not isinstance(samples, tuple | list) or len(samples) != 2:
+        raise InputError(f"{name} is a {type(samples).__name__}; pass tensors (x, y)")
+    x, y = samples
+    check_tensor(f"{name}[0]", x, "any", "[n, ...]")
+    check_tensor(f"{name}[1]", y, "any", "[n]")
+    counts = [len(part) if part.dim() else 0 for part in (x, y)]
+    if counts[0] != counts[1] or counts[0] < least:
+        raise InputError(
+            f"{name} has {counts[0]} inputs and {counts[1]} labels; pass as many of both, "
+            f"{least} or more"
+        )
+
+
 def _margin(logits: Tensor, label: Tensor) -> Tensor:
     """``log(p_y / (1 - p_y))`` of one sample, from logits [C]; no index depends on data."""
-    own = (torch.arange(logits.shape[-1], device=logits.device) == label).to(logits.dtype)
-    return (logits * own).sum() - (logits - 1e9 * own).logsumexp(0)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    own = torch.arange(logits.shape[-1], device=logits.device) == label
+    others = logits.masked_fill(own, -torch.inf)
+    return logits.masked_fill(~own, 0.0).sum() - others.logsumexp(0)
 
 
 def _checked(model: nn.Module, samples: Samples, name: str) -> Samples:
-    """Samples with labels as int64, each of a class of the model's.
+    """Samples on the model's device, labels as int64, each of a class of the model's.
 
     Raises:
         InputError: they are not, or the model returns no logits [n, C].
     """
-    x, y = samples
+    x, y = (part.to(device_of(model)) for part in samples)
     with torch.no_grad():
         logits = model(x[:1])
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise InputError(f"models: one returns {what}; trak() takes models that return [n, C]")
-    if len(x) != len(y):
-        raise InputError(f"{name} has {len(x)} inputs and {len(y)} labels")
     labels = class_labels(y, (len(y), logits.shape[1]))
     check_labels(labels, logits.shape[1])
     if bool((labels < 0).any()):
@@ -46,7 +62,10 @@ def _checked(model: nn.Module, samples: Samples, name: str) -> Samples:
 def _projected(
     model: nn.Module, samples: Samples, projection: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the margin by all parameters, projected [n, k]; and ``1 - p_y`` [n]."""
+    """Gradients of the margin by all parameters, projected [n, k]; and ``1 - p_y`` [n].
+
+    Both float64, on the CPU; products are in float32 at least.
+    """
     parameters = {k: p.detach() for k, p in model.named_parameters()}
     buffers = dict(model.named_buffers())
 
@@ -60,8 +79,9 @@ def _projected(
     for x, y in zip(*(part.split(chunk) for part in samples), strict=True):
         gradients, found = per_sample(parameters, x, y)
         flat = torch.cat([g.flatten(1) for g in gradients.values()], dim=1)
-        rows.append(flat @ projection.to(flat))
-        margins.append(found)
+        flat = flat if flat.dtype == torch.float64 else flat.float()
+        rows.append((flat @ projection.to(flat)).double().cpu())
+        margins.append(found.double().cpu())
     return torch.cat(rows), torch.sigmoid(-torch.cat(margins))
 
 
@@ -93,6 +113,8 @@ def trak(
     """
     if not models:
         raise InputError("models is empty; pass at least one")
+    check_samples("data", data)
+    check_samples("queries", queries)
     check_count("width", width)
     check_count("chunk", chunk)
     generator = torch.Generator().manual_seed(check_seed("seed", seed))
@@ -101,13 +123,15 @@ def trak(
     for model in models:
         size = sum(p.numel() for p in model.parameters())
         projection = torch.randn(size, width, generator=generator) / width**0.5
-        with modes(model, batchnorm="eval", dropout="eval"):
-            data, queries = _checked(model, data, "data"), _checked(model, queries, "queries")
-            phi, rest = _projected(model, data, projection, chunk)
-            theirs, _ = _projected(model, queries, projection, chunk)
-        phi, theirs = phi.double(), theirs.double()
+        with preserved(model):
+            model.eval()
+            ours, asked = _checked(model, data, "data"), _checked(model, queries, "queries")
+            phi, rest = _projected(model, ours, projection, chunk)
+            theirs, _ = _projected(model, asked, projection, chunk)
+        for name, found in (("data", phi), ("queries", theirs)):
+            check_finite_rows(f"{name}: a model's gradients", found)
         gram = phi.T @ phi
         ridge = 1e-6 * gram.diagonal().mean() * torch.eye(width, dtype=torch.float64)
         total += phi @ torch.linalg.solve(gram + ridge, theirs.T)
-        uncertain += rest.double()
+        uncertain += rest
     return -(uncertain / len(models))[:, None] * (total / len(models))

@@ -34,9 +34,10 @@ from imu_fast.evaluation.datamodels import (
     rank_correlation,
 )
 from imu_fast.evaluation.statistics import t_interval
-from imu_fast.evaluation.trak import trak
+from imu_fast.evaluation.trak import check_samples, trak
 from imu_fast.influence.scores import pairwise_influence, self_influence
 from imu_fast.model.capture import capture
+from imu_fast.model.labels import class_labels
 from imu_fast.model.outputs import outputs_of
 from imu_fast.storage import load_tensors, save_tensors
 
@@ -167,7 +168,7 @@ def _digest(*parts: Any) -> str:
     for part in parts:
         if isinstance(part, Tensor):
             found.update(f"{part.dtype}{tuple(part.shape)}".encode())
-            found.update(part.contiguous().flatten().view(torch.uint8).cpu().numpy().data)
+            found.update(part.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().data)
         else:
             found.update(repr(part).encode())
     return found.hexdigest()[:16]
@@ -256,17 +257,17 @@ def validate(
 
     Raises:
         InputError: a candidate cannot attribute with this model, which is tried before the
-            retraining; fewer than four queries or samples, fewer than two subsets, a damaged file
-            in ``folder``, a model that does not give finite losses.
+            retraining; fewer than four queries or samples, or no tensors with class indices; fewer
+            than two subsets, a damaged file in ``folder``, a model that does not give finite
+            losses.
     """
     check_installed("validate()", "scipy")
     check_count("repeats", repeats)
     seed = check_seed("seed", seed)
     if check_count("subsets", subsets) < 2:
         raise InputError("subsets=1 orders nothing; pass two or more, 50 say")
-    for name, (x, y) in (("data", data), ("test", test)):
-        if len(x) != len(y) or len(y) < 4:
-            raise InputError(f"{name} has {len(x)} inputs and {len(y)} labels; pass four or more")
+    for name, samples in (("data", data), ("test", test)):
+        _check_classes(name, samples)
     chosen = random_subsets(len(data[1]), subsets, fraction=fraction, seed=seed)
     where = None if folder is None else Path(folder)
     retraining = _Retraining(train, data, test, chosen, repeats, seed, where)
@@ -292,6 +293,17 @@ def validate(
         len(test[1]),
         len(data[1]),
     )
+
+
+def _check_classes(name: str, samples: Samples) -> None:
+    """Raise InputError unless these are four or more tensors with class indices."""
+    check_samples(name, samples, least=4)
+    y = samples[1]
+    classes = y.shape[-1] if y.dim() > 1 and y.shape[-1] > 1 else 2  # of soft labels
+    try:
+        class_labels(y, (len(y), classes))
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
 
 
 def _try(every: Mapping[str, Candidate], model: nn.Module, data: Samples, queries: Samples) -> None:

@@ -94,6 +94,11 @@ class ForgetSet:
         # The first row of each kept batch.
         self._starts = [0, *itertools.accumulate(part.n for part in self._kept)][:-1]
 
+    @property
+    def reads_anew(self) -> bool:
+        """Whether samples are not kept, but read by index each time."""
+        return not self._kept
+
     def pieces(self, rows: Sequence[int]) -> list[Piece]:
         """The samples of these indices, in as few batches as their shapes allow.
 

@@ -191,6 +191,16 @@ class Outputs:
         return float(self.loss.mean())
 
 
+def check_outputs(name: str, value: object) -> Outputs:
+    """Return ``value``, or raise InputError unless it is :class:`Outputs`."""
+    if isinstance(value, Outputs):
+        return value
+    raise InputError(
+        f"{name} is a {type(value).__name__}; pass what outputs_of(model, data) returns, or "
+        "Outputs(logits, labels), both of imu_fast.model.outputs"
+    )
+
+
 def logits_in_batches(
     model: nn.Module, loader: Any, reading: Reading, name: str
 ) -> Iterator[tuple[Tensor, Tensor]]:

@@ -20,11 +20,18 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from imu_fast.errors import InputError
+from imu_fast.errors import InputError, check_positive
 from imu_fast.study.cache import Cache, Contents, known_images, weights_digest
 from imu_fast.study.cells import Json, digest, pack
-from imu_fast.study.configuration import TUNING_SEED, Configuration
-from imu_fast.study.data.tasks import Dataset, ForgetTask, kind_of, load_dataset, make_task
+from imu_fast.study.configuration import SEEDS, TUNING_SEED, Configuration
+from imu_fast.study.data.tasks import (
+    Dataset,
+    ForgetTask,
+    check_measurable,
+    kind_of,
+    load_dataset,
+    make_task,
+)
 from imu_fast.study.entries import FLIPS, ORIGINAL, RETRAINED, TWIN, Entry, entries_named
 from imu_fast.study.pool import all_done, process_pool
 from imu_fast.study.results import collect, write_results
@@ -50,6 +57,18 @@ def _tuning_task(config: Configuration, kind: str) -> str | None:
 def _load(config: Configuration, seed: int) -> Dataset:
     path = None if config.data_path is None else Path(config.data_path)
     return load_dataset(config.data, path, config.train, seed)
+
+
+def _contents(config: Configuration, seed: int) -> Contents:
+    """What a seed's data are, which have what each task needs.
+
+    Raises:
+        InputError: a task cannot be measured on them.
+    """
+    data = _load(config, seed)
+    for task in config.tasks:
+        check_measurable(make_task(task, data, seed))
+    return Contents.of(data)
 
 
 @dataclass(frozen=True)
@@ -148,19 +167,24 @@ class _Prepared:
         weights = {name: weights_digest(model) for name, model in models.items()}
         self.identity = {"weights": weights}
         cell = self.cache.cell(self.arch, self.seed, self.task)
-        references = cell.get("references", None)
-        if references is not None and references["weights"] != weights:
+        known = cell.read().get("references")
+        if known is not None and known["value"]["weights"] != weights:
             raise InputError(
                 f"path={str(cell.path)!r} was measured on other models than this machine trains; "
                 "delete it, and it is measured anew, or bring the cache of its models"
             )
 
     def _shadows(self, data: Dataset, forget: ForgetTask) -> Iterable[Shadow]:
-        """The other seeds' originals: each was trained on images of its own."""
+        """Other seeds' originals: each was trained on images of its own.
+
+        As many for every seed, and none of those beyond the usual number of seeds: what is in a
+        cell is not to change with how many seeds a comparison has.
+        """
         mine = known_images(forget.forget[0])
-        for seed, contents in self.cache.contents.items():
-            without = ~torch.isin(mine, contents.trained_on)
-            if seed != self.seed and bool(without.any()):
+        others = [*range(min(self.cache.config.seeds, SEEDS)), TUNING_SEED]
+        for seed in [s for s in others if s != self.seed][:SEEDS]:
+            without = ~torch.isin(mine, self.cache.contents[seed].trained_on)
+            if bool(without.any()):
                 # In the cache since the comparison's first stage, so its data are not needed.
                 yield Shadow(self.cache.model(data, self.arch, seed), without)
 
@@ -171,7 +195,11 @@ def run_cell(sitting: Sitting, arch: str, seed: int, task: str, tier: str) -> No
     config, cell = cache.config, cache.cell(arch, seed, task)
     prepared = _Prepared(cache, arch, seed, task)
     if not sitting.over:
-        cell.made("references", None, lambda: _references(prepared()) | prepared.identity)
+        cell.made(
+            "references",
+            _references_depend(config),
+            lambda: _references(prepared()) | prepared.identity,
+        )
     if not sitting.over:
         cell.made("correlations", None, lambda: prepared().correlations())
     for name, entry in _entries(config, kind_of(task), tier).items():
@@ -182,7 +210,16 @@ def run_cell(sitting: Sitting, arch: str, seed: int, task: str, tier: str) -> No
 
 
 def _depends(config: Configuration, entry: Entry, rate: Json) -> Any:
-    return [dict(entry.options), rate["lr"], config.max_steps]
+    return [dict(entry.options), rate["lr"], config.max_steps, *_few_seeds(config)]
+
+
+def _few_seeds(config: Configuration) -> list[int]:
+    """How many models the likelihood-ratio attack rests on, where they are not the usual ones."""
+    return [config.seeds] if config.seeds < SEEDS else []
+
+
+def _references_depend(config: Configuration) -> Any:
+    return _few_seeds(config) or None
 
 
 def _references(setting: Setting) -> Json:
@@ -251,11 +288,13 @@ def run(
     Raises:
         InputError: unknown methods, data that are not there.
     """
-    until = None if minutes is None else time.time() + 60 * minutes
+    until = None
+    if minutes is not None:
+        until = time.time() + 60 * check_positive("minutes", minutes, allow_zero=True)
     entries_named(config.methods)
     # Errors of the data belong before the work, and not into another process.
-    seeds = [*range(config.seeds), TUNING_SEED]
-    cache = Cache(out / "cache", config, {s: Contents.of(_load(config, s)) for s in seeds})
+    contents = {seed: _contents(config, seed) for seed in (*range(config.seeds), TUNING_SEED)}
+    cache = Cache(out / "cache", config, contents)
     sitting = Sitting(cache, until)
     kinds = [k for k in KINDS if _tuning_task(config, k) is not None]
     models = [(arch, seed) for seed in (TUNING_SEED, *range(config.seeds)) for arch in config.archs]
@@ -304,7 +343,8 @@ def _whole(cache: Cache, arch: str, seed: int, task: str) -> bool:
 def _finished(cache: Cache, arch: str, seed: int, task: str) -> Json:
     """What a cell holds of this comparison's entries."""
     config, cell = cache.config, cache.cell(arch, seed, task)
-    found = {name: cell.get(name, None) for name in ("references", "correlations")}
+    found = {"references": cell.get("references", _references_depend(config))}
+    found["correlations"] = cell.get("correlations", None)
     for tier in _TIERS:
         for name, entry in _entries(config, kind_of(task), tier).items():
             rate = _rate(cache, arch, task, name, entry)

@@ -15,24 +15,26 @@ from imu_fast.errors import (
     check_installed,
     check_positive,
 )
-from imu_fast.study.data.tasks import DATASETS, check_task
+from imu_fast.study.data.tasks import DATASETS, check_task, kind_of
 from imu_fast.study.entries import ALL, QUICK
 from imu_fast.study.networks import NETWORKS
 
+# The usual number of models per architecture.
+SEEDS = 5
 # The model that learning rates are chosen on, beyond the seeds of a report.
 TUNING_SEED = 100
 # Data sets' own defaults; digits fit into three minutes.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": {
         "tasks": ("class-3", "random-5"),
-        "seeds": 5,
+        "seeds": SEEDS,
         "epochs": 12,
         "train": None,
         "methods": QUICK,
     },
     "cifar10": {
         "tasks": ("class-1", "class-4", "class-8", "random-1", "random-5", "random-10"),
-        "seeds": 5,
+        "seeds": SEEDS,
         "epochs": 12,
         "train": 5_000,
     },
@@ -79,7 +81,7 @@ class Configuration:
     data_path: str | None = None
     train: int | None = None
     archs: tuple[str, ...] = tuple(NETWORKS)
-    seeds: int = 5
+    seeds: int = SEEDS
     tasks: tuple[str, ...] = ("class-3", "random-5")
     methods: tuple[str, ...] = (ALL,)
     epochs: int = 12
@@ -96,6 +98,12 @@ class Configuration:
             check_choice("archs", arch, NETWORKS)
         for task in self.tasks:
             check_task(task)
+        alike = [(kind_of(task), float(task.partition("-")[2])) for task in self.tasks]
+        for name, those in (("archs", self.archs), ("tasks", alike), ("methods", self.methods)):
+            again = [i for i, one in enumerate(those) if one in those[:i]]
+            if again:
+                twice = getattr(self, name)[again[0]]
+                raise InputError(f"{name} has {twice!r} twice; name each once")
         for name in ("seeds", "epochs", "max_steps", "workers"):
             check_count(name, getattr(self, name))
         if self.seeds > TUNING_SEED:
@@ -121,7 +129,9 @@ class Configuration:
         values = {**_DEFAULTS.get(given.get("data", "digits"), {}), **given}
         for name in _LISTS:
             if isinstance(values.get(name), str):
-                values[name] = values[name].split(",")
+                # Names of methods have commas in them.
+                between = ";" if name == "methods" else ","
+                values[name] = [one.strip() for one in values[name].split(between)]
             if name in values:
                 values[name] = tuple(values[name])
         return cls(**values)

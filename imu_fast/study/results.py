@@ -223,7 +223,9 @@ def _correlations(parts: list[Json]) -> list[Json]:
     values: dict[tuple[str, str, str], list[float]] = {}
     for part in parts:
         for name, value in part["correlations"].items():
-            values.setdefault((part["task"], part["arch"], name), []).append(value)
+            known = values.setdefault((part["task"], part["arch"], name), [])
+            if value is not None:  # scores that are all alike are in no order
+                known.append(value)
     found = []
     for (task, arch, name), those in values.items():
         t = torch.tensor(those, dtype=torch.float64)

@@ -129,9 +129,15 @@ class Checkpoint:
         shapes = {k: t.shape for k, t in state.items()}
         stored = {k[6:]: t.shape for k, t in tensors.items() if k.startswith("state.")}
         if changed or shapes != stored:
+            way_out = _ANEW
+            if changed and all(key.endswith(", order") for key in changed):
+                way_out = (
+                    "a loader with shuffle=False, or with a generator and its seed, gives the same "
+                    f"order again; or {_ANEW}"
+                )
             raise InputError(
                 f"checkpoint={str(self.path)!r} belongs to another run (differs in "
-                f"{changed or 'shapes'}); {_ANEW}"
+                f"{changed or 'shapes'}); {way_out}"
             )
         with torch.no_grad():
             for key, tensor in state.items():

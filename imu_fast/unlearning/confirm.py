@@ -103,7 +103,8 @@ def _check_same(subject: Subject, ours: Measurement, own: Measurement) -> None:
         f"the model's own forward pass gives sample {sample} a loss of {theirs:.4g}, the head "
         f"{subject.name!r} on its features {cached:.4g}: something changes features or logits "
         "between passes (a layer that draws numbers in evaluation mode, a weight made anew, state "
-        "that a forward pass changes); the model is as it was. Make that deterministic, or use "
+        "that a forward pass changes, a data set that augments by a generator of its own); the "
+        "model is as it was. Make that deterministic, or use "
         "scope='layers', which runs the model itself"
     )
 

@@ -7,10 +7,7 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
-import numpy as np
-from torch import Tensor
-
-from imu_fast.errors import InputError, check_positive
+from imu_fast.errors import InputError, check_positive, plain_number
 from imu_fast.evaluation.metrics import roc_auc
 from imu_fast.unlearning.result import Record
 from imu_fast.unlearning.subject import Measured
@@ -48,9 +45,7 @@ class StopRule:
 
     def __post_init__(self) -> None:
         for name in _CONDITIONS:
-            value = getattr(self, name)
-            if isinstance(value, Tensor) and not value.dim():  # a number, and no data
-                object.__setattr__(self, name, value.item())
+            object.__setattr__(self, name, plain_number(getattr(self, name)))
         if all(getattr(self, name) is None for name in _CONDITIONS):
             raise InputError(
                 f"stop=StopRule() has no condition; set {', '.join(_CONDITIONS[:-1])} or "
@@ -110,7 +105,7 @@ class StopRule:
 
 def _is_data(value: Any) -> bool:
     """Whether ``unseen_accuracy`` is not a number but what to measure it on."""
-    return not isinstance(value, str | bool | Real | np.generic | None)
+    return not isinstance(value, str | bool | Real | None)
 
 
 @dataclass(frozen=True)

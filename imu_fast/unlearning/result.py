@@ -32,7 +32,7 @@ class UnlearnResult:
             record is measured by the model's own forward pass. Of sequences, loss and accuracy are
             means over samples of the means over their tokens.
         batch_losses: the ascent's loss at every step.
-        steps, epochs: optimizer steps made, and epochs begun.
+        steps, epochs: optimizer steps made (an edit is one), and epochs begun.
         stopped_by: "epochs", "max_steps", "milestones" (the last one was passed), "edit" (all that
             was asked for), "left_alone" (``"auto"`` found nothing to forget), "no_descent" (no step
             of a self-distillation lowers its loss, and targets further away do not help), or the
@@ -40,7 +40,7 @@ class UnlearnResult:
         reached: whether the depth that was asked for (stop, or the last milestone) is there, by the
             model's own forward pass; None where none was asked for.
         step_fraction: how much of the last step was kept by the bisection, in (0, 1]; of
-            ``"newton_removal"`` its k.
+            ``"newton_removal"`` its k; 0 of an edit that was not needed.
         seconds: wall-clock time of the whole call.
         settings: the method and every option of it, as used; of an edit also its Hessian's kind
             and the damping that it came to.

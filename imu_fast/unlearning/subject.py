@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from imu_fast.ambient import random_states
 from imu_fast.errors import InputError, NoSamplesError
 from imu_fast.factors.gradient_factors import GradientFactors
 from imu_fast.factors.source import Factors
@@ -159,6 +160,8 @@ class HeadSubject:
     ) -> None:
         self.model, self._loaders, self._progress = model, dict(loaders), progress
         self._asked, self._reading = head or "head", (reading or Reading()).given()
+        # A data set that augments gives what is ascended again where that is measured.
+        self._draws = random_states() if loaders["forget"].reads_anew else nullcontext
         captured = {"forget": self._captured("forget", self._asked)}
         found = captured["forget"]
         self.name, self.has_bias = found.name, found.head.bias is not None
@@ -182,7 +185,7 @@ class HeadSubject:
         self.theta = self.trained.to(self._wide, copy=True)
 
     def _captured(self, name: str, head: Any) -> HeadFeatures:
-        with naming(name):
+        with naming(name), self._draws():
             found = capture_features(
                 self.model, self._loaders[name], head, progress=self._progress, **self._reading
             )
@@ -272,7 +275,8 @@ class HeadSubject:
         return float((changed & same).sum() / changed.sum().clamp_min(1))
 
     def own(self, name: str) -> Measurement:
-        return measured(self.model, self._loaders[name], Reading(**self._reading), "unlearn()")
+        with self._draws():
+            return measured(self.model, self._loaders[name], Reading(**self._reading), "unlearn()")
 
 
 class NetworkSubject:

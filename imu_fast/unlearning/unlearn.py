@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,9 @@ def unlearn(
         callback: called with each record of the trajectory as it is made (wandb, tensorboard);
             with ``scope="head"`` the model itself changes only at milestones and at the end.
         checkpoint: a safetensors file, replaced atomically after each epoch; if it exists and
-            ``resume``, the run goes on from there and ends as an uninterrupted one would. Only for
-            methods that have epochs.
+            ``resume``, the run goes on from there and ends as an uninterrupted one would. The
+            forget set has to come in the same order (``shuffle=False``, or a generator and its
+            seed). Only for methods that have epochs.
         seed: of the batch order, dropout, wrong labels and permuted weights.
         inplace: change the user's model; otherwise a copy.
         group: of ``torch.distributed``: each process has its own part of ``data`` and of watched
@@ -229,10 +231,10 @@ def unlearn(
     )
     if job.checkpoint is not None:
         writable(job.checkpoint, "checkpoint")
-        job.belongs |= {"model": of_model(target), "forget set": of_forget_set(forget)}
+        job.belongs |= {"model": of_model(target), **of_forget_set("forget set", forget)}
         for name, batches in job.sets.items():
             if name != "forget":
-                job.belongs[f"set {name!r}"] = of_data(as_batches(batches, target))
+                job.belongs[f"set {name!r}"] = of_data(partial(as_batches, batches, target))
     with (
         record_backends() as used,
         rolled_back(target, []) as job.kept,

@@ -56,3 +56,14 @@ def test_bad_input():
         random_flips(made(), 2)
     with pytest.raises(InputError, match="one class"):
         random_flips(Outputs(torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64)), 0.5)
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 0.3])
+@pytest.mark.parametrize("levels", [1, 2, 4])
+def test_flips_of_predictions_that_are_ties(levels, accuracy):
+    """Of equal logits the first is predicted: a trade of two that are equal would flip nothing."""
+    logits = torch.randint(0, levels, (200, 4), generator=torch.Generator().manual_seed(0)).float()
+    outputs = Outputs(logits, logits.argmax(dim=1))
+    flipped = random_flips(outputs, accuracy)
+    assert flipped.accuracy == pytest.approx(accuracy)
+    torch.testing.assert_close(flipped.logits.sort(1).values, logits.sort(1).values)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -202,3 +204,80 @@ def test_probe_bounds_what_it_trains_on(monkeypatch):
 def test_arguments_of_the_probe(features, labels, mask, message):
     with pytest.raises(InputError, match=message):
         linear_probe(features, labels.long(), mask)
+
+
+def by_torch(model, x, y, scope, lr, batch_size, steps):
+    """Steps of torch's SGD, in float64; samples twice, which changes no mean."""
+    model = copy.deepcopy(model).double().eval()
+    x, chosen = x.double(), model[4] if scope == "head" else model
+    optimizer = torch.optim.SGD(chosen.parameters(), lr=lr, momentum=0.9)
+    generator, batches = torch.Generator().manual_seed(0), []
+    for step in range(steps):
+        if bool((model(x).argmax(1) == y).all()):
+            return step
+        batches = batches or list(torch.randperm(len(x), generator=generator).split(batch_size))
+        rows = batches.pop(0).repeat(2)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
+        optimizer.step()
+    return steps
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_steps_below_the_resolution_of_half_precision_add_up(dtype, scope):
+    """Rounded away, what was hardly gone takes longer, or would never come back."""
+    model = network().to(dtype)
+    model[4].bias.data[0] -= 1
+    x, y = (part[::3] for part in blobs())  # class 0
+    x, options = x.to(dtype), {"lr": 3e-4, "batch_size": 8, "max_steps": 250}
+    expected = by_torch(model, x, y, scope, 3e-4, 8, 250)
+    assert 80 < expected < 240
+    steps = relearning_steps(model, (x, y), target=1.0, scope=scope, **options)
+    assert abs(steps - expected) <= 2
+
+
+class Patches(nn.Module):
+    """The gradient that comes back to the norm has odd strides, see test_reported.py."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.token, self.fc = nn.Parameter(torch.randn(1, 1, 8)), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.norm(self.conv(x)).flatten(2).transpose(1, 2)
+        return self.fc(torch.cat([self.token.expand(len(x), -1, -1), h], 1).tanh().mean(1))
+
+
+def test_batches_of_one_sample_are_those_of_a_larger_one():
+    """torch's CPU backward of a batch norm is wrong for one sample alone on some versions."""
+    torch.manual_seed(0)
+    model = Patches().double().eval()
+    x, y = torch.randn(6, 2, 5, 5).double(), torch.zeros(6).long()
+    model.fc.bias.data[0] -= 4
+    options = {"target": 1.0, "scope": "all", "lr": 0.05, "max_steps": 200}
+    alone = relearning_steps(model, (x[:1], y[:1]), **options)
+    assert 3 < alone < 200
+    assert alone == relearning_steps(model, (x[:1].repeat(2, 1, 1, 1), y[:2]), **options)
+
+
+def test_a_head_that_is_not_what_makes_the_logits_is_refused():
+    class Capped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return 3 * torch.tanh(self.fc(x) / 3)
+
+    model, (x, y) = Capped(), blobs()
+    with pytest.raises(InputError, match="logits were linear in it; here .*tanh.*scope='all'"):
+        relearning_steps(model, (x, y), target=1.0)
+    assert relearning_steps(model, (x, y), target=1.0, lr=0.1, scope="all") < 50
+
+
+def test_the_probe_takes_no_labels_of_ignore_index():
+    y = torch.where(torch.arange(40) < 5, -100, 1)
+    with pytest.raises(InputError, match="leave these rows out"):
+        linear_probe(torch.randn(40, 3), y, torch.arange(40) < 10)

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from imu_fast.errors import InputError
@@ -311,3 +312,21 @@ def test_what_is_equal_but_for_rounding_does_not_differ():
     line = only(paired_tests(rows, "retain", "uniform"))
     assert (line["t_p"], line["wilcoxon_p"], line["sign_flip_p"]) == (1, 1, 1)
     assert (line["low"], line["high"]) == (0, 0)
+
+
+def test_rows_are_read_once_and_hold_numbers():
+    rows = rows_of({"uniform": [1.0, 1.0, 2.0], "ours": [2.0, 3.0, 4.0]})
+    for table in (
+        lambda given: summary(given, iter(["retain"])),
+        lambda given: intervals(given, "retain"),
+        lambda given: paired_tests(given, "retain", "uniform"),
+        lambda given: equivalence_tests(given, "retain", "uniform", 0.1),
+    ):
+        assert table(iter(rows)) == table(rows) != [], "of a generator nothing would be left"
+    plain = [np.float32(2.0), np.int64(3), torch.tensor(4.0)]
+    assert summary(rows_of({"ours": plain}), ["retain"])[0]["retain_mean"] == 3.0
+    for bad in ("0.5", 1j, [0.5], torch.ones(2), np.complex64(1)):
+        with pytest.raises(InputError, match=r"rows\[1\]\['retain'\]=.* is no number"):
+            summary(rows_of({"ours": [0.5, bad]}), ["retain"])
+    with pytest.raises(InputError, match=r"rows\[0\] is a str"):
+        summary(["arch seed task depth method"], ["retain"])

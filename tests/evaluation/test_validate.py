@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -18,6 +19,7 @@ from imu_fast.evaluation.datamodels import (
     memorisation,
     random_subsets,
 )
+from imu_fast.evaluation.lira import lira
 from imu_fast.evaluation.trak import trak
 from imu_fast.evaluation.validate import Candidate, candidates
 from imu_fast.evaluation.validate import _best as best_of
@@ -167,7 +169,43 @@ def test_trak_is_of_class_indices(change, match, which):
         trak([model], *pair, width=8)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_trak_of_a_half_precision_model_multiplies_in_float32(dtype):
+    """Its gradients are rounded; their products with 512 columns are not rounded again."""
+    (x, y), (xq, yq) = problem()
+    model = fitted((x, y), 0).to(dtype)
+    data, queries = (x.to(dtype), y), (xq.to(dtype), yq)
+    found = trak([model], data, queries, width=4)
+    wide = [(part[0].double(), part[1]) for part in (data, queries)]
+    expected = trak([copy.deepcopy(model).double()], *wide, width=4)
+    size = float(expected.abs().max())
+    assert float((found - expected).abs().max()) < 8 * torch.finfo(dtype).eps * size
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(trak([model], data, queries, width=4), found)
+
+
+def test_trak_of_logits_beyond_a_billion():
+    model = nn.Linear(5, 3).double()
+    (x, y), (xq, yq) = problem()
+    data, queries = (x.double(), y), (xq.double(), yq)
+    model.weight.data *= 1e11
+    shifted = copy.deepcopy(model)
+    shifted.bias.data += 1e12  # of all classes alike: the same probabilities
+    found, other = (trak([m], data, queries, width=4) for m in (model, shifted))
+    torch.testing.assert_close(found, other, rtol=1e-2, atol=1e-3 * float(found.abs().max()))
+
+
 def test_trak_is_of_models_that_return_logits():
+    broken = fitted(problem()[0], 0)
+    with torch.no_grad():
+        broken.weight[0, 0] = nan
+    with pytest.raises(imu.InputError, match="a model's gradients is not finite"):
+        trak([broken], *problem(), width=8)
+    (x, y), queries = problem()
+    for bad in ((x.numpy(), y), (x, y.tolist()), [(x, y)], (x[:0], y[:0])):
+        with pytest.raises(imu.InputError, match=r"^data(\[\d\])? (is a|has 0)"):
+            trak([fitted((x, y), 0)], bad, queries, width=8)
+
     with pytest.raises(imu.InputError, match="models is empty"):
         trak([], *problem())
     with pytest.raises(imu.InputError, match=r"returns .*; trak\(\) takes models that return"):
@@ -201,6 +239,49 @@ def test_exact_influence_predicts_retraining_and_chance_does_not(tmp_path):
     with pytest.raises(imu.InputError, match=path.name):
         for seed in (0, 9):
             imu.validate(fitted, data, test, **given, seed=seed)
+
+
+def test_data_are_tensors_with_class_indices():
+    """What cannot be told from other data by its digest would have the losses of other data."""
+    data, test = problem()
+    one_hot = nn.functional.one_hot(data[1], 2)
+    for bad, match in (
+        ((data[0].numpy(), data[1].numpy()), r"data\[0\] is a ndarray"),
+        ((data[0], data[1].tolist()), r"data\[1\] is a list"),
+        ([data], "data is a list"),
+        ((data[0], data[1].float()), "data: labels have dtype torch.float32; pass integer"),
+        ((data[0], one_hot.float()), r"data: .*one-hot.*argmax"),
+        ((data[0], data[1] > 0), "data: labels have dtype torch.bool"),
+    ):
+        with pytest.raises(imu.InputError, match=match):
+            imu.validate(pytest.fail, bad, test, subsets=2)
+
+
+@pytest.mark.parametrize(
+    ("bad", "match"),
+    [
+        (lambda t: t.numpy(), "is a ndarray"),
+        (lambda t: t.tolist(), "is a list"),
+        (lambda t: t + 0j, "dtype torch.complex"),
+        (lambda t: t.to("meta"), "meta device"),
+        (lambda t: t.to_sparse(), "is sparse"),
+    ],
+)
+def test_measures_are_of_dense_real_tensors(bad, match):
+    """A complex number would lose its imaginary part."""
+    subsets, tau, outputs = random_subsets(6, 4), torch.randn(6, 2), torch.randn(4, 2)
+    plain = torch.randn(4, 6)
+    for call in (
+        lambda: linear_datamodeling_score(bad(tau), subsets, outputs),
+        lambda: linear_datamodeling_score(tau, subsets, bad(outputs)),
+        lambda: linear_datamodeling_score(tau, bad(subsets), outputs),
+        lambda: memorisation(subsets, bad(plain)),
+        lambda: lira(bad(plain[0]), plain),
+        lambda: lira(plain[0], bad(plain)),
+        lambda: lira(plain[0], plain, bad(plain)),
+    ):
+        with pytest.raises(imu.InputError, match=match):
+            call()
 
 
 def test_a_candidate_of_ones_own_and_bad_input():

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,8 @@ from imu_fast.errors import InputError
 from imu_fast.study import comparison
 from imu_fast.study.cache import Cache, Contents, fingerprint
 from imu_fast.study.cells import Cell
-from imu_fast.study.configuration import Configuration
-from imu_fast.study.data.tasks import load_dataset, make_task
+from imu_fast.study.configuration import TUNING_SEED, Configuration
+from imu_fast.study.data.tasks import check_measurable, load_dataset, make_task
 from imu_fast.study.entries import (
     AUTO,
     BASELINE,
@@ -212,7 +213,7 @@ def test_a_cell_of_other_models_is_refused(compared, tmp_path):
     path = next(iter((tmp_path / "here" / "cells").glob("resnet-0-class-3-*")))
     cell = json.loads(path.read_text())
     key = Cell(path, cell["cell"])
-    value = key.get("references", None)
+    value = key.read()["references"]["value"]
     entries = {n: e for n, e in key.read().items() if n != "references"}
     path.write_text(json.dumps({"cell": cell["cell"], "entries": entries}))
     value["weights"]["retrained"] = "0" * 12
@@ -233,6 +234,61 @@ def test_results_older_than_their_cells_are_refused(compared, tmp_path):
     cell.made("correlations", None, lambda: value | {"kfac": 0.5})
     with pytest.raises(InputError, match="older than its cell"):
         read_results(tmp_path / "here")
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"tasks": "class-12"}, "task='class-12': there are classes 0 to 9"),
+        ({"tasks": "random-0.1"}, "forgets none of 300"),
+        ({"tasks": "random-0.3"}, "has 1 training images to forget, and needs 2"),
+        ({"tasks": "random-99.7"}, "has 1 training images that are kept, and needs 2"),
+    ],
+)
+def test_a_task_that_cannot_be_measured_is_refused_before_anything_is_trained(
+    given, match, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("imu_fast.study.cache.train", pytest.fail)
+    with pytest.raises(InputError, match=match):
+        comparison.run(Configuration.of(TINY | given), tmp_path, progress=False)
+    with pytest.raises(InputError, match="minutes=nan"):
+        comparison.run(Configuration.of(TINY), tmp_path, minutes=math.nan, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_forget_set_without_held_out_images_is_refused():
+    data = load_dataset("digits", None, 300, 0)
+    for part in ("validation", "test"):
+        x, y = getattr(data, part)
+        lacking = replace(data, **{part: (x[y != 3], y[y != 3])})
+        check_measurable(make_task("class-4", lacking, 0))
+        with pytest.raises(InputError, match="task='class-3' has 0 held-out images like"):
+            check_measurable(make_task("class-3", lacking, 0))
+
+
+def test_what_the_likelihood_ratio_attack_rests_on_is_the_same_in_all_cells():
+    """Its numbers are of the other seeds' models: of two seeds no others than of three."""
+    data, entry = load_dataset("digits", None, 60, 0), ENTRIES[AUTO]
+    forget = make_task("random-10", data, 0)
+    depends, used = {}, {}
+    for seeds in (2, 3, 5, 7):
+        config = Configuration.of(TINY | {"seeds": seeds})
+        none = Contents("abc", torch.zeros(0, dtype=torch.int64))
+        cache = Cache(Path(), config, dict.fromkeys((*range(seeds), TUNING_SEED), none))
+        depends[seeds] = json.dumps(comparison._depends(config, entry, {"lr": 1.0}))
+        for seed in range(seeds):
+            asked = []
+            prepared = comparison._Prepared(cache, "resnet", seed, "random-10")
+            with pytest.MonkeyPatch.context() as patched:
+                model = lambda self, data, arch, seed, asked=asked: asked.append(seed)  # noqa: E731
+                patched.setattr(Cache, "model", model)
+                list(prepared._shadows(data, forget))
+            assert seed not in asked
+            used[seeds, seed] = asked
+    assert len(set(depends.values())) == 3 and depends[5] == depends[7]
+    assert {len(asked) for (seeds, _), asked in used.items() if seeds >= 5} == {5}
+    assert all(used[5, seed] == used[7, seed] for seed in range(5))
+    assert used[2, 0] == [1, TUNING_SEED]
 
 
 def test_a_sitting_that_is_over_begins_nothing(compared, tmp_path, monkeypatch):
@@ -332,6 +388,8 @@ def test_configuration_from_yaml_and_flags(tmp_path):
     config = Configuration.read(path, {"seeds": 4})
     assert (config.seeds, config.archs, config.methods) == (4, ("vgg",), ("margin edit",))
     assert Configuration.of({"data": "cifar10"}).train == 5_000
+    listed = Configuration.of({"methods": "imu, ggn; auto", "tasks": "class-3, random-5"})
+    assert (listed.methods, listed.tasks) == (("imu, ggn", "auto"), ("class-3", "random-5"))
     for text, match in (
         ("seeds: many", "seeds='many'"),
         ("seeds: 101", "at most 100"),
@@ -340,6 +398,10 @@ def test_configuration_from_yaml_and_flags(tmp_path):
         ("a: [", "cannot be read"),
         ("tasks: [random]", "task='random' is unknown"),
         ("archs: []", "archs is empty"),
+        ("tasks: class-3, class-3", "tasks has 'class-3' twice"),
+        ("tasks: [random-5, random-5.0]", "tasks has 'random-5.0' twice"),
+        ("archs: [vgg, vgg]", "archs has 'vgg' twice"),
+        ("methods: auto; auto", "methods has 'auto' twice"),
         ("archs: [lstm]", "archs='lstm' is unknown"),
     ):
         path.write_text(text)

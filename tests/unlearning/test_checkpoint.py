@@ -206,3 +206,38 @@ def test_what_cannot_be_gone_on_from_says_the_way_out(tmp_path):
         with pytest.raises(imu.InputError, match=way_out):
             run(path)
         run(path, resume=False)
+
+
+@pytest.mark.parametrize("augments", [False, True])
+def test_a_measured_set_may_shuffle_and_augment(tmp_path, augments):
+    """What is only measured has no order that a run depends on."""
+    x, y = PROBLEM.data
+
+    class Noisy(torch.utils.data.TensorDataset):
+        def __getitem__(self, i):
+            a, b = super().__getitem__(i)
+            return a + augments * torch.randn(a.shape, dtype=a.dtype), b
+
+    def watched(labels=y):
+        data = Noisy(x, labels)
+        return {"w": torch.utils.data.DataLoader(data, batch_size=3, shuffle=True)}
+
+    path = tmp_path / "run.safetensors"
+    run(path, watch=watched())
+    assert run(path, epochs=4, watch=watched()).epochs == 4
+    with pytest.raises(imu.InputError, match="differs in .*set 'w'"):
+        run(path, epochs=5, watch=watched((y + 1) % 4))
+
+
+def test_another_order_of_the_forget_set_is_named(tmp_path):
+    data = torch.utils.data.TensorDataset(*PROBLEM.data)
+    path = tmp_path / "run.safetensors"
+
+    def loader(seed):
+        order = torch.Generator().manual_seed(seed)
+        return torch.utils.data.DataLoader(data, batch_size=8, shuffle=True, generator=order)
+
+    run(path, data=loader(1))
+    assert run(path, epochs=4, data=loader(1)).epochs == 4
+    with pytest.raises(imu.InputError, match=r"in \{'forget set, order'.*shuffle=False, or with"):
+        run(path, epochs=5, data=loader(2))

@@ -174,6 +174,7 @@ def test_margin_edit_stops_where_it_is_told(problem):
     assert imu.unlearn(model, forget, stop=rule, **options).stopped_by == "membership_auc"
     there = imu.unlearn(model, forget, stop=imu.StopRule(forget_accuracy=1.0), **options)
     assert torch.equal(there.model[2].weight, model[2].weight) and there.step_fraction == 0.0
+    assert (there.steps, none.steps, half.steps) == (0, 1, 1)
     assert len(there.trajectory) == 1
 
 

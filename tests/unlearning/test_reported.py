@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -426,3 +428,28 @@ def test_a_gradient_that_the_user_changes_is_not_passed_over(method):
     imu.unlearn(model, (x, y), "uniform", scope="layers", epochs=1, weight_decay=0.0)
     moved = (model.fc.weight != before).any(dim=1)
     assert not moved[2] and moved[0]
+
+
+@pytest.mark.parametrize("draw", ["torch", "numpy", "python", "own"])
+def test_a_forget_set_that_augments_is_measured_as_it_was_ascended(draw):
+    """Features are of one reading, and the model's own forward is of another."""
+    model, x, y = problem(Net)
+    own = torch.Generator().manual_seed(0)
+
+    class Augmented(torch.utils.data.TensorDataset):
+        def __getitem__(self, i):
+            noise = {
+                "torch": lambda: torch.randn(12),
+                "numpy": lambda: torch.from_numpy(np.random.randn(12)).float(),
+                "python": lambda: torch.tensor([random.gauss(0, 1) for _ in range(12)]),
+                "own": lambda: torch.randn(12, generator=own),
+            }[draw]()
+            return x[i] + 0.5 * noise, y[i]
+
+    loader = torch.utils.data.DataLoader(Augmented(x, y), batch_size=16, shuffle=True)
+    options = {"lr": 0.05, "epochs": 400, "stop": imu.StopRule(forget_accuracy=0.5)}
+    if draw == "own":  # whose state nobody but the data set knows
+        with pytest.raises(imu.InputError, match="a data set that augments by a generator"):
+            imu.unlearn(model, loader, "uniform", **options)
+        return
+    assert imu.unlearn(model, loader, "uniform", **options).reached

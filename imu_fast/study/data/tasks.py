@@ -194,3 +194,25 @@ def make_task(name: str, data: Dataset, seed: int) -> ForgetTask:
         alike["validation"],
         alike["test"],
     )
+
+
+def check_measurable(task: ForgetTask) -> None:
+    """Raise InputError unless the task has what a comparison measures on.
+
+    Two forget images and two retained ones (a probe is trained on one of each), and one of every
+    held-out part.
+    """
+    parts = {
+        "training images to forget": (task.forget, 2),
+        "training images that are kept": (task.retain, 2),
+        "held-out images of kept classes for choices": (task.validation, 1),
+        "held-out images of kept classes for the report": (task.test, 1),
+        "held-out images like the forgotten for choices": (task.unseen_validation, 1),
+        "held-out images like the forgotten for the report": (task.unseen_test, 1),
+    }
+    for what, ((_, y), least) in parts.items():
+        if len(y) < least:
+            raise InputError(
+                f"task={task.name!r} has {len(y)} {what}, and needs {least}; give more images, or "
+                "another task"
+            )

@@ -83,7 +83,7 @@ def min_k_scores(model: nn.Module, rows: Sequences, fraction: float = 0.2) -> Te
         log_p, targets, counts = _counted(model, batch)
         own = log_p.gather(1, targets[:, None])[:, 0]
         for one in own.split(counts.tolist()):
-            found.append(one.sort().values[: max(1, int(fraction * len(one)))].mean())
+            found.append(one.sort().values[: max(1, int(fraction * len(one) + 1e-9))].mean())
     return torch.stack(found)
 
 

@@ -138,7 +138,9 @@ def at_depth(path: Path, block: Block, rows: list[dict[str, Any]], most: int = 1
         label.set_fontweight("bold" if line.best or line.method == "auto" else "normal")
     axes.set_ylim(len(methods) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel(f"{metric.meaning.split(':')[0]}: mean ± standard deviation", fontsize=11)
+    meaning = metric.meaning.split(":")[0]
+    # On two lines: the axis is narrow beside long names.
+    axes.set_xlabel(f"{meaning}\nmean ± standard deviation", fontsize=11)
     axes.set_title(block.title, fontsize=12)
     figure.legend(loc="outside lower center", ncols=2, fontsize=10, frameon=False)
     return save(figure, path)

@@ -104,7 +104,7 @@ class Ascent(Method):
             with naming(RETAIN):
                 job.sets[RETAIN] = ForgetSet(retain.data, self.batch_size, job.model)
             if job.checkpoint is not None:
-                job.belongs["set 'retain'"] = of_forget_set(job.sets[RETAIN])
+                job.belongs |= of_forget_set("set 'retain'", job.sets[RETAIN])
         samples, name = self.objective.samples(job, self.batch_size), "forget"
         if samples is not job.forget:
             name = ASCENDED

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from imu_fast.errors import InputError
 from imu_fast.model.batches import device_of, split_batch, to_device
-from imu_fast.model.called import called
+from imu_fast.model.forward import innermost
 from imu_fast.model.guard import preserved
 from imu_fast.model.loss import counts_of
+from imu_fast.model.nested import copied
 from imu_fast.model.outputs import logits_in_batches, logits_of
 from imu_fast.unlearning.method import Job
 
@@ -26,7 +27,7 @@ def nearest_wrong_labels(job: Job) -> tuple[Tensor, Tensor]:
     Raises:
         InputError: the inputs are not floating tensors (token ids have no gradient).
     """
-    model, output = job.model, job.reading.output
+    model, output = innermost(job.model), job.reading.output
     found, device = [], device_of(model)
     with preserved(model):
         model.eval()
@@ -42,14 +43,13 @@ def nearest_wrong_labels(job: Job) -> tuple[Tensor, Tensor]:
                 )
             x = inputs[0].detach().requires_grad_()
             with torch.enable_grad():
-                logits = logits_of(called(model, [x, *inputs[1:]], {}, labels), labels, output)
+                logits = logits_of(model(x.clone(), *copied(inputs[1:])), labels, output)
                 labels = job.reading.labels_of_all(labels, logits, "unlearn()")
                 loss = nn.functional.cross_entropy(logits, labels)
                 (gradient,) = torch.autograd.grad(loss, x)
             with torch.no_grad():
                 step = _REACH * x.std() * gradient.sign()
-                further = called(model, [x + step, *inputs[1:]], {}, labels)
-                moved = logits_of(further, labels, output)
+                moved = logits_of(model(x + step, *copied(inputs[1:])), labels, output)
             found.append(moved.scatter(1, labels[:, None], -torch.inf).argmax(dim=1))
     wrong = torch.cat(found)
     return wrong, torch.arange(len(wrong) + 1)

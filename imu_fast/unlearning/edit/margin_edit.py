@@ -146,7 +146,7 @@ class Edit(StraightEdit):
         n = self.subject.n
         high = n
         if rule is not None and rule.accuracy is not None:
-            high = n - int(rule.accuracy * n)
+            high = n - int(rule.accuracy * n + 1e-9)  # 0.29 of 100 are 29, and no rounding less
         elif rule is not None:
             low = 0
             while high - low > max(1, n // 100):

@@ -65,7 +65,7 @@ class StraightEdit(ABC):
         """Leave the head at the depth; None: at all that the method does of itself."""
 
     def run(self) -> UnlearnResult:
-        """``steps`` of the result is 1, ``step_fraction`` how much of it is kept."""
+        """``steps`` of the result is 1, ``step_fraction`` how much is kept; both 0 of no edit."""
         depths, stopped_by = self.job.depths, "milestones"
         milestones = depths.milestones or {}
         move = Move(torch.zeros_like(self.trained), torch.arange(0), 0.0, None)
@@ -100,7 +100,7 @@ class StraightEdit(ABC):
             move.chosen,
             torch.ones(len(move.chosen), device=self.trained.device),
             self.trajectory.records,
-            steps=1,
+            steps=int(kept > 0 or move.start is not None),
             stopped_by=stopped_by,
             step_fraction=move.unit * kept,
             reached=None if last is None else own is not None,

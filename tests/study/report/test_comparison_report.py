@@ -13,6 +13,7 @@ import pytest
 from made_comparison import METHODS, NEVER, SOMETIMES, make_results
 
 from imu_fast.errors import InputError
+from imu_fast.study import results as results_of
 from imu_fast.study.entries import AUTO, BASELINE, ORIGINAL, REFERENCES
 from imu_fast.study.report import blocks as arrange
 from imu_fast.study.report.blocks import METRICS, blocks, drawn, factorial, points, verdict
@@ -254,3 +255,18 @@ def test_incomplete_results_are_refused(results, change, tmp_path):
         with pytest.raises(InputError, match=next(iter(change))):
             use(broken)
     assert not (tmp_path / "out").exists()
+
+
+def test_scores_that_are_in_no_order_have_no_correlation(tmp_path):
+    """A forget set of samples that score alike: a correlation of NaN, and None in its cell."""
+    kept = {"identity": None, "kfac": 0.5}
+    cells = [
+        ({"arch": "vgg", "seed": seed, "task": "class-3"}, {"correlations": values})
+        for seed, values in enumerate((kept, kept | {"identity": None, "kfac": 0.7}))
+    ]
+    found = results_of._correlations([w | e for w, e in cells])
+    means = {line["curvature"]: line["spearman_mean"] for line in found}
+    assert math.isnan(means["identity"]) and means["kfac"] == pytest.approx(0.6)
+    results = make_results()
+    results["correlations"][0]["spearman_mean"] = None
+    assert "correlations.png" in write_report(results, tmp_path)

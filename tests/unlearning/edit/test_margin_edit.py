@@ -335,3 +335,16 @@ def test_bad_tensors():
         call(x=x[:0], labels=labels[:0])
     with pytest.raises(InputError, match="second moment has trace 0"):
         margin_edit(x * 0, labels, theta[:, :7], False, count=1)
+
+
+@pytest.mark.parametrize("right", [29, 57, 58])
+def test_no_sample_more_is_flipped_than_the_depth_asks(right):
+    """0.29 * 100 is 28.999999999999996, of which the whole part is 28."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 3).double()
+    x = torch.randn(100, 6).double()
+    y = model(x).argmax(1)
+    rule = imu.StopRule(forget_accuracy=right / 100)
+    result = imu.unlearn(model, (x, y), "margin_edit", stop=rule)
+    assert result.trajectory[-1]["forget_accuracy"] == right / 100
+    assert len(result.indices) == 100 - right

@@ -128,7 +128,9 @@ def test_a_depth_is_reached_by_the_scale(problem):
     deep = removed(problem, milestones={"a": imu.StopRule(forget_accuracy=0.6)}, stop=rule)
     assert deep.reached and len(deep.indices) == FORGOTTEN
     done = removed(problem, stop=imu.StopRule(forget_accuracy=1.0))
-    assert done.step_fraction == 0.0 and torch.equal(matrix(done.model), matrix(problem[0]))
+    assert done.steps == done.step_fraction == 0 and torch.equal(
+        matrix(done.model), matrix(problem[0])
+    )
 
 
 def test_what_the_step_leaves_of_a_depth_is_left_to_the_margin_edit(problem):
