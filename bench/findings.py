@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from imu_fast.evaluation.statistics import least_p
 from imu_fast.storage import replacing
-from imu_fast.study.entries import AUTO, FLIPS, ORIGINAL, RETRAINED, TWIN
+from imu_fast.study.entries import AUTO, DISTILLED, FLIPS, ORIGINAL, RETRAINED, TWIN
 from imu_fast.study.report.blocks import Block, Line, blocks, number, p_value, verdict
 from imu_fast.study.results import at_every_depth, read_results
 from imu_fast.study.runs import STRESS
@@ -37,12 +37,14 @@ SHOWN = (
     "imu, paper preset",
     "permuted/head/eval",
     "npo, network",
+    "simnpo, network",
     "random label, network",
     "boundary shrink, network",
     "precond. features, margin",
     "margin edit",
     "single row",
     AUTO,
+    DISTILLED,
 )
 REFERENCES = (RETRAINED, TWIN, ORIGINAL, FLIPS)
 
@@ -60,7 +62,9 @@ class Findings:
         self.cells, self.planned = len(cells), results["planned"]["cells"]
         self.models = len({cell[:2] for cell in cells})
         self.seeds = len({cell[1] for cell in cells})
-        scopes = [about["scope"] for about in results["methods"].values() if about["forget_only"]]
+        measured = {row["method"] for row in self.rows}
+        known = {name: m for name, m in results["methods"].items() if m["forget_only"]}
+        scopes = [about["scope"] for name, about in known.items() if name in measured]
         self.of_head = scopes.count("head")
         self.of_network = len(scopes) - self.of_head
         self.least_p = p_value(least_p(self.seeds))
@@ -201,6 +205,7 @@ def render(results: dict[str, Any]) -> str:
         value=value,
         verdict=verdict,
         AUTO=AUTO,
+        DISTILLED=DISTILLED,
         ORIGINAL=ORIGINAL,
         TWIN=TWIN,
         FLIPS=FLIPS,
