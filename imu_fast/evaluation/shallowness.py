@@ -213,6 +213,7 @@ def linear_probe(features: Tensor, labels: Tensor, forget_mask: Tensor, *, seed:
             f"forget_mask {tuple(forget_mask.shape)}; pass [N, d], [N] and [N]"
         )
     check_finite_rows("features", features)
+    labels = labels.to(torch.int64)
     if bool((labels < 0).any()):
         raise InputError("labels holds negative numbers, as of ignore_index; leave these rows out")
     mask = forget_mask.cpu()
