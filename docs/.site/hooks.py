@@ -62,7 +62,7 @@ def on_page_markdown(markdown, page, config, files):
         if path in PAGES:
             place = PAGES[path]
         elif path.endswith(PICTURES):
-            place = path
+            place = path.removeprefix("docs/")
         elif path.startswith("docs/") and path.endswith(".md"):
             place = path.removeprefix("docs/")
         else:
