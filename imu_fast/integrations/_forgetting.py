@@ -358,7 +358,7 @@ class UnlearningMixin:
         # Labels are among the inputs where logits are made of them; else no loss is needed.
         parts = split_batch(batch, model)
         self.weights = self._weigh(model, batch, parts)
-        outputs = called(model, *parts)
+        outputs = called(model, *parts, run=model)  # a wrapper too, whose backward needs it
         z, y, counts = self._rows(logits_of(outputs, batch["labels"]), batch["labels"])
         token = how.objective if how.objective in LABEL_OBJECTIVES else "ce"
         f = means(objective(z, y, token), counts)
@@ -386,8 +386,8 @@ class UnlearningMixin:
         if known and self.forgetting.retain_loss_type == "NLL":
             name = forward_of(model).labels
             given = parts.kwargs if name is None else parts.kwargs | {name: labels}
-            return own_loss(called(model, parts.args, given, labels))
-        logits = logits_of(called(model, *parts), labels)
+            return own_loss(called(model, parts.args, given, labels, model))
+        logits = logits_of(called(model, *parts, run=model), labels)
         if not known:
             logger.warning("no sample of a retain batch has a label: nothing of it is kept")
             return self._rows(logits, labels)[0].sum()

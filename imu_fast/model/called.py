@@ -55,7 +55,8 @@ def called(
     processes where the model has buffers, and one of ours is this process's alone.
 
     Args:
-        labels: of these samples, for the message. run: instead of the model itself.
+        labels: of these samples, for the message. run: instead of that module; in a training step
+            the model as it is, for a wrapper sums gradients only after a call of its own.
 
     Raises:
         InputError: from what torch or Python raised where the model cannot take the batch.

@@ -88,6 +88,34 @@ def test_a_classifier_forgets(tmp_path):
     assert ours.forget_depth(model, [stacked(samples)])[0] > was[0] + 0.1
 
 
+@pytest.mark.parametrize("kept", [None, "NLL", "KL"])
+def test_a_step_runs_the_wrapper_that_sums_gradients(kept, tmp_path):
+    """DistributedDataParallel sums what backward gives only after a forward pass of its own."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    summed = []
+
+    def hook(state, bucket):
+        summed.append(bucket.buffer().numel())
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    try:
+        model, samples = bert(), sentences()
+        options = {} if kept is None else {"alpha": 1.0, "retain_loss_type": kept}
+        made = trainer(tmp_path, model, samples, stacked, **options)
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        wrapped.register_comm_hook(None, hook)
+        batch = stacked(samples)
+        given = batch if kept is None else {"forget": batch, "retain": batch}
+        made.compute_loss(wrapped.train(), given).backward()
+        assert sum(summed) == sum(p.numel() for p in model.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_a_model_that_makes_its_decoder_s_input_of_labels(tmp_path):
     config = BartConfig(
         vocab_size=15,
