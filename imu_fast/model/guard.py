@@ -246,6 +246,7 @@ class _Snapshot:
         # Taking merged weights apart again leaves a rounding error.
         merging = [m for m in modules if _has_own_train(m) and m.training]
         at_risk = {id(p): p for m in merging for p in m.parameters()}
+        at_risk |= {id(m.weight): m.weight for m in modules if _shrinks_rows(m)}
         self.values += copies_of(at_risk.values()) if looked_at else []
         self.generators: list[tuple[torch.Generator, Tensor]] = []
         if looked_at:
@@ -291,6 +292,12 @@ class _Snapshot:
                 parameter.grad = gradient
 
 
+def _shrinks_rows(module: nn.Module) -> bool:
+    """Whether a forward pass writes to the weight: rows that are longer than ``max_norm``."""
+    embeds = isinstance(module, nn.Embedding | nn.EmbeddingBag)
+    return embeds and module.max_norm is not None
+
+
 def _state_of(module: nn.Module) -> dict[str, Tensor]:
     """The tensors that a module keeps, but for those that stand for a layer's parameters.
 
@@ -332,7 +339,8 @@ def preserved(model: nn.Module, *, buffers: bool = True) -> Iterator[None]:
 
     Args:
         buffers: the model is only looked at: its buffers, generators and the tensors that its
-            modules keep are restored, too, and so are weights that are merged at ``eval()``.
+            modules keep are restored, too, and so are weights that are merged at ``eval()`` and
+            those of embeddings with ``max_norm``, which a forward pass shortens.
             Without it the values of parameters and buffers stay as they are left.
 
     Raises:
