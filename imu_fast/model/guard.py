@@ -246,7 +246,8 @@ class _Snapshot:
         # Taking merged weights apart again leaves a rounding error.
         merging = [m for m in modules if _has_own_train(m) and m.training]
         at_risk = {id(p): p for m in merging for p in m.parameters()}
-        at_risk |= {id(m.weight): m.weight for m in modules if _shrinks_rows(m)}
+        shortened = [p for m in modules if _shrinks_rows(m) for p in m.parameters()]
+        at_risk |= {id(p): p for p in shortened}
         self.values += copies_of(at_risk.values()) if looked_at else []
         self.generators: list[tuple[torch.Generator, Tensor]] = []
         if looked_at:
@@ -294,8 +295,7 @@ class _Snapshot:
 
 def _shrinks_rows(module: nn.Module) -> bool:
     """Whether a forward pass writes to the weight: rows that are longer than ``max_norm``."""
-    embeds = isinstance(module, nn.Embedding | nn.EmbeddingBag)
-    return embeds and module.max_norm is not None
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
 
 
 def _state_of(module: nn.Module) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from patches import Patches
 from torch import nn
 
 from imu_fast.errors import InputError
@@ -235,19 +236,6 @@ def test_steps_below_the_resolution_of_half_precision_add_up(dtype, scope):
     assert 80 < expected < 240
     steps = relearning_steps(model, (x, y), target=1.0, scope=scope, **options)
     assert abs(steps - expected) <= 2
-
-
-class Patches(nn.Module):
-    """The gradient that comes back to the norm has odd strides, see test_reported.py."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(2, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.token, self.fc = nn.Parameter(torch.randn(1, 1, 8)), nn.Linear(8, 3)
-
-    def forward(self, x):
-        h = self.norm(self.conv(x)).flatten(2).transpose(1, 2)
-        return self.fc(torch.cat([self.token.expand(len(x), -1, -1), h], 1).tanh().mean(1))
 
 
 def test_batches_of_one_sample_are_those_of_a_larger_one():

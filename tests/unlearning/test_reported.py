@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from patches import Patches
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
@@ -385,19 +386,6 @@ def test_places_in_the_dataset_are_told():
         rtol=1e-4,
         atol=1e-6,
     )
-
-
-class Patches(nn.Module):
-    """The gradient that comes back to the norm is a slice, turned: its strides are odd."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(2, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.token, self.fc = nn.Parameter(torch.randn(1, 1, 8)), nn.Linear(8, 3)
-
-    def forward(self, x):
-        h = self.norm(self.conv(x)).flatten(2).transpose(1, 2)
-        return self.fc(torch.cat([self.token.expand(len(x), -1, -1), h], 1).tanh().mean(1))
 
 
 def test_a_step_of_one_sample_goes_where_its_gradient_points():
