@@ -218,6 +218,13 @@ def test_seq2seq_and_classes(tmp_path):
     (tmp_path / "c.csv").write_text('label,text\n1,"a\nb"\nbad,c\n')
     data = imu.load_text(tmp_path / "c.csv", words, task="classifier", label_ids=ids)
     assert next(iter(data.loader))["labels"].tolist() == [1, 0]
+    tm.lines(path, [{"text": A, "label": k} for k in ("1", "0")])
+    swapped = {"1": 0, "0": 1, "2": 2}
+    data = imu.load_text(path, words, task="classifier", label_ids=swapped)
+    assert next(iter(data.loader))["labels"].tolist() == [0, 1]
+    tm.lines(path, [{"text": A, "label": k} for k in (2, 1)])
+    with pytest.raises(InputError, match="line 2: the label 1 is the number.*name of class 0"):
+        imu.load_text(path, words, task="classifier", label_ids=swapped)
     for label in (2, -1, True, "fine", None, 0.0):
         tm.lines(path, [{"text": A, "label": 0}, {"text": A, "label": label}])
         with pytest.raises(InputError, match="line 2: the label .* is none of the model's 2"):

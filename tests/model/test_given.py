@@ -91,3 +91,29 @@ def test_labels_that_are_written_to() -> None:
     given = labels.clone()
     factors = imu.capture(Masking(), [{"ids": ids, "labels": given}], shift=False)
     assert torch.equal(given, labels) and factors.offsets.diff().tolist() == [6] * 5
+
+
+def test_two_inputs_in_one_beside_the_labels() -> None:
+    """A pair of images, say, for a model of two towers."""
+
+    class Towers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.fc = nn.Linear(6, 8), nn.Linear(8, 5)
+
+        def forward(self, one: Tensor, other: Tensor) -> Tensor:
+            return self.fc((self.body(one) - self.body(other)).abs())
+
+    torch.manual_seed(0)
+    model = Towers()
+    one, other, y = torch.randn(12, 6), torch.randn(12, 6), torch.randint(5, (12,))
+
+    def loss(model: nn.Module, sample: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        pair = (part[None].double() for part in sample[:2])
+        return cross_entropy(model(*pair), sample[2][None])
+
+    truth = scores(sample_gradients(model, zip(one, other, y, strict=True), NAMES, loss))
+    rows = torch.arange(12).split(7)
+    for pair in (list, tuple):
+        batches = [(pair([one[r], other[r]]), y[r]) for r in rows]
+        assert_scores(imu.influence_scores(model, batches), truth)

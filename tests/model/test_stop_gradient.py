@@ -112,3 +112,30 @@ def test_a_model_that_is_run_so_as_a_whole_has_its_scores(mode: type) -> None:
     torch.testing.assert_close(
         imu.influence_scores(model, (x, y)), imu.influence_scores(plain, (x, y))
     )
+
+
+class _Turned(torch.autograd.Function):
+    """What it is given; what comes back is turned around, and scaled by sample."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * torch.linspace(-2, -1, 5).to(gradient)
+
+
+def test_a_gradient_of_its_own_behind_the_head() -> None:
+    """As gradient reversal has it: the numbers are the head's, what is learned is not."""
+
+    class Reversed(Prior):
+        def forward(self, x: Tensor) -> Tensor:
+            return _Turned.apply(self.fc(self.body(x).relu()))
+
+    x, y = _data()
+    model = Reversed(detached)
+    batches = list(zip(x.split(7), y.split(7), strict=True))
+    for layers in ("head", ["fc"]):
+        found = imu.influence_scores(model, batches, layers=layers)
+        assert_scores(found, _truth(model, x, y, "fc"))
