@@ -15,7 +15,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
 
 from imu_fast.ambient import finish, is_data, plain_torch
 from imu_fast.errors import InputError, brief, is_dtensor
@@ -314,19 +313,6 @@ def _state_of(module: nn.Module) -> dict[str, Tensor]:
 
 def _tensors_in(attributes: dict[str, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in attributes.items() if isinstance(value, Tensor)}
-
-
-def made(module: nn.Module, name: str) -> Any:
-    """``module.<name>`` as a forward pass in evaluation mode has it.
-
-    Reading a weight that a parametrization makes runs it: in training mode spectral_norm's goes on
-    by an iteration, and changes its buffers.
-    """
-    if not parametrize.is_parametrized(module, name):
-        return getattr(module, name)
-    parametrization: Any = module.parametrizations[name]  # type: ignore[index]
-    with modes(parametrization, batchnorm="eval", dropout="eval"):
-        return getattr(module, name)
 
 
 @contextmanager

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from imu_fast.errors import InputError, NoHeadFoundError
-from imu_fast.model.guard import made
+from imu_fast.model.guard import modes
 from imu_fast.model.run import innermost
 
 logger = logging.getLogger("imu_fast")
@@ -22,6 +23,19 @@ WHOLE_MODEL = "(model)"
 
 _HEAD_NAMES = ("fc", "classifier", "head", "heads", "score")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def made(module: nn.Module, name: str) -> Any:
+    """``module.<name>`` as a forward pass in evaluation mode has it.
+
+    Reading a weight that a parametrization makes runs it: in training mode spectral_norm's goes on
+    by an iteration, and changes its buffers.
+    """
+    if not parametrize.is_parametrized(module, name):
+        return getattr(module, name)
+    parametrization: Any = module.parametrizations[name]  # type: ignore[index]
+    with modes(parametrization, batchnorm="eval", dropout="eval"):
+        return getattr(module, name)
 
 
 @dataclass(frozen=True)

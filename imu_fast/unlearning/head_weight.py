@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from imu_fast.errors import InputError
-from imu_fast.model.guard import copied, made
+from imu_fast.model.guard import copied
+from imu_fast.model.head import made
 
 # Rows of random input that a written weight is tried on.
 _PROBES = 4
